@@ -1,0 +1,45 @@
+# make demo   the main job on data and weights of this repository
+# make test   all tests
+# make lint   style
+#
+# What they need is set up first, in .venv, and again when requirements change.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check
+# The first of these that is there and fits makes the virtual environment.
+CANDIDATES := python3.11 python3.12 python3.13 python3
+
+.PHONY: demo test lint
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(PYTHON) main.py --config configs/digits.py:method=linear --workdir runs/demo/linear
+	$(PYTHON) main.py --config configs/digits.py:method=vqt --workdir runs/demo/vqt
+	$(PYTHON) -m vqt_jax.compare runs/demo/linear runs/demo/vqt --output runs/demo
+
+test: $(VENV)/.installed-test
+	$(PYTHON) -m pytest
+
+lint: $(VENV)/.installed-test
+	$(PYTHON) -m ruff check
+
+$(VENV)/.installed-test: requirements-test.txt $(VENV)/.installed
+	$(PIP) --requirement requirements-test.txt --constraint constraints.txt
+	@touch $@
+
+$(VENV)/.installed: requirements.txt constraints.txt $(VENV)/.created
+	$(PIP) --requirement requirements.txt --constraint constraints.txt
+	@touch $@
+
+$(VENV)/.created:
+	@for python in $(CANDIDATES); do \
+	  if $$python -c "import sys, ensurepip, venv; sys.exit(not (3, 11) <= \
+	      sys.version_info[:2] <= (3, 13))" 2>/dev/null; then \
+	    echo "$$python -m venv $(VENV)"; \
+	    $$python -m venv $(VENV) && touch $@; exit; \
+	  fi; \
+	done; \
+	echo "error: needs Python 3.11, 3.12 or 3.13 with its venv module" \
+	  "(python3-venv on Debian). Or: make CANDIDATES=/path/to/python3" >&2; \
+	exit 1
