@@ -1,0 +1,41 @@
+"""Eight fake CPU devices and full float32 products for all tests."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Compiling is most of the work of these tests, so it may be sloppy.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8"
+    " --xla_backend_optimization_level=0"
+)
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax  # pylint: disable=g-import-not-at-top
+import pytest
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory):
+  """A folder with what `tests.runs` trains on."""
+  from tests import runs
+
+  folder = tmp_path_factory.mktemp("material")
+  runs.make_material(folder)
+  return folder
+
+
+@pytest.fixture(scope="session")
+def alone(material, tmp_path_factory):
+  """Workdirs of runs that are left alone, with one process and device each."""
+  from tests import runs
+
+  started = {}
+  for data in ("device", "stream"):
+    workdir = tmp_path_factory.mktemp(data)
+    argv = runs.command(material, workdir, data=data)
+    started[data] = workdir, runs.Process(argv)
+  for _, process in started.values():
+    assert process.wait() == 0, process.said()
+  return {data: workdir for data, (workdir, _) in started.items()}

@@ -1,0 +1,63 @@
+"""What several tests need: golden files and tiny models."""
+
+import pathlib
+
+import jax
+import numpy as np
+
+import vqt_jax
+from vqt_jax import checkpoints
+from vqt_jax import vit
+
+HERE = pathlib.Path(__file__).parent
+GOLDENS = HERE / "goldens"
+TOLERANCE = 2e-5
+
+
+def golden(name: str) -> dict[str, np.ndarray]:
+  """Arrays that the official VQT program computed."""
+  with np.load(GOLDENS / "vqt" / f"{name}.npz", allow_pickle=False) as file:
+    return {key: file[key] for key in file.files}
+
+
+def golden_backbone(pool_type: str | None = None) -> vqt_jax.Backbone:
+  """The checkpoint behind all VQT goldens."""
+  path = GOLDENS / "vqt" / "backbone.npz"
+  return checkpoints.load_backbone(path, gelu="exact", pool_type=pool_type)
+
+
+def tiny_config(**changes) -> vit.ViTConfig:
+  sizes = dict(width=16, depth=3, mlp_dim=32, num_heads=2)
+  images = dict(patch_size=(4, 4), image_size=(12, 12))
+  return vit.ViTConfig(**{**sizes, **images, **changes})
+
+
+def tiny_backbone(seed: int = 0, **changes) -> vqt_jax.Backbone:
+  """A random ViT in which every leaf matters (no zeros, no ones)."""
+  config = tiny_config(**changes)
+  shapes = vit.param_shapes(config)
+  leaves, tree = jax.tree.flatten(shapes)
+  rng = np.random.default_rng(seed)
+  arrays = [
+      (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32)
+      for leaf in leaves
+  ]
+  return vqt_jax.Backbone(config, jax.tree.unflatten(tree, arrays))
+
+
+def tiny_examples(backbone, count: int, classes: int, seed: int = 1):
+  rng = np.random.default_rng(seed)
+  shape = (count, *backbone.config.image_size, 3)
+  return {
+      "image": rng.uniform(-1, 1, shape).astype(np.float32),
+      "label": rng.integers(0, classes, count).astype(np.int32),
+  }
+
+
+def assert_close(actual, expected, tolerance: float = TOLERANCE, name=""):
+  """Largest difference, against the largest value or 1, below `tolerance`."""
+  actual, expected = np.asarray(actual), np.asarray(expected)
+  assert actual.shape == expected.shape, (name, actual.shape, expected.shape)
+  scale = max(1.0, float(np.abs(expected).max(initial=0)))
+  worst = float(np.abs(actual - expected).max(initial=0)) / scale
+  assert worst <= tolerance, f"{name}: off by {worst:.2e} of {scale:.3g}"

@@ -1,0 +1,259 @@
+"""Reading with queries: goldens of the official program, and the laws."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests import helpers
+import vqt_jax
+from vqt_jax import head
+from vqt_jax import tuner as tuner_lib
+from vqt_jax import vit
+
+CASES = {
+    "vqt_T1": {},
+    "vqt_T5": {},
+    "vqt_T5_nonorm": {"normalize": False},
+    "vqt_T5_pool": {"combine": "mean"},
+    "vqt_T5_wsum": {"combine": "weighted_sum"},
+    "vqt_mae": {},
+    "vqt_train_dropout": {},
+    "linear": {},
+}
+
+
+def _variables(golden):
+  variables = {
+      "tuner": {},
+      "head": {
+          "kernel": golden["head/kernel"],
+          "bias": golden["head/bias"],
+      },
+  }
+  if "queries" in golden:
+    variables["tuner"]["queries"] = golden["queries"]
+  if "combine_params" in golden:
+    variables["tuner"]["combine"] = golden["combine_params"]
+  return jax.tree.map(jnp.asarray, variables)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_and_gradients_equal_the_official_program(name):
+  golden = helpers.golden(name)
+  backbone = helpers.golden_backbone("mae" if name == "vqt_mae" else None)
+  method = "linear" if name == "linear" else "vqt"
+  queries = golden["queries"].shape[1] if method == "vqt" else 1
+  tuner = vqt_jax.make_tuner(
+      method, backbone.config, 7, num_queries=queries, **CASES[name]
+  )
+  stream = tuner_lib.run_backbone(
+      tuner,
+      backbone.params,
+      golden["images"],
+      golden.get("embedding_dropout_mask"),
+  )
+
+  def objective(variables):
+    out = tuner(
+        {**variables, "backbone": backbone.params},
+        stream.tokens,
+        stream.final,
+        golden.get("query_dropout_mask"),
+    )
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        out.logits, golden["labels"]
+    )
+    return losses.mean(), out
+
+  variables = _variables(golden)
+  (loss, out), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(
+      variables
+  )
+  helpers.assert_close(out.logits, golden["logits"], name="logits")
+  helpers.assert_close(loss, golden["loss"], name="loss")
+  for key in ("kernel", "bias"):
+    helpers.assert_close(
+        grads["head"][key], golden[f"grad/head/{key}"], name=key
+    )
+  if method == "vqt":
+    helpers.assert_close(out.queries, golden["query_outputs"], name="outputs")
+    helpers.assert_close(out.features, golden["features"], name="features")
+    helpers.assert_close(
+        grads["tuner"]["queries"], golden["grad/queries"], name="grad queries"
+    )
+  if "combine_params" in golden:
+    helpers.assert_close(
+        grads["tuner"]["combine"], golden["grad/combine_params"]
+    )
+  if "block_outputs" in golden and "embedding_dropout_mask" not in golden:
+    stream = backbone(golden["images"])
+    helpers.assert_close(stream.blocks, golden["block_outputs"], name="stream")
+    helpers.assert_close(stream.final, golden["cls"], name="class token")
+
+
+def _direct(config, params, tokens, queries):
+  """A block's reading as the paper writes it: project all, then attend."""
+  attention = params["MultiHeadDotProductAttention_0"]
+
+  def norm(x, p):
+    mean = x.mean(-1, keepdims=True)
+    variance = ((x - mean) ** 2).mean(-1, keepdims=True)
+    x = (x - mean) / jnp.sqrt(variance + vit.EPSILON)
+    return x * p["scale"] + p["bias"]
+
+  def project(x, p):
+    return jnp.einsum("...nd,dhk->...nhk", x, p["kernel"]) + p["bias"]
+
+  q = project(norm(queries, params["LayerNorm_0"]), attention["query"])
+  k = project(tokens, attention["key"])
+  v = project(tokens, attention["value"])
+  q = jnp.broadcast_to(q, (len(tokens), *q.shape[-3:]))
+  scores = jnp.einsum("bthk,bnhk->bhtn", q, k) / np.sqrt(config.head_dim)
+  heads = jnp.einsum("bhtn,bnhk->bthk", jax.nn.softmax(scores, -1), v)
+  out = attention["out"]
+  x = queries + jnp.einsum("bthk,hkd->btd", heads, out["kernel"]) + out["bias"]
+  y = norm(x, params["LayerNorm_1"])
+  mlp = params["MlpBlock_0"]
+  y = y @ mlp["Dense_0"]["kernel"] + mlp["Dense_0"]["bias"]
+  y = jax.nn.gelu(y, approximate=config.gelu == "tanh")
+  return x + y @ mlp["Dense_1"]["kernel"] + mlp["Dense_1"]["bias"]
+
+
+@pytest.mark.parametrize("per_example", [False, True])
+@pytest.mark.parametrize("num_queries", [1, 4])
+def test_absorbed_equals_direct(per_example, num_queries):
+  backbone = helpers.tiny_backbone()
+  config = backbone.config
+  blocks = backbone.params["Transformer"]["encoderblock"]
+  params = jax.tree.map(lambda x: x[1], blocks)
+  rng = np.random.default_rng(0)
+  tokens = rng.standard_normal((3, 10, 16)).astype(np.float32)
+  shape = (3, num_queries, 16) if per_example else (num_queries, 16)
+  queries = rng.standard_normal(shape).astype(np.float32)
+  weights = rng.standard_normal((3, num_queries, 16)).astype(np.float32)
+
+  def absorbed(queries):
+    block = vit.Block(config)
+    out = block.apply({"params": params}, tokens, queries, method="read")
+    return (out * weights).sum(), out
+
+  def direct(queries):
+    out = _direct(config, params, tokens, queries)
+    return (out * weights).sum(), out
+
+  ours = jax.grad(absorbed, has_aux=True)(queries)
+  theirs = jax.grad(direct, has_aux=True)(queries)
+  helpers.assert_close(ours[1], theirs[1], 5e-6, "values")
+  helpers.assert_close(ours[0], theirs[0], 5e-6, "gradients")
+
+
+def test_the_stream_is_intact():
+  """With queries reading, every bit of the stream is as without them."""
+  backbone = helpers.tiny_backbone()
+  images = helpers.tiny_examples(backbone, 5, 3)["image"]
+  tuner = vqt_jax.make_tuner("vqt", backbone.config, 3, num_queries=4)
+  variables = tuner.init(jax.random.key(0))
+
+  @jax.jit
+  def with_queries(variables):
+    stream = tuner_lib.run_backbone(tuner, backbone.params, images)
+    everything = {**variables, "backbone": backbone.params}
+    out = tuner(everything, stream.tokens, stream.final)
+    return stream, out.queries
+
+  stream, queries = with_queries(variables)
+  plain = jax.jit(
+      lambda: vit.ViT(backbone.config).apply(
+          {"params": backbone.params}, images, collect=("tokens",)
+      )
+  )()
+  assert np.abs(queries).max() > 0
+  for name in ("tokens", "encoded", "final"):
+    np.testing.assert_array_equal(
+        getattr(stream, name), getattr(plain, name), err_msg=name
+    )
+
+
+def test_queries_do_not_see_each_other():
+  backbone = helpers.tiny_backbone()
+  images = helpers.tiny_examples(backbone, 2, 3)["image"]
+  many = vqt_jax.make_tuner("vqt", backbone.config, 3, num_queries=3)
+  one = vqt_jax.make_tuner("vqt", backbone.config, 3, num_queries=1)
+  queries = many.init(jax.random.key(1))["tuner"]["queries"]
+  head_of = lambda tuner: tuner.init(jax.random.key(0))["head"]
+  out = lambda tuner, queries: vqt_jax.apply(
+      backbone,
+      tuner,
+      {"tuner": {"queries": queries}, "head": head_of(tuner)},
+      images,
+  ).queries
+  together = out(many, queries)
+  for t in range(3):
+    alone = out(one, queries[:, t : t + 1])
+    helpers.assert_close(together[:, :, t : t + 1], alone, 1e-6)
+
+
+def test_attention_weights_are_those_of_reading():
+  backbone = helpers.tiny_backbone()
+  blocks = backbone.params["Transformer"]["encoderblock"]
+  params = jax.tree.map(lambda x: x[0], blocks)
+  rng = np.random.default_rng(0)
+  tokens = rng.standard_normal((2, 10, 16)).astype(np.float32)
+  queries = rng.standard_normal((3, 16)).astype(np.float32)
+  block = vit.Block(backbone.config)
+  weights = block.apply(
+      {"params": params}, tokens, queries, method="attention"
+  )
+  assert weights.shape == (2, 2, 3, 10)
+  np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
+
+
+def test_normalize_has_no_nan_at_zero():
+  value, grad = jax.value_and_grad(lambda x: head.normalize(x).sum())(
+      jnp.zeros(4)
+  )
+  assert value == 0
+  np.testing.assert_allclose(grad, 1 / head.NORM_FLOOR, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, features",
+    [
+        ({}, 768 + 12 * 768),
+        ({"num_queries": 10}, 92_928),
+        ({"num_queries": 10, "combine": "mean"}, 768 * 13),
+    ],
+)
+def test_sizes_for_vit_b(options, features):
+  config = vit.ViTConfig(
+      **vit.decode_variant("B/16"), image_size=(224, 224)
+  )
+  tuner = vqt_jax.make_tuner("vqt", config, 100, **options)
+  shapes = jax.eval_shape(tuner.init, jax.random.key(0))
+  queries = options.get("num_queries", 1)
+  assert tuner.num_features == features
+  assert shapes["head"]["kernel"].shape == (features, 100)
+  assert shapes["tuner"]["queries"].shape == (12, queries, 768)
+
+
+def test_initialisation_is_the_authors():
+  """Queries uniform within 0.0625 for B/16; bias -log 99; std sqrt(2/C)."""
+  config = vit.ViTConfig(
+      **vit.decode_variant("B/16"), image_size=(224, 224)
+  )
+  variables = vqt_jax.make_tuner("vqt", config, 100).init(jax.random.key(0))
+  queries = np.asarray(variables["tuner"]["queries"])
+  assert 0.0620 < np.abs(queries).max() <= 0.0625
+  assert abs(queries.std() - 0.0625 / np.sqrt(3)) < 1e-3
+  np.testing.assert_allclose(variables["head"]["bias"], -np.log(99), rtol=1e-6)
+  assert abs(np.std(variables["head"]["kernel"]) - np.sqrt(2 / 100)) < 1e-3
+
+
+def test_unknown_method_and_sizes():
+  config = helpers.tiny_config()
+  with pytest.raises(vqt_jax.UserError, match="vpq.*vqt, linear"):
+    vqt_jax.make_tuner("vpq", config, 3)
+  with pytest.raises(vqt_jax.UserError, match="num_queries=0"):
+    vqt_jax.make_tuner("vqt", config, 3, num_queries=0)

@@ -1,0 +1,42 @@
+"""A frozen ViT with its weights: what readers read from."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+from vqt_jax import vit
+
+# Name -> (mean, std) per RGB channel, for images in 0..1.
+VALUE_RANGES = {
+    "-1..1": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "0..1": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _apply(config, params, images, collect):
+  return vit.ViT(config).apply({"params": params}, images, collect=collect)
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+  """A ViT and its parameters; call it with images to get the stream.
+
+  Attributes:
+    config: architecture.
+    params: nested dict with Big Vision's names, blocks stacked over depth.
+    value_range: key of `VALUE_RANGES`: how its inputs are scaled.
+    source: where it came from, for people to read.
+  """
+
+  config: vit.ViTConfig
+  params: Any
+  value_range: str = "-1..1"
+  source: str = ""
+
+  def __call__(self, images: jax.Array) -> vit.Stream:
+    """Images (B, height, width, 3), scaled to `value_range` -> the stream."""
+    return _apply(self.config, self.params, images, ("tokens", "blocks"))

@@ -1,0 +1,99 @@
+"""Readers: what looks at the frozen stream and never changes it.
+
+A reader is one pure step per block,
+
+    step(block_params, weights, tokens, carry) -> (carry, output)
+
+with one block's frozen parameters, the reader's own weights of that block, the
+block's tokens LN_0(z_m) (B, N, D), and whatever it passes upward. `read` scans
+it over depth. Tokens come from the backbone or from a store; a reader cannot
+tell, and no gradient reaches what produced them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vqt_jax import vit
+
+Step = Callable[[Any, Any, jax.Array, Any], tuple[Any, jax.Array]]
+
+
+def query_step(config: vit.ViTConfig) -> Step:
+  """The step of visual query tuning; its weights are a block's queries.
+
+  Queries are (T, D), or (B, T, D) when dropout makes them differ by example;
+  outputs are (B, T, D), float32. VQT, section 3.2.
+  """
+  block = vit.Block(config)
+
+  def step(block_params, queries, tokens, carry):
+    params = {"params": block_params}
+    return carry, block.apply(params, tokens, queries, method="read")
+
+  return step
+
+
+def attention_step(config: vit.ViTConfig) -> Step:
+  """As `query_step`, but tells where queries look: (B, H, T, N)."""
+  block = vit.Block(config)
+
+  def step(block_params, queries, tokens, carry):
+    params = {"params": block_params}
+    return carry, block.apply(params, tokens, queries, method="attention")
+
+  return step
+
+
+def read(
+    step: Step, blocks: Any, weights: Any, tokens: jax.Array, carry: Any = None
+) -> jax.Array:
+  """Scans a reader over depth.
+
+  Args:
+    step: the reader's step.
+    blocks: frozen block parameters, leaves stacked over depth (L, ...).
+    weights: the reader's weights, leaves stacked over depth.
+    tokens: (L, B, N, D).
+    carry: what the first block's step gets from below.
+
+  Returns:
+    The outputs, stacked over depth (L, B, ...).
+  """
+
+  def body(carry, inputs):
+    return step(*inputs, carry)
+
+  return jax.lax.scan(body, carry, (blocks, weights, tokens))[1]
+
+
+def init_queries(
+    config: vit.ViTConfig, num_queries: int, key: jax.Array
+) -> jax.Array:
+  """Queries (L, T, D), uniform within sqrt(6 / (3 * patch area + D))."""
+  height, width = config.patch_size
+  bound = (6 / (3 * height * width + config.width)) ** 0.5
+  shape = (config.depth, num_queries, config.width)
+  return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def combine(
+    outputs: jax.Array, how: str, weights: jax.Array | None = None
+) -> jax.Array:
+  """Outputs (L, B, T, D) of the queries to features per block (L, B, F).
+
+  Args:
+    outputs: what the queries read.
+    how: "concat" (F = T * D, token-major), "mean" or "weighted_sum" (F = D).
+    weights: (L, T) for "weighted_sum"; no softmax is applied.
+  """
+  match how:
+    case "concat":
+      return outputs.reshape(*outputs.shape[:2], -1)
+    case "mean":
+      return outputs.mean(axis=2)
+    case "weighted_sum":
+      return jnp.einsum("lbtd,lt->lbd", outputs, weights)
+  raise ValueError(f"combine must be concat, mean or weighted_sum, not {how!r}")

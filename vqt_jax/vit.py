@@ -1,0 +1,411 @@
+"""The frozen Vision Transformer, with query-token passthrough in every block.
+
+Architecture and parameter names are Big Vision's (and so those of the ViT
+paper, https://arxiv.org/abs/2010.11929): one `Block` scanned over depth, its
+leaves stacked on a first axis as in Big Vision's `scan=True` models. The query
+path of a block is `Block.read` (visual query tuning, section 3.2 of
+https://arxiv.org/abs/2212.03220).
+
+Letters: B batch, N tokens, D width, L depth, H heads, K head size, T queries.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from typing import Any, Literal
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+EPSILON = 1e-6
+
+# Big Vision's `decode_variant`: (width, depth, mlp_dim, num_heads).
+VARIANTS = {
+    "mu": (32, 1, 128, 2),
+    "Ti": (192, 12, 768, 3),
+    "S": (384, 12, 1536, 6),
+    "M": (512, 12, 2048, 8),
+    "B": (768, 12, 3072, 12),
+    "L": (1024, 24, 4096, 16),
+    "So400m": (1152, 27, 4304, 16),
+    "H": (1280, 32, 5120, 16),
+    "g": (1408, 40, 6144, 16),
+    "g-opt": (1536, 40, 6144, 16),
+    "G": (1664, 48, 8192, 16),
+    "G-opt": (1536, 48, 8192, 16),
+    "e": (1792, 56, 15360, 16),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+  """What decides the shape and the arithmetic of a ViT.
+
+  Attributes:
+    width: token size D.
+    depth: number of blocks L.
+    mlp_dim: hidden size of the blocks' MLPs.
+    num_heads: attention heads H; divides `width`.
+    patch_size: (height, width) of a patch, pixels.
+    image_size: (height, width) of the images, pixels. As in Big Vision, pixels
+      right of and below the last whole patch are ignored.
+    pool_type: "tok" (class token), "gap" (mean over tokens), "map" (attention
+      pooling), or "mae" (class token in the stream, but the result is the mean
+      over patches *before* the final LayerNorm, as fine-tuned MAE models).
+    posemb: "learn", or "sincos2d" (fixed, MoCo v3).
+    rep_size: size of the tanh representation layer before the head, or None.
+    num_classes: size of the pre-trained head, or None.
+    gelu: "tanh" (Flax, Big Vision) or "exact" (erf; PyTorch-born models).
+    dtype: dtype of the matrix products and of the stream.
+  """
+
+  width: int
+  depth: int
+  mlp_dim: int
+  num_heads: int
+  patch_size: tuple[int, int]
+  image_size: tuple[int, int]
+  pool_type: Literal["tok", "gap", "map", "mae"] = "tok"
+  posemb: Literal["learn", "sincos2d"] = "learn"
+  rep_size: int | None = None
+  num_classes: int | None = None
+  gelu: Literal["tanh", "exact"] = "tanh"
+  dtype: str = "float32"
+
+  @property
+  def grid(self) -> tuple[int, int]:
+    """Patches per column and per row."""
+    return (
+        self.image_size[0] // self.patch_size[0],
+        self.image_size[1] // self.patch_size[1],
+    )
+
+  @property
+  def has_class_token(self) -> bool:
+    return self.pool_type in ("tok", "mae")
+
+  @property
+  def num_tokens(self) -> int:
+    """Length N of the stream."""
+    return math.prod(self.grid) + self.has_class_token
+
+  @property
+  def head_dim(self) -> int:
+    return self.width // self.num_heads
+
+  @property
+  def variant(self) -> str:
+    """Big Vision's name, e.g. "B/16", or the sizes if it has none."""
+    sizes = (self.width, self.depth, self.mlp_dim, self.num_heads)
+    names = [name for name, known in VARIANTS.items() if known == sizes]
+    patch = "x".join(map(str, dict.fromkeys(self.patch_size)))
+    if names:
+      return f"{names[0]}/{patch}"
+    return f"{self.width}x{self.depth}/{patch}"
+
+
+def decode_variant(variant: str) -> dict[str, Any]:
+  """Big Vision variant, e.g. "B/16", "So400m/14" or "S/16x8", to its sizes.
+
+  Returns:
+    width, depth, mlp_dim, num_heads and (with "/P") patch_size (height, width).
+
+  Raises:
+    ValueError: unknown variant.
+  """
+  name, _, patch = variant.partition("/")
+  if name not in VARIANTS or (patch and not re.fullmatch(r"\d+(x\d+)?", patch)):
+    raise ValueError(
+        f"Unknown ViT variant {variant!r}. Expected NAME/PATCH, e.g. B/16, with"
+        f" NAME one of {', '.join(VARIANTS)}."
+    )
+  keys = ("width", "depth", "mlp_dim", "num_heads")
+  sizes: dict[str, Any] = dict(zip(keys, VARIANTS[name]))
+  if patch:
+    height, _, width = patch.partition("x")
+    sizes["patch_size"] = (int(height), int(width or height))
+  return sizes
+
+
+def posemb_sincos_2d(grid: tuple[int, int], width: int) -> np.ndarray:
+  """Fixed position embedding (1, N, D) of MoCo v3, row-major tokens."""
+  y, x = np.mgrid[: grid[0], : grid[1]]
+  if width % 4:
+    raise ValueError(f"sincos2d positions need a width divisible by 4: {width}")
+  omega = np.arange(width // 4) / (width // 4 - 1)
+  omega = 1.0 / (10_000**omega)
+  y = np.einsum("m,d->md", y.flatten(), omega)
+  x = np.einsum("m,d->md", x.flatten(), omega)
+  table = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
+  return table.astype(np.float32)[None]
+
+
+def _layer_norm() -> nn.LayerNorm:
+  return nn.LayerNorm(epsilon=EPSILON, dtype=jnp.float32)
+
+
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+class Mlp(nn.Module):
+  """Dense, GELU, dense (Big Vision's `MlpBlock`)."""
+
+  config: ViTConfig
+
+  def setup(self):
+    c = self.config
+    self.Dense_0 = nn.Dense(c.mlp_dim, dtype=c.dtype)
+    self.Dense_1 = nn.Dense(c.width, dtype=c.dtype)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = self.Dense_0(x)
+    return self.Dense_1(nn.gelu(x, approximate=self.config.gelu == "tanh"))
+
+
+class Attention(nn.Module):
+  """Multi-head attention with Flax's `MultiHeadDotProductAttention` leaves."""
+
+  config: ViTConfig
+
+  def setup(self):
+    c = self.config
+    heads = functools.partial(
+        nn.DenseGeneral, (c.num_heads, c.head_dim), dtype=c.dtype
+    )
+    self.query, self.key, self.value = heads(), heads(), heads()
+    self.out = nn.DenseGeneral(c.width, axis=(-2, -1), dtype=c.dtype)
+
+  def __call__(self, queries: jax.Array, tokens: jax.Array) -> jax.Array:
+    q, k, v = self.query(queries), self.key(tokens), self.value(tokens)
+    return self.out(jax.nn.dot_product_attention(q, k, v))
+
+  def weights(self, queries: jax.Array, tokens: jax.Array) -> jax.Array:
+    """How much each query attends to each token, without projecting tokens.
+
+    Per head, the key projection moves to the query: `u = W_k q`, scores
+    `tokens u`. The key bias adds the same to all scores of a query, so the
+    softmax removes it.
+
+    Args:
+      queries: (T, D), or (B, T, D).
+      tokens: (B, N, D).
+
+    Returns:
+      (B, H, T, N), float32, sums to 1 over N.
+    """
+    c = self.config
+    u = _dot("...thk,dhk->...htd", self.query(queries), self._kernel("key"))
+    u = (u * c.head_dim**-0.5).astype(c.dtype)
+    shape = "bhtd" if u.ndim == 4 else "htd"
+    return jax.nn.softmax(_dot(f"bnd,{shape}->bhtn", tokens, u), axis=-1)
+
+  def absorbed(self, queries: jax.Array, tokens: jax.Array) -> jax.Array:
+    """`self(queries, tokens)` with the projections absorbed; (B, T, D).
+
+    With few queries it is cheaper to project the weighted mean of the tokens
+    to values than all tokens before it; the value bias is added once.
+    """
+    c = self.config
+    weights = self.weights(queries, tokens).astype(c.dtype)
+    mean = _dot("bhtn,bnd->bhtd", weights, tokens).astype(c.dtype)
+    heads = _dot("bhtd,dhk->bthk", mean, self._kernel("value"))
+    heads = heads + self.value.variables["params"]["bias"]
+    return self.out(heads.astype(c.dtype))
+
+  def _kernel(self, name: str) -> jax.Array:
+    params = getattr(self, name).variables["params"]
+    return params["kernel"].astype(self.config.dtype)
+
+
+class Block(nn.Module):
+  """One pre-norm encoder block; `collect` names what else the scan returns.
+
+  "tokens" are the normalised inputs LN_0(z_m), all that a reader needs;
+  "blocks" are the outputs z_{m+1}.
+  """
+
+  config: ViTConfig
+  collect: tuple[str, ...] = ()
+
+  def setup(self):
+    self.LayerNorm_0 = _layer_norm()
+    self.MultiHeadDotProductAttention_0 = Attention(self.config)
+    self.LayerNorm_1 = _layer_norm()
+    self.MlpBlock_0 = Mlp(self.config)
+
+  def __call__(self, z: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    tokens = self.LayerNorm_0(z).astype(self.config.dtype)
+    z = z + self.MultiHeadDotProductAttention_0(tokens, tokens)
+    z = z + self.MlpBlock_0(self.LayerNorm_1(z))
+    seen = {"tokens": tokens, "blocks": z}
+    return z, {name: seen[name] for name in self.collect}
+
+  def read(self, tokens: jax.Array, queries: jax.Array) -> jax.Array:
+    """Passes queries through this block; they see the stream, nobody sees them.
+
+    Args:
+      tokens: LN_0(z_m), (B, N, D).
+      queries: (T, D) shared by all examples, or (B, T, D). float32.
+
+    Returns:
+      The queries' outputs (B, T, D), float32.
+    """
+    attend = self.MultiHeadDotProductAttention_0.absorbed
+    x = queries + attend(self.LayerNorm_0(queries), tokens)
+    return x + self.MlpBlock_0(self.LayerNorm_1(x))
+
+  def attention(self, tokens: jax.Array, queries: jax.Array) -> jax.Array:
+    """Where `read` looks: (B, H, T, N), float32."""
+    attention = self.MultiHeadDotProductAttention_0
+    return attention.weights(self.LayerNorm_0(queries), tokens)
+
+
+class MapHead(nn.Module):
+  """Attention pooling by one learned probe (Big Vision's `MAPHead`)."""
+
+  config: ViTConfig
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    c = self.config
+    init = nn.initializers.xavier_uniform()
+    probe = self.param("probe", init, (1, 1, c.width))
+    probe = jnp.tile(probe, (len(tokens), 1, 1)).astype(c.dtype)
+    attention = Attention(c, name="MultiHeadDotProductAttention_0")
+    x = attention(probe, tokens)
+    y = nn.LayerNorm(epsilon=EPSILON, dtype=jnp.float32, name="LayerNorm_0")(x)
+    return (x + Mlp(c, name="MlpBlock_0")(y))[:, 0]
+
+
+class Encoder(nn.Module):
+  """The blocks, scanned, and the final LayerNorm."""
+
+  config: ViTConfig
+  collect: tuple[str, ...] = ()
+
+  @nn.compact
+  def __call__(self, z: jax.Array):
+    blocks = nn.scan(
+        Block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=self.config.depth,
+    )(self.config, self.collect, name="encoderblock")
+    z, seen = blocks(z)
+    norm = nn.LayerNorm(EPSILON, dtype=jnp.float32, name="encoder_norm")
+    return z, norm, seen
+
+
+@flax.struct.dataclass
+class Stream:
+  """What flows through a frozen ViT, as far as it was asked for.
+
+  Attributes:
+    tokens: LN_0(z_m) of every block, (L, B, N, D), or None.
+    blocks: outputs z_1..z_L of the blocks, (L, B, N, D), or None.
+    encoded: after the final LayerNorm, (B, N, D), float32.
+    final: pooled, before any representation layer, (B, D), float32: what
+      readers read (the official VQT code ignores `pre_logits` as well).
+    pooled: what goes into the pre-trained head, (B, rep_size or D), float32.
+    logits: of the pre-trained head (B, num_classes), or None. float32.
+  """
+
+  tokens: jax.Array | None
+  blocks: jax.Array | None
+  encoded: jax.Array
+  final: jax.Array
+  pooled: jax.Array
+  logits: jax.Array | None
+
+
+class ViT(nn.Module):
+  """A Vision Transformer with Big Vision's parameter names."""
+
+  config: ViTConfig
+
+  @nn.compact
+  def __call__(
+      self,
+      images: jax.Array,
+      *,
+      collect: tuple[str, ...] = (),
+      embedding_mask: jax.Array | None = None,
+  ) -> Stream:
+    """Runs the encoder.
+
+    Args:
+      images: (B, height, width, 3), float, scaled as in pre-training.
+      collect: which of "tokens", "blocks" to keep.
+      embedding_mask: (B, N, D), multiplies the embedded tokens (the official
+        VQT program's dropout on embeddings), or None.
+
+    Returns:
+      The stream.
+    """
+    c = self.config
+    patches = nn.Conv(
+        features=c.width,
+        kernel_size=c.patch_size,
+        strides=c.patch_size,
+        padding="VALID",
+        dtype=c.dtype,
+        name="embedding",
+    )
+    z = patches(images.astype(c.dtype))
+    z = z.reshape(len(images), -1, c.width)
+    if c.posemb == "learn":
+      init = nn.initializers.normal(stddev=1 / math.sqrt(c.width))
+      z += self.param("pos_embedding", init, (1, *z.shape[1:])).astype(z.dtype)
+    else:
+      z += jnp.asarray(posemb_sincos_2d(c.grid, c.width), z.dtype)
+    if c.has_class_token:
+      cls = self.param("cls", nn.initializers.zeros, (1, 1, c.width))
+      cls = jnp.tile(cls.astype(z.dtype), (len(z), 1, 1))
+      z = jnp.concatenate([cls, z], axis=1)
+    if embedding_mask is not None:
+      z *= embedding_mask.astype(z.dtype)
+
+    z, norm, seen = Encoder(c, collect, name="Transformer")(z)
+    encoded = norm(z)
+    match c.pool_type:
+      case "tok":
+        final = encoded[:, 0]
+      case "gap":
+        final = encoded.mean(axis=1)
+      case "map":
+        final = MapHead(c, name="MAPHead_0")(encoded)
+      case "mae":
+        final = norm(z[:, 1:].astype(jnp.float32).mean(axis=1))
+    final = final.astype(jnp.float32)
+
+    pooled, logits = final, None
+    if c.rep_size:
+      dense = nn.Dense(c.rep_size, dtype=c.dtype, name="pre_logits")
+      pooled = jnp.tanh(dense(pooled))
+    if c.num_classes:
+      logits = nn.Dense(c.num_classes, dtype=c.dtype, name="head")(pooled)
+      logits = logits.astype(jnp.float32)
+    return Stream(
+        tokens=seen.get("tokens"),
+        blocks=seen.get("blocks"),
+        encoded=encoded,
+        final=final,
+        pooled=pooled.astype(jnp.float32),
+        logits=logits,
+    )
+
+
+def init_params(config: ViTConfig, key: jax.Array) -> Any:
+  """Fresh float32 parameters of a ViT, a nested dict of arrays."""
+  images = jnp.zeros((1, *config.image_size, 3))
+  return ViT(config).init(key, images)["params"]
+
+
+def param_shapes(config: ViTConfig) -> Any:
+  """Shapes and dtypes of the parameters, without computing any."""
+  init = functools.partial(init_params, config)
+  return jax.eval_shape(init, jax.random.key(0))
