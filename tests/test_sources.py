@@ -1,0 +1,396 @@
+"""Checkpoints from afar: cached, checked, resumed. The world is a thread."""
+
+import base64
+import hashlib
+import http.server
+import json
+import logging
+import os
+import pathlib
+import threading
+import urllib.parse
+
+import numpy as np
+import pytest
+
+from vqt_jax import UserError
+from vqt_jax import vit
+from vqt_jax.checkpoints import containers
+from vqt_jax.checkpoints import download
+from vqt_jax.checkpoints import load_backbone
+from vqt_jax.checkpoints import public
+from vqt_jax.checkpoints import sources
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens" / "bigvision"
+CONTENT = bytes(range(256)) * 200
+
+
+class Server(http.server.ThreadingHTTPServer):
+  """Serves `files`; how badly is up to the test."""
+
+  def __init__(self):
+    super().__init__(("127.0.0.1", 0), Handler)
+    self.files = {"/ckpt.npz": CONTENT}
+    self.headers = {}
+    self.ranges = True
+    self.length = True
+    self.statuses = []  # Answers to the next requests for content.
+    self.cut = []  # How many bytes to send of the next contents.
+    self.log = []  # Ranges asked for.
+    self.address = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+  """GET and HEAD with ranges, and what gcsfs asks of Google's JSON API."""
+
+  def log_message(self, *args):
+    pass
+
+  def do_HEAD(self):
+    self._answer(self.server.files.get(self.path), send=False)
+
+  def do_GET(self):
+    url = urllib.parse.urlsplit(self.path)
+    path = urllib.parse.unquote(url.path)
+    if path.startswith("/download/storage/v1/b/bucket/o/"):
+      key = path.removeprefix("/download/storage/v1/b/bucket/o")
+      self._answer(self.server.files.get(key))
+    elif path.startswith("/storage/v1/b/bucket/o/"):
+      content = self.server.files.get(
+          path.removeprefix("/storage/v1/b/bucket/o")
+      )
+      described = content and self._object(path.split("/o/")[1], content)
+      self._answer(described, plain=True)
+    elif path == "/storage/v1/b/bucket/o":
+      prefix = urllib.parse.parse_qs(url.query).get("prefix", [""])[0]
+      items = [
+          json.loads(self._object(name[1:], content))
+          for name, content in self.server.files.items()
+          if name[1:].startswith(prefix)
+      ]
+      self._answer(json.dumps({"items": items}).encode(), plain=True)
+    else:
+      self._answer(self.server.files.get(path))
+
+  def _object(self, name, content):
+    md5 = base64.b64encode(hashlib.md5(content).digest()).decode()
+    return json.dumps({
+        "name": name, "size": str(len(content)), "generation": "1",
+        "md5Hash": self.server.headers.get("Content-MD5", md5),
+    }).encode()  # fmt: skip
+
+  def _answer(self, content, send=True, plain=False):
+    server, status = self.server, 200
+    if send and not plain and server.statuses:
+      status = server.statuses.pop(0)
+    if content is None or status >= 400:
+      return self.send_error(404 if content is None else status)
+    asked = self.headers.get("Range")
+    if send and not plain:
+      server.log.append(asked)
+    if asked and server.ranges and not plain:
+      start, end = asked.removeprefix("bytes=").split("-")
+      content, status = content[int(start) : int(end) + 1], 206
+    self.send_response(status)
+    if server.length or plain:
+      self.send_header("Content-Length", str(len(content)))
+    for name, value in server.headers.items():
+      self.send_header(name, value)
+    self.end_headers()
+    if send:
+      cut = server.cut.pop(0) if server.cut and not plain else len(content)
+      self.wfile.write(content[:cut])
+    self.close_connection = True
+
+
+@pytest.fixture
+def server(monkeypatch):
+  monkeypatch.setattr(download, "_SECONDS", 0.001)
+  monkeypatch.setattr(download, "_CHUNK", 20_000)
+  with Server() as server:
+    thread = threading.Thread(
+        target=server.serve_forever, args=(0.01,), daemon=True
+    )
+    thread.start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.address)
+    yield server
+    server.shutdown()
+
+
+def fetch(server, cache, path="/ckpt.npz", **kwargs):
+  return sources.fetch(server.address + path, cache, **kwargs)
+
+
+def leftovers(cache):
+  return [p.name for p in cache.rglob("*.part")]
+
+
+def test_downloads_once_and_reports_progress(server, tmp_path):
+  seen = []
+  path = fetch(server, tmp_path, progress=lambda *args: seen.append(args))
+  assert path.read_bytes() == CONTENT
+  assert seen == [(n, 51_200) for n in (20_000, 40_000, 51_200)]
+  assert not leftovers(tmp_path)
+  server.files.clear()
+  assert fetch(server, tmp_path) == path  # From the cache.
+
+
+def test_cache_from_environment(server, tmp_path, monkeypatch):
+  monkeypatch.setenv("VQT_JAX_CACHE", str(tmp_path / "cache"))
+  path = sources.fetch(f"{server.address}/ckpt.npz")
+  assert path.is_relative_to(tmp_path / "cache")
+
+
+def test_same_names_of_two_places_do_not_meet(server, tmp_path):
+  server.files["/a/ckpt.npz"] = b"another"
+  assert fetch(server, tmp_path).read_bytes() == CONTENT
+  assert fetch(server, tmp_path, "/a/ckpt.npz").read_bytes() == b"another"
+
+
+def test_address_cannot_leave_the_cache(server, tmp_path):
+  server.files["/../../evil.npz"] = server.files["/evil.npz"] = b"content"
+  cache = tmp_path / "a" / "b"
+  path = fetch(server, cache, "/../../evil.npz").resolve()
+  assert path.is_relative_to(cache.resolve())
+
+
+def test_resumes_a_later_call_where_it_stopped(server, tmp_path):
+  server.statuses = [200] + [503] * download._ATTEMPTS
+  with pytest.raises(
+      UserError, match="failed: .*503.*what has come so far is kept"
+  ):
+    fetch(server, tmp_path)
+  assert not list(tmp_path.rglob("ckpt.npz"))
+  assert len(leftovers(tmp_path)) == 1
+  server.log.clear()
+  assert fetch(server, tmp_path).read_bytes() == CONTENT
+  assert server.log == ["bytes=20000-39999", "bytes=40000-51199"]
+
+
+def test_connection_cut_in_the_middle_is_taken_up(server, tmp_path):
+  server.cut = [20_000, 7]
+  assert fetch(server, tmp_path).read_bytes() == CONTENT
+  assert server.log.count("bytes=20000-39999") == 2
+  assert server.log.count("bytes=0-19999") == 1
+
+
+def test_gives_up_only_without_progress(server, tmp_path):
+  # More failures than attempts, but each time something came.
+  server.statuses = [503, 200, 503, 503, 200, 503, 503, 503]
+  assert fetch(server, tmp_path).read_bytes() == CONTENT
+
+
+def test_changed_file_is_not_glued_to_the_old_part(server, tmp_path):
+  server.headers["ETag"] = '"old"'
+  server.statuses = [200] + [503] * download._ATTEMPTS
+  with pytest.raises(UserError):
+    fetch(server, tmp_path)
+  server.headers["ETag"] = '"new"'
+  server.files["/ckpt.npz"] = CONTENT[::-1]
+  assert fetch(server, tmp_path).read_bytes() == CONTENT[::-1]
+  assert not leftovers(tmp_path)
+
+
+@pytest.mark.parametrize("length", [True, False])
+def test_server_without_ranges(server, tmp_path, length):
+  server.ranges, server.length = False, length
+  assert fetch(server, tmp_path).read_bytes() == CONTENT
+
+
+def test_server_without_ranges_resumes(server, tmp_path):
+  server.statuses = [200] + [503] * download._ATTEMPTS
+  with pytest.raises(UserError):
+    fetch(server, tmp_path)
+  server.ranges = False
+  server.log.clear()
+  assert fetch(server, tmp_path).read_bytes() == CONTENT
+  assert len(server.log) == 1
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Content-MD5": base64.b64encode(hashlib.md5(b"x").digest()).decode()},
+        {"Digest": "SHA-256=" + base64.b64encode(b"0" * 32).decode()},
+    ],
+)
+def test_wrong_checksum_is_refused(server, tmp_path, headers):
+  server.headers = headers
+  with pytest.raises(UserError, match="checksum is not the server's"):
+    fetch(server, tmp_path)
+  assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_right_checksum_is_accepted(server, tmp_path):
+  md5 = base64.b64encode(hashlib.md5(CONTENT).digest()).decode()
+  server.headers = {"Content-MD5": md5, "Digest": f"md5={md5},unixsum=30637"}
+  assert fetch(server, tmp_path).read_bytes() == CONTENT
+
+
+def test_wrong_size_is_refused(server, tmp_path, monkeypatch):
+  describe = download._describe
+  longer = lambda *args: describe(*args)._replace(size=len(CONTENT) + 1)
+  monkeypatch.setattr(download, "_describe", longer)
+  with pytest.raises(UserError, match="11200 bytes came instead of 11201"):
+    fetch(server, tmp_path)
+  assert not list(tmp_path.rglob("ckpt.npz"))
+
+
+def test_part_that_is_too_long_is_thrown_away(server, tmp_path):
+  server.statuses = [200] + [503] * download._ATTEMPTS
+  with pytest.raises(UserError):
+    fetch(server, tmp_path)
+  (part,) = tmp_path.rglob("*.part")
+  part.write_bytes(CONTENT + b"x")
+  assert fetch(server, tmp_path).read_bytes() == CONTENT
+
+
+def test_missing_file(server, tmp_path):
+  with pytest.raises(UserError, match="no file http://.*/none.npz"):
+    fetch(server, tmp_path, "/none.npz")
+  assert not list(tmp_path.iterdir())
+
+
+def test_no_server(tmp_path, monkeypatch):
+  monkeypatch.setattr(download, "_SECONDS", 0.001)
+  with pytest.raises(UserError, match="failed: Cannot connect"):
+    sources.fetch("http://127.0.0.1:9/ckpt.npz", tmp_path)
+
+
+def test_unknown_scheme(tmp_path):
+  with pytest.raises(UserError, match="https:// or gs://"):
+    sources.fetch("ftp://host/ckpt.npz", tmp_path)
+
+
+def test_unwritable_cache(server, tmp_path):
+  (tmp_path / "cache").write_text("a file, not a folder")
+  with pytest.raises(UserError, match="cannot be written.*VQT_JAX_CACHE"):
+    fetch(server, tmp_path / "cache")
+
+
+def test_full_disk(server, tmp_path, monkeypatch):
+  class Full:
+    name = "ckpt.npz.part"
+
+    def write(self, data):
+      raise OSError(28, "No space left on device")
+
+  with pytest.raises(
+      UserError, match="No space left on device. Free some space"
+  ):
+    download._write(Full(), b"x")
+
+
+def test_two_downloads_at_once(server, tmp_path):
+  paths = []
+  threads = [
+      threading.Thread(target=lambda: paths.append(fetch(server, tmp_path)))
+      for _ in range(4)
+  ]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert [p.read_bytes() for p in paths] == [CONTENT] * 4
+  assert not leftovers(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["gs://bucket/d/x.npz", "https://storage.googleapis.com/bucket/d/x.npz"],
+)
+def test_bucket(server, tmp_path, address):
+  server.files["/d/x.npz"] = CONTENT
+  path = sources.fetch(address, tmp_path)
+  assert path == tmp_path / "storage.googleapis.com/bucket/d/x.npz"
+  assert path.read_bytes() == CONTENT
+  server.files.clear()
+  assert sources.fetch(address, tmp_path) == path  # From the cache.
+
+
+def test_bucket_checksum(server, tmp_path):
+  server.headers["Content-MD5"] = base64.b64encode(b"0" * 16).decode()
+  with pytest.raises(UserError, match="md5 checksum is not the server's"):
+    sources.fetch("gs://bucket/ckpt.npz", tmp_path)
+
+
+def test_crc32c(tmp_path):
+  (tmp_path / "x").write_bytes(b"123456789")
+  assert download._digest(tmp_path / "x", "crc32c").hex() == "e3069283"
+
+
+def test_missing_in_bucket(server, tmp_path):
+  with pytest.raises(UserError, match="no file gs://bucket/none.npz"):
+    sources.fetch("gs://bucket/none.npz", tmp_path)
+
+
+def test_bucket_that_cannot_be_reached(tmp_path, monkeypatch, capsys, caplog):
+  def down(*args, **kwargs):
+    logging.getLogger("gcsfs").exception("noise")
+    raise ConnectionError("no route to host")
+
+  monkeypatch.setattr(download, "ask", down)
+  with pytest.raises(UserError, match="cannot be reached: no route to host"):
+    sources.fetch("gs://bucket/x.npz", tmp_path)
+  assert not caplog.records and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["checkpoint.bv", "checkpoint.bv-000000005"])
+def test_folder_in_bucket(server, tmp_path, name):
+  folder = GOLDENS / "bv_ts"
+  for file in folder.rglob("*"):
+    if file.is_file():
+      server.files[f"/run/{file.relative_to(folder)}"] = file.read_bytes()
+  path = sources.fetch(f"gs://bucket/run/{name}", tmp_path)
+  assert path.name == "checkpoint.bv-000000005"
+  names = containers.leaf_names(path)
+  assert "params/embedding/kernel" in names
+  assert not any(name.startswith(("opt/", "chrono/")) for name in names)
+  local = containers.read_leaves(folder / "checkpoint.bv-000000005", names)
+  for leaf, array in containers.read_leaves(path, names).items():
+    np.testing.assert_array_equal(array, local[leaf])
+  assert not leftovers(tmp_path)
+
+
+def test_public_name_sets_everything(server, tmp_path, monkeypatch):
+  content = (GOLDENS / "bv_map_scan.npz").read_bytes()
+  server.files["/bv_map_scan.npz"] = content
+  known = public.PublicViT(
+      f"{server.address}/bv_map_scan.npz:img", "S/8", 37, "map", "exact", "0..1"
+  )
+  monkeypatch.setitem(public.PUBLIC, "Test S/8 37", known)
+  monkeypatch.setitem(vit.VARIANTS, "S", (32, 3, 96, 4))
+  backbone = load_backbone("test s/8 37", cache_dir=tmp_path)
+  config = backbone.config
+  assert (config.pool_type, config.gelu, config.variant) == (
+      "map",
+      "exact",
+      "S/8",
+  )
+  assert config.image_size == (37, 37) and config.grid == (4, 4)
+  assert backbone.value_range == "0..1"
+  assert os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "source, place, subtree",
+    [
+        ("ckpt.npz", "ckpt.npz", ""),
+        ("ckpt.npz:img", "ckpt.npz", "img"),
+        ("a/ckpt.npz:a/b", "a/ckpt.npz", "a/b"),
+        ("gs://b/d/x.npz", "gs://b/d/x.npz", ""),
+        ("gs://b/d/x.npz:img", "gs://b/d/x.npz", "img"),
+        ("gs://b/run/checkpoint.bv:img", "gs://b/run/checkpoint.bv", "img"),
+        ("https://host:80/x.npz", "https://host:80/x.npz", ""),
+        ("https://host:80/x", "https://host:80/x", ""),
+        ("https://host:80/x.npz:img", "https://host:80/x.npz", "img"),
+    ],
+)
+def test_subtree_of_a_source(source, place, subtree):
+  assert sources.split_subtree(source) == (place, subtree)
+
+
+def test_colon_in_an_existing_name_is_no_subtree(tmp_path):
+  path = tmp_path / "a:b"
+  path.touch()
+  assert sources.split_subtree(str(path)) == (str(path), "")

@@ -1,0 +1,258 @@
+"""`load_backbone`: from a name, path or address to a frozen ViT."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import os
+import pathlib
+
+import numpy as np
+
+from vqt_jax import vit
+from vqt_jax.backbone import VALUE_RANGES
+from vqt_jax.backbone import Backbone
+from vqt_jax.checkpoints import containers
+from vqt_jax.checkpoints import download
+from vqt_jax.checkpoints import infer
+from vqt_jax.checkpoints import layouts
+from vqt_jax.checkpoints import public
+from vqt_jax.checkpoints import resize
+from vqt_jax.checkpoints import sources
+from vqt_jax.errors import UserError
+
+_CHOICES = {
+    "value_range": tuple(VALUE_RANGES),
+    "pool_type": ("tok", "gap", "map", "mae"),
+    "gelu": ("tanh", "exact"),
+    "dtype": ("float32", "bfloat16", "float16"),
+}
+
+
+def load_backbone(
+    source: str | os.PathLike[str],
+    *,
+    variant: str | None = None,
+    image_size: int | Sequence[int] | None = None,
+    value_range: str | None = None,
+    pool_type: str | None = None,
+    gelu: str | None = None,
+    dtype: str = "float32",
+    cache_dir: str | os.PathLike[str] | None = None,
+    trained_size: int | Sequence[int] | None = None,
+    progress: download.Progress | None = None,
+) -> Backbone:
+  """Loads a Vision Transformer of Big Vision or vision_transformer.
+
+  Width, depth, heads, MLP, patch, pooling, positions, representation layer and
+  head are read from the file. Nothing is ever unpickled.
+
+  Args:
+    source: path of an npz file or of a tensorstore folder (`checkpoint.bv`
+      means its last step), an https:// or gs:// address of one, or a name in
+      `PUBLIC`. `PLACE:img` takes the sub-tree `img` of what is there.
+    variant: Big Vision's name, e.g. "B/16" or "B"; only checked.
+    image_size: side, or (height, width), of the images it is to run on, pixels;
+      the positions are resized to fit. Default: what it was trained on.
+    value_range: key of `VALUE_RANGES`, how its inputs are scaled. Default: as
+      published, "-1..1" for files.
+    pool_type: "tok", "gap", "map" or "mae". Default: as published, or what the
+      leaves serve.
+    gelu: "tanh" or "exact". Default: as published, "tanh" for files.
+    dtype: of the matrix products; the parameters stay float32.
+    cache_dir: where downloads are kept. Default: $VQT_JAX_CACHE, or
+      ~/.cache/vqt_jax.
+    trained_size: side, or (height, width), of the images it was trained on,
+      pixels; needed only if its positions lie on no square grid and
+      `image_size` is another size.
+    progress: called with (bytes so far, bytes in all or None) of a download.
+
+  Returns:
+    The backbone; its parameters are float32 NumPy arrays.
+
+  Raises:
+    UserError: there is no such checkpoint, it is damaged or no plain ViT, it is
+      not of this variant, or leaves are missing, unused or of another shape.
+  """
+  name = os.fspath(source)
+  known = _published(name)
+  given = {"value_range": value_range, "pool_type": pool_type, "gelu": gelu}
+  given = {
+      field: value or getattr(known, field, "")
+      for field, value in given.items()
+  }
+  _check_choices({**given, "dtype": dtype})
+  if known:
+    _check_published(name, known, variant)
+    variant = variant or known.variant
+    trained_size = trained_size or known.image_size
+  image_size = image_size or trained_size
+
+  place, subtree = sources.split_subtree(known.address if known else name)
+  path = _local_path(place, cache_dir, progress)
+  leaves, stored = _read(path, subtree, name)
+  config = _infer_config(leaves, stored, variant, name)
+  config = dataclasses.replace(
+      config,
+      pool_type=given["pool_type"] or config.pool_type,
+      gelu=given["gelu"] or config.gelu,
+      dtype=dtype,
+  )
+  infer.check_leaves(_shapes(leaves), stored, config, name)
+  if config.posemb == "learn":
+    leaves, image_size = _fit_positions(
+        leaves, stored["pos_embedding"], config, image_size, trained_size
+    )
+  elif not image_size:
+    raise UserError(
+        f"{name} has no position embedding, so its positions are computed for"
+        " the image size; pass image_size."
+    )
+  image_size = resize.as_pair(image_size)
+  resize.to_grid(image_size, config.patch_size)
+  return Backbone(
+      config=dataclasses.replace(config, image_size=image_size),
+      params=layouts.nest(layouts.stack_blocks(leaves)),
+      value_range=given["value_range"] or "-1..1",
+      source=name,
+  )
+
+
+def _published(name: str) -> public.PublicViT | None:
+  """The public checkpoint of a name; what exists as a file is no name."""
+  if "://" in name or containers.resolve(pathlib.Path(name).expanduser()):
+    return None
+  key = public.find(name)
+  return public.PUBLIC[key] if key else None
+
+
+def _check_choices(settings: Mapping[str, str | None]) -> None:
+  for field, value in settings.items():
+    if value and value not in _CHOICES[field]:
+      raise UserError(
+          f"{field} must be one of {', '.join(_CHOICES[field])}, not {value!r}."
+      )
+
+
+def _check_published(
+    name: str, known: public.PublicViT, variant: str | None
+) -> None:
+  """Refuses, before any download, what cannot come out well."""
+  if known.refused:
+    raise UserError(f"{name} is {known.refused}; choose another checkpoint.")
+  if variant:
+    sizes = infer.decode_variant(known.variant)
+    infer.check_variant(sizes, variant, name)
+
+
+def _local_path(
+    place: str,
+    cache_dir: str | os.PathLike[str] | None,
+    progress: download.Progress | None,
+) -> pathlib.Path:
+  if "://" in place:
+    return sources.fetch(place, cache_dir, progress)
+  if path := containers.resolve(pathlib.Path(place).expanduser()):
+    return path
+  close = public.nearest(place)
+  raise UserError(
+      f"{place} is neither a file or folder nor the name of a public"
+      " checkpoint."
+      + (
+          f" Did you mean {' or '.join(close)}?"
+          if close
+          else " Check the path."
+      )
+  )
+
+
+def _read(
+    path: pathlib.Path, subtree: str, source: str
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+  """Reads the leaves of one model.
+
+  Returns:
+    Present-day name -> float32 array, and -> name in the file.
+  """
+  picked = layouts.select(containers.leaf_names(path), subtree, source)
+  if reason := infer.foreign(picked):
+    raise UserError(f"{source} is no plain ViT but {reason}.")
+  stored = {new: picked[old] for new, old in layouts.rename(picked).items()}
+  arrays = containers.read_leaves(path, stored.values())
+  leaves = {
+      name: layouts.as_float32(arrays[old]) for name, old in stored.items()
+  }
+  wrong = [stored[name] for name, leaf in leaves.items() if leaf is None]
+  if wrong:
+    raise UserError(
+        f"{source} is no ViT: these leaves hold no floating-point numbers:\n  "
+        + "\n  ".join(f"{name} {arrays[name].dtype}" for name in wrong)
+    )
+  return leaves, stored
+
+
+def _infer_config(
+    leaves: Mapping[str, np.ndarray],
+    stored: Mapping[str, str],
+    variant: str | None,
+    source: str,
+) -> vit.ViTConfig:
+  """The architecture that a file tells; its image size is one patch."""
+  shapes = _shapes(leaves)
+  if reason := infer.foreign_shapes(shapes):
+    raise UserError(f"{source} is no plain ViT but {reason}.")
+  sizes = infer.architecture(shapes)
+  if sizes is None:
+    some = ", ".join(sorted(stored.values())[:4])
+    raise UserError(
+        f"{source} is no ViT checkpoint: expected leaves such as"
+        f" embedding/kernel and Transformer/encoderblock_0/..., found {some}"
+        f"{', ...' if len(stored) > 4 else ''}."
+    )
+  if variant:
+    infer.check_variant(sizes, variant, source)
+  learned = "pos_embedding" in leaves or layouts.is_pre_linen(stored.values())
+  if not learned and sizes["width"] % 4:
+    raise UserError(
+        f"{source} has no position embedding, and its width {sizes['width']} is"
+        " not a multiple of 4, as computed (sincos2d) positions need."
+    )
+  sizes["patch_size"] = sizes["patch_size"] or (1, 1)  # It will be missed.
+  return vit.ViTConfig(
+      **sizes,
+      image_size=sizes["patch_size"],
+      pool_type=infer.pooling(shapes),
+      posemb="learn" if learned else "sincos2d",
+  )
+
+
+def _fit_positions(
+    leaves: dict[str, np.ndarray],
+    stored_name: str,
+    config: vit.ViTConfig,
+    image_size: int | Sequence[int] | None,
+    trained_size: int | Sequence[int] | None,
+) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
+  """Folds a class row into the class token and resizes the rest.
+
+  Returns:
+    The leaves, and the image size (height, width) that they are for.
+  """
+  patch = config.patch_size
+  wanted, trained = (
+      resize.to_grid(resize.as_pair(size), patch) if size else None
+      for size in (image_size, trained_size)
+  )
+  table, leaves = leaves["pos_embedding"], dict(leaves)
+  told = [grid for grid in (wanted, trained) if grid]
+  if resize.has_class_row(table.shape[1], stored_name, "cls" in leaves, told):
+    if "cls" in leaves:
+      leaves["cls"] = leaves["cls"] + table[:, :1]
+    table = table[:, 1:]
+  old = resize.find_grid(table.shape[1], patch, wanted, trained)
+  leaves["pos_embedding"] = resize.resize_positions(table, old, wanted or old)
+  if image_size:
+    return leaves, resize.as_pair(image_size)
+  return leaves, (old[0] * patch[0], old[1] * patch[1])
+
+
+def _shapes(leaves: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+  return {name: leaf.shape for name, leaf in leaves.items()}

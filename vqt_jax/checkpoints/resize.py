@@ -1,0 +1,169 @@
+"""Learned position embeddings: which grid they lie on, and how to resize it."""
+
+from collections.abc import Sequence
+import math
+import numbers
+
+import numpy as np
+import scipy.ndimage
+
+from vqt_jax.errors import UserError
+
+Pair = tuple[int, int]
+
+
+def check_image_size(
+    patch_size: int | Sequence[int], image_size: int | Sequence[int]
+) -> None:
+  """Refuses image sizes that are no multiple of the patch.
+
+  Big Vision's models run on them (they ignore the pixels right of and below the
+  last whole patch), and so does `load_backbone`; in training it is a mistake.
+
+  Args:
+    patch_size: side, or (height, width), of a patch, pixels.
+    image_size: side, or (height, width), of the images, pixels.
+
+  Raises:
+    UserError: naming the nearest sizes that fit.
+  """
+  patch, image = as_pair(patch_size, "patch_size"), as_pair(image_size)
+  if all(size % p == 0 for size, p in zip(image, patch)):
+    return
+  below = [max(size // p, 1) * p for size, p in zip(image, patch)]
+  above = [-(-size // p) * p for size, p in zip(image, patch)]
+  sizes = " or ".join(dict.fromkeys(_by(s) for s in (below, above)))
+  raise UserError(
+      f"image_size {_by(image)} is not a multiple of the backbone's"
+      f" {_by(patch)} patch; the nearest sizes that fit are {sizes} pixels."
+  )
+
+
+def as_pair(size: int | Sequence[int], name: str = "image_size") -> Pair:
+  """Side, or (height, width), to (height, width); all must be positive."""
+  try:
+    pair = (size, size) if isinstance(size, numbers.Integral) else tuple(size)
+    if len(pair) == 2 and all(int(s) == s and s > 0 for s in pair):
+      return int(pair[0]), int(pair[1])
+  except (TypeError, ValueError):
+    pass
+  raise UserError(
+      f"{name} must be a positive number of pixels or a pair"
+      f" (height, width), not {size!r}."
+  )
+
+
+def to_grid(image_size: Pair, patch_size: Pair) -> Pair:
+  """Patches per column and per row; what is left over is ignored."""
+  grid = image_size[0] // patch_size[0], image_size[1] // patch_size[1]
+  if not all(grid):
+    raise UserError(
+        f"image_size {_by(image_size)} is smaller than one {_by(patch_size)}"
+        " patch of this backbone; ask for larger images."
+    )
+  return grid
+
+
+def has_class_row(
+    rows: int, stored_name: str, has_cls: bool, told: Sequence[Pair]
+) -> bool:
+  """Whether the first position is the class token's.
+
+  Big Vision asks only whether `rows` is a square plus one, and so takes the
+  first patch of a 2x5 grid for a class token. Where the tree or the user tells,
+  we listen: a top-level table never has such a row, vision_transformer's always
+  has one if there is a class token.
+
+  Args:
+    rows: number of positions in the file.
+    stored_name: the table's name in the file.
+    has_cls: whether there is a class token.
+    told: grids the user spoke of.
+  """
+  if rows == 1 or "Transformer/" not in stored_name:
+    return False
+  if "posembed_input/" in stored_name and has_cls:
+    return True
+  sizes = [math.prod(grid) for grid in told]
+  if rows in sizes or rows - 1 in sizes:
+    return rows not in sizes
+  return math.isqrt(rows - 1) ** 2 == rows - 1
+
+
+def find_grid(
+    rows: int, patch_size: Pair, wanted: Pair | None, trained: Pair | None
+) -> Pair:
+  """The grid on which `rows` positions lie.
+
+  Args:
+    rows: number of positions, class row taken off.
+    patch_size: pixels; with non-square patches, square images are likelier than
+      non-square ones, unless `rows` is a square, for which Big Vision assumes a
+      square grid.
+    wanted: grid of the images the backbone is to run on, or None.
+    trained: grid of the images it was trained on, or None if not known.
+
+  Returns:
+    Patches per column and per row.
+
+  Raises:
+    UserError: the numbers contradict each other or do not suffice.
+  """
+  side = math.isqrt(rows)
+  if trained:
+    if math.prod(trained) == rows:
+      return trained
+    raise UserError(
+        f"The checkpoint has {rows} positions, but images of the given"
+        f" trained_size have {_by(trained)} patches of {_by(patch_size)}"
+        " pixels."
+    )
+  if side**2 == rows:
+    if wanted and wanted != (side, side) and math.prod(wanted) == rows:
+      raise UserError(
+          f"The checkpoint's {rows} positions fit a {side}x{side} and a"
+          f" {_by(wanted)} grid of patches; say which one it was trained on:"
+          f" trained_size={_pixels((side, side), patch_size)} or"
+          f" trained_size={_pixels(wanted, patch_size)} (height, width)."
+      )
+    return side, side
+  if wanted and math.prod(wanted) == rows:
+    return wanted
+  pixels = math.isqrt(rows * math.prod(patch_size))
+  grid = pixels // patch_size[0], pixels // patch_size[1]
+  if math.prod(grid) == rows and not any(pixels % p for p in patch_size):
+    return grid
+  raise UserError(
+      f"The checkpoint's {rows} positions are no square grid; pass"
+      " trained_size=(height, width), the image size it was trained on, with"
+      f" {_by(patch_size)} pixels a patch."
+  )
+
+
+def resize_positions(table: np.ndarray, old: Pair, new: Pair) -> np.ndarray:
+  """Resizes a position embedding as both original code bases do.
+
+  Linear, corners aligned, no anti-aliasing. SciPy's boundary rule zeroes the
+  last row and column for a few sizes (32 -> 16 among them): so does theirs.
+
+  Args:
+    table: (1, old[0] * old[1], D) float32, row-major, no class row.
+    old: patches per column and per row.
+    new: the same, of the result.
+
+  Returns:
+    (1, new[0] * new[1], D) float32.
+  """
+  if old == new:
+    return table
+  grid = table.reshape(*old, -1)
+  zoom = (new[0] / old[0], new[1] / old[1], 1)
+  return scipy.ndimage.zoom(grid, zoom, order=1).reshape(1, -1, grid.shape[-1])
+
+
+def _by(pair: Sequence[int]) -> str:
+  return "x".join(map(str, pair))
+
+
+def _pixels(grid: Pair, patch_size: Pair) -> str:
+  return f"({grid[0] * patch_size[0]}, {grid[1] * patch_size[1]})"
