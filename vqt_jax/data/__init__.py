@@ -1,0 +1,28 @@
+"""Tasks and their examples: TFDS -> arrays and batches of numpy.
+
+Importing this does not import TensorFlow; its first use does.
+"""
+
+from vqt_jax.data.lookup import make_task
+from vqt_jax.data.pipeline import batches
+from vqt_jax.data.pipeline import load_arrays
+from vqt_jax.data.pipeline import train_batches
+from vqt_jax.data.prepared import check_prepared
+from vqt_jax.data.prepared import num_examples
+from vqt_jax.data.prepared import size_warning
+from vqt_jax.data.task import SPLITS
+from vqt_jax.data.task import Task
+from vqt_jax.data.vtab import VTAB
+
+__all__ = [
+    "SPLITS",
+    "VTAB",
+    "Task",
+    "batches",
+    "check_prepared",
+    "load_arrays",
+    "make_task",
+    "num_examples",
+    "size_warning",
+    "train_batches",
+]

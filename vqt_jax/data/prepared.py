@@ -1,0 +1,204 @@
+"""Datasets on disk: finding them, their sizes, and what is wrong with them.
+
+Nothing here downloads. TFDS is asked only for what lies in the data folder,
+and a dataset that is not there ends in one message with the command that
+prepares it. (Left alone, TFDS would try the network for minutes.)
+"""
+
+from collections.abc import Iterable
+import difflib
+import os
+import shlex
+from typing import Any
+
+from etils import epath
+
+from vqt_jax import errors
+from vqt_jax.data import vtab
+from vqt_jax.data.task import SPLITS
+from vqt_jax.data.task import Task
+from vqt_jax.data.tensorflow_lazy import quiet
+from vqt_jax.data.tensorflow_lazy import tfds
+
+# The project's own dataset; see `digits.py`.
+DIGITS = "digits"
+
+# Sizes other than the table's that are as good: the builder skips one broken
+# image of SUN397, which is in none of VTAB-1k's slices.
+_ALSO_RIGHT = {("sun397", "train"): 76127}
+
+
+def find_builder(request: str, data_dir: str | None) -> Any:
+  """The TFDS builder of `name[/config]:version`, prepared or not.
+
+  Files on disk win over TFDS's code, and are enough where it has none.
+
+  Args:
+    request: TFDS request; its version may be `*.*.*`.
+    data_dir: TFDS folder, or None for TFDS's own.
+
+  Raises:
+    UserError: neither TFDS nor the folder has such a dataset.
+  """
+  if request.partition(":")[0] == DIGITS:
+    # Registers the builder.
+    from vqt_jax.data import digits  # pylint: disable=g-import-not-at-top
+
+    digits.prepare(data_dir)
+  try:
+    with quiet():
+      return tfds.builder(request, data_dir=_expand(data_dir))
+  except tfds.core.DatasetNotFoundError as error:
+    raise errors.UserError(_unknown(request, data_dir)) from error
+  except (ValueError, AssertionError) as error:
+    raise errors.UserError(_unusable(request, error)) from error
+
+
+def open_builder(task: Task) -> Any:
+  """The prepared builder of a task.
+
+  Raises:
+    UserError: it is not prepared; says how to do it.
+  """
+  builder = find_builder(task.builder, task.data_dir)
+  with quiet():
+    if builder.is_prepared():
+      return builder
+  raise errors.UserError(
+      f"Dataset {task.dataset!r} is not prepared in"
+      f" {os.fspath(builder.data_path)}. Prepare it once with:"
+      f" {prepare_command(task)}"
+  )
+
+
+def prepare_command(task: Task) -> str:
+  """The shell command that prepares the task's dataset."""
+  command = ["python", "-m", "vqt_jax.data.prepare", task.dataset]
+  if task.data_dir:
+    command += ["--data_dir", task.data_dir]
+  return shlex.join(command)
+
+
+def check_prepared(task: Task, splits: Iterable[str] = SPLITS) -> None:
+  """Makes sure that the splits of a task can be read, without reading them.
+
+  Raises:
+    UserError: the dataset is not prepared, or lacks a split or examples in it.
+  """
+  builder = open_builder(task)
+  for split in splits:
+    split_size(builder, task, split)
+
+
+def num_examples(task: Task, split: str) -> int:
+  """Examples in one of the task's splits; raises as `check_prepared`."""
+  return split_size(open_builder(task), task, split)
+
+
+def split_size(builder: Any, task: Task, split: str) -> int:
+  """As `num_examples`, with the builder already open."""
+  slices = task.splits[split]
+  found = ", ".join(
+      f"{name} ({info.num_examples})"
+      for name, info in builder.info.splits.items()
+  )
+  try:
+    count = builder.info.splits[slices].num_examples
+  except (ValueError, KeyError) as error:
+    raise errors.UserError(
+        f"Split {slices!r} ({split} of {task.name!r}) cannot be read from"
+        f" {os.fspath(builder.data_path)}: {_reason(error)}. Splits there:"
+        f" {found or 'none'}."
+    ) from error
+  if count <= 0:
+    raise errors.UserError(
+        f"Split {slices!r} ({split} of {task.name!r}) is empty. Splits in"
+        f" {os.fspath(builder.data_path)}: {found}."
+    )
+  return count
+
+
+def size_warning(task: Task) -> str | None:
+  """One sentence if the prepared dataset is not as large as VTAB's, or None.
+
+  Its slices are then other images than those of published results.
+  """
+  splits = open_builder(task).info.splits
+  differences = []
+  for name, expected in task.sizes.items():
+    found = splits[name].num_examples if name in splits else 0
+    if found not in (expected, _ALSO_RIGHT.get((task.name, name))):
+      differences.append(f"{name} has {found} examples, not {expected}")
+  if not differences:
+    return None
+  return (
+      f"The prepared copy of {task.dataset!r} is not the one of VTAB:"
+      f" {'; '.join(differences)}. Results may not compare with published ones."
+  )
+
+
+def nearest_names(name: str, data_dir: str | None, count: int = 5) -> list[str]:
+  """Names of tasks and datasets that look like `name`, nearest first."""
+  known = {*vtab.VTAB, *vtab.OFFICIAL_NAMES, DIGITS, *_folders(data_dir)}
+  known.update(tfds.list_builders(with_community_datasets=False))
+  return difflib.get_close_matches(name, sorted(known), n=count, cutoff=0.5)
+
+
+def _expand(data_dir: str | None) -> str | None:
+  return os.path.expanduser(data_dir) if data_dir else None
+
+
+def _folders(data_dir: str | None) -> list[str]:
+  """Names of the folders in `data_dir`: candidates for datasets."""
+  if not data_dir:
+    return []
+  folder = epath.Path(_expand(data_dir))
+  if not folder.is_dir():
+    return []
+  return [path.name for path in folder.iterdir() if path.is_dir()]
+
+
+def _unknown(request: str, data_dir: str | None) -> str:
+  """Says that there's no such dataset, and which one was perhaps meant."""
+  dataset = request.partition(":")[0]
+  name = dataset.partition("/")[0]
+  if name in _folders(data_dir):
+    return (
+        f"No dataset {request!r} in {data_dir}/{name}: expected"
+        f" {name}/[config/]version/dataset_info.json there, as TFDS writes it."
+        " Name the config, if it has one: name/config."
+    )
+  near = ", ".join(repr(other) for other in nearest_names(name, data_dir))
+  return (
+      f"Unknown task or dataset {dataset!r}: expected a VTAB-1k task, a name in"
+      f" TFDS, or a folder in data_dir ({data_dir or 'not given'})."
+      + (f" Nearest names: {near}." if near else "")
+      + ("" if near else f" The VTAB-1k tasks are: {', '.join(vtab.VTAB)}.")
+  )
+
+
+def _unusable(request: str, error: Exception) -> str:
+  """Says what TFDS dislikes about the request: format, config or version."""
+  name, _, config = request.partition(":")[0].partition("/")
+  if name not in tfds.list_builders(with_community_datasets=False):
+    return (
+        f"{request!r} is no dataset request; expected name[/config][:version],"
+        " for example 'cifar10', 'eurosat/rgb' or 'svhn_cropped:3.0.0'."
+    )
+  configs = tfds.builder_cls(name).builder_configs
+  if config and config not in configs:
+    known = ", ".join(configs) or "none"
+    return f"Dataset {name!r} has no config {config!r}. Its configs: {known}."
+  return f"Dataset request {request!r}: {_gist(error)}"
+
+
+def _gist(error: Exception) -> str:
+  """The last line of what TFDS says, which is the one that matters."""
+  text = str(error.args[0] if error.args else error).strip()
+  line = text.splitlines()[-1] if text else type(error).__name__
+  return line.rpartition('": ')[2].rstrip(".") + "."
+
+
+def _reason(error: Exception) -> str:
+  """The gist without TFDS's list of alternatives."""
+  return _gist(error).partition(". Should be")[0].rstrip(".")

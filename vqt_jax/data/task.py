@@ -1,0 +1,45 @@
+"""A task: a labelled dataset with four splits and one label."""
+
+from collections.abc import Mapping
+import dataclasses
+
+from vqt_jax.data import labels
+
+SPLITS = ("train", "val", "trainval", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What decides which images and labels are read, and from where.
+
+  Attributes:
+    name: as in the config.
+    builder: request to TFDS, `name[/config]:version`. With the version `*.*.*`
+      an older prepared copy is used where there is one, while a new machine
+      prepares the current version.
+    num_classes: labels are 0..num_classes-1.
+    splits: "train", "val", "trainval", "test" -> TFDS split strings.
+    label: example -> integer scalar.
+    group: "natural", "specialized" or "structured" in VTAB, else "".
+    image_key: name of the image feature.
+    pixel_scale: stored pixels times this are 0..255.
+    sizes: number of examples of the whole TFDS splits, where it is known.
+    data_dir: TFDS folder; None is TFDS's own (`~/tensorflow_datasets`, or
+      `$TFDS_DATA_DIR`).
+  """
+
+  name: str
+  builder: str
+  num_classes: int
+  splits: Mapping[str, str]
+  label: labels.LabelRule
+  group: str = ""
+  image_key: str = "image"
+  pixel_scale: int = 1
+  sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  data_dir: str | None = None
+
+  @property
+  def dataset(self) -> str:
+    """`name[/config]` of the TFDS dataset."""
+    return self.builder.partition(":")[0]

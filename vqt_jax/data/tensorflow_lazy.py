@@ -1,0 +1,42 @@
+"""TensorFlow and TFDS: imported at first use, on the CPU only, and silent.
+
+Importing this module imports neither. `tf` and `tfds` are the real modules from
+their first attribute on; from then on TensorFlow sees no accelerator, so that
+it never takes memory away from JAX.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import os
+
+from absl import logging
+from etils import epy
+
+# TensorFlow's start-up lines. The note on oneDNN (matrix products, of which
+# decoding and resizing have none) only goes away with oneDNN itself.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+
+def _hide_accelerators(_: str) -> None:
+  # Also after TFDS alone, which would start TensorFlow unrestricted.
+  import tensorflow  # pylint: disable=g-import-not-at-top
+
+  for kind in ("GPU", "TPU"):
+    tensorflow.config.set_visible_devices([], kind)
+
+
+with epy.lazy_imports(success_callback=_hide_accelerators):
+  import tensorflow as tf  # noqa: F401
+  import tensorflow_datasets as tfds  # noqa: F401
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+  """Holds back what TFDS logs below the level of an error."""
+  before = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(before)
