@@ -1,0 +1,35 @@
+"""Handwritten digits with the tiny ViT of this repository; nothing to download.
+
+What is trained: queries and a linear head (or the head alone) on a small ViT
+pre-trained on Fashion-MNIST, see `vqt_jax/assets/`. Data: scikit-learn's 1,797
+digits, 800 to search settings on, 200 to choose by, 797 to test.
+
+  python main.py --config configs/digits.py --workdir runs/digits
+  python main.py --config configs/digits.py:method=linear \\
+      --workdir runs/digits_linear
+
+Arguments:
+  method       "vqt" or "linear"
+  num_queries  queries per block
+"""
+
+from importlib import resources
+
+from ml_collections import ConfigDict
+
+from vqt_jax import config as config_lib
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  """The settings for e.g. "method=linear"."""
+  args = config_lib.parse_arg(arg, method="vqt", num_queries=1)
+  config = config_lib.default_config()
+  config.update(args)
+  config.task = "digits"
+  config.init = str(resources.files("vqt_jax") / "assets" / "fashion_vit.npz")
+  config.image_size = 28
+  config.epochs = 30
+  config.warmup_epochs = 3
+  config.lr = (4.0, 1.0, 0.25, 0.05, 0.01)
+  config.weight_decay = (1e-3, 1e-4, 0.0)
+  return config

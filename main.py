@@ -1,0 +1,189 @@
+"""Trains a method on a task and tests it.
+
+  python main.py --config configs/vtab_cifar.py --workdir runs/cifar
+
+--config FILE[:name=value,...]  what to run; every field of vqt_jax/config.py
+--config.FIELD=VALUE            can be changed
+--workdir DIR                   gets the results; the same command resumes
+--debug                         shows where an error comes from
+
+On several machines the same command runs on each, with
+--coordinator=HOST:PORT         of the first one, the same everywhere
+--num_processes=N               how many there are
+--process_id=I                  which one this is, from 0
+or with --coordinator=auto where the cluster knows these (Cloud TPU, Slurm).
+They share the workdir, which only the first one writes.
+"""
+
+import os
+
+# Before TensorFlow or JAX start: their C++ parts report errors only.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from collections.abc import Iterator, Sequence
+import faulthandler
+import glob
+import re
+import sys
+import traceback
+
+from absl import flags
+import jax
+from ml_collections import ConfigDict
+from ml_collections import config_flags
+
+from vqt_jax import checks
+from vqt_jax import config as config_lib
+from vqt_jax import errors
+from vqt_jax import noise
+from vqt_jax import parallel
+from vqt_jax import results
+
+USAGE = "Usage: python main.py --config FILE --workdir DIR (--help tells more)."
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs a command line; returns the exit status."""
+  try:
+    values = parse(list(argv))
+    if values.help:
+      print(__doc__)
+      return 0
+    return run(values)
+  except errors.UserError as e:
+    if "--debug" in argv:
+      traceback.print_exc()
+    print(f"error: {e}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print("Interrupted; the same command resumes.", file=sys.stderr)
+    return 130
+
+
+def parse(argv: list[str]) -> flags.FlagValues:
+  """Flags of a command line.
+
+  Raises:
+    UserError: an unknown flag or field, a value of the wrong type, or a config
+      that cannot be loaded.
+  """
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+  flags.DEFINE_string("workdir", None, "", flag_values=values)
+  flags.DEFINE_string("coordinator", None, "", flag_values=values)
+  for name in ("num_processes", "process_id"):
+    flags.DEFINE_integer(name, None, "", flag_values=values)
+  for name in ("debug", "help"):
+    flags.DEFINE_boolean(name, False, "", flag_values=values)
+  path = _config_path(argv)
+  for arg in argv[1:]:
+    if match := re.match(r"--?(no)?config\.([^=]*)", arg):
+      checks.check_field(match[2], config_lib.default_config())
+  try:
+    surplus = values(argv)[1:]
+  except Exception as e:  # Config files are programs: anything can come.
+    raise _explain(e, path) from e
+  if surplus:
+    raise errors.UserError(f"Unexpected argument {surplus[0]!r}. {USAGE}")
+  return values
+
+
+def run(values: flags.FlagValues) -> int:
+  """Trains as parsed flags tell."""
+  config = values.config
+  if config is None or not values.workdir:
+    missing = "--config" if config is None else "--workdir"
+    raise errors.UserError(f"{missing} is missing. {USAGE}")
+  if not isinstance(config, ConfigDict):
+    raise errors.UserError(
+        f"{values['config'].config_filename}: expected get_config() to return"
+        f" a ConfigDict, found {type(config).__name__}."
+    )
+  given = tuple(values["config"].override_values)
+  config = config_lib.resolve(config, keep=given)
+  log = _begin(config, values)
+  with noise.quiet(log) as screen:
+    faulthandler.enable(screen)  # Else a crash of C++ code would be mute.
+    # Imported late: errors above come at once, and noise goes to the log.
+    from vqt_jax.train import checkpoint
+    from vqt_jax.train import run as train_run
+
+    try:
+      train_run.train(config, values.workdir)
+    except checkpoint.Stopped:
+      if parallel.is_first():
+        print("Stopped and saved; resume with the same command.", file=screen)
+    finally:
+      faulthandler.disable()
+  return 0
+
+
+def _begin(config: ConfigDict, values: flags.FlagValues) -> str:
+  """Joins the other processes, if any, and opens the workdir.
+
+  Returns:
+    The file that takes the noise of this process.
+  """
+  if not values.coordinator:
+    if values.num_processes is not None or values.process_id is not None:
+      raise errors.UserError(f"--coordinator is missing. {USAGE}")
+    results.open_workdir(config, values.workdir)
+    return os.path.join(values.workdir, "log.txt")
+  parallel.connect(values.coordinator, values.num_processes, values.process_id)
+  with noise.quiet(os.devnull), parallel.together():
+    if parallel.is_first():
+      results.open_workdir(config, values.workdir)
+  name = "log.txt" if parallel.is_first() else f"log_{jax.process_index()}.txt"
+  return os.path.join(values.workdir, name)
+
+
+def _config_path(argv: list[str]) -> str | None:
+  """The config file named on a command line.
+
+  Raises:
+    UserError: there is no such file.
+  """
+  for arg, following in zip(argv[1:], [*argv[2:], ""]):
+    match = re.fullmatch(r"--?config(?:=(.*))?", arg)
+    if match is None:
+      continue
+    path = (following if match[1] is None else match[1]).split(":", 1)[0]
+    if not os.path.isfile(path):
+      known = glob.glob(f"{os.path.dirname(path) or 'configs'}/*.py")
+      raise errors.unknown("config file", path, sorted(known))
+    return path
+  return None
+
+
+def _explain(error: Exception, path: str | None) -> errors.UserError:
+  """What a person can do about an exception of flag parsing."""
+  chain = list(_chain(error))
+  for cause in reversed(chain):
+    if isinstance(cause, errors.UserError):
+      return cause
+  if match := re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.S):
+    default = checks.check_field(match[1], config_lib.default_config())
+    return errors.UserError(
+        f"config.{match[1]}: expected {checks.expected(default)}, found"
+        f" {match[2]!r}."
+    )
+  if isinstance(error, flags.UnrecognizedFlagError):
+    known = ("--config", "--workdir", "--debug", "--help", "--coordinator",
+             "--num_processes", "--process_id")  # fmt: skip
+    return errors.unknown("flag", f"--{error.flagname}", known)
+  if isinstance(error, flags.Error) and "flag --config=" not in str(error):
+    return errors.UserError(f"{error}.")
+  root = chain[-1]
+  return errors.UserError(
+      f"Cannot load {path}: {type(root).__name__}: {root}."
+  )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+  while error is not None:
+    yield error
+    error = error.__cause__ or error.__context__
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv))

@@ -1,0 +1,223 @@
+"""Configs: fields, presets, string arguments, and what is refused."""
+
+import ast
+import importlib.util
+import json
+import pathlib
+
+import pytest
+
+from vqt_jax import checks
+from vqt_jax import config as config_lib
+from vqt_jax import errors
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def load(name: str):
+  path = ROOT / "configs" / f"{name}.py"
+  spec = importlib.util.spec_from_file_location(f"configs_{name}", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem
+)
+def test_every_shipped_config_builds(path):
+  module = load(path.stem)
+  config = config_lib.resolve(module.get_config())
+  assert f"--config configs/{path.name}" in module.__doc__
+  assert config_lib.resolve(config) == config
+
+
+def test_every_field_is_read():
+  read = set()
+  for path in (ROOT / "vqt_jax").rglob("*.py"):
+    if path.name not in ("config.py", "checks.py"):
+      for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+          read.add(node.attr)
+  fields = set(config_lib.default_config()) - {"preset"}  # `resolve` reads it.
+  assert fields <= read
+
+
+def test_defaults_are_the_noiseless_method_with_the_authors_recipe():
+  c = config_lib.default_config()
+  assert (c.method, c.num_queries, c.query_dropout) == ("vqt", 1, 0.1)
+  assert c.embedding_dropout == 0
+  assert (c.value_range, c.resize, c.gelu) == ("", "bilinear", "")
+  assert len(c.lr) * len(c.weight_decay) == 20
+  assert c.seeds == (42, 44, 82, 100, 800)
+
+
+def authors(**changes):
+  config = config_lib.default_config()
+  config.preset = "authors"
+  config.update(changes)
+  return config
+
+
+def test_the_authors_preset_sets_their_oddities_and_their_recipe():
+  c = config_lib.resolve(authors(epochs=7, warmup_epochs=1, lr=(3.0,)))
+  assert c.embedding_dropout == 0.1
+  assert (c.resize, c.value_range) == ("legacy", "imagenet")
+  assert (c.gelu, c.dtype) == ("exact", "float32")
+  assert (c.epochs, c.warmup_epochs, c.schedule) == (100, 10, "epoch")
+  assert c.lr == (1.0, 0.5, 0.25, 0.1, 0.05)
+  assert c.weight_decay == (1e-2, 1e-3, 1e-4, 0.0)
+  assert (c.batch_size, c.optimizer, c.search_seed) == (128, "adam", 100)
+
+
+def test_the_authors_probe_linearly_without_noise():
+  config = config_lib.resolve(authors(method="linear"))
+  assert config.embedding_dropout == 0
+
+
+def test_a_preset_leaves_what_is_asked_for_and_is_applied_once():
+  given = authors(epochs=7, warmup_epochs=1)
+  config = config_lib.resolve(given, keep=("epochs", "warmup_epochs"))
+  assert (config.epochs, config.warmup_epochs) == (7, 1)
+  assert config.embedding_dropout == 0.1
+  assert config_lib.resolve(config) == config
+  assert given.preset == "authors"
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"method": "vqtt"}, "Unknown config.method 'vqtt'. Did you mean vqt?"),
+        ({"optimizer": "adm"}, "Did you mean adam"),
+        ({"schedule": "steps"}, "Did you mean step?"),
+        ({"combine": "cat"}, "Known: concat, mean, weighted_sum"),
+        ({"resize": "legcy"}, "Did you mean legacy?"),
+        ({"value_range": "0.1"}, "Did you mean 0..1"),
+        ({"gelu": "erf"}, "Known: \"\", tanh, exact"),
+        ({"dtype": "float16"}, "Did you mean bfloat16"),
+        ({"pool_type": "cls"}, "Unknown config.pool_type"),
+        ({"features": "stored"}, "Did you mean store?"),
+        ({"data": "disk"}, "Known: \"\", device, stream"),
+        ({"preset": "author"}, "Did you mean authors?"),
+        ({"task": ""}, "config.task is empty"),
+        ({"variant": "Q/16"}, "config.variant: Unknown ViT variant 'Q/16'"),
+        ({"num_queries": 0}, "num_queries: expected at least 1, found 0"),
+        ({"image_size": -1}, "config.image_size: expected at least 1"),
+        ({"batch_size": 0}, "config.batch_size: expected at least 1"),
+        ({"query_dropout": 1.0}, "expected 0 to 0.99, found 1.0"),
+        ({"lr": (float("nan"),)}, "config.lr: expected at least 0, found nan"),
+        ({"lr": (0.0, 0.1)}, "with a rate of 0 nothing is trained"),
+        ({"lr": ()}, "config.lr: expected numbers separated by commas"),
+        ({"lr": ("a",)}, "found ('a',)"),
+        ({"weight_decay": (-1.0,)}, "config.weight_decay: expected at least 0"),
+        ({"seeds": (1.5,)}, "config.seeds: expected whole numbers"),
+        ({"seeds": (1, 1)}, "holds the same value twice"),
+        ({"epochs": 10}, "config.warmup_epochs=10 must be smaller"),
+        ({"mesh": {"data": 0}}, "config.mesh.data=0"),
+        (
+            {"embedding_dropout": 0.1, "features": "store"},
+            "cannot be stored: use features=live",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_values_are_refused_in_words(changes, words):
+  config = config_lib.default_config()
+  config.update(changes)
+  with pytest.raises(errors.UserError) as caught:
+    config_lib.resolve(config)
+  assert words in str(caught.value)
+
+
+def test_fields_that_do_not_exist_are_refused():
+  config = config_lib.default_config().unlock()
+  config.num_querys = 3
+  with pytest.raises(errors.UserError, match="Did you mean num_queries"):
+    config_lib.resolve(config)
+
+
+def test_missing_fields_are_refused():
+  config = config_lib.default_config().unlock()
+  del config.mesh.model
+  with pytest.raises(errors.UserError, match="config.mesh.model is missing"):
+    config_lib.resolve(config)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("splits.trian", "Did you mean splits.train"),
+        ("splits", "set config.splits.test"),
+        ("zzz", "Unknown config field 'zzz'. Did you mean"),
+    ],
+)
+def test_check_field_names_the_nearest(name, words):
+  with pytest.raises(errors.UserError) as caught:
+    checks.check_field(name, config_lib.default_config())
+  assert words in str(caught.value)
+
+
+def test_string_arguments_have_the_types_of_their_defaults():
+  parse = config_lib.parse_arg
+  defaults = {"task": "a", "n": 1, "x": 0.5, "on": False}
+  assert parse(None, **defaults) == defaults
+  assert parse("", **defaults) == defaults
+  assert parse("n=3, x=2,on=true,task=gs://b/c=d", **defaults) == {
+      "task": "gs://b/c=d", "n": 3, "x": 2.0, "on": True,
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "arg, words",
+    [
+        ("tsak=dtd", "Unknown config argument 'tsak'. Did you mean task?"),
+        ("n=ten", "expected n=value, with a whole number as the value"),
+        ("task", "expected task=value"),
+    ],
+)
+def test_bad_string_arguments_are_refused(arg, words):
+  with pytest.raises(errors.UserError) as caught:
+    config_lib.parse_arg(arg, task="cifar100", n=1)
+  assert words in str(caught.value)
+
+
+def test_vtab_takes_task_variant_method_and_queries():
+  vtab = load("vtab")
+  c = vtab.get_config("task=dtd,variant=S/16,method=linear,num_queries=10")
+  assert (c.task, c.method, c.num_queries) == ("dtd", "linear", 10)
+  assert (c.init, c.variant) == ("howto-i21k-S/16", "S/16")
+  c = vtab.get_config("init=ckpt.npz:img,preset=authors,data_dir=/d")
+  assert (c.init, c.variant) == ("ckpt.npz:img", "")
+  assert (c.preset, c.data_dir) == ("authors", "/d")
+
+
+def test_vtab_knows_the_authors_number_of_queries():
+  vtab = load("vtab")
+  assert vtab.get_config("task=svhn").num_queries == 20
+  assert vtab.get_config("task=dtd").num_queries == 1
+  assert set(vtab.NUM_QUERIES) <= set(vtab.vtab.VTAB)
+
+
+def test_vtab_names_the_tasks_near_a_wrong_one():
+  with pytest.raises(errors.UserError, match="Did you mean cifar100"):
+    load("vtab").get_config("task=cifar10")
+
+
+def test_digits_needs_no_folder():
+  config = load("digits").get_config("method=linear")
+  assert (config.task, config.method) == ("digits", "linear")
+  assert pathlib.Path(config.init).is_absolute()
+
+
+def test_json_and_differences():
+  old = config_lib.default_config()
+  new = config_lib.resolve(old)
+  new.epochs = 7
+  new.splits.test = "test[:9]"
+  new.lr = (0.1,)
+  as_json = config_lib.to_json(new)
+  assert json.loads(json.dumps(as_json)) == as_json
+  assert config_lib.differences(config_lib.to_json(old), as_json) == {
+      "epochs": (100, 7),
+      "lr": ([1.0, 0.5, 0.25, 0.1, 0.05], [0.1]),
+      "splits.test": ("", "test[:9]"),
+  }

@@ -1,0 +1,197 @@
+"""The command line: each mistake gets one clear sentence and status 2."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+
+import main
+from vqt_jax import errors
+
+CONFIG = "--config=configs/vtab_cifar.py"
+ROOT = os.path.dirname(os.path.abspath(main.__file__))
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+  monkeypatch.chdir(ROOT)
+
+
+def run(capsys, *args):
+  """Exit status and what was said on stderr."""
+  status = main.main(["main.py", *args])
+  return status, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        ([], "--config is missing. Usage"),
+        ([CONFIG], "--workdir is missing. Usage"),
+        ([CONFIG, "--config.num_querys=3"], "Did you mean num_queries?"),
+        ([CONFIG, "--config.splits.trian=a"], "Did you mean splits.train"),
+        ([CONFIG, "--config.splits=a"], "config.splits is a group of fields"),
+        ([CONFIG, "--config.num_queries.x=3"], "Did you mean num_queries"),
+        (
+            [CONFIG, "--config.epochs=ten"],
+            "config.epochs: expected a whole number, found 'ten'.",
+        ),
+        (
+            [CONFIG, "--config.query_dropout=x"],
+            "config.query_dropout: expected a number, found 'x'.",
+        ),
+        (
+            [CONFIG, "--config.normalize=maybe"],
+            "config.normalize: expected true or false, found 'maybe'.",
+        ),
+        (
+            [CONFIG, "--config.lr=fast", "--workdir=runs/x"],
+            "config.lr: expected numbers separated by commas",
+        ),
+        ([CONFIG, "--config.epochs"], "Missing value for flag --config.epochs"),
+        (["--config.epochs=3", CONFIG], "before a value for --config"),
+        ([CONFIG, "--wrokdir=a"], "Did you mean --workdir?"),
+        ([CONFIG, "more"], "Unexpected argument 'more'. Usage"),
+        (["--config"], "Unknown config file ''. Known: configs/"),
+        (
+            ["--config=configs/vtab_cifer.py"],
+            "Unknown config file 'configs/vtab_cifer.py'. Did you mean"
+            " configs/vtab_cifar.py",
+        ),
+        (
+            ["--config=configs/digits.py:queries=3"],
+            "Unknown config argument 'queries'. Did you mean num_queries?",
+        ),
+        (
+            [CONFIG, "--workdir=runs/x", "--config.method=vpt"],
+            "Unknown config.method 'vpt'",
+        ),
+        (
+            [CONFIG, "--workdir=main.py/x"],
+            "Cannot write main.py/x/config.json: Not a directory.",
+        ),
+    ],
+)
+def test_mistakes(capsys, args, words):
+  status, said = run(capsys, *args)
+  assert status == 2
+  assert words in said
+  assert said.startswith("error: ") and said.count("\n") == 1
+  assert not os.path.exists("runs/x")
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("def get_config(:", "SyntaxError: invalid syntax"),
+        ("def get_config():\n  return nope", "NameError: name 'nope'"),
+        ("import nope", "ModuleNotFoundError: No module named 'nope'"),
+        ("def get_config():\n  return {}", "expected get_config() to return"),
+    ],
+)
+def test_config_files_that_do_not_work(capsys, tmp_path, text, words):
+  path = tmp_path / "mine.py"
+  path.write_text(text)
+  status, said = run(capsys, f"--config={path}", "--workdir=runs/x")
+  assert status == 2
+  assert str(path) in said and words in said
+  assert said.count("\n") == 1
+
+
+def test_debug_shows_where_an_error_comes_from(capsys):
+  status, said = run(capsys, CONFIG, "--config.epochs=ten", "--debug")
+  assert status == 2
+  assert "Traceback" in said
+
+
+def test_help(capsys):
+  assert main.main(["main.py", "--help"]) == 0
+  assert "--config.FIELD=VALUE" in capsys.readouterr().out
+
+
+@pytest.fixture
+def train(monkeypatch):
+  """Replaces the training by a function that the test sets."""
+  stopped = type("Stopped", (Exception,), {})
+  run_module = types.ModuleType("vqt_jax.train.run")
+  checkpoint = types.ModuleType("vqt_jax.train.checkpoint")
+  checkpoint.Stopped = stopped
+  run_module.Stopped = stopped
+  package = sys.modules["vqt_jax.train"]
+  for module in (run_module, checkpoint):
+    name = module.__name__.rpartition(".")[2]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(package, name, module, raising=False)
+  return run_module
+
+
+def test_a_run_gets_the_resolved_config_and_its_noise_the_log(
+    capfd, tmp_path, train
+):
+  seen = []
+
+  def fake(config, workdir):
+    print("library noise")
+    seen.append((config, workdir))
+
+  train.train = fake
+  workdir = str(tmp_path / "run")
+  args = [CONFIG, f"--workdir={workdir}", "--config.preset=authors"]
+  assert main.main(["main.py", *args, "--config.gelu=tanh"]) == 0
+  (config, given), = seen
+  assert given == workdir
+  assert (config.embedding_dropout, config.gelu) == (0.1, "tanh")
+  assert capfd.readouterr() == ("", "")
+  assert "library noise" in (tmp_path / "run" / "log.txt").read_text()
+  saved = json.loads((tmp_path / "run" / "config.json").read_text())
+  assert saved["resize"] == "legacy"
+
+
+def test_a_workdir_of_another_config_stays_untouched(capsys, tmp_path, train):
+  train.train = lambda config, workdir: None
+  assert run(capsys, CONFIG, f"--workdir={tmp_path}")[0] == 0
+  (tmp_path / "results.json").write_text("{}")
+  before = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+  status, said = run(
+      capsys, CONFIG, f"--workdir={tmp_path}", "--config.num_queries=10"
+  )
+  assert status == 2
+  assert "holds a run of another config: num_queries was 1, is now 10" in said
+  assert before == {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+
+
+def test_an_error_of_the_run_is_said_after_the_log_is_closed(
+    capfd, tmp_path, train
+):
+  def fake(config, workdir):
+    raise errors.UserError("The data is not prepared.")
+
+  train.train = fake
+  assert main.main(["main.py", CONFIG, f"--workdir={tmp_path}"]) == 2
+  assert capfd.readouterr().err == "error: The data is not prepared.\n"
+
+
+def test_a_stopped_run_exits_well(capfd, tmp_path, train):
+  def fake(config, workdir):
+    raise train.Stopped
+
+  train.train = fake
+  assert main.main(["main.py", CONFIG, f"--workdir={tmp_path}"]) == 0
+  assert "resume with the same command" in capfd.readouterr().err
+
+
+def test_the_command_itself():
+  done = subprocess.run(
+      [sys.executable, "main.py", CONFIG, "--config.num_querys=3"],
+      capture_output=True,
+      text=True,
+      check=False,
+  )
+  assert done.returncode == 2
+  assert done.stdout == ""
+  assert done.stderr == (
+      "error: Unknown config field 'num_querys'. Did you mean num_queries?\n"
+  )

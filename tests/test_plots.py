@@ -1,0 +1,79 @@
+"""Pictures are drawn from results of every shape."""
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from vqt_jax import errors
+from vqt_jax import plots
+
+
+def outcome(method="vqt", num_queries=2, seeds=3, settings=4, task="digits"):
+  """Contents of a `results.json`."""
+  accuracy = np.linspace(0.8, 0.9, seeds)
+  names = [str(s) for s in range(seeds)]
+  runs = [
+      {"lr": 0.1 * (1 + i % 2), "weight_decay": 0.01 * (i // 2), "seed": 1}
+      for i in range(settings)
+  ]
+  search = {
+      "chosen": settings - 1,
+      "runs": runs,
+      "val_accuracy": np.linspace(0.5, 0.6, settings).tolist(),
+      "diverged": [0],
+  }
+  return {
+      "task": task,
+      "method": method,
+      "num_queries": num_queries if method == "vqt" else 0,
+      "backbone": "ViT-64x4/4 tiny.npz",
+      "test_accuracy": {
+          "mean": float(accuracy.mean()),
+          "std": float(accuracy.std(ddof=1)) if seeds > 1 else 0.0,
+          "per_seed": dict(zip(names, accuracy.tolist())),
+          "images": 797,
+      },
+      "search": search if settings > 1 else None,
+      "seeds": {
+          "runs": [{"seed": s} for s in range(seeds)],
+          "history": [
+              {"loss": [1 / (e + 1)] * seeds, "accuracy": [0.1 * e] * seeds}
+              for e in range(5)
+          ],
+      },
+      "trained_parameters": 12345,
+      "device": "1 x cpu",
+  }
+
+
+def drawn(path):
+  """Whether a picture has more than a few colours."""
+  pixels = matplotlib.image.imread(path)
+  return len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 20
+
+
+@pytest.mark.parametrize("seeds, settings", [(3, 4), (1, 1), (2, 2)])
+def test_report(tmp_path, seeds, settings):
+  path = tmp_path / "report.png"
+  plots.report(outcome(seeds=seeds, settings=settings), path)
+  assert drawn(path)
+
+
+def test_comparison(tmp_path):
+  path = tmp_path / "comparison.png"
+  runs = [outcome("linear"), outcome(), outcome(num_queries=1, task="dtd")]
+  plots.comparison(runs, path)
+  assert drawn(path)
+
+
+def test_attention(tmp_path):
+  path = tmp_path / "attention.png"
+  images = np.linspace(0, 1, 2 * 12 * 8 * 3).reshape(2, 12, 8, 3)
+  maps = np.linspace(0, 1, 2 * 14 * 3 * 2).reshape(2, 14, 3, 2)
+  plots.attention(images, maps, ["3", "7"], path)
+  assert drawn(path)
+
+
+def test_a_picture_that_cannot_be_written(tmp_path):
+  with pytest.raises(errors.UserError, match="Cannot write .*report.png"):
+    plots.report(outcome(), tmp_path / "missing" / "report.png")

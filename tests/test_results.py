@@ -1,0 +1,210 @@
+"""Files of a run: whole after a crash, refused in words when not writable."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from tensorboard.compat.proto import event_pb2
+from tensorboard.compat.tensorflow_stub import errors as stub_errors
+from tensorboard.compat.tensorflow_stub import pywrap_tensorflow
+
+from vqt_jax import config as config_lib
+from vqt_jax import errors
+from vqt_jax import results
+
+
+def rows(first, last, scale=1.0):
+  return [
+      {"epoch": e, "run": r, "lr": 0.5, "seed": r, "loss": scale / e}
+      for e in range(first, last + 1)
+      for r in range(2)
+  ]
+
+
+def epochs_written(workdir):
+  return [
+      (row["phase"], row["epoch"])
+      for row in results.read_metrics(workdir)
+      if row["run"] == 0
+  ]
+
+
+def scalars(folder):
+  """(step, tag) of all events of one TensorBoard run."""
+  (path,) = folder.iterdir()
+  reader = pywrap_tensorflow.PyRecordReader_New(str(path))
+  found = []
+  while True:
+    try:
+      reader.GetNext()  # Checks the sums of every record.
+    except stub_errors.OutOfRangeError:
+      return found
+    event = event_pb2.Event.FromString(reader.record())
+    found += [(event.step, value.tag) for value in event.summary.value]
+
+
+def test_json_is_replaced_at_once_and_holds_plain_numbers(tmp_path):
+  path = tmp_path / "new" / "a.json"
+  results.write_json(path, {"old": 1})
+  value = {
+      "f32": np.float32(0.1), "array": np.arange(3), "nan": float("nan"),
+      "tuple": (1, "a"), "path": path, 3: np.inf, "flag": np.bool_(True),
+      "none": None,
+  }  # fmt: skip
+  results.write_json(path, value)
+  assert json.loads(path.read_text()) == {
+      "f32": 0.1, "array": [0, 1, 2], "nan": None, "tuple": [1, "a"],
+      "path": str(path), "3": None, "flag": True, "none": None,
+  }  # fmt: skip
+  assert os.listdir(path.parent) == ["a.json"]
+
+
+def test_json_that_cannot_be_read(tmp_path):
+  with pytest.raises(errors.UserError, match="There is no .*a.json"):
+    results.read_json(tmp_path / "a.json")
+  (tmp_path / "a.json").write_text('{"a": ')
+  with pytest.raises(errors.UserError, match="Cannot read .*a.json"):
+    results.read_json(tmp_path / "a.json")
+
+
+def test_metrics_go_to_jsonl_and_tensorboard(tmp_path):
+  writer = results.MetricsWriter(tmp_path)
+  writer.epochs("search", [])
+  writer.epochs("search", rows(1, 2))
+  writer.epochs("search", rows(3, 3))
+  writer.close()
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  assert len(lines) == 6
+  assert json.loads(lines[0]) == {
+      "phase": "search", "epoch": 1, "run": 0, "lr": 0.5, "seed": 0,
+      "loss": 1.0,
+  }  # fmt: skip
+  folder = tmp_path / "tensorboard" / "search" / "01 lr=0.5 seed=1"
+  assert scalars(folder) == [(1, "loss"), (2, "loss"), (3, "loss")]
+
+
+@pytest.mark.parametrize("cut", [0, 5, 100])
+def test_resumed_metrics_are_those_of_an_uninterrupted_run(tmp_path, cut):
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  for workdir in (whole, killed):
+    workdir.mkdir()
+    writer = results.MetricsWriter(workdir)
+    writer.epochs("search", [])
+    writer.epochs("search", rows(1, 4))
+    writer.epochs("seeds", [])
+    writer.epochs("seeds", rows(1, 5))
+    writer.close()
+  # Killed in a write, long after the checkpoint of epoch 2 of the seeds.
+  path = killed / "metrics.jsonl"
+  path.write_bytes(path.read_bytes()[: -cut or None])
+
+  writer = results.MetricsWriter(killed)
+  writer.epochs("seeds", rows(1, 2))
+  assert epochs_written(killed)[-2:] == [("seeds", 1), ("seeds", 2)]
+  writer.epochs("seeds", rows(3, 5))
+  writer.close()
+  assert path.read_bytes() == (whole / "metrics.jsonl").read_bytes()
+  for folder in (whole / "tensorboard").glob("*/*"):
+    again = killed / folder.relative_to(whole)
+    assert scalars(again) == scalars(folder)
+
+
+def test_a_run_resumed_from_nothing_starts_its_metrics_anew(tmp_path):
+  writer = results.MetricsWriter(tmp_path)
+  writer.epochs("search", rows(1, 3))
+  writer.close()
+  writer = results.MetricsWriter(tmp_path)
+  writer.epochs("search", [])
+  writer.close()
+  assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+def test_metrics_lost_with_the_power_are_written_again(tmp_path):
+  writer = results.MetricsWriter(tmp_path)
+  writer.epochs("search", rows(1, 2))
+  writer.close()
+  writer = results.MetricsWriter(tmp_path)
+  writer.epochs("search", rows(1, 4))
+  writer.close()
+  assert epochs_written(tmp_path) == [("search", e) for e in range(1, 5)]
+
+
+def test_a_full_disk_is_told_with_the_path(tmp_path):
+  writer = results.MetricsWriter(tmp_path)
+  writer.epochs("search", rows(1, 1))
+  path = tmp_path / "metrics.jsonl"
+  path.unlink()
+  path.symlink_to("/dev/full")  # To be written only: reading it never ends.
+  with pytest.raises(errors.UserError, match="metrics.jsonl: No space left"):
+    writer.epochs("search", rows(2, 2))
+  writer.close()
+
+
+def test_an_unwritable_place_is_told_and_left_alone(tmp_path):
+  (tmp_path / "file").write_text("mine")
+  with pytest.raises(errors.UserError, match="Cannot write .*file"):
+    results.open_workdir(
+        config_lib.default_config(), tmp_path / "file" / "workdir"
+    )
+  assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_workdir_is_made_and_recognised(tmp_path):
+  workdir = tmp_path / "a" / "b"
+  config = config_lib.default_config()
+  assert not results.open_workdir(config, workdir)
+  results.MetricsWriter(workdir).epochs("search", [])
+  assert not results.open_workdir(config, workdir)
+  (workdir / "checkpoints" / "1").mkdir(parents=True)
+  config.checkpoint_seconds = 1.0  # May change between starts of a run.
+  assert results.open_workdir(config, workdir)
+
+
+def test_a_config_may_be_mended_before_anything_is_trained(tmp_path):
+  config = config_lib.default_config()
+  results.open_workdir(config, tmp_path)
+  config.init = "right.npz"
+  assert not results.open_workdir(config, tmp_path)
+  assert results.read_json(tmp_path / "config.json")["init"] == "right.npz"
+
+
+def test_a_workdir_of_another_config_is_refused_and_untouched(tmp_path):
+  config = config_lib.default_config()
+  results.open_workdir(config, tmp_path)
+  (tmp_path / "metrics.jsonl").write_text("{}\n")
+  before = (tmp_path / "config.json").read_bytes()
+  config.num_queries = 10
+  config.mesh.model = 2
+  with pytest.raises(errors.UserError) as caught:
+    results.open_workdir(config, tmp_path)
+  assert "num_queries was 1, is now 10" in str(caught.value)
+  assert "mesh.model was 1, is now 2" in str(caught.value)
+  assert sorted(os.listdir(tmp_path)) == ["config.json", "metrics.jsonl"]
+  assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_tuned_weights_make_the_round_trip(tmp_path):
+  variables = {
+      "tuner": {"queries": np.arange(6, dtype=np.float32).reshape(1, 2, 3).T},
+      "head": {"kernel": np.ones((3, 2), np.float32), "bias": np.zeros(2)},
+  }
+  for _ in range(2):  # The second replaces the first.
+    results.save_tuned(tmp_path / "tuned", variables, {"method": "vqt"})
+  loaded, info = results.load_tuned(tmp_path / "tuned")
+  assert info == {"method": "vqt"}
+  np.testing.assert_array_equal(
+      loaded["tuner"]["queries"], variables["tuner"]["queries"]
+  )
+  np.testing.assert_array_equal(loaded["head"]["kernel"], np.ones((3, 2)))
+  assert os.listdir(tmp_path) == ["tuned"]
+
+
+def test_damaged_tuned_weights_are_told(tmp_path):
+  with pytest.raises(errors.UserError, match="There is no .*info.json"):
+    results.load_tuned(tmp_path)
+  results.save_tuned(tmp_path / "tuned", {"head": {"bias": np.ones(9)}}, {})
+  path = tmp_path / "tuned" / "variables.safetensors"
+  path.write_bytes(path.read_bytes()[:-8])
+  with pytest.raises(errors.UserError, match="Cannot read .*safetensors"):
+    results.load_tuned(tmp_path / "tuned")

@@ -1,0 +1,188 @@
+"""Checks of a config that need no file and no device."""
+
+import math
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vqt_jax import errors
+from vqt_jax import tuner
+from vqt_jax import vit
+from vqt_jax.backbone import VALUE_RANGES
+from vqt_jax.train import optim
+
+CHOICES = {
+    "method": tuner.METHODS,
+    "combine": ("concat", "mean", "weighted_sum"),
+    "optimizer": optim.OPTIMIZERS,
+    "schedule": ("epoch", "step"),
+    "resize": ("bilinear", "legacy"),
+    "value_range": ("", *VALUE_RANGES),
+    "pool_type": ("", "tok", "gap", "map", "mae"),
+    "gelu": ("", "tanh", "exact"),
+    "dtype": ("", "float32", "bfloat16"),
+    "features": ("", "store", "live"),
+    "data": ("", "device", "stream"),
+    "preset": ("", "authors"),
+}
+
+# Field -> (smallest, largest) value, or element of a tuple; always finite.
+BOUNDS = {
+    "image_size": (1, math.inf),
+    "image_width": (0, math.inf),
+    "num_classes": (0, math.inf),
+    "num_queries": (1, math.inf),
+    "query_dropout": (0, 0.99),
+    "embedding_dropout": (0, 0.99),
+    "epochs": (1, math.inf),
+    "warmup_epochs": (0, math.inf),
+    "batch_size": (1, math.inf),
+    "eval_batch_size": (1, math.inf),
+    "lr": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "search_seed": (0, 2**32 - 1),
+    "seeds": (0, 2**32 - 1),
+    "seed": (0, 2**32 - 1),
+    "mesh.data": (-1, math.inf),
+    "mesh.model": (1, math.inf),
+    "checkpoint_seconds": (0, math.inf),
+}
+
+_TYPE_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+}
+
+
+def check(config: ConfigDict, defaults: ConfigDict) -> None:
+  """Checks a config: its fields, types, names, bounds, and what they combine.
+
+  Args:
+    config: to be checked.
+    defaults: the config with all known fields.
+
+  Raises:
+    UserError: with the field, what was expected and what was found.
+  """
+  _check_types(flatten(config), flatten(defaults))
+  for name, known in CHOICES.items():
+    if config[name] not in known:
+      named = [k or '""' for k in known]
+      raise errors.unknown(f"config.{name}", config[name], named)
+  for name, (low, high) in BOUNDS.items():
+    _check_bounds(name, flatten(config)[name], low, high)
+  _check_names(config)
+  _check_combinations(config)
+
+
+def _check_names(config: ConfigDict) -> None:
+  for name in ("task", "init"):
+    if not config[name]:
+      raise errors.UserError(f"config.{name} is empty; give a name.")
+  if config.variant:
+    try:
+      vit.decode_variant(config.variant)
+    except ValueError as e:
+      raise errors.UserError(f"config.variant: {e}") from e
+
+
+def _check_combinations(config: ConfigDict) -> None:
+  if config.warmup_epochs >= config.epochs:
+    raise errors.UserError(
+        f"config.warmup_epochs={config.warmup_epochs} must be smaller than"
+        f" config.epochs={config.epochs}: nothing would be left to train."
+    )
+  if config.mesh.data == 0:
+    raise errors.UserError(
+        "config.mesh.data=0: expected a number of devices, or -1 for all."
+    )
+  if not all(config.lr):
+    raise errors.UserError(
+        f"config.lr={config.lr}: with a rate of 0 nothing is trained."
+    )
+  if config.embedding_dropout and config.features == "store":
+    raise errors.UserError(
+        f"config.embedding_dropout={config.embedding_dropout} makes the stream"
+        " differ in every step, so it cannot be stored: use features=live."
+    )
+
+
+def check_field(name: str, defaults: ConfigDict) -> Any:
+  """The default of a field, e.g. "num_queries" or "splits.train".
+
+  Raises:
+    UserError: no such field, with the nearest ones.
+  """
+  fields = flatten(defaults)
+  inside = [f"config.{f}" for f in fields if f.startswith(f"{name}.")]
+  if inside:
+    raise errors.UserError(
+        f"config.{name} is a group of fields; set {', '.join(inside)}."
+    )
+  if name not in fields:
+    raise errors.unknown("config field", name, fields)
+  return fields[name]
+
+
+def expected(default: Any) -> str:
+  """What a field with this default takes, in words."""
+  if isinstance(default, tuple):
+    kind = "whole numbers" if isinstance(default[0], int) else "numbers"
+    return f"{kind} separated by commas, e.g. {default[0]},{default[1]}"
+  return _TYPE_NAMES[type(default)]
+
+
+def flatten(config: ConfigDict | dict) -> dict[str, Any]:
+  """Field -> value, with names such as "splits.train"."""
+  flat = {}
+  for name, value in config.items():
+    if hasattr(value, "items"):
+      flat |= {f"{name}.{k}": v for k, v in flatten(value).items()}
+    else:
+      flat[name] = value
+  return flat
+
+
+def _is(value: Any, kind: type) -> bool:
+  """Whether a value is of a field's type; a whole number is a number too."""
+  if kind is float:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+  if kind is int:
+    return isinstance(value, int) and not isinstance(value, bool)
+  return isinstance(value, kind)
+
+
+def _check_types(values: dict[str, Any], defaults: dict[str, Any]) -> None:
+  """Exactly the known fields, each of its default's type."""
+  for name in values:
+    check_field(name, defaults)
+  for name, default in defaults.items():
+    if name not in values:
+      raise errors.UserError(
+          f"config.{name} is missing: start from default_config()."
+      )
+    value = values[name]
+    if isinstance(default, tuple):
+      fine = isinstance(value, (tuple, list)) and len(value) > 0
+      fine = fine and all(_is(x, type(default[0])) for x in value)
+    else:
+      fine = _is(value, type(default))
+    if not fine:
+      raise errors.UserError(
+          f"config.{name}: expected {expected(default)}, found {value!r}."
+      )
+
+
+def _check_bounds(name: str, value: Any, low: float, high: float) -> None:
+  """Every element within the bounds, finite, and in a tuple only once."""
+  values = value if isinstance(value, (tuple, list)) else (value,)
+  for x in values:
+    if not (low <= x <= high and math.isfinite(x)):
+      wanted = f"at least {low}" if high == math.inf else f"{low} to {high}"
+      raise errors.UserError(f"config.{name}: expected {wanted}, found {x}.")
+  if len(set(values)) < len(values):
+    raise errors.UserError(
+        f"config.{name}={value} holds the same value twice."
+    )

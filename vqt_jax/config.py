@@ -1,0 +1,217 @@
+"""What a run is made of: every field with its default and unit.
+
+A config is a `ConfigDict` that starts from `default_config`; no other fields
+exist. The defaults are the paper's method and the authors' recipe on a frozen,
+noiseless stream. What their program does otherwise (and what changes results)
+sits in these fields, all set by `preset="authors"`:
+
+  embedding_dropout  0.1: noise on the frozen stream while queries train
+  resize             "legacy": TensorFlow 1's bilinear resize
+  value_range        "imagenet": its mean and deviation, whatever the backbone
+  gelu, dtype        exact (erf) GELU, float32 products, whatever the backbone
+  schedule           "epoch" (also the default): the first epoch has rate 0
+"""
+
+import copy
+import json
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vqt_jax import checks
+from vqt_jax import errors
+
+
+def default_config() -> ConfigDict:
+  """All fields. Units are in the comments; "" means "decide for me"."""
+  c = ConfigDict()
+
+  # Data. One of the 19 VTAB-1k tasks, "digits", or any classification dataset
+  # of TensorFlow Datasets (TFDS), to which alone the next seven fields apply.
+  c.task = "cifar100"  # name of the task, or "name[/config][:version]" in TFDS
+  c.splits = ConfigDict({
+      "train": "",  # searched on; "": "train[:800]"
+      "val": "",  # the setting is chosen by it; "": "train[800:1000]"
+      "trainval": "",  # of the final runs; "": train and val
+      "test": "",  # reported; "": "test"
+  })
+  c.image_key = ""  # feature that holds the image; "": as the dataset says
+  c.label_key = ""  # feature that holds the label; "": as the dataset says
+  c.num_classes = 0  # classes; 0: as the dataset says
+  c.data_dir = ""  # folder of the prepared datasets; "": ~/tensorflow_datasets
+  c.image_size = 224  # height the images are resized to, pixels
+  c.image_width = 0  # width, pixels; 0: the same
+  c.resize = "bilinear"  # "bilinear" (TF 2), or "legacy" (TF 1, as in VTAB)
+  c.value_range = ""  # "-1..1", "0..1", "imagenet"; "": the checkpoint's own
+
+  # Backbone: file, https:// or gs:// address, or public name. It stays frozen.
+  c.init = "howto-i21k-B/16"
+  c.variant = ""  # e.g. "B/16"; only checked against the file
+  c.pool_type = ""  # "tok", "gap", "map", "mae"; "": as the file tells
+  c.gelu = ""  # "tanh", "exact"; "": the checkpoint's own
+  c.dtype = ""  # of matrix products; "": bfloat16 on TPU/GPU, float32 on CPU
+
+  # Method.
+  c.method = "vqt"  # "vqt": visual query tuning; "linear": probe of the end
+  c.num_queries = 1  # queries per block (vqt)
+  c.query_dropout = 0.1  # probability, on queries while training (vqt)
+  c.combine = "concat"  # a block's queries: "concat", "mean", "weighted_sum"
+  c.normalize = True  # divide each block's features by their L2 norm (vqt)
+  c.embedding_dropout = 0.0  # probability, on the embedded tokens in training
+
+  # Training.
+  c.epochs = 100  # epochs of every run
+  c.warmup_epochs = 10  # epochs of linear warm-up; then cosine to 0
+  c.schedule = "epoch"  # learning rate changes every "epoch" or every "step"
+  c.batch_size = 128  # images
+  c.optimizer = "adam"  # "adam", "sgd" (momentum 0.9; coupled L2), or "adamw"
+  c.lr = (1.0, 0.5, 0.25, 0.1, 0.05)  # peak rates per 256 images of batch
+  c.weight_decay = (1e-2, 1e-3, 1e-4, 0.0)  # not on biases
+
+  # Runs. Several (lr, weight_decay) are tried on train and compared on val;
+  # the best one is trained on trainval with every seed, and tested.
+  c.search_seed = 100  # seed of the tried runs
+  c.seeds = (42, 44, 82, 100, 800)  # seeds of the final runs
+  c.seed = 0  # of the order of the examples
+
+  # How it is computed; results do not depend on it beyond rounding.
+  c.features = ""  # "store": frozen tokens kept; "live": backbone every step
+  c.data = ""  # "device": images kept there; "stream": read every epoch
+  c.eval_batch_size = 128  # images
+  c.mesh = ConfigDict({
+      "data": -1,  # devices that share a batch; -1: all that are left
+      "model": 1,  # devices that share one copy of the backbone
+  })
+  c.checkpoint_seconds = 60.0  # seconds between saves of a run
+
+  c.preset = ""  # "authors": their program in every respect, see `resolve`
+  return c.lock()
+
+
+# What the authors' program does otherwise than the defaults above, and the
+# fields in which the defaults are already theirs.
+# What `data.make_task` takes besides the task's name.
+TASK_FIELDS = ("data_dir", "splits", "image_key", "label_key", "num_classes")
+
+AUTHORS = {
+    "resize": "legacy",
+    "value_range": "imagenet",
+    "gelu": "exact",
+    "dtype": "float32",
+    "embedding_dropout": 0.1,
+}
+AUTHORS_TOO = (
+    "query_dropout",
+    "combine",
+    "normalize",
+    "epochs",
+    "warmup_epochs",
+    "schedule",
+    "batch_size",
+    "optimizer",
+    "lr",
+    "weight_decay",
+    "search_seed",
+    "seeds",
+)
+
+# A run may be resumed with other values of these.
+RESUMABLE = ("checkpoint_seconds", "data_dir", "eval_batch_size")
+
+
+def resolve(
+    config: ConfigDict, keep: tuple[str, ...] = ()
+) -> ConfigDict:
+  """The config with its preset written out, checked.
+
+  A preset is an abbreviation: its fields are set, whatever they were, and
+  `preset` is cleared, so that what comes back says all and can be resolved
+  again. To depart from a preset, change fields after this call.
+
+  Args:
+    config: a changed `default_config()`; it is left as it is.
+    keep: fields that the preset must leave alone (`main.py` names those given
+      on the command line).
+
+  Raises:
+    UserError: an unknown name, or a value that makes no sense.
+  """
+  validate(config)
+  config = copy.deepcopy(config)
+  if config.preset == "authors":
+    for name, value in _authors(config.method).items():
+      if name not in keep:
+        config[name] = value
+    config.preset = ""
+  for name in ("lr", "weight_decay"):
+    config[name] = tuple(map(float, config[name]))
+  validate(config)
+  return config
+
+
+def _authors(method: str) -> dict[str, Any]:
+  defaults = default_config()
+  values = {name: defaults[name] for name in AUTHORS_TOO} | AUTHORS
+  if method == "linear":  # Theirs probes in evaluation mode, without noise.
+    values["embedding_dropout"] = 0.0
+  return values
+
+
+def validate(config: ConfigDict) -> None:
+  """Checks all that can be known without files and devices.
+
+  Raises:
+    UserError: with the field, what was expected and what was found.
+  """
+  checks.check(config, default_config())
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> dict[str, Any]:
+  """Reads a config file's string argument, `name=value,name=value`.
+
+  Args:
+    arg: what follows the colon in `--config file.py:arg`, or None.
+    **defaults: name -> default, whose type the value must have.
+
+  Returns:
+    The defaults, replaced by what was given.
+
+  Raises:
+    UserError: an unknown name (with the nearest ones) or a wrong type.
+  """
+  booleans = {"true": True, "1": True, "false": False, "0": False}
+  values = dict(defaults)
+  for part in filter(None, (arg or "").split(",")):
+    name, equals, text = (x.strip() for x in part.partition("="))
+    if name not in defaults:
+      raise errors.unknown("config argument", name, defaults)
+    kind = type(defaults[name])
+    try:
+      if not equals:
+        raise ValueError("no value")
+      values[name] = booleans[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError) as e:
+      raise errors.UserError(
+          f"Config argument {part!r}: expected {name}=value, with"
+          f" {checks.expected(defaults[name])} as the value."
+      ) from e
+  return values
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+  """The config as JSON would give it back: plain dicts, lists and numbers."""
+  return json.loads(json.dumps(config.to_dict()))
+
+
+def differences(
+    old: dict[str, Any], new: dict[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+  """Fields whose values differ between two `to_json` results: (old, new)."""
+  old, new = checks.flatten(old), checks.flatten(new)
+  return {
+      name: (old.get(name), new.get(name))
+      for name in {**old, **new}
+      if old.get(name) != new.get(name)
+  }
+
+

@@ -1,0 +1,84 @@
+"""Sends the noise of libraries to a file, so that the screen is ours."""
+
+from collections.abc import Iterator
+import contextlib
+import io
+import logging
+import os
+import sys
+from typing import TextIO
+
+from vqt_jax import errors
+
+# The terminal, while `quiet` sends the process's own streams to a file.
+_screen: TextIO | None = None
+
+
+def screen() -> TextIO:
+  """Standard error as the person sees it."""
+  return _screen or sys.stderr
+
+
+@contextlib.contextmanager
+def quiet(path: str | os.PathLike) -> Iterator[TextIO]:
+  """Sends all that libraries print, log or warn to a file.
+
+  This holds for what Python prints and for what C++ writes to the process's
+  standard output and error. A `Console` made meanwhile prints to the screen.
+
+  Args:
+    path: the file; it is appended to.
+
+  Yields:
+    The screen.
+
+  Raises:
+    UserError: the file cannot be written.
+  """
+  global _screen
+  try:
+    log = _Log(open(path, "ab", buffering=0), "utf-8", "replace",
+               write_through=True)  # pyformat: disable
+  except OSError as e:
+    raise errors.UserError(f"Cannot write {path}: {e.strerror}.") from e
+  saved = sys.stdout, sys.stderr, logging.root.handlers, logging.root.level
+  descriptors = os.dup(1), os.dup(2)
+  encoding = sys.stderr.encoding
+  with log, os.fdopen(descriptors[1], "w", 1, encoding=encoding) as screen:
+    for saved_stream in saved[:2]:
+      saved_stream.flush()
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    sys.stdout = sys.stderr = log
+    handler = logging.StreamHandler(log)
+    handler.setFormatter(
+        logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    )
+    logging.root.handlers = [handler]
+    logging.root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    _screen = screen
+    try:
+      yield screen
+    finally:
+      _screen = None
+      logging.captureWarnings(False)
+      sys.stdout, sys.stderr, logging.root.handlers, level = saved
+      logging.root.setLevel(level)
+      log.flush()
+      os.dup2(descriptors[0], 1)
+      os.dup2(descriptors[1], 2)
+      os.close(descriptors[0])
+
+
+class _Log(io.TextIOWrapper):
+  """Drops what the disk has no room for: the run may go on without it."""
+
+  def write(self, text: str) -> int:
+    with contextlib.suppress(OSError):
+      super().write(text)
+    return len(text)
+
+  def flush(self) -> None:
+    with contextlib.suppress(OSError):
+      super().flush()

@@ -1,0 +1,301 @@
+"""Pictures of results: one run, several side by side, and what queries see."""
+
+from collections.abc import Sequence
+import os
+from typing import Any
+
+import matplotlib.cm
+import matplotlib.colors
+import matplotlib.figure
+import matplotlib.patches
+import matplotlib.ticker
+import numpy as np
+
+from vqt_jax import results as results_lib
+
+INK = "#1f2933"
+FAINT = "#9aa5b1"
+GRID = "#e4e7eb"
+COLOURS = ("#2166ac", "#d6604d", "#4d9221", "#8073ac", "#bf812d", "#35978f")
+METHODS = {"vqt": "VQT", "linear": "linear probe"}
+
+
+def report(results: dict[str, Any], path: str | os.PathLike) -> None:
+  """One run: the search, the training curves of the seeds, the test.
+
+  Args:
+    results: contents of `results.json`.
+    path: the picture (PNG).
+  """
+  search = results["search"]
+  panels = [_training, _test]
+  if search:
+    panels.insert(0, _search)
+  figure = _figure(4.6 * len(panels), 4.2)
+  axes = figure.subplots(1, len(panels), squeeze=False)[0]
+  for panel, ax in zip(panels, axes):
+    panel(ax, results)
+  test = results["test_accuracy"]
+  figure.suptitle(
+      f"{_name(results)} on {results['task']}:"
+      f" {100 * test['mean']:.1f} ± {100 * test['std']:.1f} %"
+      f"\n",
+      x=0.01,
+      ha="left",
+      fontsize=14,
+      fontweight="bold",
+      color=INK,
+  )
+  figure.text(
+      0.01,
+      0.925,
+      f"{results['backbone']}   {results['trained_parameters']:,} trained"
+      f" parameters   {results['device']}",
+      color=FAINT,
+      va="top",
+  )
+  figure.get_layout_engine().set(wspace=0.04)
+  _save(figure, path)
+
+
+def comparison(
+    results: Sequence[dict[str, Any]], path: str | os.PathLike
+) -> None:
+  """Several runs side by side: test accuracy, and what it takes.
+
+  Args:
+    results: contents of several `results.json`.
+    path: the picture (PNG).
+  """
+  tasks = sorted({r["task"] for r in results})
+  names = [
+      _name(r) + (f"\n{r['task']}" if len(tasks) > 1 else "") for r in results
+  ]
+  figure = _figure(10, 1.9 + 0.75 * len(results))
+  left, right = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)
+  for y, result in enumerate(results):
+    colour = COLOURS[y % len(COLOURS)]
+    _seeds(left, result, y, colour)
+    count = result["trained_parameters"]
+    right.barh(y, count, height=0.42, color=colour)
+    right.annotate(
+        f"{count:,}", (count, y), (6, 0), textcoords="offset points",
+        va="center", color=INK,
+    )  # fmt: skip
+  left.set_yticks(range(len(results)), names)
+  left.set_ylim(len(results) - 0.5, -0.5)
+  left.set_title("Test accuracy", loc="left")
+  left.grid(axis="x")
+  left.xaxis.set_major_formatter(_percent(1))
+  left.margins(x=0.15)
+  right.set_title("Trained parameters", loc="left")
+  right.set_xlim(0, 1.35 * max(r["trained_parameters"] for r in results))
+  right.xaxis.set_visible(False)
+  right.tick_params(left=False)
+  right.spines["bottom"].set_visible(False)
+  seeds = len(results[0]["test_accuracy"]["per_seed"])
+  figure.suptitle(
+      f"{', '.join(tasks)}: mean ± standard deviation over {seeds} seeds",
+      x=0.01,
+      ha="left",
+      fontsize=14,
+      fontweight="bold",
+      color=INK,
+  )
+  _save(figure, path)
+
+
+def attention(
+    images: np.ndarray,
+    maps: np.ndarray,
+    labels: Sequence[str],
+    path: str | os.PathLike,
+    most_blocks: int = 12,
+) -> None:
+  """Rows of images with what the queries of each block attend to.
+
+  Colour is attention relative to an even spread over the patches, on one scale
+  for all maps.
+
+  Args:
+    images: (n, height, width, 3), 0..1.
+    maps: (n, L, rows, columns) attention on the patches, not negative.
+    labels: n captions of the rows.
+    path: the picture (PNG).
+    most_blocks: maps in a row; of deeper models evenly spaced blocks.
+  """
+  depth = maps.shape[1]
+  blocks = np.unique(
+      np.linspace(0, depth - 1, min(depth, most_blocks)).round().astype(int)
+  )
+  even = maps.sum(axis=(2, 3), keepdims=True) / maps[0, 0].size
+  ratio = maps / np.maximum(even, 1e-12)
+  top = max(float(np.quantile(ratio, 0.995)), 1.5)
+  shades = matplotlib.cm.ScalarMappable(
+      matplotlib.colors.Normalize(0, top), "inferno"
+  )
+  columns = 1 + len(blocks)
+  figure = _figure(1.15 * columns + 1.2, 1.15 * len(images) + 1.0)
+  axes = figure.subplots(len(images), columns, squeeze=False)
+  extent = (0, images.shape[2], images.shape[1], 0)
+  for row, (image, label) in enumerate(zip(images, labels)):
+    axes[row, 0].imshow(image, extent=extent)
+    grey = np.repeat(0.7 * image.mean(axis=-1, keepdims=True), 3, axis=-1)
+    axes[row, 0].set_ylabel(
+        label, rotation=0, ha="right", va="center", color=INK
+    )
+    for column, block in enumerate(blocks, start=1):
+      ax = axes[row, column]
+      ax.imshow(grey, extent=extent)
+      ax.imshow(_heat(shades, ratio[row, block]), extent=extent)
+      if row == 0:
+        ax.set_title(f"block {block + 1}", fontsize=9)
+  for ax in axes.flat:
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+  bar = figure.colorbar(shades, ax=axes, shrink=0.6, aspect=30, pad=0.01)
+  bar.set_label("attention / even spread")
+  bar.outline.set_visible(False)
+  _save(figure, path)
+
+
+def _search(ax: Any, results: dict[str, Any]) -> None:
+  """Val accuracy of every setting as a table of colours; the chosen framed."""
+  search = results["search"]
+  runs, accuracy = search["runs"], search["val_accuracy"]
+  rates = sorted({run["lr"] for run in runs})
+  decays = sorted({run["weight_decay"] for run in runs})
+  table = np.full((len(decays), len(rates)), np.nan)
+  place = lambda run: (
+      decays.index(run["weight_decay"]),
+      rates.index(run["lr"]),
+  )
+  for i, (run, value) in enumerate(zip(runs, accuracy)):
+    if value is not None and i not in search["diverged"]:
+      table[place(run)] = value
+  low, high = np.nanmin(table), np.nanmax(table)
+  ax.imshow(
+      table, "Blues", vmin=low - 0.15 * (high - low) - 1e-6,
+      vmax=high + 0.6 * (high - low) + 1e-6, aspect="auto",
+  )  # fmt: skip
+  for (y, x), value in np.ndenumerate(table):
+    text = "diverged" if np.isnan(value) else f"{100 * value:.1f}"
+    ax.text(x, y, text, ha="center", va="center", color=INK)
+  y, x = place(runs[search["chosen"]])
+  ax.add_patch(
+      matplotlib.patches.Rectangle(
+          (x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=COLOURS[1],
+          linewidth=2.5, clip_on=False, zorder=3,
+      )  # fmt: skip
+  )
+  ax.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+  ax.set_yticks(range(len(decays)), [f"{decay:g}" for decay in decays])
+  ax.set(xlabel="learning rate", ylabel="weight decay")
+  ax.tick_params(length=0)
+  ax.spines[:].set_visible(False)
+  ax.set_title("Search: accuracy on val, %", loc="left")
+
+
+def _training(ax: Any, results: dict[str, Any]) -> None:
+  """Loss (left axis) and accuracy (right axis) of every seed."""
+  history = results["seeds"]["history"]
+  epochs = np.arange(1, len(history) + 1)
+  other = ax.twinx()
+  sides = ((ax, "loss", COLOURS[0]), (other, "accuracy", COLOURS[1]))
+  for axes, name, colour in sides:
+    values = np.array([epoch[name] for epoch in history], float)
+    axes.plot(epochs, values, color=colour, alpha=0.35, linewidth=0.9)
+    axes.plot(epochs, values.mean(axis=1), color=colour, linewidth=2)
+    axes.set_ylabel(name, color=colour)
+    axes.tick_params(axis="y", colors=colour)
+    axes.set_ylim(bottom=0)
+  other.set_ylim(0, 1)
+  other.yaxis.set_major_formatter(_percent())
+  other.spines["left"].set_visible(False)
+  ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+  ax.set(xlabel="epoch", xlim=(1, max(2, len(history))))
+  ax.grid(axis="y")
+  ax.set_title("Training: each seed, and their mean", loc="left")
+
+
+def _test(ax: Any, results: dict[str, Any]) -> None:
+  """Test accuracy of every seed, their mean and standard deviation."""
+  test = results["test_accuracy"]
+  values = list(test["per_seed"].values())
+  x = np.arange(len(values))
+  ax.axhspan(
+      test["mean"] - test["std"], test["mean"] + test["std"],
+      color=COLOURS[0], alpha=0.12, linewidth=0,
+  )  # fmt: skip
+  ax.axhline(test["mean"], color=COLOURS[0], linewidth=1.5)
+  ax.plot(x, values, "o", color=COLOURS[0], markersize=8)
+  for i, value in enumerate(values):
+    above = value >= test["mean"]
+    ax.annotate(
+        f"{100 * value:.1f}", (i, value), (0, 8 if above else -8),
+        textcoords="offset points", ha="center", color=INK,
+        va="bottom" if above else "top",
+    )  # fmt: skip
+  ax.set_xticks(x, test["per_seed"])
+  spread = max(np.ptp(values), 2 * test["std"], 0.01)
+  middle = test["mean"]
+  ax.set_ylim(middle - 1.3 * spread, min(middle + 1.3 * spread, 1.01))
+  ax.set_xlim(-0.6, len(values) - 0.4)
+  ax.yaxis.set_major_formatter(_percent(1))
+  ax.grid(axis="y")
+  ax.set_xlabel("seed")
+  ax.set_title(f"Test accuracy, {test['images']:,} images", loc="left")
+
+
+def _seeds(ax: Any, result: dict[str, Any], y: float, colour: str) -> None:
+  """One row: every seed, and mean with standard deviation above."""
+  test = result["test_accuracy"]
+  values = list(test["per_seed"].values())
+  ax.plot(values, [y + 0.16] * len(values), "o", color=colour, alpha=0.45)
+  ax.errorbar(
+      test["mean"], y - 0.08, xerr=test["std"], fmt="D", color=colour,
+      capsize=4, markersize=7, linewidth=2,
+  )  # fmt: skip
+  ax.annotate(
+      f"{100 * test['mean']:.1f} ± {100 * test['std']:.1f} %",
+      (test["mean"], y - 0.08), (0, 9), textcoords="offset points",
+      ha="center", color=INK,
+  )  # fmt: skip
+
+
+def _heat(shades: matplotlib.cm.ScalarMappable, values: np.ndarray) -> Any:
+  """Colours (rows, columns, RGBA), the clearer the smaller the value."""
+  colours = shades.to_rgba(values)
+  colours[..., 3] = np.clip(shades.norm(values), 0, 1) ** 0.5
+  return colours
+
+
+def _name(results: dict[str, Any]) -> str:
+  name = METHODS.get(results["method"], results["method"])
+  if results["num_queries"]:
+    many = "queries" if results["num_queries"] > 1 else "query"
+    name += f", {results['num_queries']} {many} per block"
+  return name
+
+
+def _percent(decimals: int = 0) -> matplotlib.ticker.PercentFormatter:
+  return matplotlib.ticker.PercentFormatter(1.0, decimals, symbol=" %")
+
+
+def _figure(width: float, height: float) -> matplotlib.figure.Figure:
+  """A figure without pyplot, so that nothing global is touched. Inches."""
+  return matplotlib.figure.Figure(
+      (width, height), dpi=130, layout="constrained", facecolor="white"
+  )
+
+
+def _save(figure: matplotlib.figure.Figure, path: str | os.PathLike) -> None:
+  for ax in figure.axes:
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[:].set_color(FAINT)
+    for line in ax.get_xgridlines() + ax.get_ygridlines():
+      line.set_color(GRID)
+    ax.set_axisbelow(True)
+    ax.title.set_color(INK)
+  with results_lib.writing(path):
+    figure.savefig(path)

@@ -1,0 +1,302 @@
+"""What a run leaves in its workdir, written so that a crash leaves it whole.
+
+  config.json     the resolved config, written first
+  metrics.jsonl   a line per epoch and run
+  tensorboard/    the same as TensorBoard events
+  results.json    what came out
+  tuned/          queries and head: variables.safetensors and info.json
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import errno
+import json
+import math
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import flax.traverse_util
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from vqt_jax import config as config_lib
+from vqt_jax import errors
+from vqt_jax import events as events_lib
+
+PathLike = str | os.PathLike
+
+
+@contextlib.contextmanager
+def writing(path: PathLike) -> Iterator[None]:
+  """Turns a failure of the file system into a `UserError` with the path."""
+  try:
+    yield
+  except OSError as e:
+    full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+    raise errors.UserError(
+        f"Cannot write {path}: {e.strerror or e}."
+        + (" Free some space there." if full else " Choose another place.")
+    ) from e
+
+
+def write_json(path: PathLike, value: Any) -> None:
+  """Writes a file of JSON at once: readers see the old one or all of the new.
+
+  Its folder is made if it is missing.
+
+  Arrays become lists, and numbers that are not finite, which JSON lacks, null.
+
+  Raises:
+    UserError: it cannot be written; an old file is left as it was.
+  """
+  path = pathlib.Path(path)
+  text = json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n"
+  with writing(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, text.encode())
+
+
+def read_json(path: PathLike) -> Any:
+  """Reads a file of JSON.
+
+  Raises:
+    UserError: it is missing or damaged.
+  """
+  try:
+    return json.loads(pathlib.Path(path).read_bytes())
+  except FileNotFoundError:
+    raise errors.UserError(f"There is no {path}.") from None
+  except (OSError, ValueError) as e:
+    raise errors.UserError(f"Cannot read {path}: {e}.") from e
+
+
+def open_workdir(config: Any, workdir: PathLike) -> bool:
+  """Makes a workdir, or recognises it as this config's own.
+
+  One in which nothing has been trained yet is taken over by the new config, so
+  that a setting can be mended after a first start that failed.
+
+  Args:
+    config: as `config.resolve` returns it.
+    workdir: folder; created if it is missing.
+
+  Returns:
+    Whether a run of this config was begun there before.
+
+  Raises:
+    UserError: it cannot be written, or holds a run of another config. Nothing
+      in it is touched then.
+  """
+  path = pathlib.Path(workdir) / "config.json"
+  now = config_lib.to_json(config)
+  if _begun(path.parent):
+    _check_same_run(read_json(path), now, workdir)
+    return True
+  write_json(path, now)
+  return False
+
+
+def _begun(workdir: pathlib.Path) -> bool:
+  """Whether anything was trained there."""
+  metrics, checkpoints = workdir / "metrics.jsonl", workdir / "checkpoints"
+  return (
+      (workdir / "results.json").exists()
+      or (metrics.exists() and metrics.stat().st_size > 0)
+      or (checkpoints.exists() and any(checkpoints.iterdir()))
+  )
+
+
+def _check_same_run(old: Any, now: dict[str, Any], workdir: PathLike) -> None:
+  if not isinstance(old, dict):
+    raise errors.UserError(
+        f"{workdir}/config.json is no config; choose another --workdir."
+    )
+  changed = [
+      f"{name} was {before!r}, is now {after!r}"
+      for name, (before, after) in config_lib.differences(old, now).items()
+      if name not in config_lib.RESUMABLE
+  ]
+  if changed:
+    more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
+    raise errors.UserError(
+        f"{workdir} holds a run of another config: {'; '.join(changed[:3])}"
+        f"{more}. Choose another --workdir, or give the old values to resume."
+    )
+
+
+class MetricsWriter:
+  """Appends epochs to metrics.jsonl and TensorBoard events.
+
+  A row is a flat dict with at least `epoch` (number of finished epochs, from 1)
+  and `run` (its index in the phase). The first call for a phase brings all rows
+  that the resumed state knows of: what the file holds beyond them was written
+  between that state and the crash, will be done again, and is cut off.
+
+    writer = MetricsWriter(workdir)
+    writer.epochs("seeds", rows_up_to_epoch_40)  # [] at the start of a phase.
+    writer.epochs("seeds", rows_of_epoch_41)
+  """
+
+  def __init__(self, workdir: PathLike):
+    """Reads what is there; of a line cut off by a crash nothing counts.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    self._path = pathlib.Path(workdir) / "metrics.jsonl"
+    self._folder = pathlib.Path(workdir) / "tensorboard"
+    self._rows = read_metrics(workdir)
+    self._begun: set[str] = set()
+    self._events: events_lib.Events | None = None
+
+  def epochs(self, phase: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Adds rows of a phase and sees that they are on disk.
+
+    Raises:
+      UserError: there is no room; what was written before stays.
+    """
+    rows = [_plain({"phase": phase, **row}) for row in rows]
+    if phase not in self._begun:
+      self._begun.add(phase)
+      rows = self._resume(phase, rows)
+    with writing(self._path), open(self._path, "ab") as file:
+      file.write(b"".join(map(_line, rows)))
+      file.flush()
+      os.fsync(file.fileno())
+    self._rows += rows
+    with writing(self._folder):
+      if self._events is None:
+        # Events cannot be cut at an epoch, but made again from what stayed.
+        self._events = events_lib.Events(self._folder)
+        rows = self._rows
+      self._events.write(rows)
+
+  def close(self) -> None:
+    if self._events is not None:
+      with writing(self._folder):
+        self._events.close()
+
+  def _resume(self, phase: str, rows: list[Any]) -> list[Any]:
+    """Cuts the file behind the last row that is right; returns the missing."""
+    phases = [row["phase"] for row in self._rows]
+    start = phases.index(phase) if phase in phases else len(phases)
+    same = 0
+    for old, new in zip(self._rows[start:], rows):
+      if old != new:
+        break
+      same += 1
+    self._rows = self._rows[: start + same]
+    if self._path.exists():
+      with writing(self._path):
+        os.truncate(self._path, sum(len(_line(row)) for row in self._rows))
+    return rows[same:]
+
+
+def read_metrics(workdir: PathLike) -> list[dict[str, Any]]:
+  """All whole rows of a workdir's metrics.jsonl, in the order of writing."""
+  path = pathlib.Path(workdir) / "metrics.jsonl"
+  rows = []
+  try:
+    lines = path.read_bytes().splitlines(keepends=True)
+  except FileNotFoundError:
+    return rows
+  except OSError as e:
+    raise errors.UserError(f"Cannot read {path}: {e.strerror}.") from e
+  for line in lines:
+    try:
+      row = json.loads(line)
+      if _line(row) != line:
+        break
+    except ValueError:
+      break
+    rows.append(row)
+  return rows
+
+
+def save_tuned(
+    directory: PathLike, variables: Mapping[str, Any], info: Mapping[str, Any]
+) -> None:
+  """Writes what was trained, as a folder that appears at once.
+
+  Args:
+    directory: the folder; one that exists is replaced.
+    variables: nested dict of arrays.
+    info: what one must know to use them; JSON-able.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  directory = pathlib.Path(directory)
+  flat = flax.traverse_util.flatten_dict(variables, sep="/")
+  arrays = {k: np.ascontiguousarray(v) for k, v in flat.items()}
+  new = directory.with_name(directory.name + ".new")
+  old = directory.with_name(directory.name + ".old")
+  with writing(directory):
+    for left_over in (new, old):
+      shutil.rmtree(left_over, ignore_errors=True)
+    new.mkdir(parents=True)
+    _replace(new / "variables.safetensors", safetensors.numpy.save(arrays))
+    write_json(new / "info.json", info)
+    if directory.exists():
+      directory.rename(old)
+    new.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_tuned(directory: PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Reads what `save_tuned` wrote: (variables, info).
+
+  Raises:
+    UserError: it is missing or damaged.
+  """
+  directory = pathlib.Path(directory)
+  info = read_json(directory / "info.json")
+  path = directory / "variables.safetensors"
+  try:
+    flat = safetensors.numpy.load(path.read_bytes())
+  except (OSError, safetensors.SafetensorError) as e:
+    raise errors.UserError(f"Cannot read {path}: {e}.") from e
+  return flax.traverse_util.unflatten_dict(flat, sep="/"), info
+
+
+def _replace(path: pathlib.Path, content: bytes) -> None:
+  """Writes a file under another name, then gives it its own."""
+  temporary = path.with_name(path.name + ".new")
+  try:
+    with open(temporary, "wb") as file:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  except OSError:
+    with contextlib.suppress(OSError):
+      temporary.unlink()
+    raise
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+  return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+
+
+def _plain(value: Any) -> Any:
+  """The same with nothing but what JSON knows."""
+  match value:
+    case dict():
+      return {str(k): _plain(v) for k, v in value.items()}
+    case list() | tuple():
+      return [_plain(v) for v in value]
+    case bool() | int() | str() | None:
+      return value
+    case float():
+      return value if math.isfinite(value) else None
+    case os.PathLike():
+      return os.fspath(value)
+  array = np.asarray(value)
+  if array.ndim:
+    return [_plain(v) for v in array]
+  if array.dtype == np.float32:  # As short as float32 can be told apart.
+    return _plain(float(str(array)))
+  return _plain(array.item())
