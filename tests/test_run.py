@@ -1,0 +1,242 @@
+"""Whole runs through `main.py`, in this process, on eight fake devices."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+import main
+from tests import helpers
+from tests import runs
+import vqt_jax
+from vqt_jax import config as config_lib
+from vqt_jax import data
+from vqt_jax import parallel
+from vqt_jax import tuned
+from vqt_jax.train import loop
+from vqt_jax.train import optim
+from vqt_jax.train import sources
+
+SEEDS = (7, 8)
+EPOCHS = 3
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+  with runs.compiled_once(tmp_path_factory.mktemp("compiled")):
+    yield
+
+
+@pytest.fixture(scope="module")
+def run(material, tmp_path_factory):
+  """Runs the command with changes, once; returns the workdir."""
+  finished = {}
+
+  def run(**changes):
+    name = repr(changes)
+    if name not in finished:
+      workdir = tmp_path_factory.mktemp("run")
+      assert main.main(runs.command(material, workdir, **changes)) == 0
+      finished[name] = workdir
+    return finished[name]
+
+  return run
+
+
+@pytest.fixture(scope="module")
+def task(material):
+  splits = {"train": "train[:32]", "val": "train[32:]"}
+  return data.make_task("squares", data_dir=str(material), splits=splits)
+
+
+def recount(workdir, task):
+  """Test accuracies from the shipped weights and NumPy."""
+  accuracies = {}
+  for seed in SEEDS:
+    model = tuned.load(workdir / "tuned" / f"seed_{seed}")
+    examples = data.load_arrays(
+        task,
+        "test",
+        image_size=model.backbone.config.image_size,
+        value_range=model.backbone.value_range,
+    )
+    out = vqt_jax.apply(
+        model.backbone, model.tuner, model.variables, examples["image"]
+    )
+    right = np.argmax(np.asarray(out.logits), -1) == examples["label"]
+    accuracies[str(seed)] = right.mean()
+  return accuracies
+
+
+def test_what_a_run_leaves_behind(run, material):
+  workdir = run()
+  assert {path.name for path in workdir.iterdir()} == {
+      "checkpoints", "config.json", "log.txt", "metrics.jsonl", "report.png",
+      "results.json", "tensorboard", "tuned",
+  }  # pyformat: disable
+  assert (workdir / "report.png").read_bytes().startswith(PNG)
+  assert len(list((workdir / "tensorboard").glob("*/*/events*"))) == 2 + 2
+  values = main.parse(runs.command(material, workdir))
+  resolved = config_lib.to_json(config_lib.resolve(values.config))
+  assert runs.read_json(workdir / "config.json") == resolved
+
+  rows = runs.metrics(workdir)
+  assert [(r["phase"], r["epoch"], r["run"]) for r in rows] == [
+      (phase, epoch, run)
+      for phase in ("search", "seeds")
+      for epoch in range(1, EPOCHS + 1)
+      for run in range(2)
+  ]
+  for row in rows:
+    size = 32 if row["phase"] == "search" else 48
+    right = row["accuracy"] * size
+    assert right == pytest.approx(round(right))
+    assert row["loss"] > 0
+
+  found = runs.results(workdir)
+  test = found["test_accuracy"]
+  each = [test["per_seed"][str(seed)] for seed in SEEDS]
+  assert test["images"] == 30
+  assert test["mean"] == pytest.approx(np.mean(each))
+  assert test["std"] == pytest.approx(np.std(each, ddof=1))
+  c = helpers.tiny_config()
+  features = c.width * (1 + c.depth)
+  assert found["trained_parameters"] == (
+      c.depth * c.width + (features + 1) * runs.CLASSES
+  )
+  assert min(found["seconds"].values()) > 0
+  assert found["versions"]["jax"] == jax.__version__
+  assert found["device"] == "8 x cpu"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"method": "linear"},
+        {"data": "stream", "batch_size": 16},
+        {"image_width": 12, "num_queries": 2},
+    ],
+    ids=str,
+)
+def test_accuracies_are_those_of_the_shipped_weights(run, task, changes):
+  workdir = run(**changes)
+  test = runs.results(workdir)["test_accuracy"]
+  assert test["per_seed"] == recount(workdir, task)
+
+
+def test_a_finished_run_is_not_redone(run, material, capfd):
+  workdir = run()
+  before = runs.files(workdir)
+  assert main.main(runs.command(material, workdir, checkpoint_seconds=1)) == 0
+  said = capfd.readouterr().err
+  assert "finished already" in said and "results.json" in said
+  after = runs.files(workdir)
+  before.pop("log.txt"), after.pop("log.txt")
+  assert before == after
+
+
+def test_the_search_chooses_and_does_nothing_else(run):
+  found = runs.results(run())
+  search, chosen = found["search"], found["chosen"]
+  accuracy = search["val_accuracy"]
+  settings = [(r["lr"], r["weight_decay"]) for r in search["runs"]]
+  assert settings == [(4.0 * 12 / 256, 1e-4), (0.1 * 12 / 256, 1e-4)]
+  assert {r["seed"] for r in search["runs"]} == {100}
+  assert (chosen["lr"], chosen["weight_decay"]) == min(
+      settings, key=lambda s: (-accuracy[settings.index(s)], s)
+  )
+  alone = run(lr=chosen["lr"] * 256 / 12)
+  assert "search" not in {row["phase"] for row in runs.metrics(alone)}
+  outcome = runs.bits(run())
+  for name, of_alone in runs.bits(alone).items():
+    if name not in ("search", "metrics.jsonl"):
+      assert outcome[name] == of_alone, name
+
+
+def test_stored_and_live_features_give_the_same(run):
+  stored, live = run(), run(features="live", data="device")
+  a, b = runs.results(stored), runs.results(live)
+  assert a["test_accuracy"] == b["test_accuracy"]
+  assert a["search"]["val_accuracy"] == b["search"]["val_accuracy"]
+  for seed in SEEDS:
+    a, b = (tuned.load(w / "tuned" / f"seed_{seed}") for w in (stored, live))
+    for x, y in zip(jax.tree.leaves(a.variables), jax.tree.leaves(b.variables)):
+      helpers.assert_close(x, y, 1e-5)
+
+
+def test_streaming_shows_every_example_once_an_epoch(
+    material, task, tmp_path, monkeypatch
+):
+  seen = []
+  on_devices = sources.on_devices
+
+  def watch(batch, mesh):
+    seen.append(batch)
+    return on_devices(batch, mesh)
+
+  monkeypatch.setattr(sources, "on_devices", watch)
+  changes = dict(data="stream", batch_size=16, lr=0.1)
+  assert main.main(runs.command(material, tmp_path, **changes)) == 0
+  size = {"image_size": 8, "value_range": "-1..1"}
+  wanted = data.load_arrays(task, "trainval", **size)["image"]
+  orders = []
+  for _ in range(EPOCHS):
+    batches = [seen.pop(0) for _ in range(3)]
+    images = np.concatenate([b["image"][b["mask"] > 0] for b in batches])
+    order = np.lexsort(images.reshape(48, -1).T)
+    orders.append(tuple(order))
+    np.testing.assert_array_equal(
+        images[order], wanted[np.lexsort(wanted.reshape(48, -1).T)]
+    )
+  assert len(set(orders)) == EPOCHS
+  batches = seen  # Of the test.
+  assert sum(b["mask"].sum() for b in batches) == 30
+
+
+def test_the_authors_program(material, tmp_path, capfd):
+  """Its noise makes the stream differ in every step, so nothing is stored."""
+  changes = dict(epochs=11, lr=0.1, weight_decay=0.0, seeds="7,8")
+  argv = runs.command(material, tmp_path, preset="authors", **changes)
+  assert main.main(argv) == 0
+  assert "through the backbone every step" in capfd.readouterr().err
+  resolved = runs.read_json(tmp_path / "config.json")
+  assert (resolved["embedding_dropout"], resolved["gelu"]) == (0.1, "exact")
+  losses = [row["loss"] for row in runs.metrics(tmp_path)]
+  assert losses[0] > losses[-1]
+
+
+def test_the_rate_follows_epochs_or_steps():
+  rows = sources.Resident({}, np.arange(10), 4, 0, parallel.make_mesh())
+  phase = functools.partial(loop.Phase, "seeds", (), rows, 4, 1)
+  curve = optim.schedule(4, 1)
+  for epoch in range(4):
+    factors = phase(per_step=False, may_diverge=False).factors(epoch, 1, 2)
+    np.testing.assert_allclose(factors, [curve(epoch)] * 2)
+    factors = phase(per_step=True, may_diverge=False).factors(epoch, 1, 2)
+    steps = np.array([3 * epoch + 1, 3 * epoch + 2])
+    np.testing.assert_allclose(factors, optim.schedule(12, 3)(steps))
+
+
+def test_digits(material, tmp_path, capfd):
+  """The config that comes along, with its data; another, smaller ViT."""
+  changes = {
+      "init": material / "vit.npz",
+      "image_size": 8,
+      "data_dir": tmp_path / "data",
+      "epochs": 6,
+      "lr": 0.1,
+      "weight_decay": 0.0,
+      "seeds": "7",
+  }
+  argv = runs.command(material, tmp_path / "run", method="linear", **changes)
+  argv[1] = f"--config={helpers.HERE.parent / 'configs' / 'digits.py'}"
+  assert main.main(argv) == 0
+  assert runs.results(tmp_path / "run")["test_accuracy"]["images"] == 797
+  said = capfd.readouterr()
+  assert said.out == ""
+  first, *_, last = said.err.splitlines()
+  assert first.startswith("linear on digits   ViT-")
+  assert last.startswith(f"results  {tmp_path / 'run' / 'results.json'}")

@@ -1,0 +1,273 @@
+"""Training steps: official trajectories, and the laws of running together."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import helpers
+import vqt_jax
+from vqt_jax import parallel
+from vqt_jax import tuner as tuner_lib
+from vqt_jax.train import optim
+from vqt_jax.train import step as step_lib
+from vqt_jax.train import store
+
+TRAJECTORIES = [
+    ("traj_adam", "adam", ""),
+    ("traj_sgd", "sgd", ""),
+    ("traj_adam_minibatch", "adam", ""),
+    ("traj_no_weight_decay", "adam", "adam/"),
+    ("traj_no_weight_decay", "sgd", "sgd/"),
+]
+
+
+@pytest.mark.parametrize("name, optimizer, prefix", TRAJECTORIES)
+def test_trajectories_of_the_official_trainer(name, optimizer, prefix):
+  golden = helpers.golden(name)
+  get = lambda key: golden.get(prefix + key, golden.get(key))
+  backbone = helpers.golden_backbone()
+  tuner = vqt_jax.make_tuner("vqt", backbone.config, 7)
+  recipe = step_lib.Recipe(optimizer)
+  kernel, bias = get("init/head/kernel"), get("init/head/bias")
+  start = {
+      "tuner": {"queries": get("init/queries")},
+      "head": {"kernel": kernel, "bias": bias},
+  }
+  start = jax.tree.map(lambda x: jnp.asarray(x)[None], start)
+  trained, frozen = tuner_lib.partition(backbone.params, start)
+  state = step_lib.init(tuner, recipe, backbone.params, np.zeros(1, np.uint32))
+  state = state.replace(trained=trained)
+  lr, decay = float(get("hparam/lr")), float(get("hparam/weight_decay"))
+  settings = step_lib.Settings(jnp.array([lr]), jnp.array([decay]))
+  data = {"image": golden["images"], "label": golden["labels"]}
+  epochs = int(get("hparam/epochs"))
+  factor = optim.schedule(epochs, int(get("hparam/warmup_epochs")))
+  batch_size = 6 if "minibatch" in name else 16
+  order, mask = store.order(np.arange(16), batch_size, 1)
+  if "minibatch" in name:
+    assert mask.sum(1).tolist() == golden["batch_sizes"].tolist()
+  for epoch in range(epochs):
+    rate = float(factor(epoch))
+    helpers.assert_close(rate * lr, get("lr_per_epoch")[epoch], 1e-6)
+    state, losses, _ = step_lib.train_steps(
+        tuner, recipe, state, frozen, settings, data, order, mask,
+        jnp.full(len(order), rate),
+    )  # fmt: skip
+    loss = float(losses.sum()) / 16
+    helpers.assert_close(loss, get("loss_per_epoch")[epoch], name="loss")
+  trained = jax.tree.map(lambda x: x[0], state.trained)
+  helpers.assert_close(trained["tuner"]["queries"], get("final/queries"))
+  helpers.assert_close(trained["head"]["kernel"], get("final/head/kernel"))
+  helpers.assert_close(trained["head"]["bias"], get("final/head/bias"))
+
+
+def test_schedule_of_the_official_program():
+  for name, expected in helpers.golden("schedule").items():
+    if name.startswith("hardrestart"):
+      continue
+    epochs, warmup = map(int, name.split("_"))
+    curve = optim.schedule(epochs, warmup)
+    ours = [float(curve(epoch)) for epoch in range(epochs)]
+    np.testing.assert_allclose(ours, expected, atol=2e-7, err_msg=name)
+
+
+def test_adamw_decays_apart_from_the_moments():
+  """A zero gradient moves nothing but the decay, and biases not at all."""
+  params = {"kernel": jnp.ones(3), "bias": jnp.ones(3)}
+  grads = jax.tree.map(jnp.zeros_like, params)
+  update = optim.optimizer("adamw", 0.1, 0.5)
+  updates, _ = update.update(grads, update.init(params), params)
+  np.testing.assert_allclose(updates["kernel"], -0.05, rtol=1e-6)
+  np.testing.assert_array_equal(updates["bias"], 0)
+
+
+class Case:
+  """A tiny task on a tiny backbone, trained for a few steps."""
+
+  def __init__(self, method="vqt", recipe=None, mesh=None, **options):
+    self.backbone = helpers.tiny_backbone()
+    self.tuner = vqt_jax.make_tuner(
+        method, self.backbone.config, 5, **options
+    )
+    self.recipe = recipe or step_lib.Recipe(query_dropout=0.2)
+    self.examples = helpers.tiny_examples(self.backbone, 21, 5)
+    self.mesh = mesh or single_device_mesh()
+    self.params = parallel.place_backbone(
+        self.backbone.params, self.mesh, "float32"
+    )
+    variables = self.tuner.init(jax.random.key(0))
+    self.frozen = tuner_lib.partition(self.params, variables)[1]
+
+  def data(self, how):
+    if how == "live":
+      return store.resident(self.examples, self.mesh)
+    return store.extract(
+        self.tuner, self.params, self.examples, self.mesh, 8
+    )
+
+  def train(self, how="live", seeds=(3,), lr=(0.1,), decay=(1e-3,), epochs=3):
+    settings = step_lib.Settings(
+        np.array(lr, np.float32), np.array(decay, np.float32)
+    )
+    init = jax.jit(
+        functools.partial(step_lib.init, self.tuner, self.recipe),
+        out_shardings=parallel.replicated(self.mesh),
+    )
+    data, shards = self.data(how), self.mesh.shape["data"]
+    with jax.set_mesh(self.mesh):
+      state = init(self.params, np.array(seeds, np.uint32))
+      for epoch in range(epochs):
+        order, mask = store.order(np.arange(21), 8, shards, (0, epoch))
+        state, losses, right = step_lib.train_steps(
+            self.tuner, self.recipe, state, self.frozen, settings, data,
+            order, mask, np.full(len(order), 1.0, np.float32),
+        )  # fmt: skip
+      order, mask = store.order(np.arange(21), 8, shards)
+      count = step_lib.eval_steps(
+          self.tuner, state.trained, self.frozen, data, order, mask
+      )
+    return jax.tree.map(
+        np.asarray, {"trained": state.trained, "loss": losses, "eval": count}
+    )
+
+
+def single_device_mesh():
+  auto = (jax.sharding.AxisType.Auto,) * 2
+  devices = np.array(jax.devices()[:1]).reshape(1, 1)
+  return jax.sharding.Mesh(devices, ("data", "model"), axis_types=auto)
+
+
+def assert_trees_close(a, b, tolerance):
+  for (path, x), y in zip(
+      jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+  ):
+    name = jax.tree_util.keystr(path)
+    helpers.assert_close(x, y, tolerance, name)
+
+
+@pytest.mark.parametrize("method", ["vqt", "linear"])
+def test_stored_equals_live(method):
+  case = Case(method)
+  stored, live = case.train("store"), case.train("live")
+  assert_trees_close(stored, live, 1e-5)
+
+
+def test_together_equals_alone():
+  case = Case(num_queries=2)
+  lr, decay, seeds = (0.1, 0.01, 0.1), (1e-3, 0.0, 0.1), (3, 3, 5)
+  together = case.train("store", seeds, lr, decay)
+  for i in range(3):
+    alone = case.train("store", seeds[i : i + 1], lr[i : i + 1],
+                       decay[i : i + 1])
+    run = slice(i, i + 1)
+    mine = {
+        "trained": jax.tree.map(lambda x, r=run: x[r], together["trained"]),
+        "loss": together["loss"][:, run],
+        "eval": together["eval"][run],
+    }
+    assert_trees_close(mine, alone, 2e-5)
+
+
+@pytest.mark.parametrize("data, model", [(8, 1), (4, 2), (1, 8)])
+@pytest.mark.parametrize("how", ["live", "store"])
+def test_sharded_equals_single(data, model, how):
+  single = Case().train(how)
+  mesh = parallel.make_mesh(data, model)
+  sharded = Case(mesh=mesh).train(how)
+  assert_trees_close(sharded["trained"], single["trained"], 2e-5)
+  np.testing.assert_array_equal(sharded["eval"], single["eval"])
+
+
+def test_backbone_is_sharded_over_model():
+  mesh = parallel.make_mesh(4, 2)
+  params = parallel.place_backbone(
+      helpers.tiny_backbone().params, mesh, "float32"
+  )
+  block = params["Transformer"]["encoderblock"]
+  for leaf in (
+      block["MlpBlock_0"]["Dense_0"]["kernel"],
+      block["MlpBlock_0"]["Dense_1"]["kernel"],
+      block["MultiHeadDotProductAttention_0"]["query"]["kernel"],
+      block["MultiHeadDotProductAttention_0"]["out"]["kernel"],
+  ):
+    assert leaf.addressable_shards[0].data.size * 2 == leaf.size
+
+
+def test_frozen_leaves_keep_their_bits_and_trained_ones_move():
+  case = Case(recipe=step_lib.Recipe(query_dropout=0.2))
+  before = jax.tree.map(np.array, case.params)
+  start = case.train(epochs=1, lr=(0.0,))
+  after = case.train(epochs=2)
+  for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(case.params)):
+    np.testing.assert_array_equal(a, b)
+  for (path, a), b in zip(
+      jax.tree_util.tree_leaves_with_path(start["trained"]),
+      jax.tree.leaves(after["trained"]),
+  ):
+    assert np.abs(a - b).max() > 0, path
+
+
+def test_labels_decide_what_is_trained():
+  case = Case()
+  variables = {**case.tuner.init(jax.random.key(0)), "backbone": case.params}
+  labels = tuner_lib.labels(variables)
+  assert set(jax.tree.leaves(labels["backbone"])) == {"frozen"}
+  assert set(jax.tree.leaves((labels["tuner"], labels["head"]))) == {"train"}
+  trained, frozen = tuner_lib.split(variables, labels)
+  assert len(jax.tree.leaves(trained)) == 3
+  merged = tuner_lib.merge(trained, frozen)
+  assert jax.tree.structure(merged) == jax.tree.structure(variables)
+
+
+def test_embedding_dropout_makes_the_stream_noisy():
+  quiet = Case(recipe=step_lib.Recipe()).train()
+  noisy = Case(recipe=step_lib.Recipe(embedding_dropout=0.1)).train()
+  assert np.abs(quiet["loss"] - noisy["loss"]).max() > 1e-4
+
+
+def test_same_seed_same_bits_other_seed_other_run():
+  a, b = Case().train("store"), Case().train("store")
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+    np.testing.assert_array_equal(x, y)
+  c = Case().train("store", seeds=(4,))
+  assert np.abs(a["loss"] - c["loss"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_one_compilation_serves_all_epochs(devices):
+  mesh = single_device_mesh() if devices == 1 else parallel.make_mesh()
+  recipe = step_lib.Recipe(query_dropout=0.125)
+  case = Case(mesh=mesh, recipe=recipe)
+  compiled = []
+
+  def listen(event, seconds, **what):
+    del seconds
+    step = what.get("fun_name") == "jit(train_steps)"
+    if "backend_compile" in event and step:
+      compiled.append(what)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    case.train("store", epochs=3)
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+  assert len(compiled) == 1
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize("batch_size", [1, 7, 8, 30])
+def test_order_holds_every_row_once(shards, batch_size):
+  rows = np.arange(5, 26)
+  order, mask = store.order(rows, batch_size, shards, (0, 3))
+  assert sorted(order[mask > 0].tolist()) == rows.tolist()
+  assert order.shape[1] % shards == 0
+  steps = -(-21 // batch_size)
+  assert len(order) == steps
+  assert mask.sum(1).max() <= batch_size
+  again = store.order(rows, batch_size, shards, (0, 3))[0]
+  np.testing.assert_array_equal(order, again)
+  other = store.order(rows, batch_size, shards, (0, 4))[0]
+  assert (order != other).any()

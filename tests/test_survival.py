@@ -1,0 +1,141 @@
+"""Runs that are stopped or killed end with the same bits as others."""
+
+import shutil
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import runs
+from vqt_jax.train import checkpoint
+
+KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
+EXTRACT = "vqt_jax.train.store:_extract"
+TRAIN = "vqt_jax.train.step:train_steps"
+EVALUATE = "vqt_jax.train.step:eval_steps"
+REPORT = "vqt_jax.plots:report"
+STOPPED = "Stopped and saved; resume with the same command."
+RENAME = "os:rename"  # What makes a part of a save, or all of it, count.
+
+
+def go(material, workdir, moment=None, **changes):
+  """Runs, or resumes, until a signal comes at (function, call, signal)."""
+  signals = {moment[0]: moment[1:]} if moment else {}
+  argv = runs.command(material, workdir, checkpoint_seconds=0, **changes)
+  process = runs.Process(argv, signals=signals)
+  status = process.wait()
+  assert "Traceback" not in process.said()
+  return status, process.said()
+
+
+def saves(workdir):
+  """Folders of complete saves."""
+  return [
+      path
+      for path in (workdir / "checkpoints").iterdir()
+      if path.name.isdigit()
+  ]
+
+
+def test_killed_again_and_again(material, alone, tmp_path):
+  """At each of these moments in turn, each time started again."""
+  for moment in (
+      (EXTRACT, 2, KILL),
+      (TRAIN, 3, KILL),  # While the save after epoch 2 is being written.
+      (RENAME, 2, KILL),
+      (EVALUATE, 1, KILL),  # On val.
+      (TRAIN, 3, KILL),  # Seeds.
+      (RENAME, 2, KILL),
+  ):
+    assert go(material, tmp_path, moment)[0] == -KILL, moment
+  status, said = go(material, tmp_path, (EVALUATE, 2, KILL))  # On test.
+  assert status == -KILL and "resume   seeds after epoch" in said
+  assert "search" not in said
+  status, said = go(material, tmp_path, (REPORT, 1, KILL))
+  assert status == -KILL and "test     image" in said
+  assert not (tmp_path / "results.json").exists()
+  status, said = go(material, tmp_path)
+  assert status == 0 and "seeds    " not in said
+  assert runs.bits(tmp_path) == runs.bits(alone["device"])
+  assert saves(tmp_path) == list((tmp_path / "checkpoints").iterdir())
+
+
+def test_asked_to_stop(material, alone, tmp_path):
+  status, said = go(material, tmp_path, (EXTRACT, 2, INT))
+  assert (status, said.splitlines()[-1]) == (0, STOPPED)
+  assert not runs.metrics(tmp_path)
+  status, said = go(material, tmp_path, (TRAIN, 2, TERM))
+  assert (status, said.splitlines()[-1]) == (0, STOPPED)
+  assert {row["epoch"] for row in runs.metrics(tmp_path)} == {1, 2}
+  status, said = go(material, tmp_path, (EVALUATE, 2, TERM))
+  assert (status, said.splitlines()[-1]) == (0, STOPPED)
+  assert "resume   search after epoch 2" in said
+  status, said = go(material, tmp_path)
+  assert status == 0 and "seeds    " not in said
+  assert runs.bits(tmp_path) == runs.bits(alone["device"])
+
+
+def test_interrupted_within_an_epoch(material, alone, tmp_path):
+  """Streamed, an epoch is several calls, here of three steps."""
+  status, _ = go(material, tmp_path, (TRAIN, 5, TERM), data="stream")
+  assert status == 0
+  status, said = go(material, tmp_path, (TRAIN, 3, KILL), data="stream")
+  assert status == -KILL and "resume   search after epoch 1" in said
+  assert go(material, tmp_path, data="stream")[0] == 0
+  assert runs.bits(tmp_path) == runs.bits(alone["stream"])
+
+
+def test_a_full_disk(material, alone, tmp_path):
+  """Each time more files fit; in the end all do."""
+  argv = runs.command(material, tmp_path, checkpoint_seconds=0)
+  for size, what in ((500, "config.json"), (2000, "checkpoints"),
+                     (12000, "report.png"), (None, "")):  # pyformat: disable
+    process = runs.Process(argv, largest_file=size)
+    status, said = process.wait(), process.said().splitlines()
+    if what:
+      assert status == 2 and not any("Traceback" in line for line in said)
+      assert said[-1].startswith(f"error: Cannot write {tmp_path / what}: File")
+  assert status == 0
+  assert runs.bits(tmp_path) == runs.bits(alone["device"])
+
+
+def test_a_damaged_save(material, alone, tmp_path):
+  assert go(material, tmp_path, (EVALUATE, 2, KILL))[0] == -KILL
+  last = max(saves(tmp_path), key=lambda path: int(path.name))
+  for file in (last / "state").rglob("*"):
+    if file.is_file() and file.stat().st_size > 100:
+      file.write_bytes(file.read_bytes()[:-20])
+  before = runs.files(tmp_path / "checkpoints")
+  status, said = go(material, tmp_path)
+  assert status == 2 and said.startswith("vqt on squares")
+  assert f"error: Cannot read {last}: " in said
+  assert "Delete that folder to resume from the save before it." in said
+  assert runs.files(tmp_path / "checkpoints") == before
+  shutil.rmtree(last)
+  assert go(material, tmp_path)[0] == 0
+  assert runs.bits(tmp_path) == runs.bits(alone["device"])
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_save_holds_what_it_was_given(tmp_path, devices):
+  """Also when the next step reuses the arrays' memory at once."""
+  mesh = jax.sharding.Mesh(jax.devices()[:devices], "data")
+  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  step = jax.jit(lambda x: x + 1, donate_argnums=0, out_shardings=everywhere)
+  saver = checkpoint.Checkpointer(tmp_path, 0)
+  x = jax.device_put(jnp.zeros(2**20), everywhere)
+  for i in range(4):
+    saver.save({"x": x}, {"i": i})
+    expected = np.array(x)
+    for _ in range(5):
+      x = step(x)
+    jax.block_until_ready(x)
+    saver.close()
+    saver = checkpoint.Checkpointer(tmp_path, 0)
+    assert saver.progress() == {"i": i}
+    restored = saver.restore({"x": x})["x"]
+    np.testing.assert_array_equal(restored, expected)
+    assert restored.sharding == everywhere
+  saver.close()

@@ -1,0 +1,198 @@
+"""Mesh, shardings, and what several processes must agree on."""
+
+from collections.abc import Iterator
+import contextlib
+import re
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+
+from vqt_jax import errors
+
+# Frozen block weights along `model`: attention by heads, the MLP by its hidden
+# units. Everything else is replicated. First axis of a block leaf: depth.
+MODEL_RULES = (
+    (r"/encoderblock/.*/(query|key|value)/kernel$", P(None, None, "model")),
+    (r"/encoderblock/.*/(query|key|value)/bias$", P(None, "model")),
+    (r"/encoderblock/.*/out/kernel$", P(None, "model")),
+    (r"/encoderblock/.*/Dense_0/kernel$", P(None, None, "model")),
+    (r"/encoderblock/.*/Dense_0/bias$", P(None, "model")),
+    (r"/encoderblock/.*/Dense_1/kernel$", P(None, "model")),
+)
+
+# Seconds after which a process that is gone, or does not come, is given up.
+CONNECT_SECONDS = 300
+SILENT_SECONDS = 60
+LEAVE_SECONDS = 30
+
+
+def connect(
+    coordinator: str,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+  """Joins the other processes; comes before anything else asks for devices.
+
+  Args:
+    coordinator: host:port of the first process, the same on all; "auto" where
+      the cluster tells (Cloud TPU, Slurm, ...).
+    num_processes: how many there are.
+    process_id: which one this is, from 0.
+
+  Raises:
+    UserError: these make no sense, or there is no cluster that tells. (Where
+      the others do not come, JAX ends the process.)
+  """
+  if coordinator == "auto":
+    given = {}
+  elif not re.search(r".:\d+$", coordinator):
+    raise errors.UserError(
+        f"coordinator {coordinator!r}: expected HOST:PORT of the first process,"
+        " or auto."
+    )
+  elif process_id is None or not 0 <= process_id < (num_processes or 0):
+    raise errors.UserError(
+        f"num_processes={num_processes}, process_id={process_id}: expected"
+        " both, and an id of 0 to num_processes - 1."
+    )
+  else:
+    given = dict(
+        coordinator_address=coordinator,
+        num_processes=num_processes,
+        process_id=process_id,
+    )
+  # Its handler would take SIGTERM away from ours.
+  jax.config.update("jax_enable_preemption_service", False)
+  try:
+    jax.distributed.initialize(
+        **given,
+        initialization_timeout=CONNECT_SECONDS,
+        heartbeat_timeout_seconds=SILENT_SECONDS,
+        shutdown_timeout_seconds=LEAVE_SECONDS,
+    )
+  except (RuntimeError, ValueError) as e:
+    raise errors.UserError(
+        f"Cannot join the other processes (coordinator {coordinator}): {e}"
+    ) from e
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """What fails with a `UserError` on one process fails on all of them."""
+  error = None
+  try:
+    yield
+  except errors.UserError as e:
+    error = e
+  if any_process(error is not None):
+    raise error or errors.UserError(
+        "Another process of this run failed; see what it says."
+    )
+
+
+def make_mesh(data: int = -1, model: int = 1) -> jax.sharding.Mesh:
+  """A `data` x `model` mesh over all devices of all processes.
+
+  Args:
+    data: devices that share the batch; -1: all that `model` leaves.
+    model: devices that share one copy of the backbone.
+
+  Raises:
+    UserError: the product is not the number of devices, or a process would get
+      no examples of its own.
+  """
+  count = jax.device_count()
+  wanted = count // model if data == -1 and model > 0 else data
+  if model < 1 or wanted * model != count:
+    raise errors.UserError(
+        f"mesh data={data}, model={model} does not fit {count} device(s):"
+        " data x model must be their number (data=-1: as many as there are)."
+    )
+  if wanted % jax.process_count():
+    raise errors.UserError(
+        f"mesh data={wanted}, model={model} does not fit"
+        f" {jax.process_count()} processes: data must be a multiple of their"
+        " number, so that each reads examples of its own."
+    )
+  auto = (jax.sharding.AxisType.Auto,) * 2
+  return jax.make_mesh((wanted, model), ("data", "model"), axis_types=auto)
+
+
+def _spec(path: str, shape: tuple[int, ...], model: int) -> P:
+  for pattern, spec in MODEL_RULES:
+    if re.search(pattern, path):
+      sharded = spec.index("model")
+      return spec if shape[sharded] % model == 0 else P()
+  return P()
+
+
+def place_backbone(params: Any, mesh: jax.sharding.Mesh, dtype: str) -> Any:
+  """Puts the frozen weights on the devices; matrices in `dtype`.
+
+  LayerNorm stays float32, so does everything when `dtype` is float32.
+  """
+
+  def place(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    keep = re.search(r"(LayerNorm_\d|encoder_norm)/", name)
+    array = np.asarray(leaf, np.float32 if keep else dtype)
+    spec = _spec(name, array.shape, mesh.shape["model"])
+    sharding = NamedSharding(mesh, spec)
+    return from_host(array, sharding)
+
+  return jax.tree_util.tree_map_with_path(place, params)
+
+
+def from_host(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+  """A global array of which every process holds the whole on its host."""
+  return jax.make_array_from_callback(
+      array.shape, sharding, lambda index: array[index]
+  )
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+  return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: jax.sharding.Mesh, axis: int = 0) -> NamedSharding:
+  """Examples, found on `axis`, shared out over `data`."""
+  return NamedSharding(mesh, P(*[None] * axis, "data"))
+
+
+def from_local(
+    batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh
+) -> dict[str, jax.Array]:
+  """Each process's part of a batch (first axis) to sharded global arrays."""
+  sharding = batch_sharding(mesh)
+  return {
+      name: jax.make_array_from_process_local_data(sharding, part)
+      for name, part in batch.items()
+  }
+
+
+def to_host(tree: Any) -> Any:
+  """Whole numpy copies of replicated arrays."""
+  return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), tree)
+
+
+def any_process(flag: bool) -> bool:
+  """Whether the flag is up on any process; all must call it together."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def smallest(value: float) -> float:
+  """The smallest value of all processes; all must call it together."""
+  if jax.process_count() == 1:
+    return value
+  return float(multihost_utils.process_allgather(np.array(value)).min())
+
+
+def is_first() -> bool:
+  """Whether this process writes files and talks."""
+  return jax.process_index() == 0

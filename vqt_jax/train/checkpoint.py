@@ -1,0 +1,199 @@
+"""Saving and resuming a run with Orbax."""
+
+from collections.abc import Iterator
+import contextlib
+import os
+import pathlib
+import re
+import signal
+import threading
+import time
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from vqt_jax import errors
+from vqt_jax import parallel
+from vqt_jax import results
+
+# After this a save has failed: on a process that others are waiting for.
+SAVE_SECONDS = 120
+
+
+class Checkpointer:
+  """Saves state and progress asynchronously; the last complete save wins.
+
+  A save holds every array of the training state (random keys included) and a
+  json-able `progress`: phase, epoch, history, results so far.
+
+  Every method may raise a `UserError`: files cannot be written (an earlier save
+  may be meant), or read.
+  """
+
+  def __init__(self, directory: str | pathlib.Path, every_seconds: float):
+    self._directory = pathlib.Path(directory).absolute()
+    self._every = every_seconds
+    self._last = time.monotonic()
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=2,
+        enable_async_checkpointing=True,
+        async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS),
+    )
+    with self._writing():
+      self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+  def due(self) -> bool:
+    """Whether the last save is long ago, on any process."""
+    late = time.monotonic() - self._last >= self._every
+    return parallel.any_process(late)
+
+  def save(self, state: Any, progress: dict[str, Any]) -> None:
+    """Starts a save; the arrays may be donated as soon as this returns."""
+    number = (self._manager.latest_step() or 0) + 1
+    with self._writing():
+      self._manager.save(
+          number,
+          args=ocp.args.Composite(
+              state=ocp.args.StandardSave(_flatten(state)),
+              progress=ocp.args.JsonSave(progress),
+          ),
+      )
+    self._last = time.monotonic()
+
+  def progress(self) -> dict[str, Any] | None:
+    """Progress of the last complete save, or None."""
+    if self._manager.latest_step() is None:
+      return None
+    return self._restore(progress=ocp.args.JsonRestore()).progress
+
+  def restore(self, like: Any) -> Any:
+    """State of the last complete save, placed as `like` is."""
+    flat = _flatten(like)
+    shape = lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=x.sharding
+    )
+    args = ocp.args.StandardRestore(jax.tree.map(shape, flat))
+    return _unflatten(like, self._restore(state=args).state)
+
+  def close(self) -> None:
+    """Waits until the last save is complete on disk."""
+    try:
+      with self._writing():
+        self._manager.close()
+    finally:  # Of a save that failed, some threads have yet to complain.
+      for thread in threading.enumerate():
+        if type(thread).__module__.startswith("orbax."):
+          threading.Thread.join(thread)  # Its own raises.
+
+  def _restore(self, **items: Any) -> Any:
+    number = self._manager.latest_step()
+    try:
+      return self._manager.restore(number, args=ocp.args.Composite(**items))
+    except Exception as e:  # Each of Orbax's layers has its own.
+      raise errors.UserError(
+          f"Cannot read {self._directory / str(number)}: {_first_line(e)}"
+          " Delete that folder to resume from the save before it."
+      ) from e
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Failures of the file system as `UserError`, from all layers of Orbax."""
+    with results.writing(self._directory):
+      try:
+        yield
+      except TimeoutError as e:
+        raise errors.UserError(
+            "Another process of this run could not save; see what it says."
+        ) from e
+      except Exception as e:
+        failure = _failure(e)
+        if not failure:
+          raise
+        raise failure from e
+
+
+def _failure(error: BaseException | None) -> OSError | None:
+  """The failure of the file system behind an exception, if there is one."""
+  while error:
+    if isinstance(error, OSError):
+      return error
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+      return OSError(int(code[1]), os.strerror(int(code[1])))
+    error = error.__cause__ or error.__context__
+  return None
+
+
+def _first_line(error: Exception) -> str:
+  line = str(error).strip().split("\n")[0][:200].rstrip(".")
+  return f"{line or type(error).__name__}."
+
+
+def _is_key(leaf: Any) -> bool:
+  return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _flatten(state: Any) -> dict[str, jax.Array]:
+  """Leaves by path; random keys as their data."""
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  return {
+      jax.tree_util.keystr(path, simple=True, separator="."): (
+          jax.random.key_data(leaf) if _is_key(leaf) else leaf
+      )
+      for path, leaf in leaves
+  }
+
+
+def _unflatten(like: Any, flat: dict[str, jax.Array]) -> Any:
+  def pick(path, leaf):
+    saved = flat[jax.tree_util.keystr(path, simple=True, separator=".")]
+    return jax.random.wrap_key_data(saved) if _is_key(leaf) else saved
+
+  return jax.tree_util.tree_map_with_path(pick, like)
+
+
+class Stopped(Exception):
+  """The run was asked to stop, and saved itself first."""
+
+
+class StopSignal:
+  """Notes SIGTERM and SIGINT instead of dying of them; a context manager."""
+
+  SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+  def __enter__(self) -> "StopSignal":
+    self._received = False
+    self._patient = True
+    self._previous = {s: signal.signal(s, self._note) for s in self.SIGNALS}
+    return self
+
+  def _note(self, number, frame):
+    del frame
+    if self._received and number == signal.SIGINT:  # Asked twice: now.
+      raise KeyboardInterrupt
+    self._received = True
+    if not self._patient:
+      raise Stopped
+
+  @contextlib.contextmanager
+  def at_once(self) -> Iterator[None]:
+    """While there is nothing to save: a signal ends the work right away.
+
+    Raises:
+      Stopped: a signal came. (Of several processes each may get it elsewhere,
+        so they go on until all can ask.)
+    """
+    self._patient = jax.process_count() > 1
+    try:
+      yield
+    finally:
+      self._patient = True
+    if self:
+      raise Stopped
+
+  def __bool__(self) -> bool:
+    return parallel.any_process(self._received)
+
+  def __exit__(self, *unused):
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)

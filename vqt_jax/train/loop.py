@@ -1,0 +1,218 @@
+"""The training loop: epochs of all runs of a phase, saved and resumable."""
+
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from vqt_jax import errors
+from vqt_jax import parallel
+from vqt_jax import tuner as tuner_lib
+from vqt_jax.train import checkpoint
+from vqt_jax.train import optim
+from vqt_jax.train import sources
+from vqt_jax.train import step as step_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One training: a setting and a seed. `lr` is the peak rate as used."""
+
+  lr: float
+  weight_decay: float
+  seed: int
+
+  def __str__(self) -> str:
+    setting = f"lr {self.lr:g}, weight decay {self.weight_decay:g}"
+    return f"{setting}, seed {self.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """Runs that train together on the same examples.
+
+  Attributes:
+    name: "search" or "seeds".
+    runs: trained side by side.
+    source: the examples.
+    epochs: how often each is seen.
+    warmup_epochs: of `epochs`.
+    per_step: the schedule counts steps rather than epochs.
+    may_diverge: a run whose loss is no longer finite is out, not an error.
+  """
+
+  name: str
+  runs: tuple[Run, ...]
+  source: sources.Resident | sources.Streamed
+  epochs: int
+  warmup_epochs: int
+  per_step: bool
+  may_diverge: bool
+
+  def factors(self, epoch: int, start: int, steps: int) -> np.ndarray:
+    """Factors of the peak rate for some steps of an epoch, (steps,) float32."""
+    per_epoch = self.source.steps
+    if not self.per_step:
+      curve = optim.schedule(self.epochs, self.warmup_epochs)
+      return np.full(steps, curve(epoch), np.float32)
+    curve = optim.schedule(
+        self.epochs * per_epoch, self.warmup_epochs * per_epoch
+    )
+    first = epoch * per_epoch + start
+    return np.asarray(curve(np.arange(first, first + steps)), np.float32)
+
+
+@dataclasses.dataclass
+class Progress:
+  """Where a phase stands, json-able; saved with every checkpoint.
+
+  Attributes:
+    epoch: epochs done.
+    step: steps done in the next epoch.
+    sums: of that epoch so far, per run: loss sum and number right.
+    history: per finished epoch {"loss": per run, "accuracy": per run}.
+    seconds: of training so far.
+    diverged: run -> epoch in which its loss stopped being finite.
+  """
+
+  epoch: int = 0
+  step: int = 0
+  sums: list[list[float]] = dataclasses.field(default_factory=list)
+  history: list[dict[str, list[float]]] = dataclasses.field(
+      default_factory=list
+  )
+  seconds: float = 0.0
+  diverged: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def init_state(
+    tuner: tuner_lib.Tuner,
+    recipe: step_lib.Recipe,
+    params: Any,
+    runs: tuple[Run, ...],
+    mesh: jax.sharding.Mesh,
+) -> step_lib.State:
+  """Fresh state of all runs, replicated over the mesh."""
+  init = jax.jit(
+      functools.partial(step_lib.init, tuner, recipe),
+      out_shardings=parallel.replicated(mesh),
+  )
+  return init(params, np.array([run.seed for run in runs], np.uint32))
+
+
+def train_phase(
+    phase: Phase,
+    tuner: tuner_lib.Tuner,
+    recipe: step_lib.Recipe,
+    frozen: Any,
+    state: step_lib.State,
+    progress: Progress,
+    *,
+    save,
+    due,
+    stop,
+    report,
+) -> step_lib.State:
+  """Trains all runs of a phase to the end.
+
+  Args:
+    phase: what to train.
+    tuner: the method.
+    recipe: its compiled part.
+    frozen: frozen leaves, on the devices.
+    state: of `phase.runs`, at `progress`; donated.
+    progress: moves with the training.
+    save: (state) -> None; starts a checkpoint of it and of `progress`.
+    due: () -> bool; whether it is time for one.
+    stop: truthy when asked to stop.
+    report: (epoch, loss per run, accuracy per run, images per second) -> None.
+
+  Raises:
+    UserError: the loss is not finite any more.
+    Stopped: asked to stop; saved before.
+  """
+  settings = step_lib.Settings(
+      lr=np.array([run.lr for run in phase.runs], np.float32),
+      weight_decay=np.array([r.weight_decay for r in phase.runs], np.float32),
+  )
+  pending = []  # Sums on the devices: read late, so that steps queue up.
+  clock = time.monotonic()
+
+  def settle():
+    """Waits for the queued steps; books finished epochs."""
+    nonlocal clock
+    for epoch, losses, right, last in pending:
+      losses, right = parallel.to_host((losses, right))
+      _check(phase, progress, epoch, losses)
+      done = np.array([losses.sum(0), right.sum(0)], np.float64)
+      total = done + progress.sums if progress.sums else done
+      progress.sums = total.tolist()
+      progress.step += len(losses)
+      if last:
+        loss, accuracy = total / phase.source.num_examples
+        progress.history.append(
+            {"loss": loss.tolist(), "accuracy": accuracy.tolist()}
+        )
+        progress.epoch, progress.step, progress.sums = epoch + 1, 0, []
+        elapsed = time.monotonic() - clock
+        progress.seconds += elapsed
+        clock = time.monotonic()
+        seen = phase.source.num_examples * len(phase.runs)
+        report(epoch, loss, accuracy, seen / max(elapsed, 1e-9))
+    pending.clear()
+
+  while progress.epoch + len([p for p in pending if p[3]]) < phase.epochs:
+    epoch = progress.epoch + len([p for p in pending if p[3]])
+    start = progress.step if epoch == progress.epoch else 0
+    for data, order, mask in phase.source.epoch(epoch, start):
+      factor = phase.factors(epoch, start, len(order))
+      state, losses, right = step_lib.train_steps(
+          tuner, recipe, state, frozen, settings, data, order, mask, factor
+      )
+      start += len(order)
+      last = start == phase.source.steps
+      if pending:  # Everything but the chunk just started.
+        settle()
+      pending.append((epoch, losses, right, last))
+      stopping = bool(stop)
+      if stopping or due():
+        settle()
+        save(state)
+      if stopping:
+        raise checkpoint.Stopped
+  settle()
+  return state
+
+
+def _check(phase, progress, epoch, losses):
+  """Books runs whose loss (S, R) is not finite; stops if none may go on."""
+  for run in np.flatnonzero(~np.isfinite(losses).all(axis=0)):
+    if str(run) in progress.diverged:
+      continue
+    progress.diverged[str(run)] = epoch
+    bad = int(np.argmin(np.isfinite(losses[:, run])))
+    left = len(phase.runs) - len(progress.diverged)
+    if not phase.may_diverge or not left:
+      raise errors.UserError(
+          f"The loss became {losses[bad, run]} in epoch {epoch + 1}, step"
+          f" {progress.step + bad + 1} of {phase.source.steps}"
+          f" ({phase.runs[run]}, phase {phase.name}). Lower config.lr in a new"
+          " workdir, or look at the value range of the inputs."
+      )
+
+
+def choose(
+    runs: tuple[Run, ...], accuracy: list[float], diverged: set[int]
+) -> int:
+  """The run that val picks: best accuracy after the last epoch.
+
+  On a tie the smaller learning rate wins, then the smaller weight decay; a run
+  that diverged never does.
+  """
+  able = [i for i in range(len(runs)) if i not in diverged]
+  return min(
+      able, key=lambda i: (-accuracy[i], runs[i].lr, runs[i].weight_decay)
+  )

@@ -1,0 +1,84 @@
+"""Where a step's examples come from: resident on the devices, or streamed."""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vqt_jax import parallel
+from vqt_jax.train import store
+
+Chunk = tuple[dict[str, jax.Array], np.ndarray, jax.Array | np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Resident:
+  """Rows of data that sit on the devices; an epoch is one compiled call.
+
+  Attributes:
+    data: as `store.extract` or `store.resident` give it.
+    rows: (n,) rows of `data` to train on.
+    batch_size: examples in a step, over all devices.
+    seed: with the epoch decides the order.
+    mesh: batches are filled up to a multiple of its `data` axis.
+  """
+
+  data: dict[str, jax.Array]
+  rows: np.ndarray
+  batch_size: int
+  seed: int
+  mesh: jax.sharding.Mesh
+
+  @property
+  def num_examples(self) -> int:
+    return len(self.rows)
+
+  @property
+  def steps(self) -> int:
+    """Steps in an epoch."""
+    return -(-len(self.rows) // self.batch_size)
+
+  def epoch(self, epoch: int, start: int) -> Iterator[Chunk]:
+    """The chunks of an epoch from step `start` on: data, order, mask."""
+    if start < self.steps:
+      shards = self.mesh.shape["data"]
+      shuffle = (self.seed, epoch)
+      index, mask = store.order(self.rows, self.batch_size, shards, shuffle)
+      yield self.data, index[start:], mask[start:]
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+  """Batches read and decoded again every epoch, one step a call.
+
+  Attributes:
+    read: (epoch, first step) -> this process's part of each batch.
+    num_examples: in an epoch.
+    batch_size: examples in a step, over all devices and processes.
+    mesh: batches are spread over its `data` axis.
+  """
+
+  read: Callable[[int, int], Iterator[dict[str, np.ndarray]]]
+  num_examples: int
+  batch_size: int
+  mesh: jax.sharding.Mesh
+
+  @property
+  def steps(self) -> int:
+    return -(-self.num_examples // self.batch_size)
+
+  def epoch(self, epoch: int, start: int) -> Iterator[Chunk]:
+    for batch in self.read(epoch, start):
+      yield on_devices(batch, self.mesh)
+
+
+def on_devices(
+    batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh
+) -> Chunk:
+  """One batch of {"image", "label", "mask"} as a chunk of one step."""
+  data = parallel.from_local(batch, mesh)
+  mask = data.pop("mask")
+  order = np.arange(len(mask), dtype=np.int32)[None]
+  return data, order, jnp.reshape(mask, (1, -1))

@@ -1,0 +1,253 @@
+"""One compiled, sharded training step for any number of runs at once.
+
+Runs (a setting and a seed each) ride together on a leading axis R of
+everything trained: `vmap` over them leaves the frozen stream, which none of
+them changes, computed or read once for all. Gradients are taken with respect
+to trained leaves only, and of the reading only: the backbone runs before
+differentiation begins.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import optax
+
+from vqt_jax import tuner as tuner_lib
+from vqt_jax.train import optim
+
+Batch = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """What of a recipe is compiled in.
+
+  Attributes:
+    optimizer: "adam", "sgd" or "adamw".
+    query_dropout: rate at which elements of the queries drop out, per example.
+    embedding_dropout: the same for the embedded tokens; the official program
+      has 0.1. Not 0 makes the stream noisy, so it cannot come from a store.
+  """
+
+  optimizer: str = "adam"
+  query_dropout: float = 0.0
+  embedding_dropout: float = 0.0
+
+
+@flax.struct.dataclass
+class State:
+  """All that changes in training; leaves lead with the runs' axis R.
+
+  Attributes:
+    trained: what the mask lets train, with holes for the frozen leaves.
+    opt_state: the optimiser's.
+    key: (R,) typed keys, one per run.
+    step: steps taken, () int32.
+  """
+
+  trained: Any
+  opt_state: Any
+  key: jax.Array
+  step: jax.Array
+
+
+@flax.struct.dataclass
+class Settings:
+  """Hyperparameters that differ between runs, traced: (R,) float32 each."""
+
+  lr: jax.Array
+  weight_decay: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def init(
+    tuner: tuner_lib.Tuner, recipe: Recipe, params: Any, seeds: jax.Array
+) -> State:
+  """Fresh state of runs with these seeds, (R,) uint32, on backbone `params`."""
+
+  def one(seed):
+    init_key, key = jax.random.split(jax.random.key(seed))
+    trained, _ = tuner_lib.partition(params, tuner.init(init_key))
+    opt_state = optim.optimizer(recipe.optimizer, 1.0, 0.0).init(trained)
+    return trained, opt_state, key
+
+  trained, opt_state, key = jax.vmap(one)(seeds)
+  return State(trained, opt_state, key, jnp.zeros((), jnp.int32))
+
+
+def take(data: Batch, index: jax.Array) -> Batch:
+  """Rows of resident data: "tokens" (L, n, N, D), all else (n, ...)."""
+  return {
+      name: jnp.take(values, index, axis=1 if name == "tokens" else 0)
+      for name, values in data.items()
+  }
+
+
+def _constrain(x: Any, *spec: str | None) -> Any:
+  """Asks for a sharding where a mesh is set."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def _shard(batch: Batch) -> Batch:
+  spec = lambda name: (None, "data") if name == "tokens" else ("data",)
+  return {
+      name: _constrain(values, *spec(name)) for name, values in batch.items()
+  }
+
+
+def _keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]):
+  """Inverted dropout's multiplier: 0 or 1 / (1 - rate)."""
+  if not rate:
+    return None
+  return jax.random.bernoulli(key, 1 - rate, shape) / (1 - rate)
+
+
+def _stream(tuner, recipe, params, batch, key):
+  """Tokens and final feature of a batch, from the store or the backbone."""
+  if "final" in batch:
+    return batch.get("tokens"), batch["final"]
+  config = tuner.config
+  shape = (len(batch["image"]), config.num_tokens, config.width)
+  mask = None
+  if key is not None:
+    mask = _keep_mask(key, recipe.embedding_dropout, shape)
+  stream = tuner_lib.run_backbone(tuner, params, batch["image"], mask)
+  return stream.tokens, stream.final
+
+
+def _score(logits, batch):
+  """Sums over the batch's real examples: loss and number right."""
+  losses = optax.softmax_cross_entropy_with_integer_labels(
+      logits, batch["label"]
+  )
+  right = jnp.argmax(logits, axis=-1) == batch["label"]
+  return jnp.sum(losses * batch["mask"]), jnp.sum(right * batch["mask"])
+
+
+def run_step(
+    tuner: tuner_lib.Tuner,
+    recipe: Recipe,
+    frozen: Any,
+    batch: Batch,
+    step: jax.Array,
+    trained: Any,
+    opt_state: Any,
+    key: jax.Array,
+    lr: jax.Array,
+    weight_decay: jax.Array,
+) -> tuple[Any, Any, tuple[jax.Array, jax.Array]]:
+  """One update of one run; returns its state and (loss sum, number right)."""
+  embed_key, query_key = jax.random.split(jax.random.fold_in(key, step))
+  tokens, final = _stream(tuner, recipe, frozen["backbone"], batch, embed_key)
+  config = tuner.config
+  shape = (config.depth, len(final), tuner.num_queries, config.width)
+  query_mask = None
+  if tuner.reads_blocks:
+    query_mask = _keep_mask(query_key, recipe.query_dropout, shape)
+
+  def objective(trained):
+    variables = tuner_lib.merge(trained, frozen)
+    logits = tuner(variables, tokens, final, query_mask).logits
+    total, right = _score(logits, batch)
+    return total / jnp.maximum(batch["mask"].sum(), 1), (total, right)
+
+  grads, sums = jax.grad(objective, has_aux=True)(trained)
+  update = optim.optimizer(recipe.optimizer, lr, weight_decay).update
+  updates, opt_state = update(grads, opt_state, trained)
+  return optax.apply_updates(trained, updates), opt_state, sums
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def train_steps(
+    tuner: tuner_lib.Tuner,
+    recipe: Recipe,
+    state: State,
+    frozen: Any,
+    settings: Settings,
+    data: Batch,
+    order: jax.Array,
+    mask: jax.Array,
+    factor: jax.Array,
+) -> tuple[State, jax.Array, jax.Array]:
+  """S steps in one call: a whole epoch when `data` is resident.
+
+  Args:
+    tuner: the method.
+    recipe: the compiled part of the recipe.
+    state: donated.
+    frozen: the other half of `tuner.partition`.
+    settings: per run.
+    data: resident examples: images, or the store's tokens and final features.
+    order: (S, B) int32 rows of `data`.
+    mask: (S, B) float32, 0 where a row only fills up the last batch.
+    factor: (S,) float32, of each run's peak learning rate.
+
+  Returns:
+    The state; sums of the losses (S, R); numbers of examples right (S, R).
+  """
+
+  def one(trained, opt_state, key, lr, weight_decay, batch, step):
+    return run_step(
+        tuner, recipe, frozen, batch, step,
+        trained, opt_state, key, lr, weight_decay,
+    )  # fmt: skip
+
+  together = jax.vmap(one, in_axes=(0, 0, 0, 0, 0, None, None))
+
+  def body(state, inputs):
+    index, mask, factor = inputs
+    batch = _shard({**take(data, index), "mask": mask})
+    trained, opt_state, sums = together(
+        state.trained, state.opt_state, state.key,
+        settings.lr * factor, settings.weight_decay, batch, state.step,
+    )  # fmt: skip
+    return State(trained, opt_state, state.key, state.step + 1), sums
+
+  state, (losses, right) = jax.lax.scan(body, state, (order, mask, factor))
+  return _constrain((state, losses, right))  # Replicated.
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def eval_steps(
+    tuner: tuner_lib.Tuner,
+    trained: Any,
+    frozen: Any,
+    data: Batch,
+    order: jax.Array,
+    mask: jax.Array,
+) -> jax.Array:
+  """All runs over examples in one pass of the stream.
+
+  Args:
+    tuner: the method.
+    trained: leaves (R, ...).
+    frozen: as in `train_steps`.
+    data: examples with "label", resident or one batch.
+    order: (S, B) int32 rows of `data`.
+    mask: (S, B) float32.
+
+  Returns:
+    How many examples each run gets right, (R,) float32.
+  """
+
+  def body(right, inputs):
+    index, mask = inputs
+    batch = _shard({**take(data, index), "mask": mask})
+    tokens, final = _stream(tuner, Recipe(), frozen["backbone"], batch, None)
+
+    def one(trained):
+      variables = tuner_lib.merge(trained, frozen)
+      return _score(tuner(variables, tokens, final).logits, batch)[1]
+
+    return right + jax.vmap(one)(trained), None
+
+  runs = len(jax.tree.leaves(trained)[0])
+  right = jax.lax.scan(body, jnp.zeros(runs), (order, mask))[0]
+  return _constrain(right)  # Replicated.

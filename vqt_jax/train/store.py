@@ -1,0 +1,171 @@
+"""Examples on the devices: as images, or as what readers need of them.
+
+Without augmentation the stream of an image never changes, so it is computed
+once and kept: LN_0(z_m) of every block and the final feature.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vqt_jax import parallel
+from vqt_jax import tuner as tuner_lib
+
+
+def bytes_per_image(tuner: tuner_lib.Tuner) -> int:
+  """Size of one stored image: L * N * D numbers, and the final feature."""
+  c = tuner.config
+  tokens = c.depth * c.num_tokens * c.width if tuner.reads_blocks else 0
+  return tokens * jnp.dtype(c.dtype).itemsize + c.width * 4
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _extract(tuner, params, store, images, start):
+  """Writes the stream of images (S, b, ...) of S shards at `start` of each."""
+  shards, size = images.shape[:2]
+  flat = images.reshape(shards * size, *images.shape[2:])
+  stream = tuner_lib.run_backbone(tuner, params, flat)
+  seen = {"final": stream.final.reshape(shards, size, -1)}
+  if tuner.reads_blocks:
+    tokens = stream.tokens
+    seen["tokens"] = tokens.reshape(
+        len(tokens), shards, size, *tokens.shape[2:]
+    )
+  write = jax.lax.dynamic_update_slice_in_dim
+  return {
+      name: write(store[name], part, start, 2 if name == "tokens" else 1)
+      for name, part in seen.items()
+  }
+
+
+def extract(
+    tuner: tuner_lib.Tuner,
+    params: Any,
+    examples: dict[str, np.ndarray],
+    mesh: jax.sharding.Mesh,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, jax.Array]:
+  """Runs the backbone once over all images.
+
+  Args:
+    tuner: decides what is kept.
+    params: the frozen backbone, on the devices.
+    examples: {"image": (n, h, w, 3) float32, "label": (n,)}, on the host.
+    mesh: examples are spread over its `data` axis.
+    batch_size: images at a time, over all devices.
+    progress: told how many images are done.
+
+  Returns:
+    {"tokens": (L, m, N, D) if read, "final": (m, D), "label": (m,)} with m >= n
+    to fill all devices alike; rows from n on are never used.
+  """
+  images, label = examples["image"], examples["label"]
+  c, shards = tuner.config, mesh.shape["data"]
+  size = max(1, min(batch_size, len(images)) // shards)
+  steps = -(-len(images) // (shards * size))
+  rows = shards * steps * size
+  images = _pad(images, rows).reshape(shards, steps * size, *images.shape[1:])
+
+  empty = {"final": ((shards, steps * size, c.width), jnp.float32, 0)}
+  if tuner.reads_blocks:
+    shape = (c.depth, shards, steps * size, c.num_tokens, c.width)
+    empty["tokens"] = (shape, jnp.dtype(c.dtype), 1)
+  store = {
+      name: jnp.zeros(
+          shape, dtype, device=parallel.batch_sharding(mesh, axis)
+      )
+      for name, (shape, dtype, axis) in empty.items()
+  }
+  for start in range(0, steps * size, size):
+    batch = images[:, start : start + size]
+    batch = parallel.from_host(batch, parallel.batch_sharding(mesh))
+    store = jax.block_until_ready(
+        _extract(tuner, params, store, batch, start)
+    )
+    progress(min(shards * (start + size), len(label)))
+
+  merged = _merge_shards(store, mesh)
+  label = parallel.from_host(_pad(label, rows), parallel.replicated(mesh))
+  return {**merged, "label": label}
+
+
+def _merge_shards(store, mesh):
+  """(shards, rows of a shard) to one axis of examples, without moving any."""
+  shardings = {
+      name: parallel.batch_sharding(mesh, 1 if name == "tokens" else 0)
+      for name in store
+  }
+
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
+  def merge(store):
+    return {
+        name: x.reshape(len(x), -1, *x.shape[3:])
+        if name == "tokens"
+        else x.reshape(-1, *x.shape[2:])
+        for name, x in store.items()
+    }
+
+  return merge(store)
+
+
+def resident(
+    examples: dict[str, np.ndarray], mesh: jax.sharding.Mesh
+) -> dict[str, jax.Array]:
+  """Images on the devices, spread over `data`, for training through the ViT."""
+  images = examples["image"]
+  rows = -(-len(images) // mesh.shape["data"]) * mesh.shape["data"]
+  label = _pad(examples["label"], rows)
+  return {
+      "image": parallel.from_host(
+          _pad(images, rows), parallel.batch_sharding(mesh)
+      ),
+      "label": parallel.from_host(label, parallel.replicated(mesh)),
+  }
+
+
+def _pad(array: np.ndarray, rows: int) -> np.ndarray:
+  missing = [(0, rows - len(array))] + [(0, 0)] * (array.ndim - 1)
+  return np.pad(array, missing) if rows > len(array) else array
+
+
+def device_memory() -> int:
+  """Bytes that one device may hold; on a CPU the machine's memory."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  if "bytes_limit" in stats:
+    return stats["bytes_limit"]
+  import psutil  # pylint: disable=g-import-not-at-top
+
+  return psutil.virtual_memory().total // jax.local_device_count()
+
+
+def order(
+    rows: np.ndarray, batch_size: int, shards: int, shuffle: tuple | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+  """Rows of resident data in batches, every row exactly once.
+
+  Args:
+    rows: (n,) indices into the data.
+    batch_size: examples in a batch; the last one may hold fewer.
+    shards: each batch is filled up to a multiple of this.
+    shuffle: (seed, epoch) decide the order; None keeps it.
+
+  Returns:
+    (S, B) int32 rows and (S, B) float32 mask, 0 where a row only fills up.
+  """
+  if shuffle is not None:
+    rows = np.random.default_rng(shuffle).permutation(rows)
+  batch_size = min(batch_size, len(rows))
+  steps = -(-len(rows) // batch_size)
+  width = -(-batch_size // shards) * shards
+  index = np.full((steps, width), rows[0], np.int32)
+  mask = np.zeros((steps, width), np.float32)
+  for step in range(steps):
+    part = rows[step * batch_size : (step + 1) * batch_size]
+    index[step, : len(part)] = part
+    mask[step, : len(part)] = 1
+  return index, mask

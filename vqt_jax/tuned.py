@@ -1,0 +1,116 @@
+"""What was trained, as one ships it: queries and head, and how to use them."""
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from vqt_jax import backbone as backbone_lib
+from vqt_jax import checkpoints
+from vqt_jax import errors
+from vqt_jax import readers
+from vqt_jax import results
+from vqt_jax import tuner as tuner_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+  """A backbone and what was trained on it; `apply` takes the first three.
+
+  Attributes:
+    backbone: the frozen ViT, loaded from where training loaded it.
+    tuner: the method.
+    variables: {"tuner", "head"}.
+    info: contents of `info.json`.
+  """
+
+  backbone: backbone_lib.Backbone
+  tuner: tuner_lib.Tuner
+  variables: dict[str, Any]
+  info: dict[str, Any]
+
+  def __call__(self, images: jax.Array) -> tuner_lib.Output:
+    """Images (B, height, width, 3), scaled as the backbone wants."""
+    return tuner_lib.apply(self.backbone, self.tuner, self.variables, images)
+
+  def attention(self, images: jax.Array) -> np.ndarray:
+    """What queries attend to: (L, B, H, T, N), sums to 1 over the tokens."""
+    tokens = self.backbone(images).tokens
+    blocks = self.backbone.params["Transformer"]["encoderblock"]
+    step = readers.attention_step(self.backbone.config)
+    queries = self.variables["tuner"]["queries"]
+    return np.asarray(readers.read(step, blocks, queries, tokens))
+
+
+def save(
+    directory: str | os.PathLike[str],
+    init: str,
+    backbone: backbone_lib.Backbone,
+    tuner: tuner_lib.Tuner,
+    variables: dict[str, Any],
+    info: dict[str, Any],
+) -> None:
+  """Writes a folder with safetensors and `info.json`, nothing of the backbone.
+
+  Args:
+    directory: appears at once, or is replaced at once.
+    init: where the backbone came from, as `load_backbone` takes it.
+    backbone: its settings are noted down.
+    tuner: the same.
+    variables: {"tuner", "head"}.
+    info: what else one may want to know, json-able.
+  """
+  c = backbone.config
+  results.save_tuned(
+      directory,
+      {name: variables[name] for name in ("tuner", "head")},
+      {
+          "method": tuner.method,
+          "num_classes": tuner.num_classes,
+          "num_queries": tuner.num_queries,
+          "normalize": tuner.normalize,
+          "combine": tuner.combine,
+          "backbone": {
+              "source": init,
+              "variant": c.variant,
+              "image_size": list(c.image_size),
+              "pool_type": c.pool_type,
+              "gelu": c.gelu,
+              "value_range": backbone.value_range,
+          },
+          **info,
+      },
+  )
+
+
+def load(directory: str | os.PathLike[str]) -> Tuned:
+  """Reads what `save` wrote, and loads its backbone again.
+
+  Raises:
+    UserError: a file is missing or damaged, or the backbone is gone.
+  """
+  variables, info = results.load_tuned(directory)
+  variables = {"tuner": {}, **variables}  # An empty one leaves no trace.
+  try:
+    given = dict(info["backbone"])
+    given.pop("variant")
+    backbone = checkpoints.load_backbone(given.pop("source"), **given)
+    options = ("method", "num_classes", "num_queries", "normalize", "combine")
+    tuner = tuner_lib.make_tuner(
+        config=backbone.config, **{name: info[name] for name in options}
+    )
+  except (KeyError, TypeError) as e:
+    raise errors.UserError(
+        f"{directory}/info.json does not describe a tuned model: {e!r}. Was it"
+        " written by this program?"
+    ) from e
+  wanted = jax.eval_shape(tuner.init, jax.random.key(0))
+  shapes = lambda tree: jax.tree.map(np.shape, tree)
+  if shapes(variables) != shapes(wanted):
+    raise errors.UserError(
+        f"{directory} does not fit {tuner.method} on {info['backbone']}:"
+        f" expected {shapes(wanted)}, found {shapes(variables)}."
+    )
+  return Tuned(backbone, tuner, variables, info)
