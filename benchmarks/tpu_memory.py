@@ -1,0 +1,193 @@
+"""What a step needs on TPUs, asked of their compiler; no TPU takes part.
+
+Compiles linear probe, VQT and full fine-tuning ahead of time for a slice and
+prints, per chip and step, temporary memory, arguments, operations and
+communication. libtpu holds the compiler; keep it out of the environment that
+trains, where JAX would look for a TPU at every start:
+
+  pip install --no-deps --target /tmp/libtpu "libtpu==0.0.42.*"
+  PYTHONPATH=/tmp/libtpu python -m benchmarks.tpu_memory
+
+Temporary memory counts on-chip VMEM that the compiler fills as well.
+"""
+
+import argparse
+import collections
+import importlib.metadata
+import json
+import math
+import os
+import re
+import sys
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # The host; the compiler is asked by name.
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
+os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import AxisType
+import numpy as np
+from rich import box
+from rich import console as rich_console
+from rich import table as rich_table
+
+from benchmarks import cases
+from benchmarks import flops
+from vqt_jax.train import step as step_lib
+
+MIB = 2**20
+STEPS = 2  # So that the loop over steps stays one.
+WHERE = ("call", "step", "block")  # By how many loops are around.
+COLLECTIVES = (
+    "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+)
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2}  # Others: 4.
+
+
+def slice_mesh(topology: str, model: int) -> jax.sharding.Mesh:
+  """The mesh of `parallel.make_mesh`, of a slice that need not be there."""
+  try:
+    devices = topologies.get_topology_desc(
+        platform="tpu", topology_name=topology
+    ).devices
+  except RuntimeError as e:
+    if "not installed" not in str(e):
+      raise
+    wanted = [x for x in importlib.metadata.requires("jax") if "libtpu" in x]
+    package = wanted[0].split(";")[0].strip()
+    sys.exit(
+        "libtpu, which holds the compiler for TPUs, is not installed. Get it"
+        f' with: pip install --no-deps --target /tmp/libtpu "{package}" and run'
+        " this again with PYTHONPATH=/tmp/libtpu."
+    )
+  devices = np.array(devices).reshape(-1, model)
+  auto = (AxisType.Auto,) * 2
+  return jax.sharding.Mesh(devices, ("data", "model"), axis_types=auto)
+
+
+def evaluation(train: cases.Case) -> cases.Case:
+  """`eval_steps` of the same tuner on the same data."""
+
+  def build():
+    state, frozen, _, data, order, mask, _ = train.build()
+    return state.trained, frozen, data, order, mask
+
+  return cases.Case(
+      train.name + ", evaluation",
+      step_lib.eval_steps,
+      train.static[:1],
+      build,
+  )
+
+
+def collectives(hlo: str) -> dict[str, tuple[int, int]]:
+  """Communication in a compiled program: "kind per place" -> (count, bytes)."""
+  lines, entry, name = collections.defaultdict(list), "", ""
+  for line in hlo.splitlines():
+    if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+      name = head[2]
+      entry = name if head[1] else entry
+    elif line.startswith(" "):
+      lines[name].append(line)
+  found = collections.defaultdict(lambda: (0, 0))
+
+  def visit(computation, loops):
+    for line in lines[computation]:
+      if op := re.search(rf" = (.*?) ({COLLECTIVES})(?:-start)?\(", line):
+        place = f"{op[2]} per {WHERE[min(loops, 2)]}"
+        count, size = found[place]
+        found[place] = (count + 1, size + _size(op[1], op[2]))
+      if body := re.search(r" while\(.*body=%?([\w.\-]+)", line):
+        visit(body[1], loops + 1)
+      for called in re.findall(r"(?:to_apply|calls)=%?([\w.\-]+)", line):
+        visit(called, loops)
+
+  visit(entry, 0)
+  return dict(found)
+
+
+def _size(shapes: str, kind: str) -> int:
+  """Bytes of what a collective returns; async ones name their input as well."""
+  sizes = [
+      BYTES.get(dtype, 4) * math.prod(int(d) for d in dims.split(",") if d)
+      for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+  ]
+  return sum(sizes) if kind == "all-reduce" else max(sizes)
+
+
+def measure(case: cases.Case, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """Compiles for the slice; figures are per chip, operations per step."""
+  args = case.shapes(mesh)
+  with jax.set_mesh(mesh):
+    compiled = case.function.lower(*args).compile()
+  memory = compiled.memory_analysis()
+  return {
+      "step": case.name,
+      "temp_bytes": memory.temp_size_in_bytes,
+      "argument_bytes": memory.argument_size_in_bytes,
+      "flops": flops.matmuls(case.function, *args) // (STEPS * mesh.size),
+      "collectives": collectives(compiled.as_text()),
+  }
+
+
+def row_of(figures: dict[str, Any]) -> list[str]:
+  talk = [
+      f"{count} {kind} ({size / MIB:,.1f} MiB)"
+      for kind, (count, size) in figures["collectives"].items()
+  ]
+  return [
+      figures["step"],
+      f"{figures['temp_bytes'] / MIB:,.0f}",
+      f"{figures['argument_bytes'] / MIB:,.0f}",
+      f"{figures['flops'] / 1e9:,.0f}",
+      "\n".join(talk),
+  ]
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--topology", default="v5e:2x2", help="slice of TPUs")
+  parser.add_argument("--model", type=int, default=1, help="chips per backbone")
+  parser.add_argument("--variant", default="B/16")
+  parser.add_argument("--image_size", type=int, default=224, help="pixels")
+  parser.add_argument("--batch_per_chip", type=int, default=64, help="images")
+  parser.add_argument("--rows", type=int, default=0, help="resident images")
+  parser.add_argument("--dtype", default="bfloat16")
+  parser.add_argument("--only", default="", help="part of the steps' names")
+  parser.add_argument("--json", default="", help="file for all figures")
+  options = parser.parse_args()
+
+  mesh = slice_mesh(options.topology, options.model)
+  config = cases.vit_config(options.variant, options.image_size, options.dtype)
+  steps = cases.all_steps(
+      config, options.batch_per_chip * mesh.shape["data"],
+      rows=options.rows, steps=STEPS,
+  )  # fmt: skip
+  steps[3:3] = map(evaluation, steps[1:3])
+  table = rich_table.Table(
+      "step", "temp MiB", "arguments MiB", "GFLOP", "communication",
+      title=f"ViT-{options.variant}, {options.image_size} px, {options.dtype},"
+      f" {options.batch_per_chip} images per chip, {options.topology}",
+      box=box.SIMPLE,
+  )  # fmt: skip
+  for column in table.columns[1:4]:
+    column.justify = "right"
+  rows = []
+  for case in steps:
+    if options.only in case.name:
+      rows.append(measure(case, mesh))
+      table.add_row(*row_of(rows[-1]))
+      print(case.name, file=sys.stderr, flush=True)
+  rich_console.Console(width=110).print(table)
+  if options.json:
+    with open(options.json, "w") as file:
+      json.dump({"options": vars(options), "rows": rows}, file, indent=2)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,73 @@
+"""What the frozen stream saves: no backward pass, no residuals.
+
+Operations and temporary memory of compiled steps, against full fine-tuning and
+against what a step ought to cost. Nothing is run.
+"""
+
+import functools
+
+import pytest
+
+from benchmarks import cases
+from benchmarks import flops
+from vqt_jax import tuner as tuner_lib
+from vqt_jax import vit
+
+BATCH = 32
+CONFIG = vit.ViTConfig(
+    width=64, depth=6, mlp_dim=256, num_heads=4,
+    patch_size=(4, 4), image_size=(32, 32),
+)  # fmt: skip
+TOKEN_BYTES = 4 * CONFIG.depth * BATCH * CONFIG.num_tokens * CONFIG.width
+
+
+def tuner_of(num_queries: int, config=CONFIG) -> tuner_lib.Tuner:
+  """VQT, or with 0 queries the linear probe."""
+  method = "vqt" if num_queries else "linear"
+  return tuner_lib.make_tuner(
+      method, config, cases.NUM_CLASSES, num_queries=num_queries or 1
+  )
+
+
+def temporary_bytes(case: cases.Case) -> int:
+  compiled = case.function.lower(*case.shapes()).compile()
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+@functools.cache
+def step_bytes(num_queries: int) -> int:
+  return temporary_bytes(cases.train(tuner_of(num_queries), BATCH))
+
+
+def test_step_needs_a_fraction_of_full_fine_tuning():
+  full = cases.finetune(CONFIG, cases.NUM_CLASSES, BATCH)
+  # An eighth today; a third is what must never be lost.
+  assert 3 * step_bytes(1) < temporary_bytes(full)
+
+
+def test_step_keeps_the_tokens_and_little_else():
+  """One more (B, N, D) per block, or per MLP, would break this."""
+  beyond_linear = step_bytes(1) - step_bytes(0)
+  assert TOKEN_BYTES <= beyond_linear < 2 * TOKEN_BYTES
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("num_queries", [0, 1, 10])
+@pytest.mark.parametrize("runs", [1, 3])
+def test_step_computes_the_forward_pass_and_the_reading(
+    runs, num_queries, stored
+):
+  """Nothing goes back through the backbone, and no run repeats the stream."""
+  config = cases.vit_config("S/14", 224, "bfloat16")
+  tuner = tuner_of(num_queries, config)
+  case = cases.train(tuner, 8, stored=stored, runs=runs, steps=2)
+  counted = flops.matmuls(case.function, *case.shapes())
+  assert counted == pytest.approx(case.expected, rel=0.03)
+
+
+def test_count_of_full_fine_tuning():
+  """The count sees a backward pass where there is one."""
+  case = cases.finetune(CONFIG, cases.NUM_CLASSES, BATCH, steps=2)
+  counted = flops.matmuls(case.function, *case.shapes())
+  assert counted == pytest.approx(case.expected, rel=0.03)
+  assert counted > 2.5 * cases.train(tuner_of(0), BATCH, steps=2).expected
