@@ -121,14 +121,19 @@ def train(
     steps: S in a call.
   """
   config = tuner.config
-  recipe = step_lib.Recipe("adam", query_dropout=0.1)
+  recipe = step_lib.Recipe("adam", query_dropout=True)
 
   def build():
     params = _params(config, config.dtype)
     seeds = jnp.arange(runs, dtype=jnp.uint32)
     state = step_lib.init(tuner, recipe, params, seeds)
     frozen = tuner_lib.partition(params, tuner.init(jax.random.key(0)))[1]
-    settings = step_lib.Settings(jnp.full(runs, 0.1), jnp.full(runs, 1e-4))
+    settings = step_lib.Settings(
+        lr=jnp.full(runs, 0.1),
+        weight_decay=jnp.full(runs, 1e-4),
+        query_dropout=jnp.full(runs, 0.1),
+        normalize=jnp.ones(runs, bool),
+    )
     order, mask, factor = _batches(batch_size, steps)
     data = _data(tuner, rows or order.size, stored)
     return state, frozen, settings, data, order, mask, factor

@@ -72,13 +72,15 @@ def evaluation(train: cases.Case) -> cases.Case:
   """`eval_steps` of the same tuner on the same data."""
 
   def build():
-    state, frozen, _, data, order, mask, _ = train.build()
-    return state.trained, frozen, data, order, mask
+    state, frozen, settings, data, order, mask, _ = train.build()
+    variables = {name: state.trained[name] for name in ("tuner", "head")}
+    ready = (step_lib.Ready(variables, settings.normalize),)
+    return ready, frozen["backbone"], data, order, mask
 
   return cases.Case(
       train.name + ", evaluation",
       step_lib.eval_steps,
-      train.static[:1],
+      (train.static[:1],),
       build,
   )
 

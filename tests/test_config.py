@@ -219,6 +219,7 @@ def test_json_and_differences():
   assert json.loads(json.dumps(as_json)) == as_json
   assert config_lib.differences(config_lib.to_json(old), as_json) == {
       "epochs": (100, 7),
+      "keep_fraction": (0.0, 0.7),
       "lr": ([1.0, 0.5, 0.25, 0.1, 0.05], [0.1]),
       "splits.test": ("", "test[:9]"),
   }

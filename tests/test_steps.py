@@ -1,7 +1,5 @@
 """Training steps: official trajectories, and the laws of running together."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,7 +90,7 @@ class Case:
     self.tuner = vqt_jax.make_tuner(
         method, self.backbone.config, 5, **options
     )
-    self.recipe = recipe or step_lib.Recipe(query_dropout=0.2)
+    self.recipe = recipe or step_lib.Recipe(query_dropout=True)
     self.examples = helpers.tiny_examples(self.backbone, 21, 5)
     self.mesh = mesh or single_device_mesh()
     self.params = parallel.place_backbone(
@@ -108,17 +106,21 @@ class Case:
         self.tuner, self.params, self.examples, self.mesh, 8
     )
 
-  def train(self, how="live", seeds=(3,), lr=(0.1,), decay=(1e-3,), epochs=3):
+  def train(
+      self, how="live", seeds=(3,), lr=(0.1,), decay=(1e-3,), epochs=3,
+      normalize=None,
+  ):  # fmt: skip
     settings = step_lib.Settings(
-        np.array(lr, np.float32), np.array(decay, np.float32)
-    )
-    init = jax.jit(
-        functools.partial(step_lib.init, self.tuner, self.recipe),
-        out_shardings=parallel.replicated(self.mesh),
+        np.array(lr, np.float32),
+        np.array(decay, np.float32),
+        np.full(len(lr), 0.2, np.float32),
+        np.array(normalize or [True] * len(lr)),
     )
     data, shards = self.data(how), self.mesh.shape["data"]
     with jax.set_mesh(self.mesh):
-      state = init(self.params, np.array(seeds, np.uint32))
+      state = step_lib.init_on(self.mesh, self.tuner, self.recipe)(
+          self.params, np.array(seeds, np.uint32)
+      )
       for epoch in range(epochs):
         order, mask = store.order(np.arange(21), 8, shards, (0, epoch))
         state, losses, right = step_lib.train_steps(
@@ -126,8 +128,12 @@ class Case:
             order, mask, np.full(len(order), 1.0, np.float32),
         )  # fmt: skip
       order, mask = store.order(np.arange(21), 8, shards)
-      count = step_lib.eval_steps(
-          self.tuner, state.trained, self.frozen, data, order, mask
+      ready = step_lib.Ready(
+          {name: state.trained[name] for name in ("tuner", "head")},
+          settings.normalize,
+      )
+      (count,) = step_lib.eval_steps(
+          (self.tuner,), (ready,), self.params, data, order, mask
       )
     return jax.tree.map(
         np.asarray, {"trained": state.trained, "loss": losses, "eval": count}
@@ -158,10 +164,12 @@ def test_stored_equals_live(method):
 def test_together_equals_alone():
   case = Case(num_queries=2)
   lr, decay, seeds = (0.1, 0.01, 0.1), (1e-3, 0.0, 0.1), (3, 3, 5)
-  together = case.train("store", seeds, lr, decay)
+  normalize = (True, False, True)
+  together = case.train("store", seeds, lr, decay, normalize=normalize)
   for i in range(3):
-    alone = case.train("store", seeds[i : i + 1], lr[i : i + 1],
-                       decay[i : i + 1])
+    one = slice(i, i + 1)
+    alone = case.train("store", seeds[one], lr[one], decay[one],
+                       normalize=normalize[one])  # fmt: skip
     run = slice(i, i + 1)
     mine = {
         "trained": jax.tree.map(lambda x, r=run: x[r], together["trained"]),
@@ -197,7 +205,7 @@ def test_backbone_is_sharded_over_model():
 
 
 def test_frozen_leaves_keep_their_bits_and_trained_ones_move():
-  case = Case(recipe=step_lib.Recipe(query_dropout=0.2))
+  case = Case(recipe=step_lib.Recipe(query_dropout=True))
   before = jax.tree.map(np.array, case.params)
   start = case.train(epochs=1, lr=(0.0,))
   after = case.train(epochs=2)
@@ -239,9 +247,9 @@ def test_same_seed_same_bits_other_seed_other_run():
 @pytest.mark.parametrize("devices", [1, 8])
 def test_one_compilation_serves_all_epochs(devices):
   mesh = single_device_mesh() if devices == 1 else parallel.make_mesh()
-  recipe = step_lib.Recipe(query_dropout=0.125)
-  case = Case(mesh=mesh, recipe=recipe)
+  case = Case(mesh=mesh)
   compiled = []
+  jax.clear_caches()
 
   def listen(event, seconds, **what):
     del seconds

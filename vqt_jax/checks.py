@@ -23,6 +23,7 @@ CHOICES = {
     "dtype": ("", "float32", "bfloat16"),
     "features": ("", "store", "live"),
     "data": ("", "device", "stream"),
+    "protocol": ("full", "best"),
     "preset": ("", "authors"),
 }
 
@@ -46,6 +47,12 @@ BOUNDS = {
     "mesh.data": (-1, math.inf),
     "mesh.model": (1, math.inf),
     "checkpoint_seconds": (0, math.inf),
+    "keep_fraction": (0, 1),
+    "best.num_queries": (1, math.inf),
+    "best.query_dropout": (0, 0.99),
+    "best.keep_fractions": (0.01, 1),
+    "best.finalists": (1, math.inf),
+    "best.folds": (2, math.inf),
 }
 
 _TYPE_NAMES = {
@@ -122,14 +129,16 @@ def check_field(name: str, defaults: ConfigDict) -> Any:
         f"config.{name} is a group of fields; set {', '.join(inside)}."
     )
   if name not in fields:
-    raise errors.unknown("config field", name, fields)
+    alike = [field for field in fields if "." in name or "." not in field]
+    raise errors.unknown("config field", name, alike)
   return fields[name]
 
 
 def expected(default: Any) -> str:
   """What a field with this default takes, in words."""
   if isinstance(default, tuple):
-    kind = "whole numbers" if isinstance(default[0], int) else "numbers"
+    kind = {bool: "true or false", int: "whole numbers", float: "numbers"}
+    kind = kind[type(default[0])]
     return f"{kind} separated by commas, e.g. {default[0]},{default[1]}"
   return _TYPE_NAMES[type(default)]
 

@@ -37,9 +37,9 @@ def table(console: console_lib.Console, results: Sequence[dict[str, Any]]):
         f"{test['mean']:.2%} ± {test['std']:.2%}",
         len(test["per_seed"]),
         f"{r['trained_parameters']:,}",
-        f"{r['seconds']['seeds']:.0f}",
+        f"{r['seconds']['training']:.0f}",
     ])
-  columns = ["", "test accuracy", "seeds", "trained", "seconds for the seeds"]
+  columns = ["", "test accuracy", "seeds", "trained", "seconds to train"]
   console.table("", columns, rows)
 
 

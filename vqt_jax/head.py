@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 NORM_FLOOR = 1e-12
 
@@ -32,3 +33,31 @@ def logits(params: dict, features: jax.Array) -> jax.Array:
       jnp.dot(features, params["kernel"], precision=jax.lax.Precision.HIGHEST)
       + params["bias"]
   )
+
+
+def scores(params: dict) -> jax.Array:
+  """How much the head uses each feature, (F,): L2 norm over the classes.
+
+  The gradient at a row of zeros is 0, as torch's, not NaN.
+  """
+  square = jnp.sum(params["kernel"] ** 2, axis=-1)
+  safe = jnp.where(square > 0, square, 1.0)
+  return jnp.where(square > 0, jnp.sqrt(safe), 0.0)
+
+
+def best(scores: np.ndarray, fraction: float) -> np.ndarray:
+  """The features to keep, (..., F) float32 of 0 and 1, by scores (..., F).
+
+  Of F features the int(F * fraction) (but at least 1) with the largest scores,
+  of equal ones the first.
+  """
+  count = max(1, int(scores.shape[-1] * fraction))
+  rank = np.argsort(-scores, axis=-1, kind="stable")
+  kept = np.zeros(scores.shape, np.float32)
+  np.put_along_axis(kept, rank[..., :count], 1, axis=-1)
+  return kept
+
+
+def select(params: dict, kept: jax.Array) -> dict:
+  """The head without the features that are not kept, (F,) of 0 and 1."""
+  return {**params, "kernel": params["kernel"] * kept[..., None]}

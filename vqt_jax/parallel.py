@@ -158,6 +158,11 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
+def replicate(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Numpy arrays, the same on every process, on all devices."""
+  return jax.tree.map(lambda x: from_host(x, replicated(mesh)), tree)
+
+
 def batch_sharding(mesh: jax.sharding.Mesh, axis: int = 0) -> NamedSharding:
   """Examples, found on `axis`, shared out over `data`."""
   return NamedSharding(mesh, P(*[None] * axis, "data"))
@@ -175,8 +180,9 @@ def from_local(
 
 
 def to_host(tree: Any) -> Any:
-  """Whole numpy copies of replicated arrays."""
-  return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), tree)
+  """Whole numpy copies of replicated arrays; numpy stays as it is."""
+  local = lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x
+  return jax.tree.map(lambda x: np.asarray(local(x)), tree)
 
 
 def any_process(flag: bool) -> bool:

@@ -42,21 +42,40 @@ def writing(path: PathLike) -> Iterator[None]:
     ) from e
 
 
-def write_json(path: PathLike, value: Any) -> None:
-  """Writes a file of JSON at once: readers see the old one or all of the new.
+def write_bytes(path: PathLike, content: bytes) -> None:
+  """Writes a file at once: under another name, then it gets its own.
 
   Its folder is made if it is missing.
+
+  Raises:
+    UserError: it cannot be written; an old file is left as it was.
+  """
+  path = pathlib.Path(path)
+  temporary = path.with_name(path.name + ".new")
+  with writing(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+      os.replace(temporary, path)
+    except OSError:
+      with contextlib.suppress(OSError):
+        temporary.unlink()
+      raise
+
+
+def write_json(path: PathLike, value: Any) -> None:
+  """Writes a file of JSON at once, as `write_bytes`.
 
   Arrays become lists, and numbers that are not finite, which JSON lacks, null.
 
   Raises:
     UserError: it cannot be written; an old file is left as it was.
   """
-  path = pathlib.Path(path)
   text = json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n"
-  with writing(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, text.encode())
+  write_bytes(path, text.encode())
 
 
 def read_json(path: PathLike) -> Any:
@@ -238,7 +257,7 @@ def save_tuned(
     for left_over in (new, old):
       shutil.rmtree(left_over, ignore_errors=True)
     new.mkdir(parents=True)
-    _replace(new / "variables.safetensors", safetensors.numpy.save(arrays))
+    write_bytes(new / "variables.safetensors", safetensors.numpy.save(arrays))
     write_json(new / "info.json", info)
     if directory.exists():
       directory.rename(old)
@@ -260,21 +279,6 @@ def load_tuned(directory: PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
   except (OSError, safetensors.SafetensorError) as e:
     raise errors.UserError(f"Cannot read {path}: {e}.") from e
   return flax.traverse_util.unflatten_dict(flat, sep="/"), info
-
-
-def _replace(path: pathlib.Path, content: bytes) -> None:
-  """Writes a file under another name, then gives it its own."""
-  temporary = path.with_name(path.name + ".new")
-  try:
-    with open(temporary, "wb") as file:
-      file.write(content)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  except OSError:
-    with contextlib.suppress(OSError):
-      temporary.unlink()
-    raise
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

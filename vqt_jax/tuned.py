@@ -51,6 +51,7 @@ def save(
     tuner: tuner_lib.Tuner,
     variables: dict[str, Any],
     info: dict[str, Any],
+    kept: np.ndarray | None = None,
 ) -> None:
   """Writes a folder with safetensors and `info.json`, nothing of the backbone.
 
@@ -61,11 +62,18 @@ def save(
     tuner: the same.
     variables: {"tuner", "head"}.
     info: what else one may want to know, json-able.
+    kept: (F,), not 0 for the features in use, if not all are: the head's rows
+      of others are not written.
   """
   c = backbone.config
+  variables = {name: dict(variables[name]) for name in ("tuner", "head")}
+  if kept is not None:
+    rows = np.flatnonzero(kept).astype(np.int32)
+    kernel = np.asarray(variables["head"]["kernel"])[rows]
+    variables["head"] |= {"kernel": kernel, "features": rows}
   results.save_tuned(
       directory,
-      {name: variables[name] for name in ("tuner", "head")},
+      variables,
       {
           "method": tuner.method,
           "num_classes": tuner.num_classes,
@@ -106,6 +114,13 @@ def load(directory: str | os.PathLike[str]) -> Tuned:
         f"{directory}/info.json does not describe a tuned model: {e!r}. Was it"
         " written by this program?"
     ) from e
+  features = variables["head"].pop("features", None)
+  if features is not None:
+    rows = variables["head"]["kernel"]
+    kernel = np.zeros((tuner.num_features, *rows.shape[1:]), rows.dtype)
+    if len(rows) == len(features) and features.max() < len(kernel):
+      kernel[features] = rows
+    variables["head"]["kernel"] = kernel
   wanted = jax.eval_shape(tuner.init, jax.random.key(0))
   shapes = lambda tree: jax.tree.map(np.shape, tree)
   if shapes(variables) != shapes(wanted):

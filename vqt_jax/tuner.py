@@ -21,6 +21,8 @@ from vqt_jax import readers
 from vqt_jax import vit
 
 METHODS = ("vqt", "linear")
+# Parts of the parameters that reader and head bring; the backbone is frozen.
+TRAINED = ("tuner", "head")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Tuner:
       tokens: jax.Array | None,
       final: jax.Array,
       query_mask: jax.Array | None = None,
+      normalize: jax.Array | None = None,
   ) -> "Output":
     """Reads the stream and classifies what was read.
 
@@ -87,6 +90,7 @@ class Tuner:
       tokens: LN_0(z_m) of every block (L, B, N, D); None for "linear".
       final: the backbone's pooled output (B, D).
       query_mask: (L, B, T, D), multiplies the queries (dropout), or None.
+      normalize: () bool in the place of `self.normalize`, or None.
 
     Returns:
       Logits, features and what the queries read.
@@ -103,8 +107,10 @@ class Tuner:
     groups = readers.combine(
         outputs, self.combine, variables["tuner"].get("combine")
     )
-    if self.normalize:
-      final, groups = head.normalize(final), head.normalize(groups)
+    if normalize is None:
+      normalize = self.normalize
+    final = jnp.where(normalize, head.normalize(final), final)
+    groups = jnp.where(normalize, head.normalize(groups), groups)
     groups = jnp.moveaxis(groups, 0, 1).reshape(len(final), -1)
     features = jnp.concatenate([final, groups], axis=-1)
     return Output(head.logits(variables["head"], features), features, outputs)
@@ -188,11 +194,11 @@ def run_backbone(
   return jax.lax.stop_gradient(stream)
 
 
-def labels(variables: Any) -> Any:
+def labels(variables: Any, trains: tuple[str, ...] = TRAINED) -> Any:
   """"train" or "frozen" for every leaf of {"backbone", "tuner", "head"}."""
-  trained = {"backbone": "frozen", "tuner": "train", "head": "train"}
+  label = lambda part: "train" if part in trains else "frozen"
   return {
-      name: jax.tree.map(lambda _, part=name: trained[part], tree)
+      name: jax.tree.map(lambda _, part=name: label(part), tree)
       for name, tree in variables.items()
   }
 
@@ -207,10 +213,12 @@ def split(variables: Any, leaf_labels: Any) -> tuple[Any, Any]:
   return keep("train"), keep("frozen")
 
 
-def partition(params: Any, variables: Any) -> tuple[Any, Any]:
+def partition(
+    params: Any, variables: Any, trains: tuple[str, ...] = TRAINED
+) -> tuple[Any, Any]:
   """Backbone `params` and {"tuner", "head"}, split by their labels."""
   variables = {**variables, "backbone": params}
-  return split(variables, labels(variables))
+  return split(variables, labels(variables, trains))
 
 
 def merge(trained: Any, frozen: Any) -> Any:

@@ -53,11 +53,18 @@ class Examples:
         "resize": self.config.resize,
     }
 
-  def source(self, split: str) -> sources.Resident | sources.Streamed:
-    """The examples of a split, to train on."""
+  def count(self, split: str) -> int:
+    """Examples in a split."""
+    return data.num_examples(self.task, split)
+
+  def source(
+      self, split: str, some: np.ndarray | None = None
+  ) -> sources.Resident | sources.Streamed:
+    """The examples of a split, or some rows of it, to train on."""
     c = self.config
     if self._place(split) != "stream":
       held, rows = self._resident(split)
+      rows = rows if some is None else rows[some]
       return sources.Resident(held, rows, c.batch_size, c.seed, self.mesh)
     if c.batch_size % self.mesh.shape["data"]:
       raise errors.UserError(
@@ -82,11 +89,14 @@ class Examples:
         self.mesh,
     )
 
-  def evaluation(self, split: str) -> Iterator[sources.Chunk]:
-    """A split once, in order, each example exactly once."""
+  def evaluation(
+      self, split: str, some: np.ndarray | None = None
+  ) -> Iterator[sources.Chunk]:
+    """A split, or some rows of it, in order, each example exactly once."""
     batch_size = self._fill(self.config.eval_batch_size)
     if split != "test" and self._place(split) != "stream":
       held, rows = self._resident(split)
+      rows = rows if some is None else rows[some]
       shards = self.mesh.shape["data"]
       yield held, *store.order(rows, batch_size, shards)
       return

@@ -1,11 +1,9 @@
 """The training loop: epochs of all runs of a phase, saved and resumable."""
 
 import dataclasses
-import functools
 import time
 from typing import Any
 
-import jax
 import numpy as np
 
 from vqt_jax import errors
@@ -19,11 +17,21 @@ from vqt_jax.train import step as step_lib
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One training: a setting and a seed. `lr` is the peak rate as used."""
+  """One training: a setting and a seed.
+
+  Attributes:
+    lr: peak learning rate as used.
+    weight_decay: as used.
+    seed: of initialisation and dropout.
+    query_dropout: rate.
+    normalize: whether feature groups are divided by their norms.
+  """
 
   lr: float
   weight_decay: float
   seed: int
+  query_dropout: float = 0.0
+  normalize: bool = True
 
   def __str__(self) -> str:
     setting = f"lr {self.lr:g}, weight decay {self.weight_decay:g}"
@@ -35,13 +43,15 @@ class Phase:
   """Runs that train together on the same examples.
 
   Attributes:
-    name: "search" or "seeds".
+    name: what it is for.
     runs: trained side by side.
     source: the examples.
     epochs: how often each is seen.
     warmup_epochs: of `epochs`.
     per_step: the schedule counts steps rather than epochs.
     may_diverge: a run whose loss is no longer finite is out, not an error.
+    held: what of each run does not train, see `step.Settings`.
+    kept: the features of each run, see `step.Settings`.
   """
 
   name: str
@@ -51,6 +61,21 @@ class Phase:
   warmup_epochs: int
   per_step: bool
   may_diverge: bool
+  held: dict[str, Any] = dataclasses.field(default_factory=dict)
+  kept: np.ndarray | None = None
+
+  @property
+  def settings(self) -> step_lib.Settings:
+    """Of all runs, as the compiled step takes them."""
+    of = lambda name: np.array([getattr(run, name) for run in self.runs])
+    return step_lib.Settings(
+        lr=of("lr").astype(np.float32),
+        weight_decay=of("weight_decay").astype(np.float32),
+        query_dropout=of("query_dropout").astype(np.float32),
+        normalize=of("normalize"),
+        held=self.held,
+        kept=self.kept,
+    )
 
   def factors(self, epoch: int, start: int, steps: int) -> np.ndarray:
     """Factors of the peak rate for some steps of an epoch, (steps,) float32."""
@@ -88,21 +113,6 @@ class Progress:
   diverged: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
-def init_state(
-    tuner: tuner_lib.Tuner,
-    recipe: step_lib.Recipe,
-    params: Any,
-    runs: tuple[Run, ...],
-    mesh: jax.sharding.Mesh,
-) -> step_lib.State:
-  """Fresh state of all runs, replicated over the mesh."""
-  init = jax.jit(
-      functools.partial(step_lib.init, tuner, recipe),
-      out_shardings=parallel.replicated(mesh),
-  )
-  return init(params, np.array([run.seed for run in runs], np.uint32))
-
-
 def train_phase(
     phase: Phase,
     tuner: tuner_lib.Tuner,
@@ -134,10 +144,7 @@ def train_phase(
     UserError: the loss is not finite any more.
     Stopped: asked to stop; saved before.
   """
-  settings = step_lib.Settings(
-      lr=np.array([run.lr for run in phase.runs], np.float32),
-      weight_decay=np.array([r.weight_decay for r in phase.runs], np.float32),
-  )
+  settings = phase.settings
   pending = []  # Sums on the devices: read late, so that steps queue up.
   clock = time.monotonic()
 

@@ -1,8 +1,11 @@
 """What a finished run leaves behind: results.json, tuned/, report.png."""
 
+from collections.abc import Sequence
+import dataclasses
 import importlib.metadata
 import pathlib
 import platform
+import shutil
 from typing import Any
 
 import jax
@@ -13,64 +16,82 @@ from vqt_jax import parallel
 from vqt_jax import plots
 from vqt_jax import results as results_lib
 from vqt_jax import tuned
+from vqt_jax.train import protocol
 
 RESULTS = "results.json"
+_NAMES = {
+    "all": "all features",
+    "selected": "selected features",
+    "best_all": "best setting, all features",
+    "best_selected": "best setting, selected features",
+}
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets")
 
 
 def write(
     job: Any,
-    search: dict[str, Any] | None,
-    final: dict[str, Any],
+    found: dict[str, Any],
+    candidates: Sequence[protocol.Candidate],
     test: dict[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
   """Writes and prints the results; `results.json` comes last.
 
   Args:
-    job: the `run.Job`, with the final state of the seeds.
-    search: outcome of the search, or None if there was one setting only.
-    final: outcome of training the seeds.
+    job: the `run.Job`.
+    found: on the way, by the protocol.
+    candidates: what was tested; the last one is the result.
     test: outcome of testing them.
     seconds: wall time of this process's share of the run.
 
   Returns:
     The contents of `results.json`.
   """
-  results = _results(job, search, final, test, seconds)
+  results = _results(job, found, candidates, test, seconds)
   if parallel.is_first():
-    _write_tuned(job, results)
+    _write_tuned(job, candidates[-1], results)
     plots.report(results, job.workdir / "report.png")
     results_lib.write_json(job.workdir / RESULTS, results)
+    shutil.rmtree(job.workdir / "stages", ignore_errors=True)
   show(job.console, job.workdir, results)
   return results
 
 
-def _results(job, search, final, test, seconds) -> dict[str, Any]:
-  c = job.backbone.config
-  accuracy = np.array(test["accuracy"])
-  phases = {"seeds": final["seconds"], "test": test["seconds"]}
-  if search:
-    phases["search"] = search["seconds"]
+def _results(job, found, candidates, test, seconds) -> dict[str, Any]:
+  c, result = job.backbone.config, candidates[-1]
+  tested = [
+      {
+          "name": each.name,
+          "setting": each.setting,
+          "test_accuracy": _summary(each, accuracy, test["images"]),
+          "trained_parameters": each.num_trained,
+          "training_seconds": each.seconds,
+      }
+      for each, accuracy in zip(candidates, test["accuracy"])
+  ]
   return {
       "task": job.task.name,
-      "method": job.tuner.method,
-      "num_queries": job.tuner.num_queries if job.tuner.reads_blocks else 0,
+      "method": result.tuner.method,
+      "num_queries": result.setting.get("num_queries", 0),
       "backbone": f"ViT-{c.variant} {job.backbone.source}",
       "image_size": list(c.image_size),
       "value_range": job.backbone.value_range,
       "resize": job.config.resize,
-      "test_accuracy": {
-          "mean": float(accuracy.mean()),
-          "std": float(accuracy.std(ddof=1)) if len(accuracy) > 1 else 0.0,
-          "per_seed": dict(zip(map(str, job.config.seeds), test["accuracy"])),
-          "images": test["images"],
+      "protocol": job.config.protocol,
+      "test_accuracy": tested[-1]["test_accuracy"],
+      "chosen": result.setting,
+      "tested": tested,
+      **found,
+      "seeds": {
+          "runs": [dataclasses.asdict(run) for run in result.runs],
+          "history": result.history,
       },
-      "chosen": {k: final["runs"][0][k] for k in ("lr", "weight_decay")},
-      "search": search,
-      "seeds": final,
-      "trained_parameters": job.num_trained,
-      "seconds": {**phases, "process": seconds},
+      "trained_parameters": result.num_trained,
+      "seconds": {
+          "training": result.seconds,
+          "test": test["seconds"],
+          "process": seconds,
+      },
       "device": f"{job.mesh.size} x {jax.devices()[0].device_kind}",
       "versions": {
           "python": platform.python_version(),
@@ -79,24 +100,34 @@ def _results(job, search, final, test, seconds) -> dict[str, Any]:
   }
 
 
-def _write_tuned(job, results) -> None:
+def _summary(candidate, accuracy, images) -> dict[str, Any]:
+  seeds = [str(run.seed) for run in candidate.runs]
+  return {
+      "mean": float(np.mean(accuracy)),
+      "std": float(np.std(accuracy, ddof=1)) if len(accuracy) > 1 else 0.0,
+      "per_seed": dict(zip(seeds, accuracy)),
+      "images": images,
+  }
+
+
+def _write_tuned(job, candidate, results) -> None:
   """Each seed's queries and head as `tuned/seed_<seed>/`, what one ships."""
-  trained = jax.tree.map(parallel.to_host, job.state.trained)
   test = results["test_accuracy"]["per_seed"]
-  for i, seed in enumerate(job.config.seeds):
+  for i, run in enumerate(candidate.runs):
     tuned.save(
-        job.workdir / "tuned" / f"seed_{seed}",
+        job.workdir / "tuned" / f"seed_{run.seed}",
         job.config.init,
         job.backbone,
-        job.tuner,
-        jax.tree.map(lambda x, i=i: x[i], trained),
+        dataclasses.replace(candidate.tuner, normalize=run.normalize),
+        jax.tree.map(lambda x, i=i: x[i], candidate.variables),
         {
             "task": results["task"],
             "resize": results["resize"],
             "chosen": results["chosen"],
-            "seed": seed,
-            "test_accuracy": test[str(seed)],
+            "seed": run.seed,
+            "test_accuracy": test[str(run.seed)],
         },
+        kept=None if candidate.kept is None else candidate.kept[i],
     )
 
 
@@ -104,17 +135,26 @@ def show(
     console: console_lib.Console, workdir: pathlib.Path, results: dict[str, Any]
 ) -> None:
   """Prints what came out, and where it is."""
-  test = results["test_accuracy"]
-  each = ", ".join(f"{s} {100 * a:.1f}" for s, a in test["per_seed"].items())
+  rows = []
+  for tested in results["tested"]:
+    test = tested["test_accuracy"]
+    each = [f"{s} {100 * a:.1f}" for s, a in test["per_seed"].items()]
+    rows.append([
+        _NAMES[tested["name"]],
+        f"{100 * test['mean']:.2f} +- {100 * test['std']:.2f} %",
+        ", ".join(each),
+        f"{tested['trained_parameters']:,}",
+        f"{tested['training_seconds']:.0f}",
+    ])
   console.table(
       "",
-      ["", "test accuracy", "of each seed", "trained", "seconds"],
-      [[
+      [
           f"{results['method']} on {results['task']}",
-          f"{100 * test['mean']:.2f} +- {100 * test['std']:.2f} %",
-          each,
-          f"{results['trained_parameters']:,}",
-          f"{results['seconds']['process']:.0f}",
-      ]],
+          "test accuracy",
+          "of each seed",
+          "trained",
+          "seconds to train",
+      ],
+      rows,
   )
   console.note(f"{workdir / RESULTS}   report.png   tuned/", "results")

@@ -7,6 +7,7 @@ to trained leaves only, and of the reading only: the backbone runs before
 differentiation begins.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Any
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import optax
 
+from vqt_jax import head
 from vqt_jax import tuner as tuner_lib
 from vqt_jax.train import optim
 
@@ -29,14 +31,19 @@ class Recipe:
 
   Attributes:
     optimizer: "adam", "sgd" or "adamw".
-    query_dropout: rate at which elements of the queries drop out, per example.
-    embedding_dropout: the same for the embedded tokens; the official program
-      has 0.1. Not 0 makes the stream noisy, so it cannot come from a store.
+    query_dropout: whether elements of the queries drop out, per example.
+    embedding_dropout: rate of the same for the embedded tokens; the official
+      program has 0.1. Not 0 makes the stream noisy, so it cannot come from a
+      store.
+    lasso: weight of the group lasso on the head's rows.
+    trains: the parts whose leaves train.
   """
 
   optimizer: str = "adam"
-  query_dropout: float = 0.0
+  query_dropout: bool = False
   embedding_dropout: float = 0.0
+  lasso: float = 0.0
+  trains: tuple[str, ...] = tuner_lib.TRAINED
 
 
 @flax.struct.dataclass
@@ -58,10 +65,23 @@ class State:
 
 @flax.struct.dataclass
 class Settings:
-  """Hyperparameters that differ between runs, traced: (R,) float32 each."""
+  """What differs between runs and stays as it is, traced; (R, ...) each.
+
+  Attributes:
+    lr: (R,) float32, peak learning rate.
+    weight_decay: (R,) float32.
+    query_dropout: (R,) float32, rate; None if queries do not drop out.
+    normalize: (R,) bool, whether feature groups are divided by their norms.
+    held: those of "tuner" and "head" that do not train, leaves (R, ...).
+    kept: (R, F) float32, 0 where a feature is left out; None: all are kept.
+  """
 
   lr: jax.Array
   weight_decay: jax.Array
+  query_dropout: jax.Array | None = None
+  normalize: jax.Array | None = None
+  held: dict[str, Any] = flax.struct.field(default_factory=dict)
+  kept: jax.Array | None = None
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -72,12 +92,24 @@ def init(
 
   def one(seed):
     init_key, key = jax.random.split(jax.random.key(seed))
-    trained, _ = tuner_lib.partition(params, tuner.init(init_key))
+    variables = tuner.init(init_key)
+    trained, _ = tuner_lib.partition(params, variables, recipe.trains)
     opt_state = optim.optimizer(recipe.optimizer, 1.0, 0.0).init(trained)
     return trained, opt_state, key
 
   trained, opt_state, key = jax.vmap(one)(seeds)
   return State(trained, opt_state, key, jnp.zeros((), jnp.int32))
+
+
+@functools.cache
+def init_on(
+    mesh: jax.sharding.Mesh, tuner: tuner_lib.Tuner, recipe: Recipe
+) -> Callable[[Any, jax.Array], State]:
+  """`init` for this tuner and recipe, its result on all devices of a mesh."""
+  return jax.jit(
+      functools.partial(init, tuner, recipe),
+      out_shardings=jax.sharding.NamedSharding(mesh, P()),
+  )
 
 
 def take(data: Batch, index: jax.Array) -> Batch:
@@ -102,10 +134,8 @@ def _shard(batch: Batch) -> Batch:
   }
 
 
-def _keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]):
+def _keep_mask(key: jax.Array, rate: Any, shape: tuple[int, ...]):
   """Inverted dropout's multiplier: 0 or 1 / (1 - rate)."""
-  if not rate:
-    return None
   return jax.random.bernoulli(key, 1 - rate, shape) / (1 - rate)
 
 
@@ -116,7 +146,7 @@ def _stream(tuner, recipe, params, batch, key):
   config = tuner.config
   shape = (len(batch["image"]), config.num_tokens, config.width)
   mask = None
-  if key is not None:
+  if key is not None and recipe.embedding_dropout:
     mask = _keep_mask(key, recipe.embedding_dropout, shape)
   stream = tuner_lib.run_backbone(tuner, params, batch["image"], mask)
   return stream.tokens, stream.final
@@ -140,8 +170,7 @@ def run_step(
     trained: Any,
     opt_state: Any,
     key: jax.Array,
-    lr: jax.Array,
-    weight_decay: jax.Array,
+    settings: Settings,
 ) -> tuple[Any, Any, tuple[jax.Array, jax.Array]]:
   """One update of one run; returns its state and (loss sum, number right)."""
   embed_key, query_key = jax.random.split(jax.random.fold_in(key, step))
@@ -149,16 +178,24 @@ def run_step(
   config = tuner.config
   shape = (config.depth, len(final), tuner.num_queries, config.width)
   query_mask = None
-  if tuner.reads_blocks:
-    query_mask = _keep_mask(query_key, recipe.query_dropout, shape)
+  if tuner.reads_blocks and recipe.query_dropout:
+    query_mask = _keep_mask(query_key, settings.query_dropout, shape)
 
   def objective(trained):
-    variables = tuner_lib.merge(trained, frozen)
-    logits = tuner(variables, tokens, final, query_mask).logits
+    variables = {**tuner_lib.merge(trained, frozen), **settings.held}
+    if settings.kept is not None:
+      variables["head"] = head.select(variables["head"], settings.kept)
+    logits = tuner(
+        variables, tokens, final, query_mask, settings.normalize
+    ).logits
     total, right = _score(logits, batch)
-    return total / jnp.maximum(batch["mask"].sum(), 1), (total, right)
+    loss = total / jnp.maximum(batch["mask"].sum(), 1)
+    if recipe.lasso:
+      loss += recipe.lasso * head.scores(variables["head"]).sum()
+    return loss, (total, right)
 
   grads, sums = jax.grad(objective, has_aux=True)(trained)
+  lr, weight_decay = settings.lr, settings.weight_decay
   update = optim.optimizer(recipe.optimizer, lr, weight_decay).update
   updates, opt_state = update(grads, opt_state, trained)
   return optax.apply_updates(trained, updates), opt_state, sums
@@ -193,61 +230,78 @@ def train_steps(
     The state; sums of the losses (S, R); numbers of examples right (S, R).
   """
 
-  def one(trained, opt_state, key, lr, weight_decay, batch, step):
+  def one(trained, opt_state, key, settings, batch, step):
     return run_step(
-        tuner, recipe, frozen, batch, step,
-        trained, opt_state, key, lr, weight_decay,
-    )  # fmt: skip
+        tuner, recipe, frozen, batch, step, trained, opt_state, key, settings
+    )
 
-  together = jax.vmap(one, in_axes=(0, 0, 0, 0, 0, None, None))
+  together = jax.vmap(one, in_axes=(0, 0, 0, 0, None, None))
 
   def body(state, inputs):
     index, mask, factor = inputs
     batch = _shard({**take(data, index), "mask": mask})
+    now = settings.replace(lr=settings.lr * factor)
     trained, opt_state, sums = together(
-        state.trained, state.opt_state, state.key,
-        settings.lr * factor, settings.weight_decay, batch, state.step,
-    )  # fmt: skip
+        state.trained, state.opt_state, state.key, now, batch, state.step
+    )
     return State(trained, opt_state, state.key, state.step + 1), sums
 
   state, (losses, right) = jax.lax.scan(body, state, (order, mask, factor))
   return _constrain((state, losses, right))  # Replicated.
 
 
+@flax.struct.dataclass
+class Ready:
+  """Trained runs of one tuner, to be evaluated.
+
+  Attributes:
+    variables: {"tuner", "head"}, leaves (R, ...).
+    normalize: (R,) bool, as in `Settings`.
+  """
+
+  variables: Any
+  normalize: jax.Array | None = None
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def eval_steps(
-    tuner: tuner_lib.Tuner,
-    trained: Any,
-    frozen: Any,
+    tuners: tuple[tuner_lib.Tuner, ...],
+    ready: tuple[Ready, ...],
+    params: Any,
     data: Batch,
     order: jax.Array,
     mask: jax.Array,
-) -> jax.Array:
-  """All runs over examples in one pass of the stream.
+) -> tuple[jax.Array, ...]:
+  """All runs of all tuners over examples in one pass of the stream.
 
   Args:
-    tuner: the method.
-    trained: leaves (R, ...).
-    frozen: as in `train_steps`.
+    tuners: of one backbone; the first of them reads all that any of them does.
+    ready: the runs of each.
+    params: the backbone's.
     data: examples with "label", resident or one batch.
     order: (S, B) int32 rows of `data`.
     mask: (S, B) float32.
 
   Returns:
-    How many examples each run gets right, (R,) float32.
+    How many examples each run gets right, (R,) float32 for each tuner.
   """
 
   def body(right, inputs):
     index, mask = inputs
     batch = _shard({**take(data, index), "mask": mask})
-    tokens, final = _stream(tuner, Recipe(), frozen["backbone"], batch, None)
+    tokens, final = _stream(tuners[0], Recipe(), params, batch, None)
 
-    def one(trained):
-      variables = tuner_lib.merge(trained, frozen)
-      return _score(tuner(variables, tokens, final).logits, batch)[1]
+    def one(tuner, ready):
+      variables = {**ready.variables, "backbone": params}
+      logits = tuner(variables, tokens, final, None, ready.normalize).logits
+      return _score(logits, batch)[1]
 
-    return right + jax.vmap(one)(trained), None
+    return tuple(
+        before + jax.vmap(functools.partial(one, tuner))(runs)
+        for before, tuner, runs in zip(right, tuners, ready)
+    ), None
 
-  runs = len(jax.tree.leaves(trained)[0])
-  right = jax.lax.scan(body, jnp.zeros(runs), (order, mask))[0]
+  runs = [len(jax.tree.leaves(each.variables)[0]) for each in ready]
+  right = tuple(map(jnp.zeros, runs))
+  right = jax.lax.scan(body, right, (order, mask))[0]
   return _constrain(right)  # Replicated.

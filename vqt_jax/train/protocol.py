@@ -1,0 +1,175 @@
+"""Which runs are trained and how one of them is chosen; never by the test set.
+
+`full` is the authors' protocol: every setting on train, the best on val trained
+with every seed on trainval, then feature selection. `best` gets more out of the
+same labels: it also searches query counts, normalisation and the fraction of
+features that is kept, and chooses by cross-validation on trainval.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import numpy as np
+
+from vqt_jax import tuner as tuner_lib
+from vqt_jax.train import best
+from vqt_jax.train import loop
+from vqt_jax.train import selection
+from vqt_jax.train import stages as stages_lib
+
+
+@dataclasses.dataclass
+class Candidate:
+  """A setting trained with every seed on trainval, to be tested.
+
+  Attributes:
+    name: for people.
+    tuner: of all runs.
+    runs: a seed each.
+    variables: {"tuner", "head"}, leaves (R, ...).
+    history: of the training of the runs.
+    keep_fraction: of the features.
+    kept: features in use (R, F), 0 and 1; None: all.
+    seconds: of all training that led to it.
+  """
+
+  name: str
+  tuner: tuner_lib.Tuner
+  runs: tuple[loop.Run, ...]
+  variables: Any
+  history: list[dict[str, list[float]]]
+  keep_fraction: float
+  kept: np.ndarray | None
+  seconds: float
+
+  @property
+  def num_trained(self) -> int:
+    """Numbers that one run ships: queries, and the head's rows in use."""
+    size = lambda tree: sum(x[0].size for x in jax.tree.leaves(tree))
+    kernel = self.variables["head"]["kernel"][0]
+    left_out = 0 if self.kept is None else int((self.kept[0] == 0).sum())
+    return size(self.variables) - left_out * kernel.shape[1]
+
+  @property
+  def setting(self) -> dict[str, Any]:
+    """What was chosen."""
+    chosen = best.setting(self.tuner, self.runs[0])
+    return {**chosen, "keep_fraction": self.keep_fraction}
+
+
+def candidates(
+    job: Any, stages: stages_lib.Stages, examples: Any
+) -> tuple[dict[str, Any], list[Candidate]]:
+  """Trains as `config.protocol` tells.
+
+  Args:
+    job: the `run.Job`.
+    stages: does the work.
+    examples: tells how many there are.
+
+  Returns:
+    What was found on the way, for `results.json`, and what is to be tested; the
+    last one is the protocol's own result.
+  """
+  c = job.config
+  search, chosen = _search(job, stages)
+  found = {"search": search, "best": None}
+  spent = search["seconds"] if search else 0.0
+  keep = c.keep_fraction
+  made = _finish(stages, "", job.tuner, chosen, keep, c.seeds, spent)
+  if c.protocol == "full":
+    return found, made
+  found["best"], tuner, chosen, keep = best.search(
+      job, stages, search, examples.count("trainval")
+  )
+  spent += found["best"]["seconds"]
+  made += _finish(stages, "best_", tuner, chosen, keep, c.seeds, spent)
+  return found, made
+
+
+def _search(
+    job: Any, stages: stages_lib.Stages
+) -> tuple[dict[str, Any] | None, loop.Run]:
+  """The grid on train, compared on val; no search if there is one setting."""
+  c, tuner = job.config, job.tuner
+  runs = tuple(
+      loop.Run(
+          lr * c.batch_size / 256,
+          decay,
+          c.search_seed,
+          c.query_dropout if tuner.reads_blocks else 0.0,
+          c.normalize,
+      )
+      for lr, decay in itertools.product(c.lr, c.weight_decay)
+  )
+  if len(runs) == 1:
+    return None, runs[0]
+  out = stages.run(
+      stages_lib.Stage(
+          "search", "search", tuner, runs, "setting", split="train",
+          judge=("val", None), may_diverge=True, keeps_weights=False,
+      )  # fmt: skip
+  )
+  chosen = loop.choose(runs, out.accuracy, set(out.diverged))
+  found = {
+      "chosen": chosen,
+      "runs": [dataclasses.asdict(run) for run in runs],
+      "val_accuracy": out.accuracy,
+      "diverged": out.diverged,
+      "seconds": out.seconds,
+  }
+  job.console.note(_choice(found), "chosen")
+  return found, runs[chosen]
+
+
+def _finish(
+    stages: stages_lib.Stages,
+    prefix: str,
+    tuner: tuner_lib.Tuner,
+    chosen: loop.Run,
+    keep_fraction: float,
+    seeds: Sequence[int],
+    spent: float,
+) -> list[Candidate]:
+  """The chosen setting with every seed; then with selected features."""
+  runs = tuple(dataclasses.replace(chosen, seed=seed) for seed in seeds)
+  out = stages.run(
+      stages_lib.Stage(f"{prefix}seeds", "seeds", tuner, runs, "seed")
+  )
+  spent += out.seconds
+  everything = Candidate(
+      f"{prefix}all", tuner, runs, out.variables, out.history, 1.0, None, spent
+  )
+  if keep_fraction == 1:
+    return [everything]
+  kept, selected, seconds = selection.select(
+      stages, prefix, tuner, runs, out.variables, [keep_fraction]
+  )
+  return [
+      everything,
+      dataclasses.replace(
+          everything,
+          name=f"{prefix}selected",
+          variables=selected.variables,
+          keep_fraction=keep_fraction,
+          kept=kept,
+          seconds=spent + seconds,
+      ),
+  ]
+
+
+def _choice(found: dict[str, Any]) -> str:
+  """What a search has chosen, and how clearly."""
+  run, accuracy = found["runs"][found["chosen"]], found["val_accuracy"]
+  top, diverged = accuracy[found["chosen"]], found["diverged"]
+  near = [a for i, a in enumerate(accuracy) if i not in diverged]
+  near = sum(a >= top - 0.005 for a in near) - 1
+  lost = f", {len(diverged)} diverged" if diverged else ""
+  return (
+      f"lr {run['lr']:g}, weight decay {run['weight_decay']:g} (val"
+      f" {100 * top:.1f} %; of {len(accuracy) - 1} others {near} within"
+      f" 0.5{lost})"
+  )

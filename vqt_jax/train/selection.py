@@ -1,0 +1,77 @@
+"""Feature selection as the official program does it.
+
+A new head on the frozen queries, trained with a group lasso over the features,
+tells how much each of them is used; another new head is trained on those used
+most. Both train for as long as the first, at half its rate.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from vqt_jax import head as head_lib
+from vqt_jax import tuner as tuner_lib
+from vqt_jax.train import loop
+from vqt_jax.train import stages as stages_lib
+
+LASSO = 1e-4
+RATE = 0.5
+
+
+def select(
+    stages: stages_lib.Stages,
+    prefix: str,
+    tuner: tuner_lib.Tuner,
+    runs: tuple[loop.Run, ...],
+    variables: Any,
+    fractions: Sequence[float],
+    *,
+    split: str = "trainval",
+    rows: np.ndarray | None = None,
+    judge: tuple[str, np.ndarray | None] | None = None,
+) -> tuple[np.ndarray, stages_lib.Outcome, float]:
+  """Trains new heads on fewer features.
+
+  Args:
+    stages: does the work.
+    prefix: of the stages' names.
+    tuner: of all runs.
+    runs: R runs as the queries were trained.
+    variables: {"tuner", "head"} of them, leaves (R, ...).
+    fractions: of features to keep; each is tried on each of the runs.
+    split: trained on.
+    rows: of the split; None: all.
+    judge: split and rows whose accuracy is wanted, or None.
+
+  Returns:
+    The kept features (R * K, F) of 0 and 1, all fractions of the first run
+    first; the outcome of the new heads in that order; seconds of training.
+  """
+  runs = tuple(dataclasses.replace(run, lr=run.lr * RATE) for run in runs)
+  held = {"tuner": variables["tuner"]}
+  scored = stages.run(
+      stages_lib.Stage(
+          f"{prefix}scores", "scores", tuner, runs, "head", split=split,
+          rows=rows, trains=("head",), held=held, lasso=LASSO,
+      )  # fmt: skip
+  )
+  scores = np.asarray(head_lib.scores(scored.variables["head"]))
+  kept = np.stack([
+      head_lib.best(of_run, fraction)
+      for of_run in scores
+      for fraction in fractions
+  ])
+  repeat = lambda x: np.repeat(x, len(fractions), axis=0)
+  selected = stages.run(
+      stages_lib.Stage(
+          f"{prefix}selected", "selected", tuner,
+          tuple(run for run in runs for _ in fractions), "head",
+          split=split, rows=rows, judge=judge, trains=("head",),
+          held=jax.tree.map(repeat, held), kept=kept,
+          keeps_weights=judge is None,
+      )  # fmt: skip
+  )
+  return kept, selected, scored.seconds + selected.seconds

@@ -1,0 +1,323 @@
+"""Stages of a run: runs trained together and judged, each stage done once.
+
+What a finished stage found, and the weights that later ones need, is kept in
+`<workdir>/stages/<name>.safetensors`, which appears at once; a stage that was
+interrupted goes on from its last checkpoint.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import flax.traverse_util
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from vqt_jax import errors
+from vqt_jax import head as head_lib
+from vqt_jax import parallel
+from vqt_jax import results as results_lib
+from vqt_jax import tuner as tuner_lib
+from vqt_jax.train import checkpoint
+from vqt_jax.train import loop
+from vqt_jax.train import packing
+from vqt_jax.train import step as step_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """What to train, and what to judge it by.
+
+  Attributes:
+    name: names the stage's file and its rows in metrics.jsonl.
+    label: for people, short.
+    tuner: of all runs.
+    runs: trained on the same examples.
+    what: a run is, for people, e.g. "setting".
+    split: trained on.
+    rows: of the split; None: all.
+    judge: split and rows whose accuracy is wanted, or None.
+    trains: the parts that train.
+    held: the other parts, leaves (R, ...).
+    lasso: weight of the group lasso on the head's rows.
+    kept: (R, F) of 0 and 1, the features of each run; None: all.
+    may_diverge: a run whose loss is no longer finite is out, not an error.
+    keeps_weights: whether later stages need what was trained.
+  """
+
+  name: str
+  label: str
+  tuner: tuner_lib.Tuner
+  runs: tuple[loop.Run, ...]
+  what: str
+  split: str = "trainval"
+  rows: np.ndarray | None = None
+  judge: tuple[str, np.ndarray | None] | None = None
+  trains: tuple[str, ...] = tuner_lib.TRAINED
+  held: dict[str, Any] = dataclasses.field(default_factory=dict)
+  lasso: float = 0.0
+  kept: np.ndarray | None = None
+  may_diverge: bool = False
+  keeps_weights: bool = True
+
+
+@dataclasses.dataclass
+class Outcome:
+  """What came out of a stage.
+
+  Attributes:
+    history: per epoch {"loss": per run, "accuracy": per run}.
+    seconds: of training.
+    diverged: runs whose loss stopped being finite.
+    accuracy: of each run where it was judged; None if it was not.
+    variables: {"tuner", "head"}, numpy leaves (R, ...), if kept.
+  """
+
+  history: list[dict[str, list[float]]]
+  seconds: float
+  diverged: list[int]
+  accuracy: list[float] | None
+  variables: Any = None
+
+
+class Stages:
+  """Runs stages, or finds what they gave before."""
+
+  def __init__(self, job, examples, saver, metrics, stop):
+    """Reads what there is.
+
+    Args:
+      job: the `run.Job`.
+      examples: an `Examples`.
+      saver: a `Checkpointer`.
+      metrics: a `MetricsWriter`.
+      stop: a `StopSignal`.
+    """
+    self._job, self._examples, self._saver = job, examples, saver
+    self._metrics, self._stop = metrics, stop
+    self._folder = job.workdir / "stages"
+    with parallel.together():
+      self._done = {path.stem for path in self._folder.glob("*.safetensors")}
+    self._saved = saver.progress() or {"stage": ""}
+
+  def run(self, stage: Stage) -> Outcome:
+    """Does a stage, in as many packs of runs as memory asks for."""
+    size = packing.runs_at_once(
+        stage.tuner, self._job.config.batch_size, self._job.mesh
+    )
+    starts = range(0, len(stage.runs), size)
+    parts = []
+    for number, start in enumerate(starts):
+      some = slice(start, start + size)
+      part = dataclasses.replace(
+          stage,
+          name=stage.name if number == 0 else f"{stage.name}-{number + 1}",
+          runs=stage.runs[some],
+          held=jax.tree.map(lambda x, some=some: x[some], stage.held),
+          kept=None if stage.kept is None else stage.kept[some],
+      )
+      parts.append(self._pack(part))
+    return _joined(parts, starts)
+
+  def _pack(self, stage: Stage) -> Outcome:
+    path = self._folder / f"{stage.name}.safetensors"
+    if stage.name in self._done:
+      return _read(path)
+    state, progress = self._train(stage)
+    ready = step_lib.Ready(
+        _variables(state, stage), np.array([r.normalize for r in stage.runs])
+    )
+    accuracy = None
+    if stage.judge:
+      accuracy = self.evaluate(*stage.judge, [(stage.tuner, ready)], "val")[0]
+    outcome = Outcome(
+        history=progress.history,
+        seconds=progress.seconds,
+        diverged=sorted(map(int, progress.diverged)),
+        accuracy=accuracy,
+    )
+    if stage.keeps_weights:
+      outcome.variables = jax.tree.map(parallel.to_host, ready.variables)
+    with parallel.together():
+      if parallel.is_first():
+        _write(path, outcome)
+    return outcome
+
+  def _train(self, stage: Stage) -> tuple[step_lib.State, loop.Progress]:
+    """Trains from the start, or from the checkpoint."""
+    job, c, runs = self._job, self._job.config, stage.runs
+    progress = loop.Progress()
+    recipe = step_lib.Recipe(
+        optimizer=c.optimizer,
+        query_dropout=stage.tuner.reads_blocks
+        and any(run.query_dropout for run in runs),
+        embedding_dropout=c.embedding_dropout,
+        lasso=stage.lasso,
+        trains=stage.trains,
+    )
+    seeds = np.array([run.seed for run in runs], np.uint32)
+    state = step_lib.init_on(job.mesh, stage.tuner, recipe)(job.params, seeds)
+    if self._saved["stage"] == stage.name:
+      progress = loop.Progress(**self._saved["progress"])
+      state = self._saver.restore(state)
+      if progress.epoch < c.epochs:
+        after = f"{stage.label} after epoch {progress.epoch}"
+        job.console.note(after, "resume")
+
+    def log(rows):
+      if parallel.is_first():
+        self._metrics.epochs(stage.name, rows)
+
+    log([row for epoch in range(progress.epoch)
+         for row in _rows(runs, epoch, progress)])  # fmt: skip
+
+    def save(state):
+      saved = {"stage": stage.name, "progress": dataclasses.asdict(progress)}
+      self._saver.save(state, saved)
+
+    if progress.epoch == c.epochs:
+      return state, progress
+    with self._stop.at_once(), parallel.together():
+      source = self._examples.source(stage.split, stage.rows)
+    phase = loop.Phase(
+        stage.name, runs, source, c.epochs, c.warmup_epochs,
+        per_step=c.schedule == "step", may_diverge=stage.may_diverge,
+        held=parallel.replicate(stage.held, job.mesh),
+        kept=parallel.replicate(stage.kept, job.mesh),
+    )  # fmt: skip
+    plural = "s" if len(runs) > 1 else ""
+    detail = f"{len(runs)} {stage.what}{plural} x {c.epochs} epochs"
+    if stage.tuner != job.tuner:
+      detail += f", {stage.tuner.num_queries} queries"
+    with job.console.phase(stage.label, c.epochs, detail=detail) as line:
+
+      def report(epoch, loss, accuracy, speed):
+        log(_rows(runs, epoch, progress))
+        able = np.isfinite(loss)
+        line.update(
+            epoch + 1,
+            loss=float(np.mean(loss[able])),
+            accuracy=float(np.mean(accuracy[able])),
+            images_per_second=speed,
+        )
+
+      frozen = tuner_lib.partition(
+          job.params, jax.eval_shape(stage.tuner.init, jax.random.key(0))
+      )[1]
+      state = loop.train_phase(
+          phase, stage.tuner, recipe, frozen, state, progress,
+          save=save, due=self._saver.due, stop=self._stop, report=report,
+      )  # fmt: skip
+    save(state)
+    return state, progress
+
+  def evaluate(
+      self,
+      split: str,
+      rows: np.ndarray | None,
+      ready: Sequence[tuple[tuner_lib.Tuner, step_lib.Ready]],
+      label: str,
+  ) -> list[list[float]]:
+    """Accuracy of every run of several tuners, in one pass of the backbone.
+
+    Args:
+      split: each of its images counts exactly once.
+      rows: of the split; None: all.
+      ready: tuners with their trained runs; if any reads the blocks, so does
+        the first.
+      label: for people.
+    """
+    job = self._job
+    tuners, runs = zip(*ready)
+    right, count = None, 0
+    total = self._examples.count(split) if rows is None else len(rows)
+    with job.console.phase(label, total, "image") as line:
+      for chunk, order, mask in self._examples.evaluation(split, rows):
+        part = step_lib.eval_steps(
+            tuners, runs, job.params, chunk, order, mask
+        )
+        part = [x.astype(np.float64) for x in parallel.to_host(part)]
+        right = [a + b for a, b in zip(right, part)] if right else part
+        count += int(mask.sum())
+        line.update(count)
+        if self._stop:
+          raise checkpoint.Stopped
+    return [(x / count).tolist() for x in right]
+
+
+def _variables(state: step_lib.State, stage: Stage) -> Any:
+  """{"tuner", "head"} as they are now, without the features left out."""
+  variables = {
+      name: stage.held.get(name, state.trained[name])
+      for name in tuner_lib.TRAINED
+  }
+  if stage.kept is not None:
+    variables["head"] = head_lib.select(variables["head"], stage.kept)
+  return variables
+
+
+def _joined(parts: Sequence[Outcome], starts: Sequence[int]) -> Outcome:
+  """Packs of a stage as one."""
+  if len(parts) == 1:
+    return parts[0]
+  together = lambda *lists: [x for each in lists for x in each]
+  return Outcome(
+      history=[
+          {name: together(*(e[name] for e in epoch)) for name in epoch[0]}
+          for epoch in zip(*(part.history for part in parts))
+      ],
+      seconds=sum(part.seconds for part in parts),
+      diverged=[s + i for s, part in zip(starts, parts) for i in part.diverged],
+      accuracy=parts[0].accuracy
+      and together(*(part.accuracy for part in parts)),
+      variables=parts[0].variables
+      and jax.tree.map(
+          lambda *x: np.concatenate(x), *(part.variables for part in parts)
+      ),
+  )
+
+
+def _rows(runs, epoch, progress) -> list[dict[str, Any]]:
+  """The metrics of an epoch, a row per run."""
+  history = progress.history[epoch]
+  return [
+      {
+          "epoch": epoch + 1,
+          "run": i,
+          **dataclasses.asdict(run),
+          "loss": history["loss"][i],
+          "accuracy": history["accuracy"][i],
+      }
+      for i, run in enumerate(runs)
+  ]
+
+
+def _write(path: pathlib.Path, outcome: Outcome) -> None:
+  flat = flax.traverse_util.flatten_dict(outcome.variables or {}, sep="/")
+  info = dataclasses.asdict(dataclasses.replace(outcome, variables=None))
+  results_lib.write_bytes(
+      path,
+      safetensors.numpy.save(
+          {name: np.ascontiguousarray(x) for name, x in flat.items()},
+          metadata={"outcome": json.dumps(info)},
+      ),
+  )
+
+
+def _read(path: pathlib.Path) -> Outcome:
+  try:
+    with safetensors.safe_open(path, "numpy") as file:
+      info = json.loads(file.metadata()["outcome"])
+      flat = {name: file.get_tensor(name) for name in file.keys()}
+  except (OSError, KeyError, ValueError, safetensors.SafetensorError) as e:
+    raise errors.UserError(
+        f"Cannot read {path}: {e}. Delete it to do this part again."
+    ) from e
+  variables = flax.traverse_util.unflatten_dict(flat, sep="/")
+  if variables:  # An empty part leaves no trace.
+    variables = {"tuner": {}, **variables}
+  return Outcome(**{**info, "variables": variables or None})
