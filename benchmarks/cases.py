@@ -53,7 +53,7 @@ class Case:
     return *self.static, *jax.jit(self.build)()
 
   def shapes(self, mesh: jax.sharding.Mesh | None = None) -> tuple[Any, ...]:
-    """All arguments as shapes; on a mesh, examples spread over `data`."""
+    """All arguments as shapes; on a mesh, placed as `train.store` does."""
     dynamic = jax.eval_shape(self.build)
     if mesh is not None:
       dynamic = jax.tree_util.tree_map_with_path(
@@ -63,7 +63,7 @@ class Case:
 
 
 def _place(mesh, path, leaf):
-  spec = {"tokens": P(None, "data"), "image": P("data"), "final": P("data")}
+  spec = {"tokens": P(None, None, None, "data"), "image": P(None, "data")}
   name = getattr(path[-1], "key", None)
   sharding = NamedSharding(mesh, spec.get(name, P()))
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

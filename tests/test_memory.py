@@ -51,6 +51,12 @@ def test_step_keeps_the_tokens_and_little_else():
   assert TOKEN_BYTES <= beyond_linear < 2 * TOKEN_BYTES
 
 
+def test_step_from_the_store_holds_no_batch_of_tokens():
+  """Each block fetches its own, in the gradient as well."""
+  stored = cases.train(tuner_of(1), BATCH, stored=True, rows=2 * BATCH)
+  assert temporary_bytes(stored) < TOKEN_BYTES
+
+
 @pytest.mark.parametrize("stored", [False, True])
 @pytest.mark.parametrize("num_queries", [0, 1, 10])
 @pytest.mark.parametrize("runs", [1, 3])

@@ -154,6 +154,13 @@ def from_host(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
   )
 
 
+def constrain(x: Any, *spec: str | None) -> Any:
+  """Asks for a sharding where a mesh is set (in compiled code)."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 

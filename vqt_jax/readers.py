@@ -11,11 +11,13 @@ tell, and no gradient reaches what produced them.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from vqt_jax import parallel
 from vqt_jax import vit
 
 Step = Callable[[Any, Any, jax.Array, Any], tuple[Any, jax.Array]]
@@ -48,23 +50,43 @@ def attention_step(config: vit.ViTConfig) -> Step:
 
 
 def read(
-    step: Step, blocks: Any, weights: Any, tokens: jax.Array, carry: Any = None
+    step: Step,
+    blocks: Any,
+    weights: Any,
+    tokens: jax.Array,
+    rows: jax.Array | None = None,
+    carry: Any = None,
 ) -> jax.Array:
   """Scans a reader over depth.
+
+  A gradient keeps the results of matrix products, and computes GELU, softmax
+  and LayerNorm (and fetches rows of tokens) again: less memory than keeping
+  all, and no more time.
 
   Args:
     step: the reader's step.
     blocks: frozen block parameters, leaves stacked over depth (L, ...).
     weights: the reader's weights, leaves stacked over depth.
-    tokens: (L, B, N, D).
+    tokens: (L, B, N, D), or if `rows` are given (L, n, N, D).
+    rows: (B,) int32, the examples to read; each block fetches its own, so that
+      a batch is never held for all blocks at once. None: all, in order.
     carry: what the first block's step gets from below.
 
   Returns:
     The outputs, stacked over depth (L, B, ...).
   """
 
+  @functools.partial(
+      jax.checkpoint,
+      prevent_cse=False,
+      policy=jax.checkpoint_policies.dots_saveable,
+  )
   def body(carry, inputs):
-    return step(*inputs, carry)
+    block, mine, tokens = inputs
+    if rows is not None:
+      tokens = jnp.take(tokens, rows, axis=0, mode="clip")
+      tokens = parallel.constrain(tokens, "data")
+    return step(block, mine, tokens, carry)
 
   return jax.lax.scan(body, carry, (blocks, weights, tokens))[1]
 

@@ -82,6 +82,7 @@ class Tuner:
       final: jax.Array,
       query_mask: jax.Array | None = None,
       normalize: jax.Array | None = None,
+      rows: jax.Array | None = None,
   ) -> "Output":
     """Reads the stream and classifies what was read.
 
@@ -91,6 +92,7 @@ class Tuner:
       final: the backbone's pooled output (B, D).
       query_mask: (L, B, T, D), multiplies the queries (dropout), or None.
       normalize: () bool in the place of `self.normalize`, or None.
+      rows: (B,) int32, if `tokens` are a store (L, n, N, D) of more examples.
 
     Returns:
       Logits, features and what the queries read.
@@ -102,7 +104,7 @@ class Tuner:
       queries = queries[:, None] * query_mask
     blocks = variables["backbone"]["Transformer"]["encoderblock"]
     outputs = readers.read(
-        readers.query_step(self.config), blocks, queries, tokens
+        readers.query_step(self.config), blocks, queries, tokens, rows
     )
     groups = readers.combine(
         outputs, self.combine, variables["tuner"].get("combine")

@@ -15,10 +15,10 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 import optax
 
 from vqt_jax import head
+from vqt_jax import parallel
 from vqt_jax import tuner as tuner_lib
 from vqt_jax.train import optim
 
@@ -108,30 +108,20 @@ def init_on(
   """`init` for this tuner and recipe, its result on all devices of a mesh."""
   return jax.jit(
       functools.partial(init, tuner, recipe),
-      out_shardings=jax.sharding.NamedSharding(mesh, P()),
+      out_shardings=parallel.replicated(mesh),
   )
 
 
 def take(data: Batch, index: jax.Array) -> Batch:
-  """Rows of resident data: "tokens" (L, n, N, D), all else (n, ...)."""
-  return {
-      name: jnp.take(values, index, axis=1 if name == "tokens" else 0)
+  """Rows of resident data, but "tokens" whole, with "rows" to read of them."""
+  batch = {
+      name: parallel.constrain(jnp.take(values, index, axis=0), "data")
       for name, values in data.items()
+      if name != "tokens"
   }
-
-
-def _constrain(x: Any, *spec: str | None) -> Any:
-  """Asks for a sharding where a mesh is set."""
-  if jax.sharding.get_abstract_mesh().empty:
-    return x
-  return jax.lax.with_sharding_constraint(x, P(*spec))
-
-
-def _shard(batch: Batch) -> Batch:
-  spec = lambda name: (None, "data") if name == "tokens" else ("data",)
-  return {
-      name: _constrain(values, *spec(name)) for name, values in batch.items()
-  }
+  if "tokens" in data:
+    batch |= {"tokens": data["tokens"], "rows": index}
+  return batch
 
 
 def _keep_mask(key: jax.Array, rate: Any, shape: tuple[int, ...]):
@@ -140,16 +130,16 @@ def _keep_mask(key: jax.Array, rate: Any, shape: tuple[int, ...]):
 
 
 def _stream(tuner, recipe, params, batch, key):
-  """Tokens and final feature of a batch, from the store or the backbone."""
+  """Tokens, rows of them, and final feature; of the store or the backbone."""
   if "final" in batch:
-    return batch.get("tokens"), batch["final"]
+    return batch.get("tokens"), batch.get("rows"), batch["final"]
   config = tuner.config
   shape = (len(batch["image"]), config.num_tokens, config.width)
   mask = None
   if key is not None and recipe.embedding_dropout:
     mask = _keep_mask(key, recipe.embedding_dropout, shape)
   stream = tuner_lib.run_backbone(tuner, params, batch["image"], mask)
-  return stream.tokens, stream.final
+  return stream.tokens, None, stream.final
 
 
 def _score(logits, batch):
@@ -174,7 +164,9 @@ def run_step(
 ) -> tuple[Any, Any, tuple[jax.Array, jax.Array]]:
   """One update of one run; returns its state and (loss sum, number right)."""
   embed_key, query_key = jax.random.split(jax.random.fold_in(key, step))
-  tokens, final = _stream(tuner, recipe, frozen["backbone"], batch, embed_key)
+  tokens, rows, final = _stream(
+      tuner, recipe, frozen["backbone"], batch, embed_key
+  )
   config = tuner.config
   shape = (config.depth, len(final), tuner.num_queries, config.width)
   query_mask = None
@@ -186,7 +178,7 @@ def run_step(
     if settings.kept is not None:
       variables["head"] = head.select(variables["head"], settings.kept)
     logits = tuner(
-        variables, tokens, final, query_mask, settings.normalize
+        variables, tokens, final, query_mask, settings.normalize, rows
     ).logits
     total, right = _score(logits, batch)
     loss = total / jnp.maximum(batch["mask"].sum(), 1)
@@ -239,7 +231,7 @@ def train_steps(
 
   def body(state, inputs):
     index, mask, factor = inputs
-    batch = _shard({**take(data, index), "mask": mask})
+    batch = {**take(data, index), "mask": parallel.constrain(mask, "data")}
     now = settings.replace(lr=settings.lr * factor)
     trained, opt_state, sums = together(
         state.trained, state.opt_state, state.key, now, batch, state.step
@@ -247,7 +239,7 @@ def train_steps(
     return State(trained, opt_state, state.key, state.step + 1), sums
 
   state, (losses, right) = jax.lax.scan(body, state, (order, mask, factor))
-  return _constrain((state, losses, right))  # Replicated.
+  return parallel.constrain((state, losses, right))  # Replicated.
 
 
 @flax.struct.dataclass
@@ -288,12 +280,14 @@ def eval_steps(
 
   def body(right, inputs):
     index, mask = inputs
-    batch = _shard({**take(data, index), "mask": mask})
-    tokens, final = _stream(tuners[0], Recipe(), params, batch, None)
+    batch = {**take(data, index), "mask": parallel.constrain(mask, "data")}
+    tokens, rows, final = _stream(tuners[0], Recipe(), params, batch, None)
 
     def one(tuner, ready):
       variables = {**ready.variables, "backbone": params}
-      logits = tuner(variables, tokens, final, None, ready.normalize).logits
+      logits = tuner(
+          variables, tokens, final, None, ready.normalize, rows
+      ).logits
       return _score(logits, batch)[1]
 
     return tuple(
@@ -304,4 +298,4 @@ def eval_steps(
   runs = [len(jax.tree.leaves(each.variables)[0]) for each in ready]
   right = tuple(map(jnp.zeros, runs))
   right = jax.lax.scan(body, right, (order, mask))[0]
-  return _constrain(right)  # Replicated.
+  return parallel.constrain(right)  # Replicated.

@@ -23,23 +23,29 @@ def bytes_per_image(tuner: tuner_lib.Tuner) -> int:
   return tokens * jnp.dtype(c.dtype).itemsize + c.width * 4
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _extract(tuner, params, store, images, start):
-  """Writes the stream of images (S, b, ...) of S shards at `start` of each."""
-  shards, size = images.shape[:2]
-  flat = images.reshape(shards * size, *images.shape[2:])
-  stream = tuner_lib.run_backbone(tuner, params, flat)
-  seen = {"final": stream.final.reshape(shards, size, -1)}
-  if tuner.reads_blocks:
-    tokens = stream.tokens
-    seen["tokens"] = tokens.reshape(
-        len(tokens), shards, size, *tokens.shape[2:]
-    )
+def _write(tuner, params, store, images, start):
+  """Writes what readers need of `images` at row `start` of the store."""
+  stream = tuner_lib.run_backbone(tuner, params, images)
+  seen = {"final": stream.final, "tokens": stream.tokens}
   write = jax.lax.dynamic_update_slice_in_dim
   return {
-      name: write(store[name], part, start, 2 if name == "tokens" else 1)
-      for name, part in seen.items()
+      name: write(held, seen[name], start, 1 if name == "tokens" else 0)
+      for name, held in store.items()
   }
+
+
+def _cut(
+    mesh: jax.sharding.Mesh, shape: tuple[int, ...], *axes: int
+) -> jax.sharding.NamedSharding:
+  """Shares out over `data` by the first of these axes that can be.
+
+  Resident data is cut across examples rather than between them where possible:
+  then every device finds its part of any row, and putting a batch together is
+  one exchange of the batch, not one of all that is held.
+  """
+  shards = mesh.shape["data"]
+  axis = next(axis for axis in axes if shape[axis] % shards == 0)
+  return parallel.batch_sharding(mesh, axis)
 
 
 def extract(
@@ -56,7 +62,7 @@ def extract(
     tuner: decides what is kept.
     params: the frozen backbone, on the devices.
     examples: {"image": (n, h, w, 3) float32, "label": (n,)}, on the host.
-    mesh: examples are spread over its `data` axis.
+    mesh: the store is spread over its `data` axis.
     batch_size: images at a time, over all devices.
     progress: told how many images are done.
 
@@ -66,64 +72,40 @@ def extract(
   """
   images, label = examples["image"], examples["label"]
   c, shards = tuner.config, mesh.shape["data"]
-  size = max(1, min(batch_size, len(images)) // shards)
-  steps = -(-len(images) // (shards * size))
-  rows = shards * steps * size
-  images = _pad(images, rows).reshape(shards, steps * size, *images.shape[1:])
-
-  empty = {"final": ((shards, steps * size, c.width), jnp.float32, 0)}
-  if tuner.reads_blocks:
-    shape = (c.depth, shards, steps * size, c.num_tokens, c.width)
-    empty["tokens"] = (shape, jnp.dtype(c.dtype), 1)
+  size = -(-min(batch_size, len(images)) // shards) * shards
+  rows = -(-len(images) // size) * size
+  images = _pad(images, rows)
+  shardings = {"final": parallel.replicated(mesh)}
   store = {
-      name: jnp.zeros(
-          shape, dtype, device=parallel.batch_sharding(mesh, axis)
-      )
-      for name, (shape, dtype, axis) in empty.items()
+      "final": jnp.zeros((rows, c.width), device=shardings["final"])
   }
-  for start in range(0, steps * size, size):
-    batch = images[:, start : start + size]
+  if tuner.reads_blocks:
+    shape = (c.depth, rows, c.num_tokens, c.width)
+    shardings["tokens"] = _cut(mesh, shape, 3, 1)
+    store["tokens"] = jnp.zeros(shape, c.dtype, device=shardings["tokens"])
+  write = jax.jit(
+      functools.partial(_write, tuner),
+      donate_argnums=1,
+      out_shardings=shardings,
+  )
+  for start in range(0, rows, size):
+    batch = images[start : start + size]
     batch = parallel.from_host(batch, parallel.batch_sharding(mesh))
-    store = jax.block_until_ready(
-        _extract(tuner, params, store, batch, start)
-    )
-    progress(min(shards * (start + size), len(label)))
-
-  merged = _merge_shards(store, mesh)
+    store = write(params, store, batch, start)
   label = parallel.from_host(_pad(label, rows), parallel.replicated(mesh))
-  return {**merged, "label": label}
-
-
-def _merge_shards(store, mesh):
-  """(shards, rows of a shard) to one axis of examples, without moving any."""
-  shardings = {
-      name: parallel.batch_sharding(mesh, 1 if name == "tokens" else 0)
-      for name in store
-  }
-
-  @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
-  def merge(store):
-    return {
-        name: x.reshape(len(x), -1, *x.shape[3:])
-        if name == "tokens"
-        else x.reshape(-1, *x.shape[2:])
-        for name, x in store.items()
-    }
-
-  return merge(store)
+  return {**store, "label": label}
 
 
 def resident(
     examples: dict[str, np.ndarray], mesh: jax.sharding.Mesh
 ) -> dict[str, jax.Array]:
   """Images on the devices, spread over `data`, for training through the ViT."""
-  images = examples["image"]
-  rows = -(-len(images) // mesh.shape["data"]) * mesh.shape["data"]
+  shards = mesh.shape["data"]
+  rows = -(-len(examples["image"]) // shards) * shards
+  images = _pad(examples["image"], rows)
   label = _pad(examples["label"], rows)
   return {
-      "image": parallel.from_host(
-          _pad(images, rows), parallel.batch_sharding(mesh)
-      ),
+      "image": parallel.from_host(images, _cut(mesh, images.shape, 1, 2, 0)),
       "label": parallel.from_host(label, parallel.replicated(mesh)),
   }
 
