@@ -96,7 +96,7 @@ def test_a_preset_leaves_what_is_asked_for_and_is_applied_once():
         ({"gelu": "erf"}, "Known: \"\", tanh, exact"),
         ({"dtype": "float16"}, "Did you mean bfloat16"),
         ({"pool_type": "cls"}, "Unknown config.pool_type"),
-        ({"features": "stored"}, "Did you mean store?"),
+        ({"features": "store"}, "Known: \"\", device, host, disk, live"),
         ({"data": "disk"}, "Known: \"\", device, stream"),
         ({"preset": "author"}, "Did you mean authors?"),
         ({"task": ""}, "config.task is empty"),
@@ -115,7 +115,7 @@ def test_a_preset_leaves_what_is_asked_for_and_is_applied_once():
         ({"epochs": 10}, "config.warmup_epochs=10 must be smaller"),
         ({"mesh": {"data": 0}}, "config.mesh.data=0"),
         (
-            {"embedding_dropout": 0.1, "features": "store"},
+            {"embedding_dropout": 0.1, "features": "host"},
             "cannot be stored: use features=live",
         ),
     ],

@@ -60,16 +60,22 @@ def assert_same_outcome(workdir, alone):
 
 
 def test_stopped_and_resumed(material, alone, tmp_path):
-  """Only the second one is asked to stop, but they agree."""
+  """Only the second one is asked to stop, but they agree.
+
+  They go on with features in files, each with a part of them.
+  """
   signals = {"vqt_jax.train.step:train_steps": (2, signal.SIGTERM)}
-  status, said = pair(material, tmp_path, signals=signals)
+  status, said = pair(material, tmp_path / "run", signals=signals)
   assert status == [0, 0]
   assert said[0].endswith("Stopped and saved; resume with the same command.\n")
-  status, said = pair(material, tmp_path)
+  changes = {"features": "disk", "store_dir": tmp_path / "store"}
+  status, said = pair(material, tmp_path / "run", **changes)
   assert status == [0, 0]
+  files = list((tmp_path / "store").iterdir())
+  assert len(files) == 2 and all(path.suffix == ".npy" for path in files)
   assert "resume   search after epoch 2" in said[0]
   assert said[1] == ""
-  assert_same_outcome(tmp_path, alone["device"])
+  assert_same_outcome(tmp_path / "run", alone["device"])
 
 
 def test_streamed_to_a_backbone_in_two_halves(material, alone, tmp_path):

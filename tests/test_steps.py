@@ -10,6 +10,7 @@ import vqt_jax
 from vqt_jax import parallel
 from vqt_jax import tuner as tuner_lib
 from vqt_jax.train import optim
+from vqt_jax.train import sources
 from vqt_jax.train import step as step_lib
 from vqt_jax.train import store
 
@@ -99,12 +100,23 @@ class Case:
     variables = self.tuner.init(jax.random.key(0))
     self.frozen = tuner_lib.partition(self.params, variables)[1]
 
-  def data(self, how):
+  def source(self, how):
+    """All examples: "live", or features on the "device" or the "host"."""
+    rows = np.arange(21)
     if how == "live":
-      return store.resident(self.examples, self.mesh)
-    return store.extract(
-        self.tuner, self.params, self.examples, self.mesh, 8
-    )
+      held = store.resident(self.examples, self.mesh)
+      return sources.Resident(held, rows, 8, 0, self.mesh)
+    reads = self.tuner.reads_blocks
+    layout = store.Layout(self.tuner.config, reads, "float32", self.mesh)
+    images = np.pad(self.examples["image"], [(0, 3)] + 3 * [(0, 0)])
+    batches = [{"image": images[i : i + 8]} for i in range(0, 24, 8)]
+    parts = store.stream(layout, self.params, batches)
+    label = self.examples["label"]
+    if how == "host":
+      kept = store.on_host(layout, parts, 21)
+      return sources.Stored(kept, label, rows, 8, 0)
+    held = store.on_devices(layout, parts, label)
+    return sources.Resident(held, rows, 8, 0, self.mesh)
 
   def train(
       self, how="live", seeds=(3,), lr=(0.1,), decay=(1e-3,), epochs=3,
@@ -116,25 +128,30 @@ class Case:
         np.full(len(lr), 0.2, np.float32),
         np.array(normalize or [True] * len(lr)),
     )
-    data, shards = self.data(how), self.mesh.shape["data"]
+    source = self.source(how)
     with jax.set_mesh(self.mesh):
       state = step_lib.init_on(self.mesh, self.tuner, self.recipe)(
           self.params, np.array(seeds, np.uint32)
       )
       for epoch in range(epochs):
-        order, mask = store.order(np.arange(21), 8, shards, (0, epoch))
-        state, losses, right = step_lib.train_steps(
-            self.tuner, self.recipe, state, self.frozen, settings, data,
-            order, mask, np.full(len(order), 1.0, np.float32),
-        )  # fmt: skip
-      order, mask = store.order(np.arange(21), 8, shards)
+        losses = []
+        for data, order, mask in source.epoch(epoch, 0):
+          state, some, _ = step_lib.train_steps(
+              self.tuner, self.recipe, state, self.frozen, settings, data,
+              order, mask, np.full(len(order), 1.0, np.float32),
+          )  # fmt: skip
+          losses.append(some)
       ready = step_lib.Ready(
           {name: state.trained[name] for name in ("tuner", "head")},
           settings.normalize,
       )
-      (count,) = step_lib.eval_steps(
-          (self.tuner,), (ready,), self.params, data, order, mask
+      count = sum(
+          step_lib.eval_steps(
+              (self.tuner,), (ready,), self.params, *chunk
+          )[0]
+          for chunk in source.epoch(0, 0)
       )
+    losses = np.concatenate(losses)
     return jax.tree.map(
         np.asarray, {"trained": state.trained, "loss": losses, "eval": count}
     )
@@ -154,10 +171,11 @@ def assert_trees_close(a, b, tolerance):
     helpers.assert_close(x, y, tolerance, name)
 
 
+@pytest.mark.parametrize("how", ["device", "host"])
 @pytest.mark.parametrize("method", ["vqt", "linear"])
-def test_stored_equals_live(method):
+def test_stored_equals_live(method, how):
   case = Case(method)
-  stored, live = case.train("store"), case.train("live")
+  stored, live = case.train(how), case.train("live")
   assert_trees_close(stored, live, 1e-5)
 
 
@@ -165,10 +183,10 @@ def test_together_equals_alone():
   case = Case(num_queries=2)
   lr, decay, seeds = (0.1, 0.01, 0.1), (1e-3, 0.0, 0.1), (3, 3, 5)
   normalize = (True, False, True)
-  together = case.train("store", seeds, lr, decay, normalize=normalize)
+  together = case.train("device", seeds, lr, decay, normalize=normalize)
   for i in range(3):
     one = slice(i, i + 1)
-    alone = case.train("store", seeds[one], lr[one], decay[one],
+    alone = case.train("device", seeds[one], lr[one], decay[one],
                        normalize=normalize[one])  # fmt: skip
     run = slice(i, i + 1)
     mine = {
@@ -180,7 +198,7 @@ def test_together_equals_alone():
 
 
 @pytest.mark.parametrize("data, model", [(8, 1), (4, 2), (1, 8)])
-@pytest.mark.parametrize("how", ["live", "store"])
+@pytest.mark.parametrize("how", ["live", "device", "host"])
 def test_sharded_equals_single(data, model, how):
   single = Case().train(how)
   mesh = parallel.make_mesh(data, model)
@@ -237,10 +255,10 @@ def test_embedding_dropout_makes_the_stream_noisy():
 
 
 def test_same_seed_same_bits_other_seed_other_run():
-  a, b = Case().train("store"), Case().train("store")
+  a, b = Case().train("device"), Case().train("device")
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
     np.testing.assert_array_equal(x, y)
-  c = Case().train("store", seeds=(4,))
+  c = Case().train("device", seeds=(4,))
   assert np.abs(a["loss"] - c["loss"]).max() > 1e-3
 
 
@@ -259,7 +277,7 @@ def test_one_compilation_serves_all_epochs(devices):
 
   jax.monitoring.register_event_duration_secs_listener(listen)
   try:
-    case.train("store", epochs=3)
+    case.train("device", epochs=3)
   finally:
     jax.monitoring.unregister_event_duration_listener(listen)
   assert len(compiled) == 1

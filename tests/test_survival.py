@@ -12,7 +12,7 @@ from tests import runs
 from vqt_jax.train import checkpoint
 
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
-EXTRACT = "vqt_jax.train.store:_write"
+EXTRACT = "vqt_jax.train.store:_writer"
 TRAIN = "vqt_jax.train.step:train_steps"
 EVALUATE = "vqt_jax.train.step:eval_steps"
 REPORT = "vqt_jax.plots:report"

@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import hashlib
 from typing import Any
 
 import jax
+import numpy as np
 
 from vqt_jax import vit
 
@@ -40,3 +42,11 @@ class Backbone:
   def __call__(self, images: jax.Array) -> vit.Stream:
     """Images (B, height, width, 3), scaled to `value_range` -> the stream."""
     return _apply(self.config, self.params, images, ("tokens", "blocks"))
+
+  def digest(self) -> str:
+    """SHA-256 of all weights and their names, in hexadecimal."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
+      digest.update(jax.tree_util.keystr(path).encode())
+      digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()

@@ -21,7 +21,8 @@ CHOICES = {
     "pool_type": ("", "tok", "gap", "map", "mae"),
     "gelu": ("", "tanh", "exact"),
     "dtype": ("", "float32", "bfloat16"),
-    "features": ("", "store", "live"),
+    "features": ("", "device", "host", "disk", "live"),
+    "feature_dtype": ("", "float32", "bfloat16"),
     "data": ("", "device", "stream"),
     "protocol": ("full", "best"),
     "preset": ("", "authors"),
@@ -109,7 +110,7 @@ def _check_combinations(config: ConfigDict) -> None:
     raise errors.UserError(
         f"config.lr={config.lr}: with a rate of 0 nothing is trained."
     )
-  if config.embedding_dropout and config.features == "store":
+  if config.embedding_dropout and config.features not in ("", "live"):
     raise errors.UserError(
         f"config.embedding_dropout={config.embedding_dropout} makes the stream"
         " differ in every step, so it cannot be stored: use features=live."

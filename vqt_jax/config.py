@@ -89,8 +89,11 @@ def default_config() -> ConfigDict:
   })
 
   # How it is computed; results do not depend on it beyond rounding.
-  c.features = ""  # "store": frozen tokens kept; "live": backbone every step
-  c.data = ""  # "device": images kept there; "stream": read every epoch
+  c.features = ""  # frozen features are kept on "device", "host" or "disk";
+  # "live": the backbone runs in every step; "": decided from their size
+  c.feature_dtype = ""  # of kept features; "": as dtype
+  c.store_dir = ""  # folder; given, features are kept there for other runs too
+  c.data = ""  # live: images kept on "device"; "stream": read every epoch
   c.eval_batch_size = 128  # images
   c.mesh = ConfigDict({
       "data": -1,  # devices that share a batch; -1: all that are left
@@ -133,7 +136,13 @@ AUTHORS_TOO = (
 )
 
 # A run may be resumed with other values of these.
-RESUMABLE = ("checkpoint_seconds", "data_dir", "eval_batch_size")
+RESUMABLE = (
+    "checkpoint_seconds",
+    "data_dir",
+    "eval_batch_size",
+    "features",
+    "store_dir",
+)
 
 
 def resolve(

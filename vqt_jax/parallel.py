@@ -186,6 +186,13 @@ def from_local(
   }
 
 
+def local_part(x: jax.Array, axis: int) -> np.ndarray:
+  """This process's part of an array that is cut along one axis at most."""
+  parts = {s.index[axis].start or 0: s.data for s in x.addressable_shards}
+  arrays = [np.asarray(parts[start]) for start in sorted(parts)]
+  return np.concatenate(arrays, axis) if len(arrays) > 1 else arrays[0]
+
+
 def to_host(tree: Any) -> Any:
   """Whole numpy copies of replicated arrays; numpy stays as it is."""
   local = lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x

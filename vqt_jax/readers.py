@@ -33,6 +33,7 @@ def query_step(config: vit.ViTConfig) -> Step:
 
   def step(block_params, queries, tokens, carry):
     params = {"params": block_params}
+    tokens = tokens.astype(config.dtype)  # They may be kept in another one.
     return carry, block.apply(params, tokens, queries, method="read")
 
   return step

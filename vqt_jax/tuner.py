@@ -179,18 +179,22 @@ def apply(
 
 @jax.jit(static_argnums=0)
 def _apply(tuner, params, variables, images):
-  stream = run_backbone(tuner, params, images)
+  stream = run_backbone(tuner.config, tuner.reads_blocks, params, images)
   return tuner({**variables, "backbone": params}, stream.tokens, stream.final)
 
 
 def run_backbone(
-    tuner: Tuner, params: Any, images: jax.Array, embedding_mask=None
+    config: vit.ViTConfig,
+    tokens: bool,
+    params: Any,
+    images: jax.Array,
+    embedding_mask: jax.Array | None = None,
 ) -> vit.Stream:
-  """The frozen stream of some images, as far as the tuner reads it."""
-  stream = vit.ViT(tuner.config).apply(
+  """The frozen stream of some images, with or without the blocks' tokens."""
+  stream = vit.ViT(config).apply(
       {"params": params},
       images,
-      collect=("tokens",) if tuner.reads_blocks else (),
+      collect=("tokens",) if tokens else (),
       embedding_mask=embedding_mask,
   )
   return jax.lax.stop_gradient(stream)

@@ -6,8 +6,10 @@ Importing this does not import TensorFlow; its first use does.
 from vqt_jax.data.lookup import make_task
 from vqt_jax.data.pipeline import batches
 from vqt_jax.data.pipeline import load_arrays
+from vqt_jax.data.pipeline import load_labels
 from vqt_jax.data.pipeline import train_batches
 from vqt_jax.data.prepared import check_prepared
+from vqt_jax.data.prepared import fingerprint
 from vqt_jax.data.prepared import num_examples
 from vqt_jax.data.prepared import size_warning
 from vqt_jax.data.task import SPLITS
@@ -20,7 +22,9 @@ __all__ = [
     "Task",
     "batches",
     "check_prepared",
+    "fingerprint",
     "load_arrays",
+    "load_labels",
     "make_task",
     "num_examples",
     "size_warning",

@@ -74,6 +74,7 @@ def batches(
     resize: str = "bilinear",
     process_index: int = 0,
     process_count: int = 1,
+    start: int = 0,
 ) -> Iterator[reading.Batch]:
   """One pass over a split in stored order, each example exactly once.
 
@@ -86,6 +87,7 @@ def batches(
     resize: key of `images.RESIZES`.
     process_index: this process, 0..process_count-1.
     process_count: processes that share the work.
+    start: examples to leave out at the beginning.
 
   Returns:
     Iterator over this process's rows of the global batches, {"image": float32
@@ -100,9 +102,28 @@ def batches(
   builder = prepared.open_builder(task)
   count = prepared.split_size(builder, task, split)
   decode = reading.decoder(task, builder, image_size, value_range, resize)
-  order = reading.stored_order(task, builder, split)
-  steps = range(-(-count // batch_size))
+  order = reading.stored_order(task, builder, split).skip(start)
+  steps = range(-(-(count - start) // batch_size))
   return reading.read(task, builder, order, decode, rows, steps)
+
+
+def load_labels(task: Task, split: str) -> np.ndarray:
+  """The labels of a split, (n,) int32, in stored order; decodes no image.
+
+  Raises:
+    UserError: as `load_arrays`.
+  """
+  builder = prepared.open_builder(task)
+  count = prepared.split_size(builder, task, split)
+  batches_ = reading.read(
+      task,
+      builder,
+      reading.stored_order(task, builder, split),
+      lambda example: {"label": reading.label_of(task, example)},
+      reading.Rows(count, 0, 1),
+      range(1),
+  )
+  return next(batches_)["label"]
 
 
 def train_batches(

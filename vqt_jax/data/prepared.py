@@ -118,6 +118,26 @@ def split_size(builder: Any, task: Task, split: str) -> int:
   return count
 
 
+def fingerprint(task: Task, split: str) -> dict[str, Any]:
+  """What decides the images of a split, json-able: files, and rows of them.
+
+  Files are known by name, size and time of change; labels play no part.
+  """
+  builder = open_builder(task)
+  files = []
+  for part in builder.info.splits[task.splits[split]].file_instructions:
+    path = epath.Path(part.filename)
+    stat = path.stat()
+    rows = [part.skip, part.take]
+    files.append([path.name, stat.length, stat.mtime, *rows])
+  return {
+      "dataset": builder.info.full_name,
+      "image_key": task.image_key,
+      "pixel_scale": task.pixel_scale,
+      "files": files,
+  }
+
+
 def size_warning(task: Task) -> str | None:
   """One sentence if the prepared dataset is not as large as VTAB's, or None.
 

@@ -93,10 +93,14 @@ def decoder(
     image = image_feature.decode_example(example[task.image_key])
     return {
         "image": preprocess(image),
-        "label": tf.cast(task.label(example), tf.int64),
+        "label": label_of(task, example),
     }
 
   return decode
+
+
+def label_of(task: Task, example: dict[str, Any]) -> Any:
+  return tf.cast(task.label(example), tf.int64)
 
 
 def read(
@@ -161,7 +165,7 @@ def _pad(batch: Batch, rows: int) -> Batch:
         for key, value in batch.items()
     }
   return {
-      "image": batch["image"],
+      **batch,
       "label": batch["label"].astype(np.int32),
       "mask": (np.arange(rows) < count).astype(np.float32),
   }

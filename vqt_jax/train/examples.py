@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import dataclasses
 import functools
+import pathlib
 from typing import Any
 
 import jax
@@ -15,11 +16,10 @@ from vqt_jax import data
 from vqt_jax import errors
 from vqt_jax import parallel
 from vqt_jax import tuner as tuner_lib
+from vqt_jax.train import disk
+from vqt_jax.train import places
 from vqt_jax.train import sources
 from vqt_jax.train import store
-
-# What data may take of the devices' memory; the rest is for the step.
-MEMORY_SHARE = 0.4
 
 
 @dataclasses.dataclass
@@ -30,7 +30,7 @@ class Examples:
     config: of the run.
     console: hears what was decided.
     task: whose splits are served.
-    backbone: tells image size and value range.
+    backbone: tells image size, value range, and what features come from.
     tuner: tells what must be stored.
     params: the backbone's, on the devices.
     mesh: examples are spread over its `data` axis.
@@ -43,15 +43,7 @@ class Examples:
   tuner: tuner_lib.Tuner
   params: Any
   mesh: jax.sharding.Mesh
-  _held: tuple[str, dict[str, jax.Array]] | None = None
-
-  @property
-  def _decoding(self) -> dict[str, Any]:
-    return {
-        "image_size": self.backbone.config.image_size,
-        "value_range": self.backbone.value_range,
-        "resize": self.config.resize,
-    }
+  _held: tuple[str, Any] | None = None
 
   def count(self, split: str) -> int:
     """Examples in a split."""
@@ -59,12 +51,14 @@ class Examples:
 
   def source(
       self, split: str, some: np.ndarray | None = None
-  ) -> sources.Resident | sources.Streamed:
+  ) -> sources.Resident | sources.Stored | sources.Streamed:
     """The examples of a split, or some rows of it, to train on."""
     c = self.config
-    if self._place(split) != "stream":
+    if self._place(split)[0] != "stream":
       held, rows = self._resident(split)
       rows = rows if some is None else rows[some]
+      if isinstance(held, sources.Stored):
+        return dataclasses.replace(held, rows=rows)
       return sources.Resident(held, rows, c.batch_size, c.seed, self.mesh)
     if c.batch_size % self.mesh.shape["data"]:
       raise errors.UserError(
@@ -78,13 +72,11 @@ class Examples:
         split,
         batch_size=c.batch_size,
         seed=c.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        **self._decoding,
+        **self._reading,
     )
     return sources.Streamed(
         lambda epoch, start: read(epoch=epoch, start_step=start),
-        data.num_examples(self.task, split),
+        self.count(split),
         c.batch_size,
         self.mesh,
     )
@@ -93,27 +85,59 @@ class Examples:
       self, split: str, some: np.ndarray | None = None
   ) -> Iterator[sources.Chunk]:
     """A split, or some rows of it, in order, each example exactly once."""
-    batch_size = self._fill(self.config.eval_batch_size)
-    if split != "test" and self._place(split) != "stream":
-      held, rows = self._resident(split)
-      rows = rows if some is None else rows[some]
-      shards = self.mesh.shape["data"]
-      yield held, *store.order(rows, batch_size, shards)
+    if split == "test" or self._place(split)[0] == "stream":
+      for batch in self._batches(split):
+        yield sources.on_devices(batch, self.mesh)
       return
-    for batch in data.batches(
-        self.task,
-        split,
-        batch_size=batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        **self._decoding,
-    ):
-      yield sources.on_devices(batch, self.mesh)
+    held, rows = self._resident(split)
+    rows = rows if some is None else rows[some]
+    if isinstance(held, sources.Stored):
+      held = dataclasses.replace(held, rows=rows, batch_size=self._batch_size)
+      yield from held.chunks()
+    else:
+      shards = self.mesh.shape["data"]
+      yield held, *store.order(rows, self._batch_size, shards)
 
-  def _fill(self, batch_size: int) -> int:
-    """The next multiple of the devices that share a batch."""
+  @property
+  def _decoding(self) -> dict[str, Any]:
+    return {
+        "image_size": self.backbone.config.image_size,
+        "value_range": self.backbone.value_range,
+        "resize": self.config.resize,
+    }
+
+  @property
+  def _reading(self) -> dict[str, Any]:
+    """Of this process's part of each batch."""
+    return {
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+        **self._decoding,
+    }
+
+  @property
+  def _batch_size(self) -> int:
+    """To run the backbone on: a multiple of the devices that share it."""
     shards = self.mesh.shape["data"]
-    return -(-batch_size // shards) * shards
+    return -(-self.config.eval_batch_size // shards) * shards
+
+  @property
+  def _layout(self) -> store.Layout:
+    dtype = self.config.feature_dtype or self.tuner.config.dtype
+    return store.Layout(
+        self.tuner.config, self.tuner.reads_blocks, dtype, self.mesh
+    )
+
+  @property
+  def _folder(self) -> pathlib.Path:
+    given = self.config.store_dir
+    return pathlib.Path(given).expanduser() if given else disk.default_folder()
+
+  def _batches(self, split: str, start: int = 0) -> Iterator[Any]:
+    return data.batches(
+        self.task, split, batch_size=self._batch_size, start=start,
+        **self._reading,
+    )  # fmt: skip
 
   def _base(self, split: str) -> str:
     """The split that is loaded for it: "trainval" where it holds both."""
@@ -122,56 +146,132 @@ class Examples:
     return "trainval" if splits["trainval"] == both else split
 
   @functools.cached_property
-  def _room(self) -> float:
-    """Bytes that data may take of all devices; the same on every process."""
-    memory = MEMORY_SHARE * store.device_memory()
-    return parallel.smallest(memory) * self.mesh.shape["data"]
+  def _room(self) -> dict[str, int]:
+    return places.room(self._folder, self.mesh)
 
-  def _place(self, split: str) -> str:
-    """ "store", "device" (images there) or "stream"."""
-    c = self.config
-    count = data.num_examples(self.task, self._base(split))
-    stored = count * store.bytes_per_image(self.tuner)
-    images = count * 12 * np.prod(self.backbone.config.image_size)
-    # Extraction holds the decoded images on the host, so they must fit too.
-    if c.features == "store" or (
-        not c.features
-        and not c.embedding_dropout
-        and c.data != "stream"
-        and stored <= self._room
-        and images <= self._room
-    ):
-      return "store"
-    if c.data == "device" or (not c.data and images <= self._room):
-      return "device"
-    return "stream"
+  def _place(self, split: str) -> tuple[str, str]:
+    """Where a split's examples live, and why; see `places.choose`."""
+    count = self.count(self._base(split))
+    stored = count * self._layout.bytes_per_image
+    images = count * 12 * int(np.prod(self.backbone.config.image_size))
+    backend = jax.default_backend()
+    return places.choose(self.config, stored, images, self._room, backend)
 
-  def _resident(self, split: str) -> tuple[dict[str, jax.Array], np.ndarray]:
-    """Data on the devices, and which of its rows are the split's."""
+  def _resident(self, split: str) -> tuple[Any, np.ndarray]:
+    """What is held of a split, and which of its rows are the split's."""
     base = self._base(split)
     if self._held is None or self._held[0] != base:
       self._held = None  # Makes room before the next one comes.
-      self._held = (base, self._load(base, self._place(split)))
-    count = data.num_examples(self.task, split)
+      self._held = (base, self._load(base, *self._place(split)))
     first = 0
     if base != split and split == "val":
-      first = data.num_examples(self.task, "train")
-    return self._held[1], np.arange(first, first + count)
+      first = self.count("train")
+    return self._held[1], np.arange(first, first + self.count(split))
 
-  def _load(self, base: str, place: str) -> dict[str, jax.Array]:
-    count = data.num_examples(self.task, base)
-    with self.console.phase("store", count, "image") as line:
+  def _load(self, base: str, place: str, why: str) -> Any:
+    if place == "images":
+      return self._load_images(base, why)
+    count, layout = self.count(base), self._layout
+    self.console.note(self._plan(count, place, why), "store")
+    label = data.load_labels(self.task, base)
+    if place == "disk" or self.config.store_dir:
+      return self._place_kept(self._on_disk(base, count), label, place)
+    with self.console.phase("extract", count, "image") as line:
+      parts = self._stream(base)
+      if place == "host":
+        kept = store.on_host(layout, parts, count, line.update)
+        return self._stored(kept, label)
+      return jax.block_until_ready(
+          store.on_devices(layout, parts, label, line.update)
+      )
+
+  def _plan(self, count: int, place: str, why: str) -> str:
+    """What will be kept, how large it is, where, and why there."""
+    size, each = places.size, self._layout.bytes_per_image
+    what = "of final features"
+    if self._layout.tokens:
+      what = f"in {self._layout.dtype}"
+    return (
+        f"{count:,} images x {size(each)} = {size(count * each)} {what}, kept"
+        f" {places.FEATURES[place]}, {why}"
+    )
+
+  def _place_kept(
+      self, kept: store.HostStore, label: np.ndarray, place: str
+  ) -> Any:
+    """Features from a file to where they are used."""
+    if place == "device":
+      starts = range(0, len(label), self._batch_size)
+      rows = (_rows(s, self._batch_size, len(label)) for s in starts)
+      parts = sources.ahead(kept.send, rows)
+      return store.on_devices(self._layout, parts, label)
+    if place == "host" and kept.tokens is not None:
+      kept = dataclasses.replace(kept, tokens=np.array(kept.tokens))
+    return self._stored(kept, label)
+
+  def _stream(self, base: str, start: int = 0) -> Iterator[store.Part]:
+    """The stream of a split's images from `start` on."""
+    return store.stream(
+        self._layout, self.params, self._batches(base, start)
+    )
+
+  def _stored(self, kept: store.HostStore, label: np.ndarray):
+    c = self.config
+    rows = np.arange(len(label))
+    return sources.Stored(kept, label, rows, c.batch_size, c.seed)
+
+  def _on_disk(self, base: str, count: int) -> store.HostStore:
+    """The features in their file, extracted if there is none."""
+    name = f"{self.task.dataset.replace('/', '_')}-{base}"
+    made_from = self._made_from(base)
+    layouts = [self._layout]
+    if not self._layout.tokens:  # Those of a method that reads more will do.
+      layouts.append(dataclasses.replace(self._layout, tokens=True))
+    files = [
+        disk.File(self._folder, name, made_from, layout, count)
+        for layout in layouts
+    ]
+    for file in files:
+      kept = self._open(file)
+      if not parallel.any_process(kept is None):
+        self.console.note(f"found in {file.path}", "extract")
+        return dataclasses.replace(kept, layout=self._layout)
+    file = files[0]
+    with self.console.phase("extract", count, "image") as line:
+      stream = functools.partial(self._stream, base)
+      file.write(stream, self._batch_size, line.update)
+      line.summary = str(file.path)
+    return file.open()
+
+  def _open(self, file: disk.File) -> store.HostStore | None:
+    try:
+      return file.open()
+    except disk.Damaged as e:
+      self.console.note(f"{file.path} is damaged ({e}); it is made again")
+      file.path.unlink()
+
+  def _made_from(self, base: str) -> dict[str, Any]:
+    """All that decides the features of a split."""
+    return {
+        "weights": self.backbone.digest(),
+        "vit": dataclasses.asdict(self.backbone.config),
+        "decoding": self._decoding,
+        "data": data.fingerprint(self.task, base),
+    }
+
+  def _load_images(self, base: str, why: str) -> dict[str, jax.Array]:
+    count = self.count(base)
+    with self.console.phase("images", count, "image") as line:
       examples = data.load_arrays(self.task, base, **self._decoding)
-      if place == "device":
-        held = jax.block_until_ready(store.resident(examples, self.mesh))
-        what = "images on the device, through the backbone every step"
-      else:
-        held = store.extract(
-            self.tuner, self.params, examples, self.mesh,
-            self._fill(self.config.eval_batch_size), line.update,
-        )  # fmt: skip
-        what = f"frozen tokens, {self.tuner.config.dtype}, kept on the device"
-      size = sum(x.nbytes for x in held.values()) / 2**20
-      line.summary = f"{size:,.0f} MiB: {what}"
+      held = jax.block_until_ready(store.resident(examples, self.mesh))
+      size = places.size(sum(x.nbytes for x in held.values()))
+      line.summary = (
+          f"{size} on the devices, through the backbone every step, {why}"
+      )
       line.update(count)
     return held
+
+
+def _rows(start: int, size: int, count: int) -> np.ndarray:
+  """Of a batch; the last one repeats its last row."""
+  return np.minimum(np.arange(start, start + size), count - 1)

@@ -4,9 +4,9 @@ import math
 
 import jax
 
+from vqt_jax import memory
 from vqt_jax import parallel
 from vqt_jax import tuner as tuner_lib
-from vqt_jax.train import store
 
 # What runs may take of the devices' memory; the rest is for data and backbone.
 MEMORY_SHARE = 0.4
@@ -37,6 +37,6 @@ def runs_at_once(
     tuner: tuner_lib.Tuner, batch_size: int, mesh: jax.sharding.Mesh
 ) -> int:
   """The number of runs, at least one, that may train side by side."""
-  room = parallel.smallest(MEMORY_SHARE * store.device_memory())
+  room = parallel.smallest(MEMORY_SHARE * memory.device_memory())
   local = batch_size / mesh.shape["data"]
   return max(1, int(room / bytes_per_run(tuner, local)))

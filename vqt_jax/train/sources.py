@@ -1,7 +1,10 @@
-"""Where a step's examples come from: resident on the devices, or streamed."""
+"""Where a step's examples come from: the devices, the host, or the data set."""
 
-from collections.abc import Callable, Iterator
+import collections
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
 import dataclasses
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,7 @@ from vqt_jax import parallel
 from vqt_jax.train import store
 
 Chunk = tuple[dict[str, jax.Array], np.ndarray, jax.Array | np.ndarray]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +22,7 @@ class Resident:
   """Rows of data that sit on the devices; an epoch is one compiled call.
 
   Attributes:
-    data: as `store.extract` or `store.resident` give it.
+    data: as `store.on_devices` or `store.resident` give it.
     rows: (n,) rows of `data` to train on.
     batch_size: examples in a step, over all devices.
     seed: with the epoch decides the order.
@@ -47,6 +51,65 @@ class Resident:
       shuffle = (self.seed, epoch)
       index, mask = store.order(self.rows, self.batch_size, shards, shuffle)
       yield self.data, index[start:], mask[start:]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+  """Rows of features that lie on the host; batches are sent ahead of use.
+
+  Attributes:
+    features: in memory, or in a file.
+    label: (n,) int32, of all rows of `features`.
+    rows: those to train on.
+    batch_size: examples in a step, over all devices.
+    seed: with the epoch decides the order.
+  """
+
+  features: store.HostStore
+  label: np.ndarray
+  rows: np.ndarray
+  batch_size: int
+  seed: int
+
+  @property
+  def num_examples(self) -> int:
+    return len(self.rows)
+
+  @property
+  def steps(self) -> int:
+    return -(-len(self.rows) // self.batch_size)
+
+  def epoch(self, epoch: int, start: int) -> Iterator[Chunk]:
+    return self.chunks((self.seed, epoch), start)
+
+  def chunks(self, shuffle: tuple | None = None, start: int = 0):
+    """A chunk a step; without `shuffle` in stored order."""
+    mesh = self.features.layout.mesh
+    index, mask = store.order(
+        self.rows, self.batch_size, mesh.shape["data"], shuffle
+    )
+    batches = zip(index[start:], mask[start:])
+    return ahead(lambda batch: self._chunk(*batch), batches)
+
+  def _chunk(self, rows: np.ndarray, mask: np.ndarray) -> Chunk:
+    mesh = self.features.layout.mesh
+    label = parallel.from_host(self.label[rows], parallel.replicated(mesh))
+    data = {**self.features.send(rows), "label": label}
+    return data, np.arange(len(rows), dtype=np.int32)[None], mask[None]
+
+
+def ahead(
+    function: Callable[..., T], items: Iterable, count: int = 2
+) -> Iterator[T]:
+  """Maps in another thread, `count` items ahead of what is taken."""
+  with futures.ThreadPoolExecutor(1) as pool:
+    queue = collections.deque()
+    for item in items:
+      queue.append(pool.submit(function, item))
+      if len(queue) > count:
+        yield queue.popleft().result()
+    while queue:
+      yield queue.popleft().result()
 
 
 @dataclasses.dataclass(frozen=True)

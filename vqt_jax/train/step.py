@@ -138,7 +138,9 @@ def _stream(tuner, recipe, params, batch, key):
   mask = None
   if key is not None and recipe.embedding_dropout:
     mask = _keep_mask(key, recipe.embedding_dropout, shape)
-  stream = tuner_lib.run_backbone(tuner, params, batch["image"], mask)
+  stream = tuner_lib.run_backbone(
+      config, tuner.reads_blocks, params, batch["image"], mask
+  )
   return stream.tokens, None, stream.final
 
 

@@ -1,10 +1,16 @@
-"""Examples on the devices: as images, or as what readers need of them.
+"""The feature store: what readers need of every image, computed once.
 
-Without augmentation the stream of an image never changes, so it is computed
-once and kept: LN_0(z_m) of every block and the final feature.
+Without augmentation the stream of an image never changes, so LN_0(z_m) of every
+block and the final feature are kept, and every run trains on them. On the
+devices the tokens lie as the scan over depth reads them, (L, n, N, D); on the
+host, in memory or in a file, row by row, (n, L, N, D), so that an image is one
+piece. With several devices a store is cut over D: each holds its part of any
+row, putting a batch together is one exchange of that batch, and a process
+needs nothing but the columns of its own devices.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,98 +20,244 @@ import numpy as np
 
 from vqt_jax import parallel
 from vqt_jax import tuner as tuner_lib
+from vqt_jax import vit
+
+# A batch of the stream: {"final": (b, D), "tokens": (L, b, N, D) if read}.
+Part = dict[str, jax.Array]
 
 
-def bytes_per_image(tuner: tuner_lib.Tuner) -> int:
-  """Size of one stored image: L * N * D numbers, and the final feature."""
-  c = tuner.config
-  tokens = c.depth * c.num_tokens * c.width if tuner.reads_blocks else 0
-  return tokens * jnp.dtype(c.dtype).itemsize + c.width * 4
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """What is kept of an image, and where on the devices.
 
-
-def _write(tuner, params, store, images, start):
-  """Writes what readers need of `images` at row `start` of the store."""
-  stream = tuner_lib.run_backbone(tuner, params, images)
-  seen = {"final": stream.final, "tokens": stream.tokens}
-  write = jax.lax.dynamic_update_slice_in_dim
-  return {
-      name: write(held, seen[name], start, 1 if name == "tokens" else 0)
-      for name, held in store.items()
-  }
-
-
-def _cut(
-    mesh: jax.sharding.Mesh, shape: tuple[int, ...], *axes: int
-) -> jax.sharding.NamedSharding:
-  """Shares out over `data` by the first of these axes that can be.
-
-  Resident data is cut across examples rather than between them where possible:
-  then every device finds its part of any row, and putting a batch together is
-  one exchange of the batch, not one of all that is held.
+  Attributes:
+    config: of the backbone.
+    tokens: whether tokens are kept, or the final feature only.
+    dtype: of the tokens.
+    mesh: tokens are cut over its `data` axis.
   """
-  shards = mesh.shape["data"]
-  axis = next(axis for axis in axes if shape[axis] % shards == 0)
-  return parallel.batch_sharding(mesh, axis)
+
+  config: vit.ViTConfig
+  tokens: bool
+  dtype: str
+  mesh: jax.sharding.Mesh
+
+  @property
+  def row(self) -> tuple[int, int, int]:
+    """Shape (L, N, D) of one image's tokens."""
+    c = self.config
+    return c.depth, c.num_tokens, c.width
+
+  @property
+  def columns(self) -> int:
+    """How much of D this process keeps."""
+    width, shards = self.row[-1], self.mesh.shape["data"]
+    if width % shards:
+      return width
+    return width // shards * self.mesh.local_mesh.shape["data"]
+
+  @property
+  def bytes_per_image(self) -> int:
+    """L * N * D numbers if tokens are kept, and the final feature."""
+    numbers = np.prod(self.row) if self.tokens else 0
+    size = numbers * jnp.dtype(self.dtype).itemsize + self.row[-1] * 4
+    return int(size)
+
+  def sharding(self, name: str) -> jax.sharding.NamedSharding:
+    """Of a batch: "tokens" (L, b, N, D), or what every device has whole."""
+    if name != "tokens" or self.row[-1] % self.mesh.shape["data"]:
+      return parallel.replicated(self.mesh)
+    return parallel.batch_sharding(self.mesh, 3)
+
+  def held_sharding(self, name: str) -> jax.sharding.NamedSharding:
+    """Of all images; between them where they cannot be cut across."""
+    if name == "tokens" and self.row[-1] % self.mesh.shape["data"]:
+      return parallel.batch_sharding(self.mesh, 1)
+    return self.sharding(name)
 
 
-def extract(
-    tuner: tuner_lib.Tuner,
-    params: Any,
-    examples: dict[str, np.ndarray],
-    mesh: jax.sharding.Mesh,
-    batch_size: int,
-    progress: Callable[[int], None] = lambda done: None,
-) -> dict[str, jax.Array]:
-  """Runs the backbone once over all images.
+def stream(
+    layout: Layout, params: Any, batches: Iterable[dict[str, np.ndarray]]
+) -> Iterator[Part]:
+  """Runs the backbone over batches; one is computed while another is used.
 
   Args:
-    tuner: decides what is kept.
+    layout: what is wanted of them.
     params: the frozen backbone, on the devices.
-    examples: {"image": (n, h, w, 3) float32, "label": (n,)}, on the host.
-    mesh: the store is spread over its `data` axis.
-    batch_size: images at a time, over all devices.
+    batches: {"image": (b, h, w, 3) float32, ...}, this process's rows.
+  """
+  run, before = _runner(layout), None
+  for batch in batches:
+    image = parallel.from_local({"image": batch["image"]}, layout.mesh)
+    part = run(params, image["image"])
+    if before is not None:
+      yield jax.block_until_ready(before)
+    before = part
+  if before is not None:
+    yield before
+
+
+@functools.cache
+def _runner(layout: Layout) -> Callable[[Any, jax.Array], Part]:
+  names = ["final"] + ["tokens"] * layout.tokens
+
+  def run(params, images):
+    seen = tuner_lib.run_backbone(
+        layout.config, layout.tokens, params, images
+    )
+    part = {"final": seen.final}
+    if layout.tokens:
+      part["tokens"] = seen.tokens.astype(layout.dtype)
+    return part
+
+  shardings = {name: layout.sharding(name) for name in names}
+  return jax.jit(run, out_shardings=shardings)
+
+
+def on_devices(
+    layout: Layout,
+    parts: Iterable[Part],
+    label: np.ndarray,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, jax.Array]:
+  """Collects the stream of n images on the devices.
+
+  Args:
+    layout: of the store.
+    parts: of all images, of one size; the last one may be filled up.
+    label: (n,) int32.
     progress: told how many images are done.
 
   Returns:
-    {"tokens": (L, m, N, D) if read, "final": (m, D), "label": (m,)} with m >= n
-    to fill all devices alike; rows from n on are never used.
+    {"tokens": (L, m, N, D) if kept, "final": (m, D), "label": (m,)}, m >= n;
+    rows from n on are never used.
   """
-  images, label = examples["image"], examples["label"]
-  c, shards = tuner.config, mesh.shape["data"]
-  size = -(-min(batch_size, len(images)) // shards) * shards
-  rows = -(-len(images) // size) * size
-  images = _pad(images, rows)
-  shardings = {"final": parallel.replicated(mesh)}
-  store = {
-      "final": jnp.zeros((rows, c.width), device=shardings["final"])
+  store, start = {}, 0
+  for part in parts:
+    size = len(part["final"])
+    if not store:
+      rows = -(-len(label) // size) * size
+      store = _empty(layout, rows, tuple(part))
+    store = _writer(layout)(store, part, start)
+    start += size
+    progress(min(start, len(label)))
+  replicated = parallel.replicated(layout.mesh)
+  return {**store, "label": parallel.from_host(_pad(label, rows), replicated)}
+
+
+def _empty(layout, rows, names):
+  depth, tokens, width = layout.row
+  shapes = {"final": (rows, width), "tokens": (depth, rows, tokens, width)}
+  dtypes = {"final": jnp.float32, "tokens": layout.dtype}
+  return {
+      name: jnp.zeros(
+          shapes[name], dtypes[name], device=layout.held_sharding(name)
+      )
+      for name in names
   }
-  if tuner.reads_blocks:
-    shape = (c.depth, rows, c.num_tokens, c.width)
-    shardings["tokens"] = _cut(mesh, shape, 3, 1)
-    store["tokens"] = jnp.zeros(shape, c.dtype, device=shardings["tokens"])
-  write = jax.jit(
-      functools.partial(_write, tuner),
-      donate_argnums=1,
-      out_shardings=shardings,
-  )
-  for start in range(0, rows, size):
-    batch = images[start : start + size]
-    batch = parallel.from_host(batch, parallel.batch_sharding(mesh))
-    store = write(params, store, batch, start)
-  label = parallel.from_host(_pad(label, rows), parallel.replicated(mesh))
-  return {**store, "label": label}
+
+
+@functools.cache
+def _writer(layout: Layout) -> Callable[[Part, Part, int], Part]:
+  update = jax.lax.dynamic_update_slice_in_dim
+
+  def write(store, part, start):
+    return {
+        name: update(held, part[name], start, 1 if name == "tokens" else 0)
+        for name, held in store.items()
+    }
+
+  names = ["final"] + ["tokens"] * layout.tokens
+  shardings = {name: layout.held_sharding(name) for name in names}
+  return jax.jit(write, donate_argnums=0, out_shardings=shardings)
+
+
+@dataclasses.dataclass(frozen=True)
+class HostStore:
+  """Features on the host, of this process's devices.
+
+  Attributes:
+    layout: of the batches that are sent to the devices.
+    tokens: (n, L, N, D'), in memory or mapped from a file, or None.
+    final: (n, D) float32.
+  """
+
+  layout: Layout
+  tokens: np.ndarray | None
+  final: np.ndarray
+
+  def send(self, rows: np.ndarray) -> Part:
+    """A batch of these rows, on the devices."""
+    part = {
+        "final": parallel.from_host(
+            self.final[rows], self.layout.sharding("final")
+        )
+    }
+    if not self.layout.tokens:
+      return part
+    depth, *row = self.tokens.shape[1:]
+    batch = np.empty((depth, len(rows), *row), self.tokens.dtype)
+    for i, number in enumerate(rows):
+      batch[:, i] = self.tokens[number]
+    depth, tokens, width = self.layout.row
+    part["tokens"] = jax.make_array_from_process_local_data(
+        self.layout.sharding("tokens"), batch,
+        (depth, len(rows), tokens, width),
+    )  # fmt: skip
+    return part
+
+
+def on_host(
+    layout: Layout,
+    parts: Iterable[Part],
+    count: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> HostStore:
+  """Collects the stream of `count` images in the host's memory."""
+  depth, tokens, width = layout.row
+  held = {"final": np.empty((count, width), np.float32)}
+  if layout.tokens:
+    shape = (count, depth, tokens, layout.columns)
+    held["tokens"] = np.empty(shape, layout.dtype)
+  done = 0
+  for part in parts:
+    rows = rows_of(part, count - done)
+    for name, values in rows.items():
+      held[name][done : done + len(values)] = values
+    done += len(rows["final"])
+    progress(done)
+  return HostStore(layout, held.get("tokens"), held["final"])
+
+
+def rows_of(part: Part, most: int) -> dict[str, np.ndarray]:
+  """A batch as this process keeps it: "final" (b, D), "tokens" (b, L, N, D').
+
+  Args:
+    part: a batch of the stream.
+    most: rows that are real; what fills up a batch is left out.
+  """
+  rows = {"final": parallel.local_part(part["final"], 1)[:most]}
+  if "tokens" in part:
+    tokens = parallel.local_part(part["tokens"], 3)
+    rows["tokens"] = np.moveaxis(tokens, 0, 1)[:most]
+  return rows
 
 
 def resident(
     examples: dict[str, np.ndarray], mesh: jax.sharding.Mesh
 ) -> dict[str, jax.Array]:
-  """Images on the devices, spread over `data`, for training through the ViT."""
+  """Images on the devices, for training through the ViT.
+
+  Like tokens they are cut across, not between, where the number of devices
+  allows.
+  """
   shards = mesh.shape["data"]
   rows = -(-len(examples["image"]) // shards) * shards
   images = _pad(examples["image"], rows)
+  axis = next(axis for axis in (1, 2, 0) if images.shape[axis] % shards == 0)
   label = _pad(examples["label"], rows)
   return {
-      "image": parallel.from_host(images, _cut(mesh, images.shape, 1, 2, 0)),
+      "image": parallel.from_host(images, parallel.batch_sharding(mesh, axis)),
       "label": parallel.from_host(label, parallel.replicated(mesh)),
   }
 
@@ -113,16 +265,6 @@ def resident(
 def _pad(array: np.ndarray, rows: int) -> np.ndarray:
   missing = [(0, rows - len(array))] + [(0, 0)] * (array.ndim - 1)
   return np.pad(array, missing) if rows > len(array) else array
-
-
-def device_memory() -> int:
-  """Bytes that one device may hold; on a CPU the machine's memory."""
-  stats = jax.local_devices()[0].memory_stats() or {}
-  if "bytes_limit" in stats:
-    return stats["bytes_limit"]
-  import psutil  # pylint: disable=g-import-not-at-top
-
-  return psutil.virtual_memory().total // jax.local_device_count()
 
 
 def order(

@@ -1,0 +1,254 @@
+"""Features on the host and in files: found again, refused, mended, resumed."""
+
+import os
+import shutil
+import signal
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import main
+from tests import helpers
+from tests import runs
+from vqt_jax import config as config_lib
+from vqt_jax import errors
+from vqt_jax import parallel
+from vqt_jax.train import disk
+from vqt_jax.train import places
+from vqt_jax.train import store
+
+COUNT, BATCH = 21, 8
+RECORDS = "vqt_jax.train.store:rows_of"
+MADE_FROM = {"weights": "abc"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+  with runs.compiled_once(tmp_path_factory.mktemp("compiled")):
+    yield
+
+
+class Case:
+  """The features of a few images, on eight devices."""
+
+  def __init__(self, dtype="float32", tokens=True, data=8, model=1):
+    backbone = helpers.tiny_backbone()
+    mesh = parallel.make_mesh(data, model)
+    self.layout = store.Layout(backbone.config, tokens, dtype, mesh)
+    self.params = parallel.place_backbone(backbone.params, mesh, "float32")
+    images = helpers.tiny_examples(backbone, COUNT, 5)["image"]
+    self.images = np.pad(images, [(0, 3)] + 3 * [(0, 0)])
+    self.started = []
+
+  def stream(self, start=0, stop=24):
+    self.started.append(start)
+    batches = (
+        {"image": self.images[i : i + BATCH]}
+        for i in range(start, stop, BATCH)
+    )
+    yield from store.stream(self.layout, self.params, batches)
+    if stop < 24:
+      raise KeyboardInterrupt
+
+  def file(self, folder, **changes):
+    return disk.File(folder, "x", MADE_FROM | changes, self.layout, COUNT)
+
+
+def assert_same(a, b):
+  np.testing.assert_array_equal(a.final, b.final)
+  if a.layout.tokens:
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+    assert a.tokens.dtype == b.tokens.dtype == a.layout.dtype
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("data, model", [(8, 1), (4, 2), (1, 8)])
+def test_file_host_and_devices_hold_the_same(tmp_path, dtype, data, model):
+  case = Case(dtype, data=data, model=model)
+  file = case.file(tmp_path)
+  assert file.open() is None
+  file.write(case.stream, BATCH)
+  kept = file.open()
+  assert_same(kept, store.on_host(case.layout, case.stream(), COUNT))
+  label = np.arange(COUNT, dtype=np.int32)
+  held = store.on_devices(case.layout, case.stream(), label)
+  rows = np.array([20, 3, 3, 0, 7, 8, 19, 1])
+  sent = kept.send(rows)
+  for name, axis in (("tokens", 1), ("final", 0)):
+    np.testing.assert_array_equal(
+        sent[name], jnp.take(held[name], rows, axis)
+    )
+  assert sent["tokens"].shape == (3, 8, 10, 16)
+  assert sent["tokens"].addressable_shards[0].data.shape[-1] == 16 // data
+  np.testing.assert_array_equal(held["label"][:COUNT], label)
+
+
+def test_an_interrupted_extraction_goes_on(tmp_path):
+  case = Case()
+  whole, file = case.file(tmp_path / "whole"), case.file(tmp_path)
+  whole.write(case.stream, BATCH)
+  with pytest.raises(KeyboardInterrupt):
+    file.write(lambda start: case.stream(start, 16), BATCH)
+  assert file.open() is None
+  case.started = []
+  file.write(case.stream, BATCH)
+  assert case.started == [16]
+  assert file.path.read_bytes() == whole.path.read_bytes()
+  assert list(tmp_path.glob("*.npy*")) == [file.path]
+
+
+@pytest.mark.parametrize("what", ["other", "short"])
+def test_a_part_that_cannot_be_gone_on_with(tmp_path, what):
+  case = Case(tokens=False)
+  whole, file = case.file(tmp_path / "whole"), case.file(tmp_path)
+  whole.write(case.stream, BATCH)
+  content = b"x" * 5000 if what == "other" else b"\x93NUMPY"
+  part = file.path.with_name(file.path.name + ".part")
+  part.write_bytes(content)
+  file.write(case.stream, BATCH)
+  assert file.path.read_bytes() == whole.path.read_bytes()
+
+
+@pytest.mark.parametrize("what", ["cut", "foreign", "empty", "other shape"])
+def test_a_damaged_file_is_told(tmp_path, what):
+  case = Case(tokens=False)
+  file = case.file(tmp_path)
+  file.write(case.stream, BATCH)
+  content = file.path.read_bytes()
+  if what == "cut":
+    file.path.write_bytes(content[:-1])
+  elif what == "empty":
+    file.path.write_bytes(b"")
+  else:
+    other = case.file(tmp_path, weights="abd")
+    if what == "other shape":
+      other = disk.File(tmp_path, "x", MADE_FROM, case.layout, COUNT - 1)
+    other.write(case.stream, BATCH)
+    shutil.copy(other.path, file.path)
+  with pytest.raises(disk.Damaged):
+    file.open()
+
+
+def test_what_does_not_fit_on_the_disk(tmp_path, monkeypatch):
+  case = Case(tokens=False)
+  file = case.file(tmp_path)
+
+  def full(fd):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(os, "fsync", full)
+  with pytest.raises(errors.UserError, match="Cannot write .*Free some space"):
+    file.write(case.stream, BATCH)
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def run(material, tmp_path_factory):
+  """Runs the command; returns the workdir and what it said."""
+
+  def run(capfd, folder, **changes):
+    workdir = tmp_path_factory.mktemp("run")
+    changes["store_dir"] = folder
+    assert main.main(runs.command(material, workdir, **changes)) == 0
+    return workdir, capfd.readouterr().err
+
+  return run
+
+
+def test_runs_share_features_and_mend_them(run, tmp_path, capfd):
+  first, said = run(capfd, tmp_path, features="disk")
+  (path,) = tmp_path.iterdir()
+  assert "48 images x 1.0 KiB = 48.0 KiB in float32, kept in a file" in said
+  for changes in ({}, {"method": "linear"}, {"features": "host"}):
+    workdir, said = run(capfd, tmp_path, **changes)
+    assert f"found in {path}" in said, changes
+    if "method" not in changes:
+      ours, theirs = runs.results(workdir), runs.results(first)
+      assert ours["test_accuracy"] == theirs["test_accuracy"]
+  path.write_bytes(path.read_bytes()[:-500])
+  workdir, said = run(capfd, tmp_path, features="disk")
+  assert f"{path} is damaged" in said and "it is made again" in said
+  assert runs.bits(workdir) == runs.bits(first)
+  assert list(tmp_path.iterdir()) == [path]
+
+
+def test_other_inputs_have_other_features(run, material, tmp_path, capfd):
+  data = next((material / "squares" / "1.0.0").glob("*train*"))
+  later = data.stat().st_mtime + 10
+  quick = {"epochs": 2, "lr": 0.1, "seeds": 7, "method": "linear"}
+  for changes in (
+      {}, {"value_range": "0..1"}, {"resize": "legacy"}, {"image_width": 12},
+      {"gelu": "exact"}, {"feature_dtype": "bfloat16"},
+      {"splits__train": "train[1:33]"},
+  ):  # fmt: skip
+    said = run(capfd, tmp_path, **quick, **changes)[1]
+    assert "found in" not in said, changes
+  before = data.stat().st_mtime
+  os.utime(data, (later, later))
+  try:
+    assert "found in" not in run(capfd, tmp_path, **quick)[1]
+  finally:
+    os.utime(data, (before, before))
+  assert len(set(tmp_path.iterdir())) == 8
+  assert "found in" in run(capfd, tmp_path, **quick)[1]
+
+
+def test_weights_decide_too():
+  a, b = helpers.tiny_backbone(), helpers.tiny_backbone()
+  assert a.digest() == b.digest() == helpers.tiny_backbone().digest()
+  bias = b.params["Transformer"]["encoder_norm"]["bias"]
+  bias[0] = np.nextafter(bias[0], np.float32(1))
+  assert a.digest() != b.digest()
+
+
+def test_killed_while_extracting(material, tmp_path):
+  """What was extracted before is not done again, and a full disk is told."""
+  changes = {"features": "disk", "store_dir": tmp_path / "store"}
+  argv = runs.command(material, tmp_path / "run", **changes)
+  killed = runs.Process(argv, signals={RECORDS: (3, signal.SIGKILL)})
+  assert killed.wait() == -signal.SIGKILL
+  (part,) = (tmp_path / "store").iterdir()
+  assert part.name.endswith(".part") and part.stat().st_size > 16 * 1000
+  # Only one batch of three is left, so there is no second one to be killed at.
+  process = runs.Process(argv, signals={RECORDS: (2, signal.SIGKILL)})
+  assert process.wait() == 0, process.said()
+  (path,) = (tmp_path / "store").iterdir()
+  whole = runs.command(material, tmp_path / "other",
+                       **changes | {"store_dir": tmp_path / "again"})
+  full = runs.Process(whole, largest_file=20000)
+  assert full.wait() == 2
+  last = full.said().splitlines()[-1]
+  assert last.startswith(f"error: Cannot write {tmp_path / 'again'}")
+  assert not list((tmp_path / "again").iterdir())
+  assert runs.Process(whole).wait() == 0
+  (other,) = (tmp_path / "again").iterdir()
+  assert path.read_bytes() == other.read_bytes()
+  assert runs.bits(tmp_path / "run") == runs.bits(tmp_path / "other")
+
+
+ROOM = {"device": 100, "host": 1000, "disk": 10_000}
+
+
+@pytest.mark.parametrize(
+    "changes, stored, backend, place, why",
+    [
+        ({}, 100, "cpu", "device", "has room for 0.1 KiB"),
+        ({}, 101, "cpu", "disk", "has room for 9.8 KiB"),
+        ({}, 101, "tpu", "host", "has room for 1.0 KiB"),
+        ({}, 1001, "tpu", "images", "since features would take 1.0 KiB"),
+        ({}, 10_001, "cpu", "images", "since features would take 9.8 KiB"),
+        ({"features": "host"}, 9**9, "cpu", "host", "as features=host says"),
+        ({"features": "live"}, 1, "gpu", "images", "as features=live says"),
+        ({"data": "stream"}, 1, "cpu", "stream", "as data=stream says"),
+        ({"embedding_dropout": 0.1}, 1, "cpu", "images", "embedding_dropout"),
+    ],
+)
+def test_the_place_is_chosen_by_size(changes, stored, backend, place, why):
+  config = config_lib.default_config()
+  config.update(changes)
+  chosen, said = places.choose(config, stored, 100, ROOM, backend)
+  assert chosen == place and why in said
+  if chosen == "images":
+    chosen, _ = places.choose(config, stored, 101, ROOM, backend)
+    assert chosen == "stream"
