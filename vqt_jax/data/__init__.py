@@ -8,7 +8,9 @@ from vqt_jax.data.pipeline import batches
 from vqt_jax.data.pipeline import load_arrays
 from vqt_jax.data.pipeline import train_batches
 from vqt_jax.data.prepared import check_prepared
+from vqt_jax.data.prepared import is_prepared
 from vqt_jax.data.prepared import num_examples
+from vqt_jax.data.prepared import prepare_command
 from vqt_jax.data.prepared import size_warning
 from vqt_jax.data.task import SPLITS
 from vqt_jax.data.task import Task
@@ -20,9 +22,11 @@ __all__ = [
     "Task",
     "batches",
     "check_prepared",
+    "is_prepared",
     "load_arrays",
     "make_task",
     "num_examples",
+    "prepare_command",
     "size_warning",
     "train_batches",
 ]
