@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 import os
-import re
 from typing import Any
 
 import matplotlib.cm
@@ -117,7 +116,7 @@ def vtab(summary: dict[str, Any], path: str | os.PathLike) -> None:
     summary: contents of the `results.json` of `task="all"`.
     path: the picture (PNG).
   """
-  figure = _figure(15, 6.2)
+  figure = _figure(16, 6.4)
   tasks = vtab_lib.VTAB
   groups = [
       [name for name in tasks if tasks[name].group == group]
@@ -131,10 +130,15 @@ def vtab(summary: dict[str, Any], path: str | os.PathLike) -> None:
   rows = published.ROWS
   theirs = [vtab_summary.same_tasks(row, summary) for row in rows]
   for ax, group, names in zip(axes, vtab_lib.GROUPS, groups):
-    _columns(ax, names, names, ours, [row.accuracy for row in rows])
+    lines = [name.replace("_", "\n") for name in names]
+    _columns(ax, names, lines, ours, [row.accuracy for row in rows])
     ax.set_title(group, loc="left")
+  lines = [
+      word.replace(" ", "\n") if name in vtab_lib.GROUPS else word
+      for name, word in words.items()
+  ]
   _columns(
-      axes[3], list(words), list(words.values()), summary["means"],
+      axes[3], list(words), lines, summary["means"],
       [{n: m["mean"] for n, m in means.items()} for means in theirs],
   )  # fmt: skip
   axes[3].set_title("means over", loc="left")
@@ -188,8 +192,7 @@ def _columns(
         i, 1.04, f"{100 * mean:.1f}", color=COLOURS[0], ha="center",
         va="bottom", fontweight="bold", fontsize=9,
     )  # fmt: skip
-  lines = [re.sub("[_ ]", "\n", label) for label in labels]
-  ax.set_xticks(x, lines, fontsize=7.5)
+  ax.set_xticks(x, labels, fontsize=7)
   ax.set_xlim(-0.6, len(names) - 0.4)
   ax.tick_params(length=0)
   ax.grid(axis="y")
