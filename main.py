@@ -105,11 +105,11 @@ def run(values: flags.FlagValues) -> int:
   with noise.quiet(log) as screen:
     faulthandler.enable(screen)  # Else a crash of C++ code would be mute.
     # Imported late: errors above come at once, and noise goes to the log.
+    from vqt_jax import train
     from vqt_jax.train import checkpoint
-    from vqt_jax.train import run as train_run
 
     try:
-      train_run.train(config, values.workdir)
+      train(config, values.workdir)
     except checkpoint.Stopped:
       if parallel.is_first():
         print("Stopped and saved; resume with the same command.", file=screen)

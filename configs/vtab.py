@@ -1,14 +1,17 @@
-"""Any VTAB-1k task, method and backbone, by string arguments.
+"""Any VTAB-1k task (or all), method and backbone, by string arguments.
 
   python main.py --config configs/vtab.py:task=dtd,variant=S/16 \\
       --workdir runs/dtd
   python main.py --config configs/vtab.py:task=svhn,method=linear \\
       --workdir runs/svhn_linear --config.init=ckpt.npz
+  python main.py --config configs/vtab.py:task=all,variant=B/16 \\
+      --workdir runs/vtab
 
 Arguments:
-  task         a VTAB-1k task, "digits", or any classification dataset of TFDS
+  task         a VTAB-1k task, "all" for each of the 19 in turn, "digits", or
+               any classification dataset of TFDS
   method       "vqt" or "linear"
-  num_queries  queries per block; 0: what the authors use for this task
+  num_queries  queries per block; 0: what the authors use for the task
   variant      e.g. "S/16": the ImageNet-21k checkpoint of this size
   init         another checkpoint, which must then be of that variant, if given
   image_size   pixels
@@ -23,17 +26,6 @@ from ml_collections import ConfigDict
 
 from vqt_jax import config as config_lib
 from vqt_jax.data import vtab
-
-# Where the authors use more than one query per block (their demo settings).
-NUM_QUERIES = {
-    "smallnorb_elevation": 10,
-    "clevr_distance": 10,
-    "svhn": 20,
-    "dmlab": 20,
-    "dsprites_location": 20,
-    "smallnorb_azimuth": 20,
-    "kitti": 20,
-}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -54,8 +46,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     args["task"] = task.name
 
   config = config_lib.default_config()
-  if not args["num_queries"]:
-    args["num_queries"] = NUM_QUERIES.get(args["task"], 1)
   variant = args["variant"] or "B/16"
   args["init"] = args["init"] or f"howto-i21k-{variant}"
   config.update(args)

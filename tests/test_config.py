@@ -10,6 +10,7 @@ import pytest
 from vqt_jax import checks
 from vqt_jax import config as config_lib
 from vqt_jax import errors
+from vqt_jax.data import vtab
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -45,7 +46,7 @@ def test_every_field_is_read():
 
 def test_defaults_are_the_noiseless_method_with_the_authors_recipe():
   c = config_lib.default_config()
-  assert (c.method, c.num_queries, c.query_dropout) == ("vqt", 1, 0.1)
+  assert (c.method, c.num_queries, c.query_dropout) == ("vqt", 0, 0.1)
   assert c.embedding_dropout == 0
   assert (c.value_range, c.resize, c.gelu) == ("", "bilinear", "")
   assert len(c.lr) * len(c.weight_decay) == 20
@@ -101,7 +102,7 @@ def test_a_preset_leaves_what_is_asked_for_and_is_applied_once():
         ({"preset": "author"}, "Did you mean authors?"),
         ({"task": ""}, "config.task is empty"),
         ({"variant": "Q/16"}, "config.variant: Unknown ViT variant 'Q/16'"),
-        ({"num_queries": 0}, "num_queries: expected at least 1, found 0"),
+        ({"num_queries": -1}, "num_queries: expected at least 0, found -1"),
         ({"image_size": -1}, "config.image_size: expected at least 1"),
         ({"batch_size": 0}, "config.batch_size: expected at least 1"),
         ({"query_dropout": 1.0}, "expected 0 to 0.99, found 1.0"),
@@ -190,17 +191,50 @@ def test_vtab_takes_task_variant_method_and_queries():
   assert (c.preset, c.data_dir) == ("authors", "/d")
 
 
-def test_vtab_knows_the_authors_number_of_queries():
-  vtab = load("vtab")
-  assert vtab.get_config("task=svhn").num_queries == 20
-  assert vtab.get_config("task=dtd").num_queries == 1
-  assert set(vtab.NUM_QUERIES) <= set(vtab.vtab.VTAB)
+@pytest.mark.parametrize(
+    "arg, num_queries, keep_fraction",
+    [
+        ("task=svhn", 20, 1.0),
+        ("task=vtab-svhn", 20, 1.0),
+        ("task=clevr_distance", 10, 1.0),
+        ("task=dtd", 1, 0.7),
+        ("task=dtd,num_queries=2", 2, 1.0),
+        ("task=svhn,num_queries=1", 1, 0.7),
+        ("task=cifar10", 1, 1.0),
+        ("task=cifar10,num_queries=2", 2, 1.0),
+        ("task=all", 0, 0.0),
+        ("task=all,num_queries=3", 3, 0.0),
+    ],
+)
+def test_the_authors_queries_and_selection(arg, num_queries, keep_fraction):
+  config = config_lib.resolve(load("vtab").get_config(arg))
+  assert config.num_queries == num_queries
+  assert config.keep_fraction == keep_fraction
+  assert config_lib.resolve(config) == config
 
 
-def test_vtab_takes_any_dataset_and_knows_the_authors_queries():
-  config = load("vtab").get_config("task=cifar10,num_queries=2")
-  assert (config.task, config.num_queries) == ("cifar10", 2)
-  assert load("vtab").get_config("task=svhn").num_queries == 20
+@pytest.mark.parametrize("arg", ["", "num_queries=3,method=linear", "preset="])
+def test_all_tasks_have_the_configs_they_have_alone(arg):
+  get_config = load("vtab").get_config
+  config = get_config(f"task=all,{arg}")
+  config.preset = "authors"
+  config = config_lib.resolve(config, keep=("num_queries",))
+  for name in ("dtd", "svhn"):
+    alone = get_config(f"task={name},{arg}")
+    alone.preset = "authors"
+    assert config_lib.of_task(config, name) == config_lib.resolve(alone)
+
+
+def test_all_tasks_are_taken_as_they_are():
+  config = load("vtab").get_config("task=all")
+  config.image_key, config.splits.val = "image", "train[:9]"
+  with pytest.raises(errors.UserError) as caught:
+    config_lib.resolve(config)
+  assert "leave config.image_key, config.splits.val empty" in str(caught.value)
+
+
+def test_the_authors_queries_are_of_tasks():
+  assert set(vtab.NUM_QUERIES) <= set(vtab.VTAB)
 
 
 def test_digits_needs_no_folder():
@@ -220,6 +254,7 @@ def test_json_and_differences():
   assert config_lib.differences(config_lib.to_json(old), as_json) == {
       "epochs": (100, 7),
       "keep_fraction": (0.0, 0.7),
+      "num_queries": (0, 1),
       "lr": ([1.0, 0.5, 0.25, 0.1, 0.05], [0.1]),
       "splits.test": ("", "test[:9]"),
   }

@@ -4,8 +4,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from tests import test_vtab_summary
 from vqt_jax import errors
 from vqt_jax import plots
+from vqt_jax import vtab_summary
+from vqt_jax.data import vtab
 
 
 def outcome(method="vqt", num_queries=2, seeds=3, settings=4, task="digits"):
@@ -63,6 +66,14 @@ def test_comparison(tmp_path):
   path = tmp_path / "comparison.png"
   runs = [outcome("linear"), outcome(), outcome(num_queries=1, task="dtd")]
   plots.comparison(runs, path)
+  assert drawn(path)
+
+
+@pytest.mark.parametrize("names", [tuple(vtab.VTAB), ("dtd", "kitti")])
+def test_vtab(tmp_path, names):
+  path = tmp_path / "vtab.png"
+  results = test_vtab_summary.results(names)
+  plots.vtab(vtab_summary.summarize(results), path)
   assert drawn(path)
 
 

@@ -178,10 +178,24 @@ def test_a_workdir_of_another_config_is_refused_and_untouched(tmp_path):
   config.mesh.model = 2
   with pytest.raises(errors.UserError) as caught:
     results.open_workdir(config, tmp_path)
-  assert "num_queries was 1, is now 10" in str(caught.value)
+  assert "num_queries was 0, is now 10" in str(caught.value)
   assert "mesh.model was 1, is now 2" in str(caught.value)
   assert sorted(os.listdir(tmp_path)) == ["config.json", "metrics.jsonl"]
   assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_workdir_of_all_tasks_is_begun_with_one_of_them(tmp_path):
+  config = config_lib.default_config()
+  results.open_workdir(config, tmp_path)
+  results.open_workdir(config, tmp_path / "dtd")
+  assert not results.open_workdir(config, tmp_path)
+  (tmp_path / "dtd" / "metrics.jsonl").write_text("{}\n")
+  assert results.open_workdir(config, tmp_path)
+  config.epochs = 7
+  with pytest.raises(errors.UserError, match="epochs was 100, is now 7"):
+    results.open_workdir(config, tmp_path)
+  (tmp_path / "config.json").unlink()  # A folder that merely holds workdirs.
+  assert not results.open_workdir(config, tmp_path)
 
 
 def test_tuned_weights_make_the_round_trip(tmp_path):

@@ -9,6 +9,7 @@ from vqt_jax import errors
 from vqt_jax import tuner
 from vqt_jax import vit
 from vqt_jax.backbone import VALUE_RANGES
+from vqt_jax.data import vtab
 from vqt_jax.train import optim
 
 CHOICES = {
@@ -33,7 +34,7 @@ BOUNDS = {
     "image_size": (1, math.inf),
     "image_width": (0, math.inf),
     "num_classes": (0, math.inf),
-    "num_queries": (1, math.inf),
+    "num_queries": (0, math.inf),
     "query_dropout": (0, 0.99),
     "embedding_dropout": (0, 0.99),
     "epochs": (1, math.inf),
@@ -55,6 +56,9 @@ BOUNDS = {
     "best.finalists": (1, math.inf),
     "best.folds": (2, math.inf),
 }
+
+# Fields for datasets that are no VTAB task.
+OF_OTHERS = ("splits.", "image_key", "label_key", "num_classes")
 
 _TYPE_NAMES = {
     bool: "true or false",
@@ -109,6 +113,16 @@ def _check_combinations(config: ConfigDict) -> None:
   if not all(config.lr):
     raise errors.UserError(
         f"config.lr={config.lr}: with a rate of 0 nothing is trained."
+    )
+  given = [
+      f"config.{name}"
+      for name, value in flatten(config).items()
+      if name.startswith(OF_OTHERS) and value
+  ]
+  if config.task == vtab.ALL and given:
+    raise errors.UserError(
+        f"config.task={vtab.ALL} takes VTAB's tasks as they are: leave"
+        f" {', '.join(given)} empty."
     )
   if config.embedding_dropout and config.features not in ("", "live"):
     raise errors.UserError(

@@ -98,6 +98,12 @@ def main(argv: Sequence[str]) -> int:
 def compare(workdirs: Sequence[pathlib.Path], output: pathlib.Path) -> None:
   """Prints the table of finished runs and draws their pictures."""
   results = [results_lib.read_json(w / "results.json") for w in workdirs]
+  for workdir, result in zip(workdirs, results):
+    if "tasks" in result:
+      raise errors.UserError(
+          f"{workdir} holds all tasks; name the folder of one in it, e.g."
+          f" {workdir / next(iter(result['tasks']))}."
+      )
   output.mkdir(parents=True, exist_ok=True)
   console = console_lib.Console()
   table(console, results)

@@ -29,7 +29,8 @@ def default_config() -> ConfigDict:
 
   # Data. One of the 19 VTAB-1k tasks, "digits", or any classification dataset
   # of TensorFlow Datasets (TFDS), to which alone the next seven fields apply.
-  c.task = "cifar100"  # name of the task, or "name[/config][:version]" in TFDS
+  c.task = "cifar100"  # its name, or "name[/config][:version]" in TFDS; "all":
+  # each of the 19, in a folder of its own, and a table of what came out
   c.splits = ConfigDict({
       "train": "",  # searched on; "": "train[:800]"
       "val": "",  # the setting is chosen by it; "": "train[800:1000]"
@@ -54,7 +55,8 @@ def default_config() -> ConfigDict:
 
   # Method.
   c.method = "vqt"  # "vqt": visual query tuning; "linear": probe of the end
-  c.num_queries = 1  # queries per block (vqt)
+  c.num_queries = 0  # queries per block (vqt); 0: the authors' for the task,
+  # which is 1 but for seven tasks of VTAB
   c.query_dropout = 0.1  # probability, on queries while training (vqt)
   c.combine = "concat"  # a block's queries: "concat", "mean", "weighted_sum"
   c.normalize = True  # divide each block's features by their L2 norm (vqt)
@@ -152,7 +154,8 @@ def resolve(
 
   A preset is an abbreviation: its fields are set, whatever they were, and
   `preset` is cleared, so that what comes back says all and can be resolved
-  again. To depart from a preset, change fields after this call.
+  again. To depart from a preset, change fields after this call. (With
+  `task="all"`, what the authors choose by the task is left to `of_task`.)
 
   Args:
     config: a changed `default_config()`; it is left as it is.
@@ -171,12 +174,27 @@ def resolve(
     config.preset = ""
   for name in ("lr", "weight_decay"):
     config[name] = tuple(map(float, config[name]))
-  if not config.keep_fraction:
-    selects = config.method == "vqt" and config.num_queries == 1
-    selects = selects and vtab.find(config.task) is not None
-    config.keep_fraction = AUTHORS_KEEP if selects else 1.0
+  if config.task != vtab.ALL:  # Else each task's own.
+    _follow_authors(config)
   validate(config)
   return config
+
+
+def of_task(config: ConfigDict, name: str) -> ConfigDict:
+  """What a resolved config of `task="all"` means for one of them, resolved."""
+  config = copy.deepcopy(config)
+  config.task = name
+  return resolve(config)
+
+
+def _follow_authors(config: ConfigDict) -> None:
+  """Writes out what is 0 because the authors choose it by the task."""
+  task = vtab.find(config.task)
+  if not config.num_queries:
+    config.num_queries = vtab.NUM_QUERIES.get(task.name, 1) if task else 1
+  if not config.keep_fraction:
+    selects = config.method == "vqt" and config.num_queries == 1
+    config.keep_fraction = AUTHORS_KEEP if selects and task else 1.0
 
 
 def _authors(method: str) -> dict[str, Any]:

@@ -119,12 +119,16 @@ def open_workdir(config: Any, workdir: PathLike) -> bool:
 
 
 def _begun(workdir: pathlib.Path) -> bool:
-  """Whether anything was trained there."""
+  """Whether anything was trained there, or in a folder of one of its tasks."""
   metrics, checkpoints = workdir / "metrics.jsonl", workdir / "checkpoints"
   return (
       (workdir / "results.json").exists()
       or (metrics.exists() and metrics.stat().st_size > 0)
       or (checkpoints.exists() and any(checkpoints.iterdir()))
+      or (
+          (workdir / "config.json").exists()
+          and any(_begun(c.parent) for c in workdir.glob("*/config.json"))
+      )
   )
 
 

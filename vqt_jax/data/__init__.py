@@ -10,7 +10,9 @@ from vqt_jax.data.pipeline import load_labels
 from vqt_jax.data.pipeline import train_batches
 from vqt_jax.data.prepared import check_prepared
 from vqt_jax.data.prepared import fingerprint
+from vqt_jax.data.prepared import is_prepared
 from vqt_jax.data.prepared import num_examples
+from vqt_jax.data.prepared import prepare_command
 from vqt_jax.data.prepared import size_warning
 from vqt_jax.data.task import SPLITS
 from vqt_jax.data.task import Task
@@ -23,10 +25,12 @@ __all__ = [
     "batches",
     "check_prepared",
     "fingerprint",
+    "is_prepared",
     "load_arrays",
     "load_labels",
     "make_task",
     "num_examples",
+    "prepare_command",
     "size_warning",
     "train_batches",
 ]

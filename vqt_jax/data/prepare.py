@@ -108,7 +108,7 @@ def requests(names: Sequence[str]) -> list[str]:
   """TFDS requests for names of tasks or datasets, each dataset once."""
   found = []
   for name in names:
-    if name == "all":
+    if name == vtab.ALL:
       found += [task.builder for task in vtab.VTAB.values()]
     elif task := vtab.find(name):
       found.append(task.builder)

@@ -54,6 +54,13 @@ def find_builder(request: str, data_dir: str | None) -> Any:
     raise errors.UserError(_unusable(request, error)) from error
 
 
+def is_prepared(task: Task) -> bool:
+  """Whether the task's dataset is there; raises as `find_builder`."""
+  builder = find_builder(task.builder, task.data_dir)
+  with quiet():
+    return builder.is_prepared()
+
+
 def open_builder(task: Task) -> Any:
   """The prepared builder of a task.
 
@@ -71,11 +78,12 @@ def open_builder(task: Task) -> Any:
   )
 
 
-def prepare_command(task: Task) -> str:
-  """The shell command that prepares the task's dataset."""
-  command = ["python", "-m", "vqt_jax.data.prepare", task.dataset]
-  if task.data_dir:
-    command += ["--data_dir", task.data_dir]
+def prepare_command(*tasks: Task) -> str:
+  """The shell command that prepares the datasets of tasks in one folder."""
+  command = ["python", "-m", "vqt_jax.data.prepare"]
+  command += dict.fromkeys(task.dataset for task in tasks)
+  if tasks[0].data_dir:
+    command += ["--data_dir", tasks[0].data_dir]
   return shlex.join(command)
 
 

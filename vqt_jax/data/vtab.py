@@ -109,6 +109,19 @@ _ROWS = (
 # fmt: on
 
 VTAB: dict[str, Task] = {task.name: task for task in _ROWS}
+GROUPS = ("natural", "specialized", "structured")
+ALL = "all"  # Instead of a name: every task of the table.
+
+# Queries per block where the authors of VQT use more than one (their demo).
+NUM_QUERIES = {
+    "svhn": 20,
+    "clevr_distance": 10,
+    "dmlab": 20,
+    "kitti": 20,
+    "dsprites_location": 20,
+    "smallnorb_azimuth": 20,
+    "smallnorb_elevation": 10,
+}
 
 # Names in task_adaptation; the authors of VQT put "vtab-" in front.
 OFFICIAL_NAMES: dict[str, str] = {

@@ -3,14 +3,21 @@
 import sys
 import types
 
+from vqt_jax.data import vtab
+
 
 class _Callable(types.ModuleType):
   """Lets the package be called as the function that its users want of it."""
 
-  def __call__(self, *args, **kwargs):
-    from vqt_jax.train import run  # Late: it needs all the rest.
+  def __call__(self, config, *args, **kwargs):
+    # Late: they need all the rest.
+    if config.task == vtab.ALL:
+      from vqt_jax.train import all_tasks
 
-    return run.train(*args, **kwargs)
+      return all_tasks.train(config, *args, **kwargs)
+    from vqt_jax.train import run
+
+    return run.train(config, *args, **kwargs)
 
 
 sys.modules[__name__].__class__ = _Callable

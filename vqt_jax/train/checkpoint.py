@@ -157,7 +157,11 @@ class Stopped(Exception):
 
 
 class StopSignal:
-  """Notes SIGTERM and SIGINT instead of dying of them; a context manager."""
+  """Notes SIGTERM and SIGINT instead of dying of them; a context manager.
+
+  Within another one, that one gets to know too: a run may take note of a signal
+  too late to stop, but no further run must begin.
+  """
 
   SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -197,3 +201,6 @@ class StopSignal:
   def __exit__(self, *unused):
     for number, handler in self._previous.items():
       signal.signal(number, handler)
+      outer = getattr(handler, "__self__", None)
+      if isinstance(outer, StopSignal):
+        outer._received |= self._received
