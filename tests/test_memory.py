@@ -6,12 +6,14 @@ against what a step ought to cost. Nothing is run.
 
 import functools
 
+import jax
 import pytest
 
 from benchmarks import cases
 from benchmarks import flops
 from vqt_jax import tuner as tuner_lib
 from vqt_jax import vit
+from vqt_jax.train import packing
 
 BATCH = 32
 CONFIG = vit.ViTConfig(
@@ -69,6 +71,21 @@ def test_step_computes_the_forward_pass_and_the_reading(
   case = cases.train(tuner, 8, stored=stored, runs=runs, steps=2)
   counted = flops.matmuls(case.function, *case.shapes())
   assert counted == pytest.approx(case.expected, rel=0.03)
+
+
+@pytest.mark.parametrize("num_queries, runs", [(0, 8), (1, 8), (10, 4)])
+def test_memory_of_a_run_is_foreseen(num_queries, runs):
+  """A bit too much rather than too little: packs are made by it."""
+  config = cases.vit_config("S/16", 64, "float32")
+  tuner = tuner_of(num_queries, config)
+  case = lambda runs: cases.train(tuner, BATCH, stored=True, runs=runs)
+  held = sum(
+      x.size * x.dtype.itemsize
+      for x in jax.tree.leaves(jax.eval_shape(case(1).build)[0])
+  )
+  more = temporary_bytes(case(2 * runs)) - temporary_bytes(case(runs))
+  needed = more / runs + held
+  assert 1 < packing.bytes_per_run(tuner, BATCH) / needed < 2
 
 
 def test_count_of_full_fine_tuning():

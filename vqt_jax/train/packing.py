@@ -15,8 +15,9 @@ MEMORY_SHARE = 0.4
 def bytes_per_run(tuner: tuner_lib.Tuner, batch_size: float) -> float:
   """What a training step holds for one run, about; bytes on one device.
 
-  Parameters, gradients and moments; features and their gradients; and what the
-  reading of each block keeps for its gradient.
+  Parameters, gradients and moments; features and their gradients; what the
+  reading of each block keeps for its gradient (scores, the MLP's hidden units
+  and a few tokens), and what it needs for a moment.
 
   Args:
     tuner: of the run.
@@ -27,9 +28,9 @@ def bytes_per_run(tuner: tuner_lib.Tuner, batch_size: float) -> float:
   numbers = 6 * sum(math.prod(x.shape) for x in jax.tree.leaves(trained))
   numbers += 4 * batch_size * tuner.num_features
   if tuner.reads_blocks:
-    heads = c.num_heads * (2 * c.width + 2 * c.num_tokens)
-    kept = heads + 2 * c.mlp_dim + 8 * c.width
-    numbers += batch_size * c.depth * tuner.num_queries * kept
+    kept = c.num_heads * c.num_tokens + c.mlp_dim + 4 * c.width
+    passing = 2 * c.num_heads * c.width + 2 * c.mlp_dim
+    numbers += batch_size * tuner.num_queries * (c.depth * kept + passing)
   return 4 * numbers
 
 
