@@ -13,6 +13,7 @@ import vqt_jax
 from vqt_jax import config as config_lib
 from vqt_jax import data
 from vqt_jax import parallel
+from vqt_jax import results
 from vqt_jax import tuned
 from vqt_jax.train import loop
 from vqt_jax.train import optim
@@ -118,6 +119,7 @@ def test_what_a_run_leaves_behind(run, material):
         {"method": "linear"},
         {"data": "stream", "batch_size": 16},
         {"image_width": 12, "num_queries": 2},
+        {"keep_fraction": 0.5},
     ],
     ids=str,
 )
@@ -125,6 +127,31 @@ def test_accuracies_are_those_of_the_shipped_weights(run, task, changes):
   workdir = run(**changes)
   test = runs.results(workdir)["test_accuracy"]
   assert test["per_seed"] == recount(workdir, task)
+
+
+def test_of_selected_features_only_the_rows_in_use_are_shipped(run):
+  """And the others count for nothing, neither in size nor in cost."""
+  workdir = run(keep_fraction=0.5)
+  c, found = helpers.tiny_config(), runs.results(workdir)
+  features = c.width * (1 + c.depth)
+  everything, selected = found["tested"]
+  assert [t["name"] for t in found["tested"]] == ["all", "selected"]
+  assert selected["test_accuracy"] == found["test_accuracy"]
+  assert found["chosen"]["keep_fraction"] == 0.5
+  size = c.depth * c.width + (features // 2 + 1) * runs.CLASSES
+  assert selected["trained_parameters"] == size
+  assert selected["training_seconds"] > everything["training_seconds"] > 0
+  assert everything["kept_share"] is None
+  assert np.mean(selected["kept_share"]) == pytest.approx(0.5)
+  assert len(selected["kept_share"]) == 1 + c.depth
+  assert everything["test_accuracy"] == runs.results(run())["test_accuracy"]
+  kept = set()
+  for seed in SEEDS:
+    variables, _ = results.load_tuned(workdir / "tuned" / f"seed_{seed}")
+    rows = variables["head"]["features"]
+    assert len(variables["head"]["kernel"]) == len(set(rows)) == features // 2
+    kept.add(tuple(rows))
+  assert len(kept) == 2  # Each seed has its own.
 
 
 def test_a_finished_run_is_not_redone(run, material, capfd):
@@ -213,9 +240,9 @@ def test_the_rate_follows_epochs_or_steps():
   phase = functools.partial(loop.Phase, "seeds", (), rows, 4, 1)
   curve = optim.schedule(4, 1)
   for epoch in range(4):
-    factors = phase(per_step=False, may_diverge=False).factors(epoch, 1, 2)
+    factors = phase(per_step=False, least=0).factors(epoch, 1, 2)
     np.testing.assert_allclose(factors, [curve(epoch)] * 2)
-    factors = phase(per_step=True, may_diverge=False).factors(epoch, 1, 2)
+    factors = phase(per_step=True, least=0).factors(epoch, 1, 2)
     steps = np.array([3 * epoch + 1, 3 * epoch + 2])
     np.testing.assert_allclose(factors, optim.schedule(12, 3)(steps))
 

@@ -120,13 +120,14 @@ class Case:
 
   def train(
       self, how="live", seeds=(3,), lr=(0.1,), decay=(1e-3,), epochs=3,
-      normalize=None,
+      normalize=None, dropout=None, kept=None,
   ):  # fmt: skip
     settings = step_lib.Settings(
         np.array(lr, np.float32),
         np.array(decay, np.float32),
-        np.full(len(lr), 0.2, np.float32),
+        np.array(dropout or [0.2] * len(lr), np.float32),
         np.array(normalize or [True] * len(lr)),
+        kept=kept,
     )
     source = self.source(how)
     with jax.set_mesh(self.mesh):
@@ -182,12 +183,14 @@ def test_stored_equals_live(method, how):
 def test_together_equals_alone():
   case = Case(num_queries=2)
   lr, decay, seeds = (0.1, 0.01, 0.1), (1e-3, 0.0, 0.1), (3, 3, 5)
-  normalize = (True, False, True)
-  together = case.train("device", seeds, lr, decay, normalize=normalize)
+  normalize, dropout = (True, False, True), (0.2, 0.5, 0.0)
+  shape = (3, case.tuner.num_features)
+  kept = np.random.default_rng(0).integers(0, 2, shape).astype(np.float32)
+  together = case.train("device", seeds, lr, decay, 3, normalize, dropout, kept)
   for i in range(3):
     one = slice(i, i + 1)
-    alone = case.train("device", seeds[one], lr[one], decay[one],
-                       normalize=normalize[one])  # fmt: skip
+    alone = case.train("device", seeds[one], lr[one], decay[one], 3,
+                       normalize[one], dropout[one], kept[one])  # fmt: skip
     run = slice(i, i + 1)
     mine = {
         "trained": jax.tree.map(lambda x, r=run: x[r], together["trained"]),

@@ -52,7 +52,7 @@ BOUNDS = {
     "keep_fraction": (0, 1),
     "best.num_queries": (1, math.inf),
     "best.query_dropout": (0, 0.99),
-    "best.keep_fractions": (0.01, 1),
+    "best.keep_fractions": (0.01, 0.99),  # All features are always tried.
     "best.finalists": (1, math.inf),
     "best.folds": (2, math.inf),
 }

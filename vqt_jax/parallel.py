@@ -166,8 +166,14 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def replicate(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Numpy arrays, the same on every process, on all devices."""
-  return jax.tree.map(lambda x: from_host(x, replicated(mesh)), tree)
+  """Numpy arrays, the same on every process, on all devices.
+
+  What is on the devices already stays as it is.
+  """
+  place = lambda x: from_host(x, replicated(mesh))
+  return jax.tree.map(
+      lambda x: x if isinstance(x, jax.Array) else place(x), tree
+  )
 
 
 def batch_sharding(mesh: jax.sharding.Mesh, axis: int = 0) -> NamedSharding:

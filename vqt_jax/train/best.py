@@ -1,9 +1,9 @@
 """A search that gets more out of the same labels than the authors' protocol.
 
 Beside learning rate and weight decay it goes over query counts, normalisation
-and query dropout; the finalists on val are compared by cross-validation on all
-of trainval, and the fraction of features to keep by the same folds. The test
-set plays no part.
+and query dropout; the finalists on val (and what the full protocol chose) are
+compared by cross-validation on all of trainval, and the fraction of features to
+keep by the same folds. The test set plays no part.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from vqt_jax import errors
 from vqt_jax import tuner as tuner_lib
 from vqt_jax.train import loop
 from vqt_jax.train import selection
@@ -43,8 +44,17 @@ def folds(count: int, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
   Blocks of consecutive rows, from the end: with 1,000 rows and 5 folds the
   first one is VTAB's own split into train800 and val200.
+
+  Raises:
+    UserError: there are fewer rows than folds.
   """
-  rows, edges = np.arange(count), np.linspace(count, 0, number + 1).astype(int)
+  if count < number:
+    raise errors.UserError(
+        f"config.best.folds={number}: expected at most one fold per training"
+        f" example, found {count} examples."
+    )
+  rows = np.arange(count)
+  edges = [count * i // number for i in range(number, -1, -1)]
   judged = [rows[low:high] for high, low in itertools.pairwise(edges)]
   return [(np.setdiff1d(rows, some), some) for some in judged]
 
@@ -53,6 +63,7 @@ def search(
     job: Any,
     stages: stages_lib.Stages,
     known: dict[str, Any] | None,
+    first: loop.Run,
     count: int,
 ) -> tuple[dict[str, Any], tuner_lib.Tuner, loop.Run, float]:
   """Finds a setting.
@@ -61,18 +72,19 @@ def search(
     job: the `run.Job`.
     stages: does the work.
     known: what the full protocol's search found.
+    first: what it chose; it is a finalist in any case.
     count: examples in trainval.
 
   Returns:
     What was found, for `results.json`; the chosen tuner, run and fraction of
     features to keep.
   """
-  c = job.config.best
+  c, first = job.config.best, (job.tuner, first)
+  parts = folds(count, c.folds)
   val, seconds = _wide(job, stages, known)
   ranked = sorted(val, key=lambda pair: (-val[pair], *simplest(pair)))
-  finalists = ranked[: c.finalists]
+  finalists = list(dict.fromkeys([*ranked[: c.finalists], first]))
 
-  parts = folds(count, c.folds)
   accuracy, more = _cross_validate(stages, finalists, parts)
   seconds += more
   chosen = min(finalists, key=lambda p: (-accuracy[p], *simplest(p)))
@@ -84,25 +96,42 @@ def search(
     seconds += more
   keep = min(by_fraction, key=lambda f: (-by_fraction[f], -f))
 
-  tuner, run = chosen
   job.console.note(
-      f"{tuner.num_queries} queries, lr {run.lr:g}, weight decay"
-      f" {run.weight_decay:g}, {'' if run.normalize else 'not '}normalised,"
-      f" {100 * keep:g} % of the features ({len(parts)}-fold"
-      f" {100 * by_fraction[keep]:.1f} %)",
+      f"{_told(chosen)}, {100 * keep:g} % of the features ({len(parts)} folds:"
+      f" {100 * by_fraction[keep]:.1f} %; the full protocol's choice"
+      f" {100 * accuracy[first]:.1f} %)",
       "chosen",
   )
   found = {
       "searched": len(val),
       "finalists": [
-          {**setting(*p), "val_accuracy": val[p], "cv_accuracy": accuracy[p]}
+          {
+              **setting(*p),
+              "val_accuracy": val.get(p),
+              "cv_accuracy": accuracy[p],
+              "full": p == first,
+          }
           for p in finalists
       ],
-      "cv_accuracy_by_keep_fraction": by_fraction,
+      "keep_fractions": [
+          {"keep_fraction": f, "cv_accuracy": by_fraction[f]}
+          for f in sorted(by_fraction)
+      ],
+      "folds": len(parts),
       "chosen": {**setting(*chosen), "keep_fraction": keep},
       "seconds": seconds,
   }
-  return found, tuner, run, keep
+  return found, *chosen, keep
+
+
+def _told(pair: Setting) -> str:
+  """A setting for people."""
+  tuner, run = pair
+  told = f"lr {run.lr:g}, weight decay {run.weight_decay:g}"
+  if not tuner.reads_blocks:
+    return told
+  norm = "" if run.normalize else "not "
+  return f"queries {tuner.num_queries}, {told}, {norm}normalised"
 
 
 def _wide(
@@ -119,9 +148,9 @@ def _wide(
     }
   tried = [loop.Run(**run) for run in known["runs"]] if known else []
   wide = (c.best.query_dropout, c.best.normalize)
-  counts = c.best.num_queries
+  counts = sorted({job.tuner.num_queries, *c.best.num_queries})
   if not job.tuner.reads_blocks:
-    wide, counts = ((0.0,), (c.normalize,)), (job.tuner.num_queries,)
+    wide, counts = ((0.0,), (c.normalize,)), [job.tuner.num_queries]
   for num_queries in counts:
     tuner = dataclasses.replace(job.tuner, num_queries=num_queries)
     runs = tuple(
@@ -135,7 +164,7 @@ def _wide(
     out = stages.run(
         stages_lib.Stage(
             f"search_{num_queries}", "search", tuner, runs, "setting",
-            split="train", judge=("val", None), may_diverge=True,
+            split="train", judge=("val", None), least=0,
             keeps_weights=False,
         )  # fmt: skip
     )
@@ -165,13 +194,12 @@ def _cross_validate(
           stages_lib.Stage(
               f"fold_{number}_{tuner.num_queries}", f"fold {number}", tuner,
               runs, "setting", rows=rows, judge=("trainval", judged),
-              may_diverge=True, keeps_weights=False,
+              least=0, keeps_weights=False,
           )  # fmt: skip
       )
       seconds += out.seconds
-      for i, run in enumerate(runs):
-        if i not in out.diverged:
-          right[tuner, run] += out.accuracy[i] * len(judged)
+      for run, share in zip(runs, out.accuracy):
+        right[tuner, run] += share * len(judged)
   return _shares(right, parts), seconds
 
 
@@ -189,7 +217,7 @@ def _fractions(
     out = stages.run(
         stages_lib.Stage(
             f"{prefix}all", f"fold {number}", tuner, (run,), "setting",
-            rows=rows,
+            rows=rows, least=0,
         )  # fmt: skip
     )
     _, selected, more = selection.select(
@@ -197,8 +225,8 @@ def _fractions(
         rows=rows, judge=("trainval", judged),
     )  # fmt: skip
     seconds += out.seconds + more
-    for fraction, accuracy in zip(fractions, selected.accuracy):
-      right[fraction] += accuracy * len(judged)
+    for fraction, share in zip(fractions, selected.accuracy):
+      right[fraction] += share * len(judged)
   return _shares(right, parts), seconds
 
 

@@ -52,7 +52,11 @@ class Examples:
   def source(
       self, split: str, some: np.ndarray | None = None
   ) -> sources.Resident | sources.Stored | sources.Streamed:
-    """The examples of a split, or some rows of it, to train on."""
+    """The examples of a split, or some rows of it, to train on.
+
+    Raises:
+      UserError: rows of a split that is read anew every epoch.
+    """
     c = self.config
     if self._place(split)[0] != "stream":
       held, rows = self._resident(split)
@@ -60,6 +64,12 @@ class Examples:
       if isinstance(held, sources.Stored):
         return dataclasses.replace(held, rows=rows)
       return sources.Resident(held, rows, c.batch_size, c.seed, self.mesh)
+    if some is not None:
+      raise errors.UserError(
+          f"Folds of {split} are rows of what is kept, but it is read anew every"
+          " epoch: keep its features (config.features=disk) or images"
+          " (config.data=device), or take protocol=full."
+      )
     if c.batch_size % self.mesh.shape["data"]:
       raise errors.UserError(
           f"config.batch_size={c.batch_size} cannot be shared by"

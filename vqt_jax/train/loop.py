@@ -49,7 +49,7 @@ class Phase:
     epochs: how often each is seen.
     warmup_epochs: of `epochs`.
     per_step: the schedule counts steps rather than epochs.
-    may_diverge: a run whose loss is no longer finite is out, not an error.
+    least: runs whose loss must stay finite; others that diverge are out.
     held: what of each run does not train, see `step.Settings`.
     kept: the features of each run, see `step.Settings`.
   """
@@ -60,7 +60,7 @@ class Phase:
   epochs: int
   warmup_epochs: int
   per_step: bool
-  may_diverge: bool
+  least: int
   held: dict[str, Any] = dataclasses.field(default_factory=dict)
   kept: np.ndarray | None = None
 
@@ -195,14 +195,14 @@ def train_phase(
 
 
 def _check(phase, progress, epoch, losses):
-  """Books runs whose loss (S, R) is not finite; stops if none may go on."""
+  """Books runs whose loss (S, R) is not finite; stops if too few are left."""
   for run in np.flatnonzero(~np.isfinite(losses).all(axis=0)):
     if str(run) in progress.diverged:
       continue
     progress.diverged[str(run)] = epoch
     bad = int(np.argmin(np.isfinite(losses[:, run])))
     left = len(phase.runs) - len(progress.diverged)
-    if not phase.may_diverge or not left:
+    if left < phase.least:
       raise errors.UserError(
           f"The loss became {losses[bad, run]} in epoch {epoch + 1}, step"
           f" {progress.step + bad + 1} of {phase.source.steps}"

@@ -63,6 +63,7 @@ def _results(job, found, candidates, test, seconds) -> dict[str, Any]:
       {
           "name": each.name,
           "setting": each.setting,
+          "kept_share": each.kept_share,
           "test_accuracy": _summary(each, accuracy, test["images"]),
           "trained_parameters": each.num_trained,
           "training_seconds": each.seconds,

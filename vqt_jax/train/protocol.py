@@ -54,6 +54,20 @@ class Candidate:
     return size(self.variables) - left_out * kernel.shape[1]
 
   @property
+  def kept_share(self) -> list[float] | None:
+    """Of the final feature and of each block's, what is kept; None: all.
+
+    Mean over the runs.
+    """
+    if self.kept is None:
+      return None
+    c, features = self.tuner.config, self.tuner.num_features
+    of_block = max(1, (features - c.width) // c.depth)
+    starts = range(c.width, features, of_block)
+    groups = np.split(self.kept, starts, axis=1)
+    return [float(group.mean()) for group in groups]
+
+  @property
   def setting(self) -> dict[str, Any]:
     """What was chosen."""
     chosen = best.setting(self.tuner, self.runs[0])
@@ -83,7 +97,7 @@ def candidates(
   if c.protocol == "full":
     return found, made
   found["best"], tuner, chosen, keep = best.search(
-      job, stages, search, examples.count("trainval")
+      job, stages, search, chosen, examples.count("trainval")
   )
   spent += found["best"]["seconds"]
   made += _finish(stages, "best_", tuner, chosen, keep, c.seeds, spent)
@@ -110,7 +124,7 @@ def _search(
   out = stages.run(
       stages_lib.Stage(
           "search", "search", tuner, runs, "setting", split="train",
-          judge=("val", None), may_diverge=True, keeps_weights=False,
+          judge=("val", None), least=1, keeps_weights=False,
       )  # fmt: skip
   )
   chosen = loop.choose(runs, out.accuracy, set(out.diverged))

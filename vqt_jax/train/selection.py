@@ -44,18 +44,20 @@ def select(
     fractions: of features to keep; each is tried on each of the runs.
     split: trained on.
     rows: of the split; None: all.
-    judge: split and rows whose accuracy is wanted, or None.
+    judge: split and rows whose accuracy is wanted, or None. With it a head that
+      diverges is only judged badly.
 
   Returns:
     The kept features (R * K, F) of 0 and 1, all fractions of the first run
     first; the outcome of the new heads in that order; seconds of training.
   """
   runs = tuple(dataclasses.replace(run, lr=run.lr * RATE) for run in runs)
+  least = 0 if judge else None
   held = {"tuner": variables["tuner"]}
   scored = stages.run(
       stages_lib.Stage(
           f"{prefix}scores", "scores", tuner, runs, "head", split=split,
-          rows=rows, trains=("head",), held=held, lasso=LASSO,
+          rows=rows, trains=("head",), held=held, lasso=LASSO, least=least,
       )  # fmt: skip
   )
   scores = np.asarray(head_lib.scores(scored.variables["head"]))
@@ -70,7 +72,7 @@ def select(
           f"{prefix}selected", "selected", tuner,
           tuple(run for run in runs for _ in fractions), "head",
           split=split, rows=rows, judge=judge, trains=("head",),
-          held=jax.tree.map(repeat, held), kept=kept,
+          held=jax.tree.map(repeat, held), kept=kept, least=least,
           keeps_weights=judge is None,
       )  # fmt: skip
   )

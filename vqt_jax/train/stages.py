@@ -45,7 +45,8 @@ class Stage:
     held: the other parts, leaves (R, ...).
     lasso: weight of the group lasso on the head's rows.
     kept: (R, F) of 0 and 1, the features of each run; None: all.
-    may_diverge: a run whose loss is no longer finite is out, not an error.
+    least: runs whose loss must stay finite, others that diverge are out; None:
+      all of them.
     keeps_weights: whether later stages need what was trained.
   """
 
@@ -61,7 +62,7 @@ class Stage:
   held: dict[str, Any] = dataclasses.field(default_factory=dict)
   lasso: float = 0.0
   kept: np.ndarray | None = None
-  may_diverge: bool = False
+  least: int | None = None
   keeps_weights: bool = True
 
 
@@ -73,7 +74,8 @@ class Outcome:
     history: per epoch {"loss": per run, "accuracy": per run}.
     seconds: of training.
     diverged: runs whose loss stopped being finite.
-    accuracy: of each run where it was judged; None if it was not.
+    accuracy: of each run where it was judged, 0 of one that diverged; None if
+      they were not.
     variables: {"tuner", "head"}, numpy leaves (R, ...), if kept.
   """
 
@@ -110,36 +112,39 @@ class Stages:
         stage.tuner, self._job.config.batch_size, self._job.mesh
     )
     starts = range(0, len(stage.runs), size)
-    parts = []
-    for number, start in enumerate(starts):
-      some = slice(start, start + size)
-      part = dataclasses.replace(
-          stage,
-          name=stage.name if number == 0 else f"{stage.name}-{number + 1}",
-          runs=stage.runs[some],
-          held=jax.tree.map(lambda x, some=some: x[some], stage.held),
-          kept=None if stage.kept is None else stage.kept[some],
+    if len(starts) == 1:
+      return self._pack(stage)
+    joined = _joined(
+        [self._pack(_part(stage, start, size)) for start in starts], starts
+    )
+    if len(stage.runs) - len(joined.diverged) < (stage.least or 0):
+      raise errors.UserError(
+          f"The loss of all {len(stage.runs)} runs of phase {stage.name} became"
+          " infinite or undefined. Lower config.lr in a new workdir, or look at"
+          " the value range of the inputs."
       )
-      parts.append(self._pack(part))
-    return _joined(parts, starts)
+    return joined
 
   def _pack(self, stage: Stage) -> Outcome:
     path = self._folder / f"{stage.name}.safetensors"
     if stage.name in self._done:
-      return _read(path)
+      outcome = _read(path, len(stage.runs))
+      self._log(stage, _rows(stage, outcome.history))
+      return outcome
     state, progress = self._train(stage)
-    ready = step_lib.Ready(
-        _variables(state, stage), np.array([r.normalize for r in stage.runs])
-    )
-    accuracy = None
-    if stage.judge:
-      accuracy = self.evaluate(*stage.judge, [(stage.tuner, ready)], "val")[0]
     outcome = Outcome(
         history=progress.history,
         seconds=progress.seconds,
         diverged=sorted(map(int, progress.diverged)),
-        accuracy=accuracy,
+        accuracy=None,
     )
+    ready = step_lib.Ready(
+        _variables(state, stage), np.array([r.normalize for r in stage.runs])
+    )
+    if stage.judge:
+      (accuracy,) = self.evaluate(*stage.judge, [(stage.tuner, ready)], "val")
+      able = [i not in outcome.diverged for i in range(len(accuracy))]
+      outcome.accuracy = [a if ok else 0.0 for a, ok in zip(accuracy, able)]
     if stage.keeps_weights:
       outcome.variables = jax.tree.map(parallel.to_host, ready.variables)
     with parallel.together():
@@ -168,12 +173,7 @@ class Stages:
         after = f"{stage.label} after epoch {progress.epoch}"
         job.console.note(after, "resume")
 
-    def log(rows):
-      if parallel.is_first():
-        self._metrics.epochs(stage.name, rows)
-
-    log([row for epoch in range(progress.epoch)
-         for row in _rows(runs, epoch, progress)])  # fmt: skip
+    self._log(stage, _rows(stage, progress.history))
 
     def save(state):
       saved = {"stage": stage.name, "progress": dataclasses.asdict(progress)}
@@ -185,7 +185,8 @@ class Stages:
       source = self._examples.source(stage.split, stage.rows)
     phase = loop.Phase(
         stage.name, runs, source, c.epochs, c.warmup_epochs,
-        per_step=c.schedule == "step", may_diverge=stage.may_diverge,
+        per_step=c.schedule == "step",
+        least=len(runs) if stage.least is None else stage.least,
         held=parallel.replicate(stage.held, job.mesh),
         kept=parallel.replicate(stage.kept, job.mesh),
     )  # fmt: skip
@@ -196,8 +197,9 @@ class Stages:
     with job.console.phase(stage.label, c.epochs, detail=detail) as line:
 
       def report(epoch, loss, accuracy, speed):
-        log(_rows(runs, epoch, progress))
+        self._log(stage, _rows(stage, progress.history, epoch))
         able = np.isfinite(loss)
+        able |= ~able.any()
         line.update(
             epoch + 1,
             loss=float(np.mean(loss[able])),
@@ -214,6 +216,10 @@ class Stages:
       )  # fmt: skip
     save(state)
     return state, progress
+
+  def _log(self, stage: Stage, rows: list[dict[str, Any]]) -> None:
+    if parallel.is_first():
+      self._metrics.epochs(stage.name, rows)
 
   def evaluate(
       self,
@@ -233,6 +239,7 @@ class Stages:
     """
     job = self._job
     tuners, runs = zip(*ready)
+    runs = parallel.replicate(runs, job.mesh)
     right, count = None, 0
     total = self._examples.count(split) if rows is None else len(rows)
     with job.console.phase(label, total, "image") as line:
@@ -247,6 +254,23 @@ class Stages:
         if self._stop:
           raise checkpoint.Stopped
     return [(x / count).tolist() for x in right]
+
+
+def _part(stage: Stage, start: int, size: int) -> Stage:
+  """Some runs of a stage, named after which they are.
+
+  So a run that is resumed where memory holds more or fewer of them does not
+  take them for others.
+  """
+  some = slice(start, min(start + size, len(stage.runs)))
+  return dataclasses.replace(
+      stage,
+      name=f"{stage.name}_{some.start + 1}-{some.stop}",
+      runs=stage.runs[some],
+      held=jax.tree.map(lambda x: x[some], stage.held),
+      kept=None if stage.kept is None else stage.kept[some],
+      least=None if stage.least is None else 0,
+  )
 
 
 def _variables(state: step_lib.State, stage: Stage) -> Any:
@@ -281,18 +305,20 @@ def _joined(parts: Sequence[Outcome], starts: Sequence[int]) -> Outcome:
   )
 
 
-def _rows(runs, epoch, progress) -> list[dict[str, Any]]:
-  """The metrics of an epoch, a row per run."""
-  history = progress.history[epoch]
+def _rows(
+    stage: Stage, history: list[dict[str, list[float]]], first: int = 0
+) -> list[dict[str, Any]]:
+  """The metrics of all epochs from the first on, a row per epoch and run."""
   return [
       {
           "epoch": epoch + 1,
           "run": i,
           **dataclasses.asdict(run),
-          "loss": history["loss"][i],
-          "accuracy": history["accuracy"][i],
+          "loss": history[epoch]["loss"][i],
+          "accuracy": history[epoch]["accuracy"][i],
       }
-      for i, run in enumerate(runs)
+      for epoch in range(first, len(history))
+      for i, run in enumerate(stage.runs)
   ]
 
 
@@ -308,16 +334,21 @@ def _write(path: pathlib.Path, outcome: Outcome) -> None:
   )
 
 
-def _read(path: pathlib.Path) -> Outcome:
+def _read(path: pathlib.Path, runs: int) -> Outcome:
+  """What `_write` wrote of so many runs."""
   try:
     with safetensors.safe_open(path, "numpy") as file:
-      info = json.loads(file.metadata()["outcome"])
+      outcome = Outcome(**json.loads((file.metadata() or {})["outcome"]))
       flat = {name: file.get_tensor(name) for name in file.keys()}
-  except (OSError, KeyError, ValueError, safetensors.SafetensorError) as e:
+    if any(len(row["loss"]) != runs for row in outcome.history):
+      raise ValueError(f"expected {runs} runs")
+  except (
+      OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError
+  ) as e:  # fmt: skip
     raise errors.UserError(
-        f"Cannot read {path}: {e}. Delete it to do this part again."
+        f"Cannot read {path}: {e!r}. Delete it to do this part again."
     ) from e
-  variables = flax.traverse_util.unflatten_dict(flat, sep="/")
-  if variables:  # An empty part leaves no trace.
-    variables = {"tuner": {}, **variables}
-  return Outcome(**{**info, "variables": variables or None})
+  if flat:  # An empty part leaves no trace.
+    variables = flax.traverse_util.unflatten_dict(flat, sep="/")
+    outcome.variables = {"tuner": {}, **variables}
+  return outcome

@@ -1,0 +1,234 @@
+"""Protocols: packs, folds, the wider search; and that all of it resumes."""
+
+import signal
+
+import numpy as np
+import pytest
+
+import main
+from tests import runs
+from vqt_jax import data
+from vqt_jax import errors
+from vqt_jax import tuner as tuner_lib
+from vqt_jax.train import best
+from vqt_jax.train import loop
+from vqt_jax.train import packing
+from vqt_jax.train import step as step_lib
+
+TOO_HIGH = 3e38 * 256 / 12  # As a peak rate: the largest float32.
+# Everything a protocol can do, as small as it gets.
+BEST = {
+    "protocol": "best",
+    "keep_fraction": 0.5,
+    "best__num_queries": "1,2",
+    "best__normalize": "True,",
+    "best__keep_fractions": "0.5,0.25",
+    "best__finalists": 2,
+    "best__folds": 2,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+  with runs.compiled_once(tmp_path_factory.mktemp("compiled")):
+    yield
+
+
+@pytest.mark.parametrize("count, number", [(1000, 5), (48, 7), (3, 3)])
+def test_folds_judge_every_row_once(count, number):
+  parts = best.folds(count, number)
+  assert len(parts) == number
+  judged = np.concatenate([rows for _, rows in parts])
+  assert sorted(judged) == list(range(count))
+  for trained, judged in parts:
+    assert sorted([*trained, *judged]) == list(range(count))
+    assert len(judged) in (count // number, -(-count // number))
+
+
+def test_the_first_fold_is_the_split_of_vtab():
+  trained, judged = best.folds(1000, 5)[0]
+  assert trained.tolist() == list(range(800))
+  assert judged.tolist() == list(range(800, 1000))
+  with pytest.raises(errors.UserError, match="config.best.folds=5: .* 4 ex"):
+    best.folds(4, 5)
+
+
+def test_of_equal_settings_the_simplest():
+  tuner = lambda queries: tuner_lib.Tuner("vqt", None, 3, queries)
+  run = lambda lr, decay, normalize: loop.Run(lr, decay, 1, 0.1, normalize)
+  ranked = [
+      (tuner(1), run(0.1, 0.0, True)),
+      (tuner(1), run(0.1, 0.0, False)),
+      (tuner(1), run(0.1, 0.1, True)),
+      (tuner(1), run(0.5, 0.0, True)),
+      (tuner(2), run(0.1, 0.0, True)),
+  ]
+  assert sorted(reversed(ranked), key=best.simplest) == ranked
+
+
+@pytest.mark.parametrize(
+    "size, changes",
+    [
+        (2, {"keep_fraction": 0.5, "seeds": "7,8,9"}),
+        (1, {"method": "linear", "lr": f"{TOO_HIGH},{TOO_HIGH / 2},0.1"}),
+    ],
+    ids=["selection", "diverged"],
+)
+def test_packs_give_what_all_together_give(
+    material, tmp_path, monkeypatch, size, changes
+):
+  """Also where a pack holds nothing but runs that diverge."""
+  found = []
+  for pack in (size, 100):
+    at_once = lambda *args, pack=pack: pack
+    monkeypatch.setattr(packing, "runs_at_once", at_once)
+    workdir = tmp_path / str(pack)
+    assert main.main(runs.command(material, workdir, **changes)) == 0
+    found.append(runs.results(workdir))
+  packed, together = found
+  for name in ("chosen", "test_accuracy", "trained_parameters"):
+    assert packed[name] == together[name], name
+  for name in ("chosen", "runs", "val_accuracy", "diverged"):
+    assert packed["search"][name] == together["search"][name], name
+  for name in ("loss", "accuracy"):
+    history = [[epoch[name] for epoch in f["seeds"]["history"]] for f in found]
+    np.testing.assert_allclose(*history, rtol=1e-4, atol=1e-5)
+
+
+def test_if_all_packs_diverge_it_is_said(
+    material, tmp_path, monkeypatch, capfd
+):
+  monkeypatch.setattr(packing, "runs_at_once", lambda *args: 1)
+  changes = {"method": "linear", "lr": f"{TOO_HIGH},{TOO_HIGH / 2}"}
+  assert main.main(runs.command(material, tmp_path, **changes)) == 2
+  error = capfd.readouterr().err.splitlines()[-1]
+  assert error.startswith("error: The loss of all 2 runs of phase search bec")
+
+
+def _check_choice(found):
+  """That the stated rules lead from what was measured to what was chosen."""
+  finalists = found["finalists"]
+  order = ("num_queries", "lr", "weight_decay", "query_dropout")
+  rank = lambda f: (-f["cv_accuracy"], *(f[name] for name in order))
+  chosen = min(finalists, key=rank)
+  for name in (*order, "normalize"):
+    assert found["chosen"][name] == chosen[name]
+  fractions = {
+      f["keep_fraction"]: f["cv_accuracy"] for f in found["keep_fractions"]
+  }
+  assert set(fractions) == {0.25, 0.5, 1.0}
+  assert fractions[1.0] == chosen["cv_accuracy"]
+  keep = min(fractions, key=lambda f: (-fractions[f], -f))
+  assert found["chosen"]["keep_fraction"] == keep
+  for share in [f["cv_accuracy"] for f in finalists] + [*fractions.values()]:
+    assert 48 * share == pytest.approx(round(48 * share))
+
+
+def test_the_best_protocol_never_looks_at_the_test_split(
+    material, tmp_path, monkeypatch
+):
+  """Before the last step of the last training is done."""
+  events = []
+
+  def watch(module, name, what):
+    original = getattr(module, name)
+
+    def watched(*args, **kwargs):
+      events.append(what(args))
+      return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, watched)
+
+  watch(step_lib, "train_steps", lambda args: "a step")
+  for name in ("load_arrays", "load_labels", "batches", "train_batches"):
+    watch(data, name, lambda args: args[1])
+  assert main.main(runs.command(material, tmp_path, **BEST)) == 0
+  assert set(events) == {"a step", "trainval", "test"}
+  assert events.index("test") > max(
+      i for i, event in enumerate(events) if event == "a step"
+  )
+
+  found = runs.results(tmp_path)
+  assert found["best"]["searched"] == 4
+  assert sum(f["full"] for f in found["best"]["finalists"]) == 1
+  _check_choice(found["best"])
+  names = [tested["name"] for tested in found["tested"]]
+  keep = found["best"]["chosen"]["keep_fraction"]
+  last = ["best_all"] + ["best_selected"] * (keep < 1)
+  assert names == ["all", "selected", *last]
+  assert found["tested"][-1]["test_accuracy"] == found["test_accuracy"]
+  assert found["tested"][-1]["setting"] == found["chosen"]
+  seconds = [tested["training_seconds"] for tested in found["tested"]]
+  assert seconds[1] > seconds[0] and seconds[2] > found["best"]["seconds"]
+  assert not (tmp_path / "stages").exists()
+
+
+def test_folds_of_what_is_not_kept_are_refused(material, tmp_path, capfd):
+  changes = BEST | {"data": "stream", "features": "live", "method": "linear"}
+  changes |= {"batch_size": 16, "epochs": 2}
+  assert main.main(runs.command(material, tmp_path, **changes)) == 2
+  error = capfd.readouterr().err.splitlines()[-1]
+  assert error.startswith("error: Folds of trainval are rows of what is kept")
+
+
+KILL = signal.SIGKILL
+TRAIN = "vqt_jax.train.step:train_steps"
+WRITE = "vqt_jax.train.stages:_write"
+EVALUATE = "vqt_jax.train.step:eval_steps"
+
+
+def _go(material, workdir, moment=None):
+  """Runs, or resumes, until it is killed at the n-th call of a function."""
+  signals = {moment[0]: (moment[1], KILL)} if moment else {}
+  argv = runs.command(material, workdir, checkpoint_seconds=0, **BEST)
+  process = runs.Process(argv, signals=signals)
+  status = process.wait()
+  assert "Traceback" not in process.said()
+  return status, process.said()
+
+
+def _untimed(found):
+  """Results without what a clock has measured."""
+  if isinstance(found, dict):
+    found = {k: v for k, v in found.items() if "seconds" not in k}
+    return {k: _untimed(v) for k, v in found.items()}
+  return [_untimed(v) for v in found] if isinstance(found, list) else found
+
+
+def test_killed_in_every_kind_of_stage(material, tmp_path):
+  whole, workdir = tmp_path / "whole", tmp_path / "killed"
+  undisturbed = runs.Process(
+      runs.command(material, whole, checkpoint_seconds=0, **BEST)
+  )
+  stages, was_in = workdir / "stages", []
+  for moment in (
+      (TRAIN, 2),  # Of three epochs.
+      (WRITE, 2),
+      (TRAIN, 3),
+      (WRITE, 2),
+      (TRAIN, 5),
+      (WRITE, 5),
+      (EVALUATE, 1),
+      (TRAIN, 4),
+  ):
+    status, said = _go(material, workdir, moment)
+    assert status == -KILL, (moment, said)
+    was_in.append(runs.metrics(workdir)[-1]["phase"])
+  print(was_in)
+  assert {name.split("_")[0] for name in was_in} == {
+      "search", "seeds", "scores", "selected", "fold", "keep",
+  }  # pyformat: disable
+
+  damaged = stages / "search.safetensors"
+  damaged.write_bytes(damaged.read_bytes()[:-20] + b"x")
+  status, said = _go(material, workdir)
+  assert status == 2
+  assert f"error: Cannot read {damaged}: " in said
+  assert said.endswith("Delete it to do this part again.\n")
+  damaged.unlink()
+
+  assert _go(material, workdir)[0] == 0
+  assert undisturbed.wait() == 0, undisturbed.said()
+  assert runs.bits(workdir) == runs.bits(whole)
+  found, expected = runs.results(workdir), runs.results(whole)
+  assert _untimed(found) == _untimed(expected)
