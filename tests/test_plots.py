@@ -11,7 +11,10 @@ from vqt_jax import vtab_summary
 from vqt_jax.data import vtab
 
 
-def outcome(method="vqt", num_queries=2, seeds=3, settings=4, task="digits"):
+def outcome(
+    method="vqt", num_queries=2, seeds=3, settings=4, task="digits",
+    best=False, selected=False,
+):  # fmt: skip
   """Contents of a `results.json`."""
   accuracy = np.linspace(0.8, 0.9, seeds)
   names = [str(s) for s in range(seeds)]
@@ -25,17 +28,31 @@ def outcome(method="vqt", num_queries=2, seeds=3, settings=4, task="digits"):
       "val_accuracy": np.linspace(0.5, 0.6, settings).tolist(),
       "diverged": [0],
   }
+  test = {
+      "mean": float(accuracy.mean()),
+      "std": float(accuracy.std(ddof=1)) if seeds > 1 else 0.0,
+      "per_seed": dict(zip(names, accuracy.tolist())),
+      "images": 797,
+  }
+  tested = ["all"] + ["selected"] * selected
+  tested += ["best_" + name for name in tested] * best
   return {
       "task": task,
       "method": method,
       "num_queries": num_queries if method == "vqt" else 0,
       "backbone": "ViT-64x4/4 tiny.npz",
-      "test_accuracy": {
-          "mean": float(accuracy.mean()),
-          "std": float(accuracy.std(ddof=1)) if seeds > 1 else 0.0,
-          "per_seed": dict(zip(names, accuracy.tolist())),
-          "images": 797,
-      },
+      "test_accuracy": test,
+      "tested": [
+          {
+              "name": name,
+              "test_accuracy": test,
+              "trained_parameters": 12345,
+              "training_seconds": 6.7,
+              "kept_share": [1, 0.5, 0.2] if "selected" in name else None,
+          }
+          for name in tested
+      ],
+      "best": _best(method) if best else None,
       "search": search if settings > 1 else None,
       "seeds": {
           "runs": [{"seed": s} for s in range(seeds)],
@@ -49,6 +66,27 @@ def outcome(method="vqt", num_queries=2, seeds=3, settings=4, task="digits"):
   }
 
 
+def _best(method):
+  """What a wider search has found."""
+  setting = {"lr": 0.1, "weight_decay": 0.01}
+  if method == "vqt":
+    setting |= {"num_queries": 2, "query_dropout": 0.1, "normalize": False}
+  other = setting | {"lr": 0.2}
+  fractions = (0.5, 1.0) if method == "vqt" else (1.0,)
+  return {
+      "searched": 60,
+      "folds": 5,
+      "finalists": [
+          {**setting, "val_accuracy": 0.8, "cv_accuracy": 0.7, "full": False},
+          {**other, "val_accuracy": None, "cv_accuracy": 0.8, "full": True},
+      ],
+      "keep_fractions": [
+          {"keep_fraction": x, "cv_accuracy": 0.7 + x / 10} for x in fractions
+      ],
+      "chosen": {**other, "keep_fraction": 1.0},
+  }
+
+
 def drawn(path):
   """Whether a picture has more than a few colours."""
   pixels = matplotlib.image.imread(path)
@@ -59,6 +97,21 @@ def drawn(path):
 def test_report(tmp_path, seeds, settings):
   path = tmp_path / "report.png"
   plots.report(outcome(seeds=seeds, settings=settings), path)
+  assert drawn(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"selected": True},
+        {"best": True, "selected": True},
+        {"best": True, "method": "linear"},
+    ],
+    ids=str,
+)
+def test_report_of_more_than_one_candidate(tmp_path, changes):
+  path = tmp_path / "report.png"
+  plots.report(outcome(**changes), path)
   assert drawn(path)
 
 

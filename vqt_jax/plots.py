@@ -22,23 +22,40 @@ FAINT = "#9aa5b1"
 GRID = "#e4e7eb"
 COLOURS = ("#2166ac", "#d6604d", "#4d9221", "#8073ac", "#bf812d", "#35978f")
 METHODS = {"vqt": "VQT", "linear": "linear probe"}
+# What a run tests, by its name in `results.json`.
+CANDIDATES = {
+    "all": "all features",
+    "selected": "selected features",
+    "best_all": "best setting, all features",
+    "best_selected": "best setting, selected features",
+}
+SETTING = ("num_queries", "lr", "weight_decay", "query_dropout", "normalize")
 
 
 def report(results: dict[str, Any], path: str | os.PathLike) -> None:
-  """One run: the search, the training curves of the seeds, the test.
+  """One run: search, training, test, and what a further search has found.
 
   Args:
     results: contents of `results.json`.
     path: the picture (PNG).
   """
-  search = results["search"]
-  panels = [_training, _test]
-  if search:
+  panels = [_training, _tested if len(results["tested"]) > 1 else _test]
+  if results["search"]:
     panels.insert(0, _search)
-  figure = _figure(4.6 * len(panels), 4.2)
-  axes = figure.subplots(1, len(panels), squeeze=False)[0]
+  if results["best"]:
+    panels.append(_finalists)
+    if len(results["best"]["keep_fractions"]) > 1:
+      panels.append(_keep_fractions)
+  if any(tested["kept_share"] for tested in results["tested"]):
+    panels.append(_kept_share)
+  columns = 2 if len(panels) == 4 else min(3, len(panels))
+  rows = -(-len(panels) // columns)
+  figure = _figure(5 * columns, 4.2 * rows)
+  axes = figure.subplots(rows, columns, squeeze=False).flatten()
   for panel, ax in zip(panels, axes):
     panel(ax, results)
+  for ax in axes[len(panels) :]:
+    ax.set_axis_off()
   test = results["test_accuracy"]
   figure.suptitle(
       f"{_name(results)} on {results['task']}:"
@@ -52,13 +69,13 @@ def report(results: dict[str, Any], path: str | os.PathLike) -> None:
   )
   figure.text(
       0.01,
-      0.925,
+      1 - 0.075 / rows,
       f"{results['backbone']}   {results['trained_parameters']:,} trained"
       f" parameters   {results['device']}",
       color=FAINT,
       va="top",
   )
-  figure.get_layout_engine().set(wspace=0.04)
+  figure.get_layout_engine().set(wspace=0.04, hspace=0.06)
   _save(figure, path)
 
 
@@ -396,6 +413,111 @@ def _test(ax: Any, results: dict[str, Any]) -> None:
   ax.grid(axis="y")
   ax.set_xlabel("seed")
   ax.set_title(f"Test accuracy, {test['images']:,} images", loc="left")
+
+
+def _tested(ax: Any, results: dict[str, Any]) -> None:
+  """Test accuracy of all that was tested; the result is the last one."""
+  names = []
+  for y, tested in enumerate(results["tested"]):
+    last = y == len(results["tested"]) - 1
+    _seeds(ax, tested, y, COLOURS[0] if last else FAINT)
+    name = CANDIDATES[tested["name"]].replace(", ", ",\n")
+    size, seconds = tested["trained_parameters"], tested["training_seconds"]
+    names.append(f"{name}\n{size:,} trained\n{seconds:,.0f} s to train")
+  ax.set_yticks(range(len(names)), names, fontsize=8)
+  ax.set_ylim(len(names) - 0.5, -0.5)
+  ax.xaxis.set_major_formatter(_percent(1))
+  ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+  ax.margins(x=0.15)
+  ax.grid(axis="x")
+  images = results["test_accuracy"]["images"]
+  ax.set_title(f"Test accuracy, {images:,} images", loc="left")
+
+
+def _finalists(ax: Any, results: dict[str, Any]) -> None:
+  """Accuracy on val, on which they were found, and in all folds."""
+  found = results["best"]
+  rank = lambda f: -f["cv_accuracy"]
+  for y, each in enumerate(sorted(found["finalists"], key=rank)):
+    chosen = all(each[k] == found["chosen"][k] for k in SETTING if k in each)
+    if each["val_accuracy"] is not None:
+      ax.plot(each["val_accuracy"], y, "o", color=FAINT, markersize=6)
+    colour = COLOURS[1] if chosen else COLOURS[0]
+    ax.plot(each["cv_accuracy"], y, "D", color=colour, markersize=7)
+  names = _settings(sorted(found["finalists"], key=rank))
+  ax.set_yticks(range(len(names)), names, fontsize=8)
+  ax.set_ylim(len(names) - 0.5, -0.5)
+  ax.xaxis.set_major_formatter(_percent(1))
+  ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+  ax.margins(x=0.1)
+  ax.grid(axis="x")
+  ax.set_title(
+      f"Finalists of {found['searched']}: {found['folds']} folds (◆), val (●)",
+      loc="left",
+  )
+
+
+def _settings(found: Sequence[dict[str, Any]]) -> list[str]:
+  """Names of settings, as long as it takes to tell them apart."""
+  dropout = len({each.get("query_dropout") for each in found}) > 1
+  names = []
+  for each in found:
+    parts = [f"lr {each['lr']:g}", f"decay {each['weight_decay']:g}"]
+    if "num_queries" in each:
+      parts.insert(0, f"T={each['num_queries']}")
+      parts += ["\nnot normalised"] * (not each["normalize"])
+    if dropout:
+      parts.append(f"dropout {each['query_dropout']:g}")
+    name = ", ".join(parts).replace(", \n", "\n")
+    names.append(name + "\n(full protocol's choice)" * each["full"])
+  return names
+
+
+def _keep_fractions(ax: Any, results: dict[str, Any]) -> None:
+  """Accuracy in all folds over the fraction of features that is kept."""
+  found = results["best"]
+  x, y = zip(*(f.values() for f in found["keep_fractions"]))
+  ax.plot(x[:-1], y[:-1], "D-", color=COLOURS[0], markersize=7)
+  ax.plot(x[-1], y[-1], "D", color=COLOURS[0], markersize=7)  # No new head.
+  chosen = x.index(found["chosen"]["keep_fraction"])
+  ax.plot(x[chosen], y[chosen], "D", color=COLOURS[1], markersize=9)
+  for place in zip(x, y):
+    ax.annotate(
+        f"{100 * place[1]:.1f}", place, (0, 9), textcoords="offset points",
+        ha="center", color=INK,
+    )  # fmt: skip
+  ax.set_xticks(x, [f"{100 * share:g}" for share in x])
+  ax.yaxis.set_major_formatter(_percent(1))
+  ax.margins(0.12, 0.25)
+  ax.grid(axis="y")
+  ax.set_xlabel("features kept, % (100: the head as first trained)")
+  ax.set_title(f"Chosen setting: accuracy in {found['folds']} folds",
+               loc="left")  # fmt: skip
+
+
+def _kept_share(ax: Any, results: dict[str, Any]) -> None:
+  """What is kept of the final feature and of each block's."""
+  tested = [t for t in results["tested"] if t["kept_share"]]
+  blocks = max(len(t["kept_share"]) for t in tested) - 1
+  width = 0.8 / len(tested)
+  for i, each in enumerate(tested):
+    final, *of_blocks = each["kept_share"]
+    x = np.arange(1, blocks + 2) + (i - (len(tested) - 1) / 2) * width
+    last = each is results["tested"][-1]
+    ax.bar(
+        x, [*of_blocks, final], 0.9 * width, label=CANDIDATES[each["name"]],
+        color=COLOURS[0] if last else FAINT,
+    )  # fmt: skip
+  if len(tested) > 1:
+    ax.legend(frameon=False, fontsize=8, loc="lower left")
+  step = -(-blocks // 12)
+  places = [*range(step, blocks + 1, step), blocks + 1]
+  ax.set_xticks(places, [*places[:-1], "final"])
+  ax.yaxis.set_major_formatter(_percent())
+  ax.set_ylim(0, 1)
+  ax.grid(axis="y")
+  ax.set_xlabel("block")
+  ax.set_title("Features kept, mean of the seeds", loc="left")
 
 
 def _seeds(ax: Any, result: dict[str, Any], y: float, colour: str) -> None:

@@ -65,11 +65,7 @@ class Examples:
         return dataclasses.replace(held, rows=rows)
       return sources.Resident(held, rows, c.batch_size, c.seed, self.mesh)
     if some is not None:
-      raise errors.UserError(
-          f"Folds of {split} are rows of what is kept, but it is read anew every"
-          " epoch: keep its features (config.features=disk) or images"
-          " (config.data=device), or take protocol=full."
-      )
+      self.check_rows(split)
     if c.batch_size % self.mesh.shape["data"]:
       raise errors.UserError(
           f"config.batch_size={c.batch_size} cannot be shared by"
@@ -107,6 +103,15 @@ class Examples:
     else:
       shards = self.mesh.shape["data"]
       yield held, *store.order(rows, self._batch_size, shards)
+
+  def check_rows(self, split: str) -> None:
+    """Raises a `UserError` if some rows of a split cannot be had."""
+    if self._place(split)[0] == "stream":
+      raise errors.UserError(
+          f"config.protocol=best trains on parts of {split}, but it is read"
+          " anew every epoch: keep its features (config.features=disk) or"
+          " images (config.data=device), or take protocol=full."
+      )
 
   @property
   def _decoding(self) -> dict[str, Any]:

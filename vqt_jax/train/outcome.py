@@ -19,12 +19,6 @@ from vqt_jax import tuned
 from vqt_jax.train import protocol
 
 RESULTS = "results.json"
-_NAMES = {
-    "all": "all features",
-    "selected": "selected features",
-    "best_all": "best setting, all features",
-    "best_selected": "best setting, selected features",
-}
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets")
 
 
@@ -141,7 +135,7 @@ def show(
     test = tested["test_accuracy"]
     each = [f"{s} {100 * a:.1f}" for s, a in test["per_seed"].items()]
     rows.append([
-        _NAMES[tested["name"]],
+        plots.CANDIDATES[tested["name"]],
         f"{100 * test['mean']:.2f} +- {100 * test['std']:.2f} %",
         ", ".join(each),
         f"{tested['trained_parameters']:,}",
