@@ -225,7 +225,8 @@ def test_killed_in_every_kind_of_stage(material, tmp_path):
   assert said.endswith("Delete it to do this part again.\n")
   damaged.unlink()
 
-  assert _go(material, workdir)[0] == 0
+  status, said = _go(material, workdir)
+  assert status == 0, said
   assert undisturbed.wait() == 0, undisturbed.said()
   assert runs.bits(workdir) == runs.bits(whole)
   found, expected = runs.results(workdir), runs.results(whole)

@@ -172,6 +172,7 @@ class Stages:
       if progress.epoch < c.epochs:
         after = f"{stage.label} after epoch {progress.epoch}"
         job.console.note(after, "resume")
+    self._saved = {"stage": ""}  # From here on the last save is another.
 
     self._log(stage, _rows(stage, progress.history))
 
