@@ -243,8 +243,10 @@ class Stages:
     runs = parallel.replicate(runs, job.mesh)
     right, count = None, 0
     total = self._examples.count(split) if rows is None else len(rows)
+    with self._stop.at_once(), parallel.together():
+      chunks = self._examples.evaluation(split, rows)
     with job.console.phase(label, total, "image") as line:
-      for chunk, order, mask in self._examples.evaluation(split, rows):
+      for chunk, order, mask in chunks:
         part = step_lib.eval_steps(
             tuners, runs, job.params, chunk, order, mask
         )
