@@ -94,7 +94,7 @@ def instrumented(clock: Clock, alone: bool) -> Iterator[None]:
   made: dict[Any, Any] = {}
 
   def train(self, stage):
-    clock.phase = stage.name.partition("-")[0]
+    clock.phase = stage.label
     return pack(self, stage)
 
   def judge(self, split, *args):

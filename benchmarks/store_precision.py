@@ -70,6 +70,7 @@ def main() -> None:
   argv = ["main.py", "--workdir=unused", *rest]
   config = config_lib.resolve(main_lib.parse(argv).config)
   config.features, config.feature_dtype = "device", "float32"
+  config.store_dir = ""  # No file may keep what is rounded here.
   table = rich_table.Table(
       "features", "bytes of a number", "chosen", "val %", "test %", "of each",
       title=f"{config.method} on {config.task}", box=box.SIMPLE,

@@ -1,5 +1,7 @@
 """Features on the host and in files: found again, refused, mended, resumed."""
 
+import fcntl
+import io
 import os
 import shutil
 import signal
@@ -11,11 +13,17 @@ import pytest
 import main
 from tests import helpers
 from tests import runs
+from vqt_jax import checkpoints
 from vqt_jax import config as config_lib
+from vqt_jax import console as console_lib
+from vqt_jax import data
 from vqt_jax import errors
 from vqt_jax import parallel
+from vqt_jax import tuner
 from vqt_jax.train import disk
+from vqt_jax.train import examples as examples_lib
 from vqt_jax.train import places
+from vqt_jax.train import sources
 from vqt_jax.train import store
 
 COUNT, BATCH = 21, 8
@@ -141,6 +149,86 @@ def test_what_does_not_fit_on_the_disk(tmp_path, monkeypatch):
   with pytest.raises(errors.UserError, match="Cannot write .*Free some space"):
     file.write(case.stream, BATCH)
   assert not list(tmp_path.iterdir())
+
+
+def test_columns_of_other_devices_are_another_file(tmp_path, monkeypatch):
+  """Of D = 16 a process with half of the devices keeps 8, or all of them."""
+  case = Case()
+  paths = set()
+  for columns in (8, 16):
+    monkeypatch.setattr(store.Layout, "columns", columns)
+    paths.add(case.file(tmp_path).path)
+  assert len(paths) == 2
+
+
+def test_a_file_that_cannot_be_read_is_left_alone(tmp_path, monkeypatch):
+  case = Case(tokens=False)
+  file = case.file(tmp_path)
+  file.write(case.stream, BATCH)
+
+  def refused(*args, **kwargs):
+    raise PermissionError(13, "Permission denied")
+
+  monkeypatch.setattr(np, "load", refused)
+  with pytest.raises(errors.UserError, match="Cannot read .*store_dir"):
+    file.open()
+  assert file.path.exists()
+
+
+def test_two_runs_that_extract_the_same(tmp_path, monkeypatch):
+  """One waits until the other is done, and leaves nothing behind."""
+  case = Case(tokens=False)
+  file, waits = case.file(tmp_path), []
+  part = file.path.with_name(file.path.name + ".part")
+  with open(part, "ab") as other:
+    fcntl.flock(other, fcntl.LOCK_EX)
+
+    def sleep(seconds):
+      waits.append(seconds)
+      case.file(tmp_path / "other").write(case.stream, BATCH)
+      (tmp_path / "other" / file.path.name).rename(file.path)
+      part.unlink()
+      fcntl.flock(other, fcntl.LOCK_UN)
+
+    monkeypatch.setattr(disk.time, "sleep", sleep)
+    case.started = []
+    file.write(case.stream, BATCH)
+  assert len(waits) == 1 and case.started == [0]  # The other one's.
+  file.write(case.stream, BATCH)
+  assert case.started == [0]
+  assert file.open() and not part.exists()
+
+
+def test_a_file_that_is_there_needs_no_more_room(material, tmp_path):
+  """Else the next run, or this one resumed, would find the disk too full."""
+  config = main.parse(
+      runs.command(
+          material, tmp_path, store_dir=tmp_path / "store", batch_size=16
+      )
+  ).config
+  backbone = checkpoints.load_backbone(config.init, image_size=(8, 8))
+  task = data.make_task(
+      "squares", data_dir=config.data_dir, splits=config.splits
+  )
+  mesh = parallel.make_mesh(8, 1)
+  params = parallel.place_backbone(backbone.params, mesh, "float32")
+
+  def examples(method, room):
+    made = examples_lib.Examples(
+        config, console_lib.Console(io.StringIO()), task, backbone,
+        tuner.make_tuner(method, backbone.config, 3), params, mesh,
+    )  # fmt: skip
+    made._room = {"device": 0, "host": 0, "disk": room}
+    return made
+
+  first = examples("vqt", 10**6)
+  assert isinstance(first.source("train"), sources.Stored)
+  (path,) = (tmp_path / "store").iterdir()
+  assert isinstance(examples("vqt", 0).source("train"), sources.Stored)
+  linear = examples("linear", 0).source("train")
+  assert linear.features.tokens is None  # Not read either.
+  path.unlink()
+  assert isinstance(examples("vqt", 0).source("train"), sources.Streamed)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ import io
 import json
 import os
 import pathlib
+import random
+import time
 from typing import Any, BinaryIO
 
 import jax
@@ -66,28 +68,44 @@ class File:
         "dtype": layout.dtype,
         "tokens": layout.tokens,
         "process": [jax.process_index(), jax.process_count()],
+        "columns": layout.columns,
     }
     self._footer = json.dumps(footer, sort_keys=True, indent=1).encode()
     digest = hashlib.sha256(self._footer).hexdigest()[:16]
     self.path = folder / f"{name}-{digest}.npy"
+    self._part = self.path.with_name(self.path.name + ".part")
+
+  @property
+  def size(self) -> int:
+    """Bytes of it that are on the disk, whole or in part."""
+    for path in (self.path, self._part):
+      with contextlib.suppress(OSError):
+        return path.stat().st_size
+    return 0
 
   def open(self) -> store_lib.HostStore | None:
     """The features, mapped from the file; None if there is none.
 
     Raises:
       Damaged: it is cut off, or another file.
+      UserError: it cannot be read.
     """
-    if not self.path.exists():
-      return None
     try:
       with open(self.path, "rb") as file:
-        file.seek(-len(self._footer), os.SEEK_END)
+        header = file.read(len(self._header))
+        end = len(header) + self._count * self._record.itemsize
+        file.seek(end)
         footer = file.read()
+      if (header, footer) != (self._header, self._footer):
+        raise Damaged("it is cut off, or of other features")
       rows = np.load(self.path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as e:
-      raise Damaged(str(e)) from e
-    if footer != self._footer or rows.shape != (self._count,):
-      raise Damaged("its end is missing, or of other features")
+    except FileNotFoundError:
+      return None
+    except OSError as e:
+      raise errors.UserError(
+          f"Cannot read {self.path}: {e.strerror or e}. Make it readable, or"
+          " choose another config.store_dir."
+      ) from e
     tokens = None
     if self._layout.tokens:
       tokens = rows["tokens"].view(self._layout.dtype)
@@ -109,10 +127,12 @@ class File:
     Raises:
       UserError: it cannot be written; nothing half-written stays then.
     """
-    part = self.path.with_name(self.path.name + ".part")
+    part = self._part
     with self._locked(part) as file:
       if not parallel.any_process(not self.path.exists()):
-        return  # Another run was faster.
+        if not file.tell():  # Another run was faster, and this is a new one.
+          part.unlink(missing_ok=True)
+        return
       with _writing(part):
         done = self._whole_records(file)
       done = int(parallel.smallest(done - done % batch_size))
@@ -138,7 +158,11 @@ class File:
       file = open(part, "ab")
     try:
       with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        # All processes or none: of two runs each might lock what the other
+        # waits for.
+        while parallel.any_process(not _lock(file)):
+          fcntl.flock(file, fcntl.LOCK_UN)
+          time.sleep(random.uniform(0.5, 1.5))
         yield file
     except errors.UserError:
       part.unlink(missing_ok=True)
@@ -188,6 +212,15 @@ class File:
     for name, values in rows.items():
       records[name] = values.view(self._record[name].base)
     return records
+
+
+def _lock(file: BinaryIO) -> bool:
+  """Locks a file if nobody else has."""
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  return True
 
 
 @contextlib.contextmanager

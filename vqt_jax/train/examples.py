@@ -15,6 +15,7 @@ from vqt_jax import console as console_lib
 from vqt_jax import data
 from vqt_jax import errors
 from vqt_jax import parallel
+from vqt_jax import results as results_lib
 from vqt_jax import tuner as tuner_lib
 from vqt_jax.train import disk
 from vqt_jax.train import places
@@ -44,10 +45,14 @@ class Examples:
   params: Any
   mesh: jax.sharding.Mesh
   _held: tuple[str, Any] | None = None
+  _counts: dict[str, int] = dataclasses.field(default_factory=dict)
+  _places: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
 
   def count(self, split: str) -> int:
     """Examples in a split."""
-    return data.num_examples(self.task, split)
+    if split not in self._counts:
+      self._counts[split] = data.num_examples(self.task, split)
+    return self._counts[split]
 
   def source(
       self, split: str, some: np.ndarray | None = None
@@ -90,19 +95,20 @@ class Examples:
   def evaluation(
       self, split: str, some: np.ndarray | None = None
   ) -> Iterator[sources.Chunk]:
-    """A split, or some rows of it, in order, each example exactly once."""
+    """A split, or some rows of it, in order, each example exactly once.
+
+    What is to be held of it is there when this returns.
+    """
     if split == "test" or self._place(split)[0] == "stream":
-      for batch in self._batches(split):
-        yield sources.on_devices(batch, self.mesh)
-      return
+      batches = self._batches(split)
+      return (sources.on_devices(batch, self.mesh) for batch in batches)
     held, rows = self._resident(split)
     rows = rows if some is None else rows[some]
     if isinstance(held, sources.Stored):
       held = dataclasses.replace(held, rows=rows, batch_size=self._batch_size)
-      yield from held.chunks()
-    else:
-      shards = self.mesh.shape["data"]
-      yield held, *store.order(rows, self._batch_size, shards)
+      return held.chunks()
+    shards = self.mesh.shape["data"]
+    return iter([(held, *store.order(rows, self._batch_size, shards))])
 
   def check_rows(self, split: str) -> None:
     """Raises a `UserError` if some rows of a split cannot be had."""
@@ -166,11 +172,20 @@ class Examples:
 
   def _place(self, split: str) -> tuple[str, str]:
     """Where a split's examples live, and why; see `places.choose`."""
-    count = self.count(self._base(split))
+    base = self._base(split)
+    if base not in self._places:
+      self._places[base] = self._choose(base)
+    return self._places[base]
+
+  def _choose(self, base: str) -> tuple[str, str]:
+    count, room = self.count(base), dict(self._room)
     stored = count * self._layout.bytes_per_image
     images = count * 12 * int(np.prod(self.backbone.config.image_size))
+    if stored > room["device"]:  # A file that is there needs no more room.
+      there = max(file.size for file in self._files(base))
+      room["disk"] += int(parallel.smallest(there))
     backend = jax.default_backend()
-    return places.choose(self.config, stored, images, self._room, backend)
+    return places.choose(self.config, stored, images, room, backend)
 
   def _resident(self, split: str) -> tuple[Any, np.ndarray]:
     """What is held of a split, and which of its rows are the split's."""
@@ -190,7 +205,7 @@ class Examples:
     self.console.note(self._plan(count, place, why), "store")
     label = data.load_labels(self.task, base)
     if place == "disk" or self.config.store_dir:
-      return self._place_kept(self._on_disk(base, count), label, place)
+      return self._place_kept(self._on_disk(base), label, place)
     with self.console.phase("extract", count, "image") as line:
       parts = self._stream(base)
       if place == "host":
@@ -235,24 +250,30 @@ class Examples:
     rows = np.arange(len(label))
     return sources.Stored(kept, label, rows, c.batch_size, c.seed)
 
-  def _on_disk(self, base: str, count: int) -> store.HostStore:
-    """The features in their file, extracted if there is none."""
+  def _files(self, base: str) -> list[disk.File]:
+    """Files in which a split's features may be; the first is its own."""
     name = f"{self.task.dataset.replace('/', '_')}-{base}"
     made_from = self._made_from(base)
     layouts = [self._layout]
     if not self._layout.tokens:  # Those of a method that reads more will do.
       layouts.append(dataclasses.replace(self._layout, tokens=True))
-    files = [
-        disk.File(self._folder, name, made_from, layout, count)
+    return [
+        disk.File(self._folder, name, made_from, layout, self.count(base))
         for layout in layouts
     ]
+
+  def _on_disk(self, base: str) -> store.HostStore:
+    """The features in their file, extracted if there is none."""
+    files = self._files(base)
     for file in files:
-      kept = self._open(file)
+      with parallel.together():
+        kept = self._open(file)
       if not parallel.any_process(kept is None):
         self.console.note(f"found in {file.path}", "extract")
-        return dataclasses.replace(kept, layout=self._layout)
+        tokens = kept.tokens if self._layout.tokens else None
+        return dataclasses.replace(kept, layout=self._layout, tokens=tokens)
     file = files[0]
-    with self.console.phase("extract", count, "image") as line:
+    with self.console.phase("extract", self.count(base), "image") as line:
       stream = functools.partial(self._stream, base)
       file.write(stream, self._batch_size, line.update)
       line.summary = str(file.path)
@@ -263,7 +284,8 @@ class Examples:
       return file.open()
     except disk.Damaged as e:
       self.console.note(f"{file.path} is damaged ({e}); it is made again")
-      file.path.unlink()
+      with results_lib.writing(file.path):
+        file.path.unlink(missing_ok=True)
 
   def _made_from(self, base: str) -> dict[str, Any]:
     """All that decides the features of a split."""

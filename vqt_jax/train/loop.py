@@ -56,7 +56,7 @@ class Phase:
 
   name: str
   runs: tuple[Run, ...]
-  source: sources.Resident | sources.Streamed
+  source: sources.Resident | sources.Stored | sources.Streamed
   epochs: int
   warmup_epochs: int
   per_step: bool

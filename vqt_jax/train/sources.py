@@ -112,6 +112,16 @@ def ahead(
       yield queue.popleft().result()
 
 
+def behind(items: Iterable[T]) -> Iterator[T]:
+  """Gives each item when the next is there: started, on the devices."""
+  queue = collections.deque()
+  for item in items:
+    queue.append(item)
+    if len(queue) > 1:
+      yield queue.popleft()
+  yield from queue
+
+
 @dataclasses.dataclass(frozen=True)
 class Streamed:
   """Batches read and decoded again every epoch, one step a call.

@@ -7,6 +7,7 @@ interrupted goes on from its last checkpoint.
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
@@ -25,6 +26,7 @@ from vqt_jax import tuner as tuner_lib
 from vqt_jax.train import checkpoint
 from vqt_jax.train import loop
 from vqt_jax.train import packing
+from vqt_jax.train import sources
 from vqt_jax.train import step as step_lib
 
 
@@ -243,14 +245,17 @@ class Stages:
     runs = parallel.replicate(runs, job.mesh)
     right, count = None, 0
     total = self._examples.count(split) if rows is None else len(rows)
+    with self._stop.at_once(), parallel.together():
+      chunks = self._examples.evaluation(split, rows)
     with job.console.phase(label, total, "image") as line:
-      for chunk, order, mask in self._examples.evaluation(split, rows):
-        part = step_lib.eval_steps(
-            tuners, runs, job.params, chunk, order, mask
-        )
+      evaluate = functools.partial(
+          step_lib.eval_steps, tuners, runs, job.params
+      )
+      done = ((evaluate(*chunk), chunk[2].sum()) for chunk in chunks)
+      for part, real in sources.behind(done):
         part = [x.astype(np.float64) for x in parallel.to_host(part)]
         right = [a + b for a, b in zip(right, part)] if right else part
-        count += int(mask.sum())
+        count += int(real)
         line.update(count)
         if self._stop:
           raise checkpoint.Stopped
