@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import flops
 import vqt_jax
+from vqt_jax import parallel
 from vqt_jax import tuner as tuner_lib
 from vqt_jax import vit
 from vqt_jax.train import optim
@@ -66,6 +67,8 @@ def _place(mesh, path, leaf):
   spec = {"tokens": P(None, None, None, "data"), "image": P(None, "data")}
   name = getattr(path[-1], "key", None)
   sharding = NamedSharding(mesh, spec.get(name, P()))
+  if name in spec:
+    sharding = parallel.in_order(sharding, leaf.ndim)
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
@@ -187,9 +190,8 @@ def _finetune_steps(config, state, data, order, mask):
   update = optim.optimizer("adam", 1e-4, 1e-4).update
 
   def objective(trained, batch):
-    stream = vit.ViT(config).apply(
-        {"params": trained["backbone"]}, batch["image"]
-    )
+    images = batch["image"].reshape(-1, *config.image_size, 3)
+    stream = vit.ViT(config).apply({"params": trained["backbone"]}, images)
     logits = probe(trained, None, stream.final).logits
     logs = jax.nn.log_softmax(logits)
     picked = jnp.take_along_axis(logs, batch["label"][:, None], axis=1)
@@ -237,8 +239,10 @@ def _data(tuner, rows, stored):
   config, key = tuner.config, jax.random.key(2)
   label = jnp.arange(rows, dtype=jnp.int32) % tuner.num_classes
   if not stored:
-    shape = (rows, *config.image_size, 3)
-    return {"image": jax.random.uniform(key, shape, minval=-1), "label": label}
+    height, width = config.image_size
+    shape = (rows, height, 3 * width)
+    image = jax.random.uniform(key, shape, config.dtype, minval=-1)
+    return {"image": image, "label": label}
   data = {"final": jax.random.normal(key, (rows, config.width)), "label": label}
   if tuner.reads_blocks:
     shape = (config.depth, rows, config.num_tokens, config.width)

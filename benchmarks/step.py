@@ -74,7 +74,9 @@ def compiled_flops(function: Any, static: int, args: tuple[Any, ...]) -> float:
 
 @jax.jit(static_argnums=0)
 def _forward(tuner, params, images):
-  return tuner_lib.run_backbone(tuner, params, images).final
+  config = tuner.config
+  images = images.reshape(-1, *config.image_size, 3)
+  return tuner_lib.run_backbone(config, False, params, images).final
 
 
 def measure(case: cases.Case, forward: float) -> dict[str, Any]:

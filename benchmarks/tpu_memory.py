@@ -8,7 +8,9 @@ trains, where JAX would look for a TPU at every start:
   pip install --no-deps --target /tmp/libtpu "libtpu==0.0.42.*"
   PYTHONPATH=/tmp/libtpu python -m benchmarks.tpu_memory
 
-Temporary memory counts on-chip VMEM that the compiler fills as well.
+Temporary memory is `temp_size_in_bytes` of the compiler's memory analysis. Its
+buffer assignment (`xla_dump_to`) allots less of the main memory for the larger
+steps, and beside it up to all of the on-chip VMEM.
 """
 
 import argparse

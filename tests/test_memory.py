@@ -53,6 +53,16 @@ def test_step_keeps_the_tokens_and_little_else():
   assert TOKEN_BYTES <= beyond_linear < 2 * TOKEN_BYTES
 
 
+def test_scores_of_one_head_at_a_time():
+  config = vit.ViTConfig(
+      width=32, depth=2, mlp_dim=32, num_heads=8,
+      patch_size=(2, 2), image_size=(32, 32),
+  )  # fmt: skip
+  of_one = 4 * BATCH * config.num_tokens**2
+  step = temporary_bytes(cases.train(tuner_of(1, config), BATCH))
+  assert step < config.num_heads * of_one
+
+
 def test_step_from_the_store_holds_no_batch_of_tokens():
   """Each block fetches its own, in the gradient as well."""
   stored = cases.train(tuner_of(1), BATCH, stored=True, rows=2 * BATCH)

@@ -104,7 +104,7 @@ class Case:
     """All examples: "live", or features on the "device" or the "host"."""
     rows = np.arange(21)
     if how == "live":
-      held = store.resident(self.examples, self.mesh)
+      held = store.resident(self.examples, self.mesh, "float32")
       return sources.Resident(held, rows, 8, 0, self.mesh)
     reads = self.tuner.reads_blocks
     layout = store.Layout(self.tuner.config, reads, "float32", self.mesh)

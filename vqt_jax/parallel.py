@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+from jax.experimental.layout import Format
+from jax.experimental.layout import Layout
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
@@ -147,7 +149,9 @@ def place_backbone(params: Any, mesh: jax.sharding.Mesh, dtype: str) -> Any:
   return jax.tree_util.tree_map_with_path(place, params)
 
 
-def from_host(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+def from_host(
+    array: np.ndarray, sharding: NamedSharding | Format
+) -> jax.Array:
   """A global array of which every process holds the whole on its host."""
   return jax.make_array_from_callback(
       array.shape, sharding, lambda index: array[index]
@@ -159,6 +163,11 @@ def constrain(x: Any, *spec: str | None) -> Any:
   if jax.sharding.get_abstract_mesh().empty:
     return x
   return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def size(axis: str) -> int:
+  """Devices along an axis of the mesh that is set; 1 if none is."""
+  return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -179,6 +188,15 @@ def replicate(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 def batch_sharding(mesh: jax.sharding.Mesh, axis: int = 0) -> NamedSharding:
   """Examples, found on `axis`, shared out over `data`."""
   return NamedSharding(mesh, P(*[None] * axis, "data"))
+
+
+def in_order(sharding: NamedSharding, ndim: int) -> Format:
+  """The sharding, with elements in memory as numpy has them: rows are whole.
+
+  Left to itself a TPU takes the order that pads least, often with the rows
+  innermost, and copies all of it into another one before it fetches any row.
+  """
+  return Format(Layout(tuple(range(ndim))), sharding)
 
 
 def from_local(

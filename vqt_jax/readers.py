@@ -85,10 +85,14 @@ def read(
   def body(carry, inputs):
     block, mine, tokens = inputs
     if rows is not None:
-      tokens = jnp.take(tokens, rows, axis=0, mode="clip")
+      tokens = jnp.take(store, tokens, axis=0, mode="clip")
       tokens = parallel.constrain(tokens, "data")
     return step(block, mine, tokens, carry)
 
+  if rows is not None:
+    depth, count = tokens.shape[:2]
+    store = tokens.reshape(depth * count, *tokens.shape[2:])
+    tokens = rows + count * jnp.arange(depth, dtype=rows.dtype)[:, None]
   return jax.lax.scan(body, carry, (blocks, weights, tokens))[1]
 
 

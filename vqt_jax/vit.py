@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vqt_jax import parallel
+
 EPSILON = 1e-6
 
 # Big Vision's `decode_variant`: (width, depth, mlp_dim, num_heads).
@@ -180,8 +182,22 @@ class Attention(nn.Module):
     self.out = nn.DenseGeneral(c.width, axis=(-2, -1), dtype=c.dtype)
 
   def __call__(self, queries: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Attends, with one head (of each `model` shard) at a time.
+
+    So the scores (B, N, N), float32 and the largest array of a frozen forward
+    pass, exist for one head only.
+    """
     q, k, v = self.query(queries), self.key(tokens), self.value(tokens)
-    return self.out(jax.nn.dot_product_attention(q, k, v))
+    shards = math.gcd(parallel.size("model"), self.config.num_heads)
+
+    def by_head(x):
+      return jnp.moveaxis(x.reshape(*x.shape[:2], shards, -1, x.shape[3]), 3, 0)
+
+    heads = jax.lax.map(
+        lambda x: jax.nn.dot_product_attention(*x),
+        (by_head(q), by_head(k), by_head(v)),
+    )
+    return self.out(jnp.moveaxis(heads, 0, 3).reshape(q.shape))
 
   def weights(self, queries: jax.Array, tokens: jax.Array) -> jax.Array:
     """How much each query attends to each token, without projecting tokens.

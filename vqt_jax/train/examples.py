@@ -300,7 +300,9 @@ class Examples:
     count = self.count(base)
     with self.console.phase("images", count, "image") as line:
       examples = data.load_arrays(self.task, base, **self._decoding)
-      held = jax.block_until_ready(store.resident(examples, self.mesh))
+      held = jax.block_until_ready(
+          store.resident(examples, self.mesh, self.backbone.config.dtype)
+      )
       size = places.size(sum(x.nbytes for x in held.values()))
       line.summary = (
           f"{size} on the devices, through the backbone every step, {why}"

@@ -134,12 +134,14 @@ def _stream(tuner, recipe, params, batch, key):
   if "final" in batch:
     return batch.get("tokens"), batch.get("rows"), batch["final"]
   config = tuner.config
-  shape = (len(batch["image"]), config.num_tokens, config.width)
+  images = batch["image"]
+  images = images.reshape(len(images), *config.image_size, 3)
+  shape = (len(images), config.num_tokens, config.width)
   mask = None
   if key is not None and recipe.embedding_dropout:
     mask = _keep_mask(key, recipe.embedding_dropout, shape)
   stream = tuner_lib.run_backbone(
-      config, tuner.reads_blocks, params, batch["image"], mask
+      config, tuner.reads_blocks, params, images, mask
   )
   return stream.tokens, None, stream.final
 

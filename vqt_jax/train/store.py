@@ -15,6 +15,7 @@ import functools
 from typing import Any
 
 import jax
+from jax.experimental.layout import Format
 import jax.numpy as jnp
 import numpy as np
 
@@ -69,11 +70,14 @@ class Layout:
       return parallel.replicated(self.mesh)
     return parallel.batch_sharding(self.mesh, 3)
 
-  def held_sharding(self, name: str) -> jax.sharding.NamedSharding:
+  def held_sharding(self, name: str) -> jax.sharding.NamedSharding | Format:
     """Of all images; between them where they cannot be cut across."""
-    if name == "tokens" and self.row[-1] % self.mesh.shape["data"]:
-      return parallel.batch_sharding(self.mesh, 1)
-    return self.sharding(name)
+    if name != "tokens":
+      return self.sharding(name)
+    sharding = self.sharding(name)
+    if self.row[-1] % self.mesh.shape["data"]:
+      sharding = parallel.batch_sharding(self.mesh, 1)
+    return parallel.in_order(sharding, 4)
 
 
 def stream(
@@ -149,12 +153,11 @@ def _empty(layout, rows, names):
   depth, tokens, width = layout.row
   shapes = {"final": (rows, width), "tokens": (depth, rows, tokens, width)}
   dtypes = {"final": jnp.float32, "tokens": layout.dtype}
-  return {
-      name: jnp.zeros(
-          shapes[name], dtypes[name], device=layout.held_sharding(name)
-      )
-      for name in names
+  zeros = lambda: {
+      name: jnp.zeros(shapes[name], dtypes[name]) for name in names
   }
+  shardings = {name: layout.held_sharding(name) for name in names}
+  return jax.jit(zeros, out_shardings=shardings)()
 
 
 @functools.cache
@@ -244,20 +247,31 @@ def rows_of(part: Part, most: int) -> dict[str, np.ndarray]:
 
 
 def resident(
-    examples: dict[str, np.ndarray], mesh: jax.sharding.Mesh
+    examples: dict[str, np.ndarray], mesh: jax.sharding.Mesh, dtype: str
 ) -> dict[str, jax.Array]:
   """Images on the devices, for training through the ViT.
 
   Like tokens they are cut across, not between, where the number of devices
-  allows.
+  allows. Columns and channels are one axis, since a TPU fills up the last one
+  to 128.
+
+  Args:
+    examples: {"image": (n, h, w, 3) float32, "label": (n,)}, on the host.
+    mesh: of the devices.
+    dtype: of the backbone, which would round to it in every step.
+
+  Returns:
+    {"image": (m, h, w * 3), "label": (m,)}, m >= n.
   """
   shards = mesh.shape["data"]
   rows = -(-len(examples["image"]) // shards) * shards
-  images = _pad(examples["image"], rows)
+  images = _pad(examples["image"].astype(dtype), rows)
+  images = images.reshape(*images.shape[:2], -1)
   axis = next(axis for axis in (1, 2, 0) if images.shape[axis] % shards == 0)
   label = _pad(examples["label"], rows)
+  sharding = parallel.in_order(parallel.batch_sharding(mesh, axis), 3)
   return {
-      "image": parallel.from_host(images, parallel.batch_sharding(mesh, axis)),
+      "image": parallel.from_host(images, sharding),
       "label": parallel.from_host(label, parallel.replicated(mesh)),
   }
 
