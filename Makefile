@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	$(PYTHON) -m vqt_jax.compare runs/demo/linear runs/demo/vqt --output runs/demo
 
 test: $(VENV)/.installed-test
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest --numprocesses=2 --dist=loadfile
 
 lint: $(VENV)/.installed-test
 	$(PYTHON) -m ruff check
