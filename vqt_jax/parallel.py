@@ -149,9 +149,7 @@ def place_backbone(params: Any, mesh: jax.sharding.Mesh, dtype: str) -> Any:
   return jax.tree_util.tree_map_with_path(place, params)
 
 
-def from_host(
-    array: np.ndarray, sharding: NamedSharding | Format
-) -> jax.Array:
+def from_host(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
   """A global array of which every process holds the whole on its host."""
   return jax.make_array_from_callback(
       array.shape, sharding, lambda index: array[index]

@@ -269,9 +269,14 @@ def resident(
   images = images.reshape(*images.shape[:2], -1)
   axis = next(axis for axis in (1, 2, 0) if images.shape[axis] % shards == 0)
   label = _pad(examples["label"], rows)
-  sharding = parallel.in_order(parallel.batch_sharding(mesh, axis), 3)
+  sharding = parallel.batch_sharding(mesh, axis)
+  # In two steps: with a layout, arrays cannot be made while a mesh is set.
+  in_order = jax.jit(
+      lambda x: x, out_shardings=parallel.in_order(sharding, 3),
+      donate_argnums=0,
+  )  # fmt: skip
   return {
-      "image": parallel.from_host(images, sharding),
+      "image": in_order(parallel.from_host(images, sharding)),
       "label": parallel.from_host(label, parallel.replicated(mesh)),
   }
 
