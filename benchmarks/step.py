@@ -74,7 +74,8 @@ def compiled_flops(function: Any, static: int, args: tuple[Any, ...]) -> float:
 
 @jax.jit(static_argnums=0)
 def _forward(tuner, params, images):
-  return tuner_lib.run_backbone(tuner, params, images).final
+  reads = tuner.reads_blocks
+  return tuner_lib.run_backbone(tuner.config, reads, params, images).final
 
 
 def measure(case: cases.Case, forward: float) -> dict[str, Any]:

@@ -49,7 +49,8 @@ def test_forward_and_gradients_equal_the_official_program(name):
       method, backbone.config, 7, num_queries=queries, **CASES[name]
   )
   stream = tuner_lib.run_backbone(
-      tuner,
+      backbone.config,
+      tuner.reads_blocks,
       backbone.params,
       golden["images"],
       golden.get("embedding_dropout_mask"),
@@ -158,7 +159,9 @@ def test_the_stream_is_intact():
 
   @jax.jit
   def with_queries(variables):
-    stream = tuner_lib.run_backbone(tuner, backbone.params, images)
+    stream = tuner_lib.run_backbone(
+        backbone.config, True, backbone.params, images
+    )
     everything = {**variables, "backbone": backbone.params}
     out = tuner(everything, stream.tokens, stream.final)
     return stream, out.queries
