@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from vqt_jax import errors
+from vqt_jax import readers
 from vqt_jax import vit
 
 Weights = dict[str, Any]
@@ -85,22 +86,16 @@ def _without_prompts(config: vit.ViTConfig, z: jax.Array, count: int):
   return jnp.concatenate([z[:, :first], z[:, first + count :]], axis=1)
 
 
-def prompt_bound(config: vit.ViTConfig) -> float:
-  """Prompts start uniform within sqrt(6 / (3 * patch area + D))."""
-  height, width = config.patch_size
-  return (6 / (3 * height * width + config.width)) ** 0.5
-
-
 def _vpt_shallow_init(config, options, key):
   shape = (options.num_prompts, config.width)
-  return {"embedded": _uniform(key, shape, prompt_bound(config))}
+  return {"embedded": _uniform(key, shape, readers.token_bound(config))}
 
 
 def _vpt_shallow(config, options):
   """Visual prompt tuning, https://arxiv.org/abs/2203.12119, section 3.2.
 
   P prompts go in after the class token, without positions, and through all
-  blocks. Initialisation: the authors' program.
+  blocks. Initialisation, as in the authors' program: `readers.token_bound`.
   """
 
   def edit(name, weights, x, y):
@@ -116,7 +111,7 @@ def _vpt_shallow(config, options):
 
 def _vpt_deep_init(config, options, key):
   shape = (config.depth, options.num_prompts, config.width)
-  prompts = _uniform(key, shape, prompt_bound(config))
+  prompts = _uniform(key, shape, readers.token_bound(config))
   return {"encoderblock": {"input": prompts}}
 
 

@@ -121,12 +121,20 @@ def read(
   return jax.lax.scan(body, carry, (blocks, weights, tokens))[1]
 
 
+def token_bound(config: vit.ViTConfig) -> float:
+  """Bound of the uniform draw that the authors start queries and prompts from.
+
+  sqrt(6 / (3 * patch area + D)).
+  """
+  height, width = config.patch_size
+  return (6 / (3 * height * width + config.width)) ** 0.5
+
+
 def init_queries(
     config: vit.ViTConfig, num_queries: int, key: jax.Array
 ) -> jax.Array:
   """Queries (L, T, D), uniform within sqrt(6 / (3 * patch area + D))."""
-  height, width = config.patch_size
-  bound = (6 / (3 * height * width + config.width)) ** 0.5
+  bound = token_bound(config)
   shape = (config.depth, num_queries, config.width)
   return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 

@@ -116,7 +116,7 @@ class Tuner:
     query_key, head_key = jax.random.split(key)
     tuner = {}
     if self.editor:
-      editor_key = jax.random.fold_in(key, 2)  # Leaves the others what they are.
+      editor_key = jax.random.fold_in(key, 2)  # The others stay as they are.
       tuner["editor"] = editors.init(
           self.editor, self.config, self.options, editor_key, params
       )
