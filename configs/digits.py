@@ -1,8 +1,9 @@
 """Handwritten digits with the tiny ViT of this repository; nothing to download.
 
 What is trained: queries and a linear head (or what another method trains) on a
-small ViT pre-trained on Fashion-MNIST, see `vqt_jax/assets/`. Data: scikit-learn's 1,797
-digits, 800 to search settings on, 200 to choose by, 797 to test.
+small ViT pre-trained on Fashion-MNIST, see `vqt_jax/assets/`. Data:
+scikit-learn's 1,797 digits, 800 to search settings on, 200 to choose by, 797 to
+test.
 
   python main.py --config configs/digits.py --workdir runs/digits
   python main.py --config configs/digits.py:method=linear \\

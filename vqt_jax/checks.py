@@ -95,10 +95,7 @@ def check(config: ConfigDict, defaults: ConfigDict) -> None:
 
 
 def _check_names(config: ConfigDict) -> None:
-  try:
-    tuner.parse(config.method)
-  except errors.UserError as e:
-    raise errors.UserError(f"config.method={config.method!r}: {e}") from e
+  tuner.parse(config.method, "config.method")
   for name in ("task", "init"):
     if not config[name]:
       raise errors.UserError(f"config.{name} is empty; give a name.")
@@ -168,6 +165,8 @@ def expected(default: Any) -> str:
   if isinstance(default, tuple):
     kind = {bool: "true or false", int: "whole numbers", float: "numbers"}
     kind = kind[type(default[0])]
+    if len(default) == 1:
+      return f"{kind} separated by commas"
     return f"{kind} separated by commas, e.g. {default[0]},{default[1]}"
   return _TYPE_NAMES[type(default)]
 

@@ -31,8 +31,12 @@ METHODS = (*readers.READERS, *editors.EDITORS)
 TRAINED = ("tuner", "head")
 
 
-def parse(method: str) -> tuple[str, str | None]:
+def parse(method: str, what: str = "method") -> tuple[str, str | None]:
   """The reader and the editor of a method.
+
+  Args:
+    method: e.g. "lora" or "vqt+lora".
+    what: it is called in messages.
 
   Raises:
     UserError: unknown, with the nearest names.
@@ -40,12 +44,12 @@ def parse(method: str) -> tuple[str, str | None]:
   reader, plus, editor = method.partition("+")
   if not plus:
     if method not in METHODS:
-      raise errors.unknown("method", method, METHODS)
+      raise errors.unknown(what, method, METHODS)
     return (method, None) if method in readers.READERS else ("linear", method)
   if reader not in readers.READERS:
-    raise errors.unknown("reader", reader, readers.READERS)
+    raise errors.unknown(f"reader of {what}", reader, readers.READERS)
   if editor not in editors.EDITORS:
-    raise errors.unknown("editor", editor, editors.EDITORS)
+    raise errors.unknown(f"editor of {what}", editor, editors.EDITORS)
   return reader, editor
 
 

@@ -46,10 +46,12 @@ def _stream_numbers(tuner: tuner_lib.Tuner, remat: bool) -> int:
   tokens = c.num_tokens
   if tuner.editor.startswith("vpt_"):
     tokens += prompts
-  block = tokens * (10 * c.width + 3 * c.mlp_dim + 3 * c.num_heads * tokens)
+  of_token = 16 * c.width + 5 * c.mlp_dim + 5 * c.num_heads * tokens
+  if tuner.editor == "ssf":  # What every operation gave before it was scaled.
+    of_token += 7 * c.width + c.mlp_dim
   if not remat:
-    return c.depth * block
-  return c.depth * tokens * 2 * c.width + 2 * block
+    return c.depth * tokens * of_token
+  return c.depth * tokens * 2 * c.width + tokens * of_token
 
 
 def runs_at_once(
