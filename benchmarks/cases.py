@@ -99,6 +99,8 @@ def all_steps(
 
 
 def name_of(tuner: tuner_lib.Tuner) -> str:
+  if tuner.editor:
+    return tuner.method
   if not tuner.reads_blocks:
     return "linear probe"
   return f"VQT, T={tuner.num_queries}"
@@ -112,6 +114,7 @@ def train(
     rows: int = 0,
     runs: int = 1,
     steps: int = 1,
+    remat: bool = False,
 ) -> Case:
   """The package's own training steps.
 
@@ -122,15 +125,16 @@ def train(
     rows: resident examples; 0: as many as a call takes.
     runs: R trained side by side.
     steps: S in a call.
+    remat: whether the blocks are computed again for an editor's gradient.
   """
   config = tuner.config
-  recipe = step_lib.Recipe("adam", query_dropout=True)
+  recipe = step_lib.Recipe("adam", query_dropout=True, remat=remat)
 
   def build():
     params = _params(config, config.dtype)
     seeds = jnp.arange(runs, dtype=jnp.uint32)
     state = step_lib.init(tuner, recipe, params, seeds)
-    frozen = tuner_lib.partition(params, tuner.init(jax.random.key(0)))[1]
+    frozen = tuner_lib.partition(params, tuner.shapes())[1]
     settings = step_lib.Settings(
         lr=jnp.full(runs, 0.1),
         weight_decay=jnp.full(runs, 1e-4),

@@ -1,15 +1,16 @@
 """Handwritten digits with the tiny ViT of this repository; nothing to download.
 
-What is trained: queries and a linear head (or the head alone) on a small ViT
-pre-trained on Fashion-MNIST, see `vqt_jax/assets/`. Data: scikit-learn's 1,797
-digits, 800 to search settings on, 200 to choose by, 797 to test.
+What is trained: queries and a linear head (or what another method trains) on a
+small ViT pre-trained on Fashion-MNIST, see `vqt_jax/assets/`. Data:
+scikit-learn's 1,797 digits, 800 to search settings on, 200 to choose by, 797 to
+test.
 
   python main.py --config configs/digits.py --workdir runs/digits
   python main.py --config configs/digits.py:method=linear \\
       --workdir runs/digits_linear
 
 Arguments:
-  method       "vqt" or "linear"
+  method       "vqt", "linear", or any other of docs/methods.md
   num_queries  queries per block
 """
 
@@ -18,6 +19,7 @@ from importlib import resources
 from ml_collections import ConfigDict
 
 from vqt_jax import config as config_lib
+from vqt_jax import readers
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -30,6 +32,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.image_size = 28
   config.epochs = 30
   config.warmup_epochs = 3
-  config.lr = (4.0, 1.0, 0.25, 0.05, 0.01)
+  if config.method in readers.READERS:
+    config.lr = (4.0, 1.0, 0.25, 0.05, 0.01)
   config.weight_decay = (1e-3, 1e-4, 0.0)
   return config

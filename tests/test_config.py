@@ -49,7 +49,10 @@ def test_defaults_are_the_noiseless_method_with_the_authors_recipe():
   assert (c.method, c.num_queries, c.query_dropout) == ("vqt", 0, 0.1)
   assert c.embedding_dropout == 0
   assert (c.value_range, c.resize, c.gelu) == ("", "bilinear", "")
-  assert len(c.lr) * len(c.weight_decay) == 20
+  resolved = config_lib.resolve(c)
+  assert resolved.lr == (1.0, 0.5, 0.25, 0.1, 0.05)
+  assert len(resolved.lr) * len(resolved.weight_decay) == 20
+  assert (resolved.optimizer, resolved.editor_rate) == ("adam", 1.0)
   assert c.seeds == (42, 44, 82, 100, 800)
 
 
@@ -89,6 +92,9 @@ def test_a_preset_leaves_what_is_asked_for_and_is_applied_once():
     "changes, words",
     [
         ({"method": "vqtt"}, "Unknown config.method 'vqtt'. Did you mean vqt?"),
+        ({"method": "vqt+lra"}, "editor of config.method 'lra'. Did you mean"),
+        ({"method": "lora", "features": "host"}, "use features=live"),
+        ({"rank": 0}, "config.rank: expected at least 1"),
         ({"optimizer": "adm"}, "Did you mean adam"),
         ({"schedule": "steps"}, "Did you mean step?"),
         ({"combine": "cat"}, "Known: concat, mean, weighted_sum"),
@@ -213,6 +219,20 @@ def test_the_authors_queries_and_selection(arg, num_queries, keep_fraction):
   assert config_lib.resolve(config) == config
 
 
+def test_editors_have_the_published_recipes():
+  """And beside queries a fraction of their rates."""
+  recipe = lambda method: tuple(config_lib.recipe(method).values())
+  high, low = recipe("vpt_deep"), recipe("lora")
+  assert high[0] == "sgd" and max(high[1]) == 50.0 and high[2] == 1.0
+  assert low == ("adamw", (5e-3, 1e-3, 5e-4, 1e-4), 1.0)
+  assert recipe("linear+lora") == low
+  assert recipe("vqt+lora") == (*recipe("vqt")[:2], 0.01)
+  config = config_lib.default_config()
+  config.update(method="lora", lr=(0.5,), optimizer="sgd")
+  config = config_lib.resolve(config)
+  assert (config.lr, config.optimizer) == ((0.5,), "sgd")
+
+
 @pytest.mark.parametrize("arg", ["", "num_queries=3,method=linear", "preset="])
 def test_all_tasks_have_the_configs_they_have_alone(arg):
   get_config = load("vtab").get_config
@@ -255,6 +275,8 @@ def test_json_and_differences():
       "epochs": (100, 7),
       "keep_fraction": (0.0, 0.7),
       "num_queries": (0, 1),
-      "lr": ([1.0, 0.5, 0.25, 0.1, 0.05], [0.1]),
+      "lr": ([0.0], [0.1]),
+      "optimizer": ("", "adam"),
+      "editor_rate": (0.0, 1.0),
       "splits.test": ("", "test[:9]"),
   }

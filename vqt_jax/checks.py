@@ -13,9 +13,8 @@ from vqt_jax.data import vtab
 from vqt_jax.train import optim
 
 CHOICES = {
-    "method": tuner.METHODS,
     "combine": ("concat", "mean", "weighted_sum"),
-    "optimizer": optim.OPTIMIZERS,
+    "optimizer": ("", *optim.OPTIMIZERS),
     "schedule": ("epoch", "step"),
     "resize": ("bilinear", "legacy"),
     "value_range": ("", *VALUE_RANGES),
@@ -36,6 +35,12 @@ BOUNDS = {
     "num_classes": (0, math.inf),
     "num_queries": (0, math.inf),
     "query_dropout": (0, 0.99),
+    "num_prompts": (1, math.inf),
+    "bottleneck": (0, math.inf),
+    "rank": (1, math.inf),
+    "alpha": (0, math.inf),
+    "last_blocks": (1, math.inf),
+    "editor_rate": (0, math.inf),
     "embedding_dropout": (0, 0.99),
     "epochs": (1, math.inf),
     "warmup_epochs": (0, math.inf),
@@ -90,6 +95,7 @@ def check(config: ConfigDict, defaults: ConfigDict) -> None:
 
 
 def _check_names(config: ConfigDict) -> None:
+  tuner.parse(config.method, "config.method")
   for name in ("task", "init"):
     if not config[name]:
       raise errors.UserError(f"config.{name} is empty; give a name.")
@@ -110,7 +116,7 @@ def _check_combinations(config: ConfigDict) -> None:
     raise errors.UserError(
         "config.mesh.data=0: expected a number of devices, or -1 for all."
     )
-  if not all(config.lr):
+  if not all(config.lr) and len(config.lr) > 1:
     raise errors.UserError(
         f"config.lr={config.lr}: with a rate of 0 nothing is trained."
     )
@@ -123,6 +129,11 @@ def _check_combinations(config: ConfigDict) -> None:
     raise errors.UserError(
         f"config.task={vtab.ALL} takes VTAB's tasks as they are: leave"
         f" {', '.join(given)} empty."
+    )
+  if tuner.parse(config.method)[1] and config.features not in ("", "live"):
+    raise errors.UserError(
+        f"config.method={config.method} changes the stream in every step, so it"
+        " cannot be stored: use features=live."
     )
   if config.embedding_dropout and config.features not in ("", "live"):
     raise errors.UserError(
@@ -154,6 +165,8 @@ def expected(default: Any) -> str:
   if isinstance(default, tuple):
     kind = {bool: "true or false", int: "whole numbers", float: "numbers"}
     kind = kind[type(default[0])]
+    if len(default) == 1:
+      return f"{kind} separated by commas"
     return f"{kind} separated by commas, e.g. {default[0]},{default[1]}"
   return _TYPE_NAMES[type(default)]
 

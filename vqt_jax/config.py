@@ -13,13 +13,17 @@ sits in these fields, all set by `preset="authors"`:
 """
 
 import copy
+import dataclasses
 import json
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from vqt_jax import checks
+from vqt_jax import editors
 from vqt_jax import errors
+from vqt_jax import readers
+from vqt_jax import tuner as tuner_lib
 from vqt_jax.data import vtab
 
 
@@ -54,21 +58,31 @@ def default_config() -> ConfigDict:
   c.dtype = ""  # of matrix products; "": bfloat16 on TPU/GPU, float32 on CPU
 
   # Method.
-  c.method = "vqt"  # "vqt": visual query tuning; "linear": probe of the end
+  c.method = "vqt"  # a reader ("vqt": visual query tuning; "linear": probe of
+  # the end), an editor, read by "linear" (see docs/methods.md: "lora", ...), or
+  # both: "vqt+vpt_deep"
   c.num_queries = 0  # queries per block (vqt); 0: the authors' for the task,
   # which is 1 but for seven tasks of VTAB
   c.query_dropout = 0.1  # probability, on queries while training (vqt)
   c.combine = "concat"  # a block's queries: "concat", "mean", "weighted_sum"
   c.normalize = True  # divide each block's features by their L2 norm (vqt)
   c.embedding_dropout = 0.0  # probability, on the embedded tokens in training
+  c.num_prompts = 10  # prompts (vpt_shallow), of each block (vpt_deep)
+  c.bottleneck = 0  # hidden size (adapter, adaptformer); 0: D / 8 and 64
+  c.rank = 8  # of the change of a projection (lora)
+  c.alpha = 8.0  # which is scaled by alpha / rank (lora)
+  c.last_blocks = 1  # blocks that train (partial)
+  c.editor_rate = 0.0  # learning rate of what an editor trains, times lr; 0:
+  # 0.01 beside queries, else 1
 
   # Training.
   c.epochs = 100  # epochs of every run
   c.warmup_epochs = 10  # epochs of linear warm-up; then cosine to 0
   c.schedule = "epoch"  # learning rate changes every "epoch" or every "step"
   c.batch_size = 128  # images
-  c.optimizer = "adam"  # "adam", "sgd" (momentum 0.9; coupled L2), or "adamw"
-  c.lr = (1.0, 0.5, 0.25, 0.1, 0.05)  # peak rates per 256 images of batch
+  c.optimizer = ""  # "adam", "sgd" (momentum 0.9; coupled L2), or "adamw";
+  # "": as published for the method
+  c.lr = (0.0,)  # peak rates per 256 images of batch; 0: as published
   c.weight_decay = (1e-2, 1e-3, 1e-4, 0.0)  # not on biases
 
   # Runs. Several (lr, weight_decay) are tried on train and compared on val;
@@ -97,6 +111,8 @@ def default_config() -> ConfigDict:
   c.store_dir = ""  # folder; given, features are kept there for other runs too
   c.data = ""  # live: images kept on "device"; "stream": read every epoch
   c.eval_batch_size = 128  # images
+  c.remat = False  # compute blocks again in the gradient (editors): less
+  # memory, more time
   c.mesh = ConfigDict({
       "data": -1,  # devices that share a batch; -1: all that are left
       "model": 1,  # devices that share one copy of the backbone
@@ -120,6 +136,15 @@ AUTHORS = {
     "embedding_dropout": 0.1,
 }
 AUTHORS_KEEP = 0.7  # Of the features, on VTAB tasks with one query per block.
+# Optimiser and peak rates. Readers alone: the VQT authors'; their rates are of
+# a head, so editors beside queries move at a fraction of them (`EDITOR_RATE`).
+# Prompts, and all else: the searches of the VPT paper (docs/methods.md).
+READERS_RECIPE = ("adam", (1.0, 0.5, 0.25, 0.1, 0.05))
+PROMPTS_RECIPE = (
+    "sgd", (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05)
+)  # fmt: skip
+EDITORS_RECIPE = ("adamw", (5e-3, 1e-3, 5e-4, 1e-4))
+EDITOR_RATE = 0.01
 AUTHORS_TOO = (
     "query_dropout",
     "combine",
@@ -174,6 +199,7 @@ def resolve(
     config.preset = ""
   for name in ("lr", "weight_decay"):
     config[name] = tuple(map(float, config[name]))
+  _follow_recipe(config)
   if config.task != vtab.ALL:  # Else each task's own.
     _follow_authors(config)
   validate(config)
@@ -185,6 +211,39 @@ def of_task(config: ConfigDict, name: str) -> ConfigDict:
   config = copy.deepcopy(config)
   config.task = name
   return resolve(config)
+
+
+def recipe(method: str) -> dict[str, Any]:
+  """Optimiser, rates, and the editor's rate, as published for a method."""
+  reader, editor = tuner_lib.parse(method)
+  if not editor or reader != "linear":
+    optimizer, lr = READERS_RECIPE
+    rate = EDITOR_RATE if editor else 1.0
+  else:
+    prompts = editor.startswith("vpt_")
+    optimizer, lr = PROMPTS_RECIPE if prompts else EDITORS_RECIPE
+    rate = 1.0
+  return {"optimizer": optimizer, "lr": lr, "editor_rate": rate}
+
+
+def _follow_recipe(config: ConfigDict) -> None:
+  """Writes out what is empty because it is as published for the method."""
+  for name, value in recipe(config.method).items():
+    if config[name] in ("", (0.0,), 0.0):
+      config[name] = value
+
+
+def of_tuner(config: ConfigDict) -> dict[str, Any]:
+  """A resolved config's part of `make_tuner`'s options."""
+  sizes = [field.name for field in dataclasses.fields(editors.Options)]
+  options = {
+      "options": editors.Options(**{name: config[name] for name in sizes})
+  }
+  reader, _ = tuner_lib.parse(config.method)
+  if readers.READERS[reader].queries:
+    of_queries = ("num_queries", "normalize", "combine")
+    options |= {name: config[name] for name in of_queries}
+  return options
 
 
 def _follow_authors(config: ConfigDict) -> None:
@@ -200,7 +259,7 @@ def _follow_authors(config: ConfigDict) -> None:
 def _authors(method: str) -> dict[str, Any]:
   defaults = default_config()
   values = {name: defaults[name] for name in AUTHORS_TOO} | AUTHORS
-  if method == "linear":  # Theirs probes in evaluation mode, without noise.
+  if method != "vqt":  # All other methods they train without noise.
     values["embedding_dropout"] = 0.0
   return values
 

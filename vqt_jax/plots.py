@@ -21,7 +21,21 @@ INK = "#1f2933"
 FAINT = "#9aa5b1"
 GRID = "#e4e7eb"
 COLOURS = ("#2166ac", "#d6604d", "#4d9221", "#8073ac", "#bf812d", "#35978f")
-METHODS = {"vqt": "VQT", "linear": "linear probe"}
+METHODS = {
+    "vqt": "VQT",
+    "linear": "linear probe",
+    "finetune": "full fine-tuning",
+    "bitfit": "BitFit",
+    "partial": "partial fine-tuning",
+    "vpt_shallow": "VPT-shallow",
+    "vpt_deep": "VPT-deep",
+    "adapter": "adapter",
+    "adaptformer": "AdaptFormer",
+    "lora": "LoRA",
+    "ssf": "SSF",
+    "vqt+vpt_deep": "VQT + VPT-deep",
+    "vqt+adaptformer": "VQT + AdaptFormer",
+}
 # What a run tests, by its name in `results.json`.
 CANDIDATES = {
     "all": "all features",

@@ -1,4 +1,4 @@
-"""Readers: what looks at the frozen stream and never changes it.
+"""Readers: what looks at the stream and never changes it.
 
 A reader is one pure step per block,
 
@@ -7,10 +7,13 @@ A reader is one pure step per block,
 with one block's frozen parameters, the reader's own weights of that block, the
 block's tokens LN_0(z_m) (B, N, D), and whatever it passes upward. `read` scans
 it over depth. Tokens come from the backbone or from a store; a reader cannot
-tell, and no gradient reaches what produced them.
+tell, and unless an editor has changed them no gradient reaches what produced
+them. In a block that an editor changes a reader's tokens pass through what the
+editor put there, as any others would; its weights then come with the reader's.
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
 from typing import Any
 
@@ -23,29 +26,55 @@ from vqt_jax import vit
 Step = Callable[[Any, Any, jax.Array, Any], tuple[Any, jax.Array]]
 
 
-def query_step(config: vit.ViTConfig) -> Step:
+@dataclasses.dataclass(frozen=True)
+class Reader:
+  """A line of the table.
+
+  Attributes:
+    blocks: whether it reads the tokens of every block, or the final feature
+      only.
+    queries: whether it reads them with queries.
+  """
+
+  blocks: bool
+  queries: bool
+
+
+READERS = {
+    "vqt": Reader(blocks=True, queries=True),
+    "linear": Reader(blocks=False, queries=False),
+}
+
+
+def query_step(config: vit.ViTConfig, edit: vit.Edit | None = None) -> Step:
   """The step of visual query tuning; its weights are a block's queries.
 
   Queries are (T, D), or (B, T, D) when dropout makes them differ by example;
-  outputs are (B, T, D), float32. VQT, section 3.2.
+  outputs are (B, T, D), float32. VQT, section 3.2. With an edit, weights are
+  (queries, the edit's of the block).
   """
-  block = vit.Block(config)
+  block = vit.Block(config, edit=edit)
 
-  def step(block_params, queries, tokens, carry):
+  def step(block_params, weights, tokens, carry):
     params = {"params": block_params}
     tokens = tokens.astype(config.dtype)  # They may be kept in another one.
-    return carry, block.apply(params, tokens, queries, method="read")
+    queries = weights if edit is None else weights[0]
+    own = None if edit is None else weights[1]
+    return carry, block.apply(params, tokens, queries, own, method="read")
 
   return step
 
 
-def attention_step(config: vit.ViTConfig) -> Step:
+def attention_step(config: vit.ViTConfig, edit: vit.Edit | None = None) -> Step:
   """As `query_step`, but tells where queries look: (B, H, T, N)."""
-  block = vit.Block(config)
+  block = vit.Block(config, edit=edit)
 
-  def step(block_params, queries, tokens, carry):
+  def step(block_params, weights, tokens, carry):
     params = {"params": block_params}
-    return carry, block.apply(params, tokens, queries, method="attention")
+    queries = weights if edit is None else weights[0]
+    own = None if edit is None else weights[1]
+    out = block.apply(params, tokens, queries, own, method="attention")
+    return carry, out
 
   return step
 
@@ -96,12 +125,20 @@ def read(
   return jax.lax.scan(body, carry, (blocks, weights, tokens))[1]
 
 
+def token_bound(config: vit.ViTConfig) -> float:
+  """Bound of the uniform draw that the authors start queries and prompts from.
+
+  sqrt(6 / (3 * patch area + D)).
+  """
+  height, width = config.patch_size
+  return (6 / (3 * height * width + config.width)) ** 0.5
+
+
 def init_queries(
     config: vit.ViTConfig, num_queries: int, key: jax.Array
 ) -> jax.Array:
   """Queries (L, T, D), uniform within sqrt(6 / (3 * patch area + D))."""
-  height, width = config.patch_size
-  bound = (6 / (3 * height * width + config.width)) ** 0.5
+  bound = token_bound(config)
   shape = (config.depth, num_queries, config.width)
   return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 

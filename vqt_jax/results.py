@@ -4,7 +4,7 @@
   metrics.jsonl   a line per epoch and run
   tensorboard/    the same as TensorBoard events
   results.json    what came out
-  tuned/          queries and head: variables.safetensors and info.json
+  tuned/          what was trained: variables.safetensors and info.json
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,8 @@
-"""What was trained, as one ships it: queries and head, and how to use them."""
+"""What was trained, as one ships it, and how to use it.
+
+Queries, an editor's weights (copies of the backbone leaves that trained, and of
+no others) and the head.
+"""
 
 import dataclasses
 import os
@@ -9,6 +13,7 @@ import numpy as np
 
 from vqt_jax import backbone as backbone_lib
 from vqt_jax import checkpoints
+from vqt_jax import editors
 from vqt_jax import errors
 from vqt_jax import readers
 from vqt_jax import results
@@ -37,11 +42,37 @@ class Tuned:
 
   def attention(self, images: jax.Array) -> np.ndarray:
     """What queries attend to: (L, B, H, T, N), sums to 1 over the tokens."""
-    tokens = self.backbone(images).tokens
-    blocks = self.backbone.params["Transformer"]["encoderblock"]
-    step = readers.attention_step(self.backbone.config)
+    everything = {**self.variables, "backbone": self.backbone.params}
+    tokens = self.tuner.stream(everything, images).tokens
     queries = self.variables["tuner"]["queries"]
-    return np.asarray(readers.read(step, blocks, queries, tokens))
+    return np.asarray(
+        self.tuner.read(readers.attention_step, everything, queries, tokens)
+    )
+
+  def folded(self) -> "Tuned":
+    """The same without its editor, on a backbone of its own.
+
+    That backbone is a plain ViT: `save_npz` writes it for Big Vision.
+
+    Raises:
+      UserError: what the editor does is not the work of any plain ViT.
+    """
+    if not self.tuner.editor:
+      return self
+    variables = {**self.variables, "tuner": dict(self.variables["tuner"])}
+    own = variables["tuner"].pop("editor")
+    params = editors.folded(
+        self.tuner.editor, self.tuner.options, self.backbone.params, own
+    )
+    reader, _ = tuner_lib.parse(self.tuner.method)
+    return Tuned(
+        dataclasses.replace(
+            self.backbone, params=jax.tree.map(np.asarray, params)
+        ),
+        dataclasses.replace(self.tuner, method=reader),
+        variables,
+        {**self.info, "method": reader},
+    )
 
 
 def save(
@@ -80,6 +111,7 @@ def save(
           "num_queries": tuner.num_queries,
           "normalize": tuner.normalize,
           "combine": tuner.combine,
+          "options": dataclasses.asdict(tuner.options),
           "backbone": {
               "source": init,
               "variant": c.variant,
@@ -107,7 +139,9 @@ def load(directory: str | os.PathLike[str]) -> Tuned:
     backbone = checkpoints.load_backbone(given.pop("source"), **given)
     options = ("method", "num_classes", "num_queries", "normalize", "combine")
     tuner = tuner_lib.make_tuner(
-        config=backbone.config, **{name: info[name] for name in options}
+        config=backbone.config,
+        options=editors.Options(**info.get("options", {})),
+        **{name: info[name] for name in options},
     )
   except (KeyError, TypeError) as e:
     raise errors.UserError(
@@ -121,7 +155,7 @@ def load(directory: str | os.PathLike[str]) -> Tuned:
     if len(rows) == len(features) and features.max() < len(kernel):
       kernel[features] = rows
     variables["head"]["kernel"] = kernel
-  wanted = jax.eval_shape(tuner.init, jax.random.key(0))
+  wanted = tuner.shapes()
   shapes = lambda tree: jax.tree.map(np.shape, tree)
   if shapes(variables) != shapes(wanted):
     raise errors.UserError(

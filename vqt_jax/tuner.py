@@ -1,9 +1,13 @@
-"""Tuners: a reader and a head, by the method's name.
+"""Tuners: an optional editor, a reader and a head, by the method's name.
+
+A method is a reader ("vqt"), an editor with the linear reader ("lora"), or a
+reader and an editor ("vqt+vpt_deep").
 
 Parameters are one tree {"backbone", "tuner", "head"}. `labels` names every leaf
 "train" or "frozen"; `split` cuts the tree along them with optax's own
 `MaskedNode` in the holes, so that gradients, optimiser state and saved files
-know only what is trained.
+know only what is trained. "tuner" holds "queries", "combine" and, under
+"editor", all that an editor trains: copies of backbone leaves as well.
 """
 
 import dataclasses
@@ -15,14 +19,38 @@ import jax.numpy as jnp
 import optax
 
 from vqt_jax import backbone as backbone_lib
+from vqt_jax import editors
 from vqt_jax import errors
 from vqt_jax import head
 from vqt_jax import readers
 from vqt_jax import vit
 
-METHODS = ("vqt", "linear")
-# Parts of the parameters that reader and head bring; the backbone is frozen.
+# Readers, and editors with the linear one; all other pairs are READER+EDITOR.
+METHODS = (*readers.READERS, *editors.EDITORS)
+# Parts of the parameters that a method brings; the backbone is frozen.
 TRAINED = ("tuner", "head")
+
+
+def parse(method: str, what: str = "method") -> tuple[str, str | None]:
+  """The reader and the editor of a method.
+
+  Args:
+    method: e.g. "lora" or "vqt+lora".
+    what: it is called in messages.
+
+  Raises:
+    UserError: unknown, with the nearest names.
+  """
+  reader, plus, editor = method.partition("+")
+  if not plus:
+    if method not in METHODS:
+      raise errors.unknown(what, method, METHODS)
+    return (method, None) if method in readers.READERS else ("linear", method)
+  if reader not in readers.READERS:
+    raise errors.unknown(f"reader of {what}", reader, readers.READERS)
+  if editor not in editors.EDITORS:
+    raise errors.unknown(f"editor of {what}", editor, editors.EDITORS)
+  return reader, editor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +58,15 @@ class Tuner:
   """A method, ready for one backbone and one task.
 
   Attributes:
-    method: "vqt" (visual query tuning) or "linear" (probe of the final
-      feature).
+    method: as `parse` takes it, e.g. "vqt" (visual query tuning), "linear"
+      (probe of the final feature), "lora", "vqt+vpt_deep".
     config: architecture of the backbone.
     num_classes: classes C of the task.
     num_queries: queries T per block (vqt).
     normalize: divide each feature group by its L2 norm (vqt).
     combine: how a block's T outputs become features (vqt):
       "concat", "mean" or "weighted_sum".
+    options: sizes of the editor.
   """
 
   method: str
@@ -46,11 +75,31 @@ class Tuner:
   num_queries: int = 1
   normalize: bool = True
   combine: Literal["concat", "mean", "weighted_sum"] = "concat"
+  options: editors.Options = editors.Options()
+
+  @property
+  def reader(self) -> readers.Reader:
+    return readers.READERS[parse(self.method)[0]]
+
+  @property
+  def editor(self) -> str | None:
+    """Its name, or None: then the stream is frozen and no gradient enters."""
+    return parse(self.method)[1]
+
+  @property
+  def edit(self) -> vit.Edit | None:
+    """What hooks into the blocks, if the editor has any such."""
+    make = self.editor and editors.EDITORS[self.editor].edit
+    return make(self.config, self.options) if make else None
 
   @property
   def reads_blocks(self) -> bool:
     """Whether it needs the tokens of every block, or the final feature only."""
-    return self.method == "vqt"
+    return self.reader.blocks
+
+  @property
+  def has_queries(self) -> bool:
+    return self.reader.queries
 
   @property
   def num_features(self) -> int:
@@ -60,11 +109,22 @@ class Tuner:
     per_block = self.num_queries if self.combine == "concat" else 1
     return self.config.width * (1 + self.config.depth * per_block)
 
-  def init(self, key: jax.Array) -> dict[str, Any]:
-    """Fresh trained parameters {"tuner", "head"}, float32."""
+  def init(self, key: jax.Array, params: Any = None) -> dict[str, Any]:
+    """Fresh trained parameters {"tuner", "head"}, float32.
+
+    Args:
+      key: what is random comes from.
+      params: the backbone's; editors that train copies of its leaves start from
+        them, others do without.
+    """
     query_key, head_key = jax.random.split(key)
     tuner = {}
-    if self.reads_blocks:
+    if self.editor:
+      editor_key = jax.random.fold_in(key, 2)  # The others stay as they are.
+      tuner["editor"] = editors.init(
+          self.editor, self.config, self.options, editor_key, params
+      )
+    if self.has_queries:
       tuner["queries"] = readers.init_queries(
           self.config, self.num_queries, query_key
       )
@@ -74,6 +134,52 @@ class Tuner:
         "tuner": tuner,
         "head": head.init(self.num_features, self.num_classes, head_key),
     }
+
+  def shapes(self) -> dict[str, Any]:
+    """Shapes and dtypes of what `init` gives."""
+    params = vit.param_shapes(self.config)
+    return jax.eval_shape(self.init, jax.random.key(0), params)
+
+  def stream(
+      self,
+      variables: Any,
+      images: jax.Array,
+      embedding_mask: jax.Array | None = None,
+      remat: bool = False,
+  ) -> vit.Stream:
+    """What it reads of images; differentiable if it has an editor.
+
+    Args:
+      variables: {"backbone", "tuner"}.
+      images: (B, height, width, 3).
+      embedding_mask: see `vit.ViT`.
+      remat: the same.
+    """
+    if not self.editor:
+      params = variables["backbone"]
+      return run_backbone(
+          self.config, self.reads_blocks, params, images, embedding_mask
+      )
+    own = variables["tuner"]["editor"]
+    return vit.ViT(self.config).apply(
+        {"params": editors.replaced(variables["backbone"], own)},
+        images,
+        collect=("tokens",) if self.reads_blocks else (),
+        embedding_mask=embedding_mask,
+        edit=self.edit,
+        weights=own,
+        remat=remat,
+    )
+
+  def read(self, make_step: Any, variables: Any, queries: Any, *args: Any):
+    """Scans `readers.query_step` or its like over depth; see `readers.read`."""
+    params, edit = variables["backbone"], self.edit
+    own = variables["tuner"].get("editor", {})
+    blocks = editors.replaced(params, own)["Transformer"]["encoderblock"]
+    weights = queries
+    if edit:
+      weights = (queries, own.get("encoderblock", {}))
+    return readers.read(make_step(self.config, edit), blocks, weights, *args)
 
   def __call__(
       self,
@@ -102,10 +208,7 @@ class Tuner:
     queries = variables["tuner"]["queries"]
     if query_mask is not None:
       queries = queries[:, None] * query_mask
-    blocks = variables["backbone"]["Transformer"]["encoderblock"]
-    outputs = readers.read(
-        readers.query_step(self.config), blocks, queries, tokens, rows
-    )
+    outputs = self.read(readers.query_step, variables, queries, tokens, rows)
     groups = readers.combine(
         outputs, self.combine, variables["tuner"].get("combine")
     )
@@ -139,7 +242,7 @@ def make_tuner(
   """A tuner by name.
 
   Args:
-    method: one of `METHODS`.
+    method: as `parse` takes it.
     config: architecture of the backbone.
     num_classes: classes of the task.
     **options: further fields of `Tuner`.
@@ -147,15 +250,17 @@ def make_tuner(
   Raises:
     UserError: unknown method, or sizes that make no sense.
   """
-  if method not in METHODS:
-    raise errors.UserError(
-        f"Unknown method {method!r}. Known: {', '.join(METHODS)}."
-    )
+  parse(method)
   tuner = Tuner(method, config, num_classes, **options)
   if tuner.num_queries < 1 or num_classes < 2:
     raise errors.UserError(
         f"{method}: expected at least 1 query and 2 classes, found"
         f" num_queries={tuner.num_queries}, num_classes={num_classes}."
+    )
+  if tuner.editor == "partial" and tuner.options.last_blocks > config.depth:
+    raise errors.UserError(
+        f"{method}: expected last_blocks of at most {config.depth}, the depth"
+        f" of the backbone, found {tuner.options.last_blocks}."
     )
   return tuner
 
@@ -179,8 +284,9 @@ def apply(
 
 @jax.jit(static_argnums=0)
 def _apply(tuner, params, variables, images):
-  stream = run_backbone(tuner.config, tuner.reads_blocks, params, images)
-  return tuner({**variables, "backbone": params}, stream.tokens, stream.final)
+  variables = {**variables, "backbone": params}
+  stream = tuner.stream(variables, images)
+  return tuner(variables, stream.tokens, stream.final)
 
 
 def run_backbone(

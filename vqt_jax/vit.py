@@ -6,9 +6,19 @@ leaves stacked on a first axis as in Big Vision's `scan=True` models. The query
 path of a block is `Block.read` (visual query tuning, section 3.2 of
 https://arxiv.org/abs/2212.03220).
 
+What changes the stream (see `editors`) hooks in here and nowhere else: an
+`Edit` sees every named operation's input x and output y, and gives what takes
+the place of y. Names in a block are those of its leaf modules, and "input" (x
+and y: what enters the block) and "MlpBlock_0" (y: the MLP's output, x: the
+residual stream that it is added to). Names at the ends: "embedding" (x: images,
+y: patches), "embedded" (tokens with positions), "output" (of the last block)
+and "encoder_norm". Without an edit nothing is computed that would not be.
+
 Letters: B batch, N tokens, D width, L depth, H heads, K head size, T queries.
 """
 
+from collections.abc import Callable
+import contextlib
 import dataclasses
 import functools
 import math
@@ -24,6 +34,16 @@ import numpy as np
 from vqt_jax import parallel
 
 EPSILON = 1e-6
+
+# (name, weights, x, y) -> y; weights are the edit's own of this block (at the
+# ends those of the whole), a dict by operation.
+Edit = Callable[[str, Any, jax.Array, jax.Array], jax.Array]
+
+# Modules of a block whose output an edit sees; it sees the MLP's in `Block`.
+EDITED = (
+    "LayerNorm_0", "query", "key", "value", "out", "LayerNorm_1", "Dense_0",
+    "Dense_1",
+)  # fmt: skip
 
 # Big Vision's `decode_variant`: (width, depth, mlp_dim, num_heads).
 VARIANTS = {
@@ -241,11 +261,13 @@ class Block(nn.Module):
   """One pre-norm encoder block; `collect` names what else the scan returns.
 
   "tokens" are the normalised inputs LN_0(z_m), all that a reader needs;
-  "blocks" are the outputs z_{m+1}.
+  "blocks" are the outputs z_{m+1}. `edit` changes the stream, with weights that
+  come with each call; what reads the stream passes through the edited block.
   """
 
   config: ViTConfig
   collect: tuple[str, ...] = ()
+  edit: Edit | None = None
 
   def setup(self):
     self.LayerNorm_0 = _layer_norm()
@@ -253,31 +275,73 @@ class Block(nn.Module):
     self.LayerNorm_1 = _layer_norm()
     self.MlpBlock_0 = Mlp(self.config)
 
-  def __call__(self, z: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    tokens = self.LayerNorm_0(z).astype(self.config.dtype)
-    z = z + self.MultiHeadDotProductAttention_0(tokens, tokens)
-    z = z + self.MlpBlock_0(self.LayerNorm_1(z))
+  def __call__(
+      self, z: jax.Array, weights: Any = None
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    with self._edited(weights) as edited:
+      z = edited("input", z, z)
+      tokens = self.LayerNorm_0(z).astype(self.config.dtype)
+      z = z + self.MultiHeadDotProductAttention_0(tokens, tokens)
+      z = z + edited("MlpBlock_0", z, self.MlpBlock_0(self.LayerNorm_1(z)))
     seen = {"tokens": tokens, "blocks": z}
     return z, {name: seen[name] for name in self.collect}
 
-  def read(self, tokens: jax.Array, queries: jax.Array) -> jax.Array:
+  def read(
+      self, tokens: jax.Array, queries: jax.Array, weights: Any = None
+  ) -> jax.Array:
     """Passes queries through this block; they see the stream, nobody sees them.
 
     Args:
       tokens: LN_0(z_m), (B, N, D).
       queries: (T, D) shared by all examples, or (B, T, D). float32.
+      weights: of the edit, in this block.
 
     Returns:
       The queries' outputs (B, T, D), float32.
     """
     attend = self.MultiHeadDotProductAttention_0.absorbed
-    x = queries + attend(self.LayerNorm_0(queries), tokens)
-    return x + self.MlpBlock_0(self.LayerNorm_1(x))
+    if _projections_edited(weights):  # Then they have to be there.
+      attend = self.MultiHeadDotProductAttention_0
+      queries = jnp.broadcast_to(queries, (len(tokens), *queries.shape[-2:]))
+    with self._edited(weights) as edited:
+      x = queries + attend(self.LayerNorm_0(queries), tokens)
+      return x + edited("MlpBlock_0", x, self.MlpBlock_0(self.LayerNorm_1(x)))
 
-  def attention(self, tokens: jax.Array, queries: jax.Array) -> jax.Array:
+  def attention(
+      self, tokens: jax.Array, queries: jax.Array, weights: Any = None
+  ) -> jax.Array:
     """Where `read` looks: (B, H, T, N), float32."""
     attention = self.MultiHeadDotProductAttention_0
-    return attention.weights(self.LayerNorm_0(queries), tokens)
+    with self._edited(weights):
+      queries = self.LayerNorm_0(queries)
+      if not _projections_edited(weights):
+        return attention.weights(queries, tokens)
+      q, k = attention.query(queries), attention.key(tokens)
+      scores = _dot("...thk,bnhk->bhtn", q, k) * self.config.head_dim**-0.5
+      return jax.nn.softmax(scores, axis=-1)
+
+  @contextlib.contextmanager
+  def _edited(self, weights: Any):
+    """Edits what modules give meanwhile; yields the edit for the rest."""
+    if self.edit is None:
+      yield lambda name, x, y: y
+      return
+    edited = lambda name, x, y: self.edit(name, weights, x, y)
+
+    def intercept(call, args, kwargs, context):
+      y = call(*args, **kwargs)
+      if context.method_name != "__call__":
+        return y
+      name = context.module.name
+      return edited(name, args[0], y) if name in EDITED else y
+
+    with nn.intercept_methods(intercept):
+      yield edited
+
+
+def _projections_edited(weights: Any) -> bool:
+  """Whether keys or values are edited: they cannot be absorbed then."""
+  return bool({"key", "value"} & set(weights or {}))
 
 
 class MapHead(nn.Module):
@@ -298,20 +362,25 @@ class MapHead(nn.Module):
 
 
 class Encoder(nn.Module):
-  """The blocks, scanned, and the final LayerNorm."""
+  """The blocks, scanned, and the final LayerNorm.
+
+  `remat`: a gradient keeps the blocks' inputs and computes all else again.
+  """
 
   config: ViTConfig
   collect: tuple[str, ...] = ()
+  edit: Edit | None = None
+  remat: bool = False
 
   @nn.compact
-  def __call__(self, z: jax.Array):
+  def __call__(self, z: jax.Array, weights: Any = None):
     blocks = nn.scan(
-        Block,
+        nn.remat(Block, prevent_cse=False) if self.remat else Block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
         length=self.config.depth,
-    )(self.config, self.collect, name="encoderblock")
-    z, seen = blocks(z)
+    )(self.config, self.collect, self.edit, name="encoderblock")
+    z, seen = blocks(z, weights) if self.edit else blocks(z)
     norm = nn.LayerNorm(EPSILON, dtype=jnp.float32, name="encoder_norm")
     return z, norm, seen
 
@@ -321,7 +390,8 @@ class Stream:
   """What flows through a frozen ViT, as far as it was asked for.
 
   Attributes:
-    tokens: LN_0(z_m) of every block, (L, B, N, D), or None.
+    tokens: LN_0(z_m) of every block, (L, B, N, D), or None; an edit may have
+      made N larger.
     blocks: outputs z_1..z_L of the blocks, (L, B, N, D), or None.
     encoded: after the final LayerNorm, (B, N, D), float32.
     final: pooled, before any representation layer, (B, D), float32: what
@@ -350,6 +420,9 @@ class ViT(nn.Module):
       *,
       collect: tuple[str, ...] = (),
       embedding_mask: jax.Array | None = None,
+      edit: Edit | None = None,
+      weights: Any = None,
+      remat: bool = False,
   ) -> Stream:
     """Runs the encoder.
 
@@ -358,11 +431,16 @@ class ViT(nn.Module):
       collect: which of "tokens", "blocks" to keep.
       embedding_mask: (B, N, D), multiplies the embedded tokens (the official
         VQT program's dropout on embeddings), or None.
+      edit: changes the stream, or None.
+      weights: its own; those of the blocks, {"encoderblock": leaves}, are
+        stacked over depth.
+      remat: whether a gradient computes the inside of the blocks again.
 
     Returns:
       The stream.
     """
     c = self.config
+    edited = lambda name, x, y: edit(name, weights, x, y) if edit else y
     patches = nn.Conv(
         features=c.width,
         kernel_size=c.patch_size,
@@ -371,7 +449,7 @@ class ViT(nn.Module):
         dtype=c.dtype,
         name="embedding",
     )
-    z = patches(images.astype(c.dtype))
+    z = edited("embedding", images, patches(images.astype(c.dtype)))
     z = z.reshape(len(images), -1, c.width)
     if c.posemb == "learn":
       init = nn.initializers.normal(stddev=1 / math.sqrt(c.width))
@@ -384,8 +462,13 @@ class ViT(nn.Module):
       z = jnp.concatenate([cls, z], axis=1)
     if embedding_mask is not None:
       z *= embedding_mask.astype(z.dtype)
+    z = edited("embedded", z, z)
 
-    z, norm, seen = Encoder(c, collect, name="Transformer")(z)
+    encoder = Encoder(c, collect, edit, remat, name="Transformer")
+    of_blocks = weights.get("encoderblock", {}) if edit else None
+    z, encoder_norm, seen = encoder(z, of_blocks)
+    z = edited("output", z, z)
+    norm = lambda z: edited("encoder_norm", z, encoder_norm(z))
     encoded = norm(z)
     match c.pool_type:
       case "tok":

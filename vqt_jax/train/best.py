@@ -25,7 +25,7 @@ def setting(tuner: tuner_lib.Tuner, run: loop.Run) -> dict[str, Any]:
   """All of a run but its seed, json-able."""
   chosen = dataclasses.asdict(run)
   del chosen["seed"]
-  if not tuner.reads_blocks:
+  if not tuner.has_queries:
     return {name: chosen[name] for name in ("lr", "weight_decay")}
   return {"num_queries": tuner.num_queries, **chosen}
 
@@ -90,7 +90,7 @@ def search(
   chosen = min(finalists, key=lambda p: (-accuracy[p], *simplest(p)))
 
   by_fraction = {1.0: accuracy[chosen]}
-  if job.tuner.reads_blocks:
+  if job.tuner.has_queries:
     fractions, more = _fractions(stages, *chosen, c.keep_fractions, parts)
     by_fraction |= fractions
     seconds += more
@@ -128,7 +128,7 @@ def _told(pair: Setting) -> str:
   """A setting for people."""
   tuner, run = pair
   told = f"lr {run.lr:g}, weight decay {run.weight_decay:g}"
-  if not tuner.reads_blocks:
+  if not tuner.has_queries:
     return told
   norm = "" if run.normalize else "not "
   return f"queries {tuner.num_queries}, {told}, {norm}normalised"
@@ -149,7 +149,7 @@ def _wide(
   tried = [loop.Run(**run) for run in known["runs"]] if known else []
   wide = (c.best.query_dropout, c.best.normalize)
   counts = sorted({job.tuner.num_queries, *c.best.num_queries})
-  if not job.tuner.reads_blocks:
+  if not job.tuner.has_queries:
     wide, counts = ((0.0,), (c.normalize,)), [job.tuner.num_queries]
   for num_queries in counts:
     tuner = dataclasses.replace(job.tuner, num_queries=num_queries)

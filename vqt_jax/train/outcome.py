@@ -106,7 +106,7 @@ def _summary(candidate, accuracy, images) -> dict[str, Any]:
 
 
 def _write_tuned(job, candidate, results) -> None:
-  """Each seed's queries and head as `tuned/seed_<seed>/`, what one ships."""
+  """What each seed trained, as `tuned/seed_<seed>/`, what one ships."""
   test = results["test_accuracy"]["per_seed"]
   for i, run in enumerate(candidate.runs):
     tuned.save(

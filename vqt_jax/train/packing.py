@@ -12,32 +12,55 @@ from vqt_jax import tuner as tuner_lib
 MEMORY_SHARE = 0.4
 
 
-def bytes_per_run(tuner: tuner_lib.Tuner, batch_size: float) -> float:
+def bytes_per_run(
+    tuner: tuner_lib.Tuner, batch_size: float, remat: bool = False
+) -> float:
   """What a training step holds for one run, about; bytes on one device.
 
   Parameters, gradients and moments; features and their gradients; what the
   reading of each block keeps for its gradient (scores, the MLP's hidden units
-  and a few tokens), and what it needs for a moment.
+  and a few tokens), and what it needs for a moment. With an editor, the same of
+  the stream.
 
   Args:
     tuner: of the run.
     batch_size: images on the device.
+    remat: whether the stream keeps the blocks' inputs alone.
   """
   c = tuner.config
-  trained = jax.eval_shape(tuner.init, jax.random.key(0))
+  trained = tuner.shapes()
   numbers = 6 * sum(math.prod(x.shape) for x in jax.tree.leaves(trained))
   numbers += 4 * batch_size * tuner.num_features
-  if tuner.reads_blocks:
+  if tuner.has_queries:
     kept = c.num_heads * c.num_tokens + c.mlp_dim + 4 * c.width
     passing = 2 * c.num_heads * c.width + 2 * c.mlp_dim
     numbers += batch_size * tuner.num_queries * (c.depth * kept + passing)
+  if tuner.editor:
+    numbers += batch_size * _stream_numbers(tuner, remat)
   return 4 * numbers
 
 
+def _stream_numbers(tuner: tuner_lib.Tuner, remat: bool) -> int:
+  """What the gradient through the stream keeps of an image, in numbers."""
+  c, prompts = tuner.config, tuner.options.num_prompts
+  tokens = c.num_tokens
+  if tuner.editor.startswith("vpt_"):
+    tokens += prompts
+  of_token = 16 * c.width + 5 * c.mlp_dim + 5 * c.num_heads * tokens
+  if tuner.editor == "ssf":  # What every operation gave before it was scaled.
+    of_token += 7 * c.width + c.mlp_dim
+  if not remat:
+    return c.depth * tokens * of_token
+  return c.depth * tokens * 2 * c.width + tokens * of_token
+
+
 def runs_at_once(
-    tuner: tuner_lib.Tuner, batch_size: int, mesh: jax.sharding.Mesh
+    tuner: tuner_lib.Tuner,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+    remat: bool = False,
 ) -> int:
   """The number of runs, at least one, that may train side by side."""
   room = parallel.smallest(MEMORY_SHARE * memory.device_memory())
   local = batch_size / mesh.shape["data"]
-  return max(1, int(room / bytes_per_run(tuner, local)))
+  return max(1, int(room / bytes_per_run(tuner, local, remat)))

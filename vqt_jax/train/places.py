@@ -8,6 +8,7 @@ import ml_collections
 
 from vqt_jax import memory
 from vqt_jax import parallel
+from vqt_jax import tuner as tuner_lib
 
 # What data may take of the devices' memory (the rest is for the step), of the
 # host's, and of the free space on the disk.
@@ -72,7 +73,9 @@ def choose(
   why = f"as features={config.features} says"
   if not config.features:
     why = f"as data={config.data} says"
-    if config.embedding_dropout:
+    if tuner_lib.parse(config.method)[1]:
+      why = f"since {config.method} changes features in every step"
+    elif config.embedding_dropout:
       why = "since embedding_dropout changes features in every step"
     elif not config.data:
       places = ("device", "disk" if backend == "cpu" else "host")

@@ -117,7 +117,7 @@ def _search(
           lr * c.batch_size / 256,
           decay,
           c.search_seed,
-          c.query_dropout if tuner.reads_blocks else 0.0,
+          c.query_dropout if tuner.has_queries else 0.0,
           c.normalize,
       )
       for lr, decay in itertools.product(c.lr, c.weight_decay)

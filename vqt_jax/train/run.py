@@ -127,15 +127,11 @@ def _prepare(config, workdir, console) -> Job:
         progress=_download_line(console, download),
     )
   checkpoints.check_image_size(backbone.config.patch_size, image_size)
-  options = {}
-  if config.method == "vqt":
-    options = {
-        "num_queries": config.num_queries,
-        "normalize": config.normalize,
-        "combine": config.combine,
-    }
   tuner = tuner_lib.make_tuner(
-      config.method, backbone.config, task.num_classes, **options
+      config.method,
+      backbone.config,
+      task.num_classes,
+      **config_lib.of_tuner(config),
   )
   mesh = parallel.make_mesh(config.mesh.data, config.mesh.model)
   job = Job(
@@ -199,14 +195,17 @@ def _describe(job: Job) -> list[str]:
   c, tuner = job.backbone.config, job.tuner
   size = "x".join(map(str, dict.fromkeys(c.image_size)))
   group = " (vtab-1k)" if job.task.group else ""
-  trained = _count(jax.eval_shape(tuner.init, jax.random.key(0)))
+  trained = tuner.shapes()
   shapes = f"head {tuner.num_features:,} x {tuner.num_classes}"
-  if tuner.reads_blocks:
+  if tuner.has_queries:
     shapes = f"queries {c.depth} x {tuner.num_queries} x {c.width}, {shapes}"
+  if tuner.editor:
+    own = _count(trained["tuner"]["editor"])
+    shapes = f"{tuner.editor} {own:,}, {shapes}"
   return [
       f"{tuner.method} on {job.task.name}{group}   ViT-{c.variant}"
       f" {job.backbone.source}, {size} px, inputs {job.backbone.value_range},"
       f" {c.dtype}   {job.mesh.size} x {jax.devices()[0].device_kind}",
       f"frozen {_count(job.backbone.params):,}   trained"
-      f" {trained:,}: {shapes}",
+      f" {_count(trained):,}: {shapes}",
   ]

@@ -111,8 +111,9 @@ class Stages:
   def run(self, stage: Stage) -> Outcome:
     """Does a stage, in as many packs of runs as memory asks for."""
     size = packing.runs_at_once(
-        stage.tuner, self._job.config.batch_size, self._job.mesh
-    )
+        stage.tuner, self._job.config.batch_size, self._job.mesh,
+        self._job.config.remat,
+    )  # fmt: skip
     starts = range(0, len(stage.runs), size)
     if len(starts) == 1:
       return self._pack(stage)
@@ -160,11 +161,13 @@ class Stages:
     progress = loop.Progress()
     recipe = step_lib.Recipe(
         optimizer=c.optimizer,
-        query_dropout=stage.tuner.reads_blocks
+        query_dropout=stage.tuner.has_queries
         and any(run.query_dropout for run in runs),
         embedding_dropout=c.embedding_dropout,
         lasso=stage.lasso,
         trains=stage.trains,
+        editor_rate=c.editor_rate,
+        remat=c.remat,
     )
     seeds = np.array([run.seed for run in runs], np.uint32)
     state = step_lib.init_on(job.mesh, stage.tuner, recipe)(job.params, seeds)
@@ -210,9 +213,7 @@ class Stages:
             images_per_second=speed,
         )
 
-      frozen = tuner_lib.partition(
-          job.params, jax.eval_shape(stage.tuner.init, jax.random.key(0))
-      )[1]
+      frozen = tuner_lib.partition(job.params, stage.tuner.shapes())[1]
       state = loop.train_phase(
           phase, stage.tuner, recipe, frozen, state, progress,
           save=save, due=self._saver.due, stop=self._stop, report=report,

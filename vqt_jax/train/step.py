@@ -4,7 +4,8 @@ Runs (a setting and a seed each) ride together on a leading axis R of
 everything trained: `vmap` over them leaves the frozen stream, which none of
 them changes, computed or read once for all. Gradients are taken with respect
 to trained leaves only, and of the reading only: the backbone runs before
-differentiation begins.
+differentiation begins. An editor's stream is another for each run, and the
+gradient goes through it.
 """
 
 from collections.abc import Callable
@@ -37,6 +38,9 @@ class Recipe:
       store.
     lasso: weight of the group lasso on the head's rows.
     trains: the parts whose leaves train.
+    editor_rate: of what an editor trains, times the learning rate.
+    remat: whether the blocks that an editor changes are computed again for the
+      gradient, rather than kept.
   """
 
   optimizer: str = "adam"
@@ -44,6 +48,15 @@ class Recipe:
   embedding_dropout: float = 0.0
   lasso: float = 0.0
   trains: tuple[str, ...] = tuner_lib.TRAINED
+  editor_rate: float = 1.0
+  remat: bool = False
+
+  def update_rule(
+      self, lr: jax.typing.ArrayLike, weight_decay: jax.typing.ArrayLike
+  ) -> optax.GradientTransformation:
+    return optim.optimizer(
+        self.optimizer, lr, weight_decay, self.editor_rate
+    )
 
 
 @flax.struct.dataclass
@@ -92,9 +105,9 @@ def init(
 
   def one(seed):
     init_key, key = jax.random.split(jax.random.key(seed))
-    variables = tuner.init(init_key)
+    variables = tuner.init(init_key, params)
     trained, _ = tuner_lib.partition(params, variables, recipe.trains)
-    opt_state = optim.optimizer(recipe.optimizer, 1.0, 0.0).init(trained)
+    opt_state = recipe.update_rule(1.0, 0.0).init(trained)
     return trained, opt_state, key
 
   trained, opt_state, key = jax.vmap(one)(seeds)
@@ -129,7 +142,7 @@ def _keep_mask(key: jax.Array, rate: Any, shape: tuple[int, ...]):
   return jax.random.bernoulli(key, 1 - rate, shape) / (1 - rate)
 
 
-def _stream(tuner, recipe, params, batch, key):
+def _stream(tuner, recipe, variables, batch, key):
   """Tokens, rows of them, and final feature; of the store or the backbone."""
   if "final" in batch:
     return batch.get("tokens"), batch.get("rows"), batch["final"]
@@ -140,9 +153,7 @@ def _stream(tuner, recipe, params, batch, key):
   mask = None
   if key is not None and recipe.embedding_dropout:
     mask = _keep_mask(key, recipe.embedding_dropout, shape)
-  stream = tuner_lib.run_backbone(
-      config, tuner.reads_blocks, params, images, mask
-  )
+  stream = tuner.stream(variables, images, mask, recipe.remat)
   return stream.tokens, None, stream.final
 
 
@@ -168,19 +179,22 @@ def run_step(
 ) -> tuple[Any, Any, tuple[jax.Array, jax.Array]]:
   """One update of one run; returns its state and (loss sum, number right)."""
   embed_key, query_key = jax.random.split(jax.random.fold_in(key, step))
-  tokens, rows, final = _stream(
-      tuner, recipe, frozen["backbone"], batch, embed_key
+  stream = functools.partial(
+      _stream, tuner, recipe, batch=batch, key=embed_key
   )
-  config = tuner.config
-  shape = (config.depth, len(final), tuner.num_queries, config.width)
+  if not tuner.editor:
+    seen = stream(frozen)
+  config, count = tuner.config, len(batch["label"])
+  shape = (config.depth, count, tuner.num_queries, config.width)
   query_mask = None
-  if tuner.reads_blocks and recipe.query_dropout:
+  if tuner.has_queries and recipe.query_dropout:
     query_mask = _keep_mask(query_key, settings.query_dropout, shape)
 
   def objective(trained):
     variables = {**tuner_lib.merge(trained, frozen), **settings.held}
     if settings.kept is not None:
       variables["head"] = head.select(variables["head"], settings.kept)
+    tokens, rows, final = stream(variables) if tuner.editor else seen
     logits = tuner(
         variables, tokens, final, query_mask, settings.normalize, rows
     ).logits
@@ -192,7 +206,7 @@ def run_step(
 
   grads, sums = jax.grad(objective, has_aux=True)(trained)
   lr, weight_decay = settings.lr, settings.weight_decay
-  update = optim.optimizer(recipe.optimizer, lr, weight_decay).update
+  update = recipe.update_rule(lr, weight_decay).update
   updates, opt_state = update(grads, opt_state, trained)
   return optax.apply_updates(trained, updates), opt_state, sums
 
@@ -217,7 +231,8 @@ def train_steps(
     state: donated.
     frozen: the other half of `tuner.partition`.
     settings: per run.
-    data: resident examples: images, or the store's tokens and final features.
+    data: resident examples: images, or the store's tokens and final features
+      (images only, if the tuner has an editor).
     order: (S, B) int32 rows of `data`.
     mask: (S, B) float32, 0 where a row only fills up the last batch.
     factor: (S,) float32, of each run's peak learning rate.
@@ -270,8 +285,11 @@ def eval_steps(
 ) -> tuple[jax.Array, ...]:
   """All runs of all tuners over examples in one pass of the stream.
 
+  Runs of an editor have a pass each, one after the other.
+
   Args:
-    tuners: of one backbone; the first of them reads all that any of them does.
+    tuners: of one backbone and with one editor, if any; the first of them reads
+      all that any of them does.
     ready: the runs of each.
     params: the backbone's.
     data: examples with "label", resident or one batch.
@@ -285,18 +303,26 @@ def eval_steps(
   def body(right, inputs):
     index, mask = inputs
     batch = {**take(data, index), "mask": parallel.constrain(mask, "data")}
-    tokens, rows, final = _stream(tuners[0], Recipe(), params, batch, None)
+    stream = functools.partial(_stream, recipe=Recipe(), batch=batch, key=None)
+    if not tuners[0].editor:
+      seen = stream(tuners[0], variables={"backbone": params})
 
     def one(tuner, ready):
       variables = {**ready.variables, "backbone": params}
+      own = tuner.editor and stream(tuner, variables=variables)
+      tokens, rows, final = own or seen
       logits = tuner(
           variables, tokens, final, None, ready.normalize, rows
       ).logits
       return _score(logits, batch)[1]
 
+    def every(tuner, runs):
+      run = functools.partial(one, tuner)
+      return jax.lax.map(run, runs) if tuner.editor else jax.vmap(run)(runs)
+
     return tuple(
-        before + jax.vmap(functools.partial(one, tuner))(runs)
-        for before, tuner, runs in zip(right, tuners, ready)
+        before + every(*those)
+        for before, *those in zip(right, tuners, ready)
     ), None
 
   runs = [len(jax.tree.leaves(each.variables)[0]) for each in ready]
