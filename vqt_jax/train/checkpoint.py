@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import signal
+import sys
 import threading
 import time
 from typing import Any
@@ -110,7 +111,22 @@ class Checkpointer:
         failure = _failure(e)
         if not failure:
           raise
+        sys.excepthook = _hook(sys.excepthook)
         raise failure from e
+
+
+def _hook(hook):
+  """A `sys.excepthook` that is mute about writes that end after their save.
+
+  When one write of a save fails, Orbax closes the event loop of
+  all; TensorStore then shows a traceback for each of the others, at any time until the exit.
+  """
+
+  def mute(kind, error, trace):
+    if (kind, str(error)) != (RuntimeError, "Event loop is closed"):
+      hook(kind, error, trace)
+
+  return mute
 
 
 def _failure(error: BaseException | None) -> OSError | None:
