@@ -118,8 +118,8 @@ class Checkpointer:
 def _hook(hook):
   """A `sys.excepthook` that is mute about writes that end after their save.
 
-  When one write of a save fails, Orbax closes the event loop of
-  all; TensorStore then shows a traceback for each of the others, at any time until the exit.
+  When one write of a save fails, Orbax closes the event loop of all, and
+  TensorStore shows a traceback for each of the others, at any time until exit.
   """
 
   def mute(kind, error, trace):
