@@ -1,14 +1,20 @@
 """Runs that are stopped or killed end with the same bits as others."""
 
+import asyncio
+import contextlib
+import errno
 import shutil
 import signal
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 
 from tests import runs
+from vqt_jax import errors
 from vqt_jax.train import checkpoint
 
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
@@ -99,6 +105,26 @@ def test_a_full_disk(material, alone, tmp_path):
       assert said[-1].startswith(f"error: Cannot write {tmp_path / what}: File")
   assert status == 0
   assert runs.bits(tmp_path) == runs.bits(alone["device"])
+
+
+def test_writes_that_outlive_their_save(tmp_path, monkeypatch):
+  """Not all end in time for `test_a_full_disk` to see what they say."""
+  said = []
+  monkeypatch.setattr(sys, "unraisablehook", said.append)
+  with contextlib.closing(checkpoint.Checkpointer(tmp_path, 0)) as saver:
+    with pytest.raises(errors.UserError), saver._writing():
+      raise OSError(errno.EFBIG, "File too large")
+  promise, write = tensorstore.Promise.new()
+  loop = asyncio.new_event_loop()
+
+  async def wait():
+    await write
+
+  task = loop.create_task(wait())
+  loop.run_until_complete(asyncio.sleep(0))
+  loop.close()
+  promise.set_result(None)
+  assert not task.done() and not said
 
 
 def test_a_damaged_save(material, alone, tmp_path):

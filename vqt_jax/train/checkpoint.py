@@ -111,20 +111,20 @@ class Checkpointer:
         failure = _failure(e)
         if not failure:
           raise
-        sys.excepthook = _hook(sys.excepthook)
+        sys.unraisablehook = _hook(sys.unraisablehook)
         raise failure from e
 
 
 def _hook(hook):
-  """A `sys.excepthook` that is mute about writes that end after their save.
+  """A `sys.unraisablehook` that is mute about writes that outlive their save.
 
   When one write of a save fails, Orbax closes the event loop of all, and
   TensorStore shows a traceback for each of the others, at any time until exit.
   """
 
-  def mute(kind, error, trace):
-    if (kind, str(error)) != (RuntimeError, "Event loop is closed"):
-      hook(kind, error, trace)
+  def mute(raised):
+    if str(raised.exc_value) != "Event loop is closed":
+      hook(raised)
 
   return mute
 
