@@ -103,6 +103,8 @@ def name_of(tuner: tuner_lib.Tuner) -> str:
     return tuner.method
   if not tuner.reads_blocks:
     return "linear probe"
+  if not tuner.has_queries:
+    return "Head2Toe"
   return f"VQT, T={tuner.num_queries}"
 
 
@@ -249,6 +251,7 @@ def _data(tuner, rows, stored):
     return {"image": image, "label": label}
   data = {"final": jax.random.normal(key, (rows, config.width)), "label": label}
   if tuner.reads_blocks:
-    shape = (config.depth, rows, config.num_tokens, config.width)
+    count = config.num_tokens // tuner.window
+    shape = (config.depth, rows, count, config.width)
     data["tokens"] = jax.random.normal(key, shape, config.dtype)
   return data

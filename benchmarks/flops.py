@@ -80,7 +80,7 @@ def reading(tuner: tuner_lib.Tuner) -> int:
   against the tokens and their weighted mean (2 H N D), MLP (2 D M).
   """
   c = tuner.config
-  if not tuner.reads_blocks:
+  if not tuner.has_queries:
     return 0
   n, d = c.num_tokens, c.width
   per_query = 4 * d * d + 2 * c.num_heads * n * d + 2 * d * c.mlp_dim
@@ -101,7 +101,7 @@ def reading_step(tuner: tuner_lib.Tuner) -> int:
   features: 3 times.
   """
   head = 2 * tuner.num_features * tuner.num_classes
-  return 2 * reading(tuner) + (3 if tuner.reads_blocks else 2) * head
+  return 2 * reading(tuner) + (3 if tuner.has_queries else 2) * head
 
 
 def finetune_step(c: vit.ViTConfig, num_classes: int) -> int:

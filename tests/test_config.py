@@ -95,6 +95,10 @@ def test_a_preset_leaves_what_is_asked_for_and_is_applied_once():
         ({"method": "vqt+lra"}, "editor of config.method 'lra'. Did you mean"),
         ({"method": "lora", "features": "host"}, "use features=live"),
         ({"rank": 0}, "config.rank: expected at least 1"),
+        ({"method": "head2to"}, "Did you mean head2toe?"),
+        ({"target_size": 0}, "config.target_size: expected at least 1"),
+        ({"keep_fraction": (0.0, 0.5)}, "with a fraction of 0 no feature is"),
+        ({"keep_fraction": (1.5,)}, "fraction: expected 0 to 1, found 1.5"),
         ({"optimizer": "adm"}, "Did you mean adam"),
         ({"schedule": "steps"}, "Did you mean step?"),
         ({"combine": "cat"}, "Known: concat, mean, weighted_sum"),
@@ -200,16 +204,19 @@ def test_vtab_takes_task_variant_method_and_queries():
 @pytest.mark.parametrize(
     "arg, num_queries, keep_fraction",
     [
-        ("task=svhn", 20, 1.0),
-        ("task=vtab-svhn", 20, 1.0),
-        ("task=clevr_distance", 10, 1.0),
-        ("task=dtd", 1, 0.7),
-        ("task=dtd,num_queries=2", 2, 1.0),
-        ("task=svhn,num_queries=1", 1, 0.7),
-        ("task=cifar10", 1, 1.0),
-        ("task=cifar10,num_queries=2", 2, 1.0),
-        ("task=all", 0, 0.0),
-        ("task=all,num_queries=3", 3, 0.0),
+        ("task=svhn", 20, (1.0,)),
+        ("task=vtab-svhn", 20, (1.0,)),
+        ("task=clevr_distance", 10, (1.0,)),
+        ("task=dtd", 1, (0.7,)),
+        ("task=dtd,num_queries=2", 2, (1.0,)),
+        ("task=svhn,num_queries=1", 1, (0.7,)),
+        ("task=cifar10", 1, (1.0,)),
+        ("task=cifar10,num_queries=2", 2, (1.0,)),
+        ("task=cifar10,method=linear", 1, (1.0,)),
+        ("task=dtd,method=head2toe", 1, config_lib.HEAD2TOE_KEEP),
+        ("method=head2toe+lora", 1, config_lib.HEAD2TOE_KEEP),
+        ("task=all", 0, (0.0,)),
+        ("task=all,num_queries=3", 3, (0.0,)),
     ],
 )
 def test_the_authors_queries_and_selection(arg, num_queries, keep_fraction):
@@ -227,6 +234,8 @@ def test_editors_have_the_published_recipes():
   assert low == ("adamw", (5e-3, 1e-3, 5e-4, 1e-4), 1.0)
   assert recipe("linear+lora") == low
   assert recipe("vqt+lora") == (*recipe("vqt")[:2], 0.01)
+  assert recipe("head2toe") == ("adam", (0.2, 0.02), 1.0)
+  assert recipe("head2toe+lora") == ("adam", (0.2, 0.02), 0.01)
   config = config_lib.default_config()
   config.update(method="lora", lr=(0.5,), optimizer="sgd")
   config = config_lib.resolve(config)
@@ -273,7 +282,7 @@ def test_json_and_differences():
   assert json.loads(json.dumps(as_json)) == as_json
   assert config_lib.differences(config_lib.to_json(old), as_json) == {
       "epochs": (100, 7),
-      "keep_fraction": (0.0, 0.7),
+      "keep_fraction": ([0.0], [0.7]),
       "num_queries": (0, 1),
       "lr": ([0.0], [0.1]),
       "optimizer": ("", "adam"),

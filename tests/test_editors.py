@@ -30,6 +30,7 @@ BLOCK = 4 * D * (D + 1) + D * (M + 1) + M * (D + 1) + 4 * D
 INSERTED = {
     "linear": 0,
     "vqt": L * D,
+    "head2toe": 0,
     "finetune": L * BLOCK + 2 * D + (768 + 1 + 196 + 1) * D,  # 85.8 M
     "bitfit": (L * 11 + 2) * D,  # 0.10 M
     "partial": BLOCK + 2 * D,
@@ -41,12 +42,16 @@ INSERTED = {
     "ssf": 2 * (L * 11 + 2) * D,  # 0.21 M
     "vqt+vpt_deep": L * D + L * 10 * D,
     "vqt+adaptformer": L * D + L * (2 * D * 64 + 64 + D),
+    "head2toe+lora": L * 2 * 2 * D * 8,
 }
-# Every editor, two of them beside queries.
-TRAINED = [
-    f"vqt+{name}" if name in ("vpt_deep", "ssf") else name
-    for name in editors.EDITORS
-]
+# Features of a block, in D.
+PER_BLOCK = {"vqt": 1, "head2toe": 197 // (197 * D // 8192)}
+# Every editor, some of them with another reader.
+READ_BY = {
+    "vpt_deep": "vqt+", "ssf": "vqt+", "lora": "head2toe+",
+    "vpt_shallow": "head2toe+",
+}  # fmt: skip
+TRAINED = ["head2toe", *(READ_BY.get(e, "") + e for e in editors.EDITORS)]
 CLASSES = 5
 SEEDS = np.array([3, 4], np.uint32)
 
@@ -169,7 +174,9 @@ def test_the_official_initialisation_of_adapters_is_dead():
 
 def tiny_tuner(method, backbone):
   options = editors.Options(num_prompts=2, bottleneck=3, rank=2)
-  return vqt_jax.make_tuner(method, backbone.config, CLASSES, options=options)
+  return vqt_jax.make_tuner(
+      method, backbone.config, CLASSES, options=options, target_size=48
+  )
 
 
 def train(tuner, backbone, seeds, recipe, steps=3):
@@ -216,7 +223,8 @@ def test_sizes_for_vit_b_are_the_papers(method):
   shapes = vqt_jax.make_tuner(method, config, 100).shapes()
   size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
   assert size(shapes["tuner"]) == INSERTED[method]
-  features = D * (1 + L * method.startswith("vqt"))
+  reader, _ = tuner_lib.parse(method)
+  features = D * (1 + L * PER_BLOCK.get(reader, 0))
   assert size(shapes["head"]) == (features + 1) * 100
 
 
@@ -241,7 +249,7 @@ def test_training_starts_from_the_backbone_as_it_is(method):
   images = helpers.tiny_examples(backbone, 3, CLASSES)["image"]
   out = vqt_jax.apply(backbone, tuner, run_of(start, 0), images)
   final = backbone(images).final
-  if tuner.has_queries:
+  if tuner.reads_blocks:
     final = head.normalize(final)
   found = out.features[:, : backbone.config.width]
   helpers.assert_close(found, final, 1e-6)
@@ -291,7 +299,7 @@ def test_of_a_leaf_in_part_only_the_last_rows_train():
 
 
 def test_together_equals_alone_and_rematerialised():
-  backbone, tuner, _, together = trained("lora")
+  backbone, tuner, _, together = trained("head2toe+lora")
   recipe = step_lib.Recipe("adamw", remat=True)
   _, alone, _ = train(tuner, backbone, SEEDS[1:], recipe)
   jax.tree.map(helpers.assert_close, run_of(together, [1]), alone)
@@ -324,7 +332,7 @@ def test_what_is_shipped_does_what_was_trained(method, tmp_path):
   loaded = tuned.load(tmp_path / "tuned")
   assert loaded.tuner == tuner
   np.testing.assert_array_equal(loaded(images).logits, logits)
-  if not editors.folds(tuner.editor):
+  if tuner.editor and not editors.folds(tuner.editor):
     with pytest.raises(vqt_jax.UserError, match="a plain ViT"):
       loaded.folded()
     return
@@ -333,7 +341,8 @@ def test_what_is_shipped_does_what_was_trained(method, tmp_path):
   again = vqt_jax.load_backbone(
       tmp_path / "folded.npz", image_size=backbone.config.image_size
   )
-  assert not folded.tuner.editor and folded.tuner.method in ("linear", "vqt")
+  assert not folded.tuner.editor
+  assert folded.tuner.method == tuner_lib.parse(method)[0]
   out = vqt_jax.apply(again, folded.tuner, folded.variables, images)
   helpers.assert_close(out.logits, logits, 1e-5)
 

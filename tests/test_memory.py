@@ -83,11 +83,19 @@ def test_step_computes_the_forward_pass_and_the_reading(
   assert counted == pytest.approx(case.expected, rel=0.03)
 
 
-@pytest.mark.parametrize("num_queries, runs", [(0, 8), (1, 8), (10, 4)])
+@pytest.mark.parametrize(
+    "num_queries, runs", [(0, 8), (1, 8), (10, 4), ("head2toe", 8)]
+)
 def test_memory_of_a_run_is_foreseen(num_queries, runs):
-  """A bit too much rather than too little: packs are made by it."""
+  """A bit too much rather than too little: packs are made by it.
+
+  Features that no run changes exist once.
+  """
   config = cases.vit_config("S/16", 64, "float32")
-  tuner = tuner_of(num_queries, config)
+  if num_queries == "head2toe":
+    tuner = tuner_lib.make_tuner("head2toe", config, 10)
+  else:
+    tuner = tuner_of(num_queries, config)
   case = lambda runs: cases.train(tuner, BATCH, stored=True, runs=runs)
   held = sum(
       x.size * x.dtype.itemsize

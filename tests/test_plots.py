@@ -13,7 +13,7 @@ from vqt_jax.data import vtab
 
 def outcome(
     method="vqt", num_queries=2, seeds=3, settings=4, task="digits",
-    best=False, selected=False,
+    best=False, selected=False, fractions=False,
 ):  # fmt: skip
   """Contents of a `results.json`."""
   accuracy = np.linspace(0.8, 0.9, seeds)
@@ -52,6 +52,12 @@ def outcome(
           }
           for name in tested
       ],
+      "selection": {
+          "keep_fractions": [
+              {"keep_fraction": x, "val_accuracy": x} for x in (0.1, 0.5)
+          ],
+          "chosen": 0.5,
+      } if fractions else None,
       "best": _best(method) if best else None,
       "search": search if settings > 1 else None,
       "seeds": {
@@ -104,6 +110,7 @@ def test_report(tmp_path, seeds, settings):
     "changes",
     [
         {"selected": True},
+        {"method": "head2toe", "fractions": True, "selected": True},
         {"best": True, "selected": True},
         {"best": True, "method": "linear"},
     ],

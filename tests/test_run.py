@@ -118,6 +118,7 @@ def test_what_a_run_leaves_behind(run, material):
         {},
         {"method": "linear"},
         {"method": "lora", "lr": "0.1,0.01"},
+        {"method": "head2toe+ssf", "keep_fraction": 0.3, "lr": "0.1,"},
         {"data": "stream", "batch_size": 16},
         {"image_width": 12, "num_queries": 2},
         {"keep_fraction": 0.5},

@@ -107,7 +107,9 @@ class Case:
       held = store.resident(self.examples, self.mesh, "float32")
       return sources.Resident(held, rows, 8, 0, self.mesh)
     reads = self.tuner.reads_blocks
-    layout = store.Layout(self.tuner.config, reads, "float32", self.mesh)
+    layout = store.Layout(
+        self.tuner.config, reads, "float32", self.mesh, self.tuner.window
+    )
     images = np.pad(self.examples["image"], [(0, 3)] + 3 * [(0, 0)])
     batches = [{"image": images[i : i + 8]} for i in range(0, 24, 8)]
     parts = store.stream(layout, self.params, batches)
@@ -173,9 +175,9 @@ def assert_trees_close(a, b, tolerance):
 
 
 @pytest.mark.parametrize("how", ["device", "host"])
-@pytest.mark.parametrize("method", ["vqt", "linear"])
+@pytest.mark.parametrize("method", ["vqt", "head2toe", "linear"])
 def test_stored_equals_live(method, how):
-  case = Case(method)
+  case = Case(method, target_size=48)  # Of 10 tokens, 3 times 3.
   stored, live = case.train(how), case.train("live")
   assert_trees_close(stored, live, 1e-5)
 
@@ -201,11 +203,19 @@ def test_together_equals_alone():
 
 
 @pytest.mark.parametrize("data, model", [(8, 1), (4, 2), (1, 8)])
-@pytest.mark.parametrize("how", ["live", "device", "host"])
-def test_sharded_equals_single(data, model, how):
-  single = Case().train(how)
+@pytest.mark.parametrize(
+    "how, method",
+    [
+        ("live", "vqt"),
+        ("device", "vqt"),
+        ("host", "vqt"),
+        ("device", "head2toe"),
+    ],
+)
+def test_sharded_equals_single(data, model, how, method):
+  single = Case(method, target_size=48).train(how)
   mesh = parallel.make_mesh(data, model)
-  sharded = Case(mesh=mesh).train(how)
+  sharded = Case(method, mesh=mesh, target_size=48).train(how)
   assert_trees_close(sharded["trained"], single["trained"], 2e-5)
   np.testing.assert_array_equal(sharded["eval"], single["eval"])
 

@@ -34,6 +34,7 @@ BOUNDS = {
     "image_width": (0, math.inf),
     "num_classes": (0, math.inf),
     "num_queries": (0, math.inf),
+    "target_size": (1, math.inf),
     "query_dropout": (0, 0.99),
     "num_prompts": (1, math.inf),
     "bottleneck": (0, math.inf),
@@ -119,6 +120,11 @@ def _check_combinations(config: ConfigDict) -> None:
   if not all(config.lr) and len(config.lr) > 1:
     raise errors.UserError(
         f"config.lr={config.lr}: with a rate of 0 nothing is trained."
+    )
+  if not all(config.keep_fraction) and len(config.keep_fraction) > 1:
+    raise errors.UserError(
+        f"config.keep_fraction={config.keep_fraction}: with a fraction of 0 no"
+        " feature is left."
     )
   given = [
       f"config.{name}"

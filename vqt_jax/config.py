@@ -22,7 +22,6 @@ from ml_collections import ConfigDict
 from vqt_jax import checks
 from vqt_jax import editors
 from vqt_jax import errors
-from vqt_jax import readers
 from vqt_jax import tuner as tuner_lib
 from vqt_jax.data import vtab
 
@@ -58,14 +57,17 @@ def default_config() -> ConfigDict:
   c.dtype = ""  # of matrix products; "": bfloat16 on TPU/GPU, float32 on CPU
 
   # Method.
-  c.method = "vqt"  # a reader ("vqt": visual query tuning; "linear": probe of
-  # the end), an editor, read by "linear" (see docs/methods.md: "lora", ...), or
-  # both: "vqt+vpt_deep"
+  c.method = "vqt"  # a reader ("vqt": visual query tuning; "head2toe": means of
+  # all blocks' tokens; "linear": probe of the end), an editor, read by "linear"
+  # (see docs/methods.md: "lora", ...), or both: "vqt+vpt_deep"
   c.num_queries = 0  # queries per block (vqt); 0: the authors' for the task,
   # which is 1 but for seven tasks of VTAB
   c.query_dropout = 0.1  # probability, on queries while training (vqt)
   c.combine = "concat"  # a block's queries: "concat", "mean", "weighted_sum"
-  c.normalize = True  # divide each block's features by their L2 norm (vqt)
+  c.normalize = True  # divide each block's features by their L2 norm (vqt,
+  # head2toe)
+  c.target_size = 8192  # features per block, about: as many windows of tokens
+  # are averaged; at most the width D: all tokens in one (head2toe)
   c.embedding_dropout = 0.0  # probability, on the embedded tokens in training
   c.num_prompts = 10  # prompts (vpt_shallow), of each block (vpt_deep)
   c.bottleneck = 0  # hidden size (adapter, adaptformer); 0: D / 8 and 64
@@ -73,7 +75,7 @@ def default_config() -> ConfigDict:
   c.alpha = 8.0  # which is scaled by alpha / rank (lora)
   c.last_blocks = 1  # blocks that train (partial)
   c.editor_rate = 0.0  # learning rate of what an editor trains, times lr; 0:
-  # 0.01 beside queries, else 1
+  # 0.01 beside vqt and head2toe, else 1
 
   # Training.
   c.epochs = 100  # epochs of every run
@@ -88,13 +90,15 @@ def default_config() -> ConfigDict:
   # Runs. Several (lr, weight_decay) are tried on train and compared on val;
   # the best one is trained on trainval with every seed, and tested.
   c.protocol = "full"  # "full": the authors'; "best": also a wider search
-  c.keep_fraction = 0.0  # of the features, by group lasso; 0: the authors' for
-  # the task (0.7 where they use one query per block of a VTAB task, else 1)
+  c.keep_fraction = (0.0,)  # of the features, by group lasso; of several the
+  # best on val; 0: for vqt the authors' for the task (0.7 where they use one
+  # query per block of a VTAB task), for head2toe `HEAD2TOE_KEEP`; else 1
   c.search_seed = 100  # seed of the tried runs
   c.seeds = (42, 44, 82, 100, 800)  # seeds of the final runs
   c.seed = 0  # of the order of the examples
 
-  # What protocol="best" searches beside lr and weight_decay (vqt).
+  # What protocol="best" searches beside lr and weight_decay (vqt; fractions of
+  # features, with those of keep_fraction, also head2toe).
   c.best = ConfigDict({
       "num_queries": (1, 10),
       "query_dropout": (0.1,),
@@ -126,6 +130,12 @@ def default_config() -> ConfigDict:
 # What `data.make_task` takes besides the task's name.
 TASK_FIELDS = ("data_dir", "splits", "image_key", "label_key", "num_classes")
 
+# What `make_tuner` takes for a reader.
+OF_READERS = {
+    "vqt": ("num_queries", "normalize", "combine"),
+    "head2toe": ("normalize", "target_size"),
+}
+
 # What the authors' program does otherwise than the defaults above, and the
 # fields in which the defaults are already theirs.
 AUTHORS = {
@@ -136,10 +146,15 @@ AUTHORS = {
     "embedding_dropout": 0.1,
 }
 AUTHORS_KEEP = 0.7  # Of the features, on VTAB tasks with one query per block.
-# Optimiser and peak rates. Readers alone: the VQT authors'; their rates are of
-# a head, so editors beside queries move at a fraction of them (`EDITOR_RATE`).
-# Prompts, and all else: the searches of the VPT paper (docs/methods.md).
+# Of the features; the Head2Toe authors' commands have 0.01 and 0.2, but of more
+# features, see docs/methods.md.
+HEAD2TOE_KEEP = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+# Optimiser and peak rates. Readers alone: the VQT authors', and those of
+# Head2Toe; their rates are of a head, so editors beside such readers move at a
+# fraction of them (`EDITOR_RATE`). Prompts, and all else: the searches of the
+# VPT paper (docs/methods.md).
 READERS_RECIPE = ("adam", (1.0, 0.5, 0.25, 0.1, 0.05))
+HEAD2TOE_RECIPE = ("adam", (0.2, 0.02))  # Theirs: 0.1 and 0.01, batch 128.
 PROMPTS_RECIPE = (
     "sgd", (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05)
 )  # fmt: skip
@@ -197,7 +212,7 @@ def resolve(
       if name not in keep:
         config[name] = value
     config.preset = ""
-  for name in ("lr", "weight_decay"):
+  for name in ("lr", "weight_decay", "keep_fraction"):
     config[name] = tuple(map(float, config[name]))
   _follow_recipe(config)
   if config.task != vtab.ALL:  # Else each task's own.
@@ -217,7 +232,8 @@ def recipe(method: str) -> dict[str, Any]:
   """Optimiser, rates, and the editor's rate, as published for a method."""
   reader, editor = tuner_lib.parse(method)
   if not editor or reader != "linear":
-    optimizer, lr = READERS_RECIPE
+    alike = reader == "head2toe"
+    optimizer, lr = HEAD2TOE_RECIPE if alike else READERS_RECIPE
     rate = EDITOR_RATE if editor else 1.0
   else:
     prompts = editor.startswith("vpt_")
@@ -240,10 +256,8 @@ def of_tuner(config: ConfigDict) -> dict[str, Any]:
       "options": editors.Options(**{name: config[name] for name in sizes})
   }
   reader, _ = tuner_lib.parse(config.method)
-  if readers.READERS[reader].queries:
-    of_queries = ("num_queries", "normalize", "combine")
-    options |= {name: config[name] for name in of_queries}
-  return options
+  named = OF_READERS.get(reader, ())
+  return options | {name: config[name] for name in named}
 
 
 def _follow_authors(config: ConfigDict) -> None:
@@ -251,9 +265,11 @@ def _follow_authors(config: ConfigDict) -> None:
   task = vtab.find(config.task)
   if not config.num_queries:
     config.num_queries = vtab.NUM_QUERIES.get(task.name, 1) if task else 1
-  if not config.keep_fraction:
+  if config.keep_fraction == (0.0,):
     selects = config.method == "vqt" and config.num_queries == 1
-    config.keep_fraction = AUTHORS_KEEP if selects and task else 1.0
+    config.keep_fraction = (AUTHORS_KEEP if selects and task else 1.0,)
+    if tuner_lib.parse(config.method)[0] == "head2toe":
+      config.keep_fraction = HEAD2TOE_KEEP
 
 
 def _authors(method: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ GRID = "#e4e7eb"
 COLOURS = ("#2166ac", "#d6604d", "#4d9221", "#8073ac", "#bf812d", "#35978f")
 METHODS = {
     "vqt": "VQT",
+    "head2toe": "Head2Toe",
     "linear": "linear probe",
     "finetune": "full fine-tuning",
     "bitfit": "BitFit",
@@ -58,8 +59,8 @@ def report(results: dict[str, Any], path: str | os.PathLike) -> None:
     panels.insert(0, _search)
   if results["best"]:
     panels.append(_finalists)
-    if len(results["best"]["keep_fractions"]) > 1:
-      panels.append(_keep_fractions)
+  if _fractions(results):
+    panels.append(_keep_fractions)
   if any(tested["kept_share"] for tested in results["tested"]):
     panels.append(_kept_share)
   columns = 2 if len(panels) == 4 else min(3, len(panels))
@@ -487,26 +488,39 @@ def _settings(found: Sequence[dict[str, Any]]) -> list[str]:
   return names
 
 
+def _fractions(results: dict[str, Any]) -> dict[str, Any] | None:
+  """What has compared several fractions of features last, if anything has."""
+  for name in ("best", "selection"):
+    found = results.get(name)
+    if found and len(found["keep_fractions"]) > 1:
+      return found
+  return None
+
+
 def _keep_fractions(ax: Any, results: dict[str, Any]) -> None:
-  """Accuracy in all folds over the fraction of features that is kept."""
-  found = results["best"]
-  x, y = zip(*(f.values() for f in found["keep_fractions"]))
-  ax.plot(x[:-1], y[:-1], "D-", color=COLOURS[0], markersize=7)
-  ax.plot(x[-1], y[-1], "D", color=COLOURS[0], markersize=7)  # No new head.
-  chosen = x.index(found["chosen"]["keep_fraction"])
+  """Accuracy on val, or in all folds, over the fraction that is kept."""
+  found = _fractions(results)
+  shares, y = zip(*(f.values() for f in found["keep_fractions"]))
+  x = range(len(shares))
+  folds, chosen = "folds" in found, found["chosen"]
+  new = len(x) - folds  # In the folds, all features are without a new head.
+  ax.plot(x[:new], y[:new], "D-", color=COLOURS[0], markersize=7)
+  ax.plot(x[new:], y[new:], "D", color=COLOURS[0], markersize=7)
+  chosen = shares.index(chosen["keep_fraction"] if folds else chosen)
   ax.plot(x[chosen], y[chosen], "D", color=COLOURS[1], markersize=9)
   for place in zip(x, y):
     ax.annotate(
         f"{100 * place[1]:.1f}", place, (0, 9), textcoords="offset points",
         ha="center", color=INK,
     )  # fmt: skip
-  ax.set_xticks(x, [f"{100 * share:g}" for share in x])
+  ax.set_xticks(x, [f"{100 * share:g}" for share in shares])
   ax.yaxis.set_major_formatter(_percent(1))
   ax.margins(0.12, 0.25)
   ax.grid(axis="y")
-  ax.set_xlabel("features kept, % (100: the head as first trained)")
-  ax.set_title(f"Chosen setting: accuracy in {found['folds']} folds",
-               loc="left")  # fmt: skip
+  first = " (100: the head as first trained)" if folds else ""
+  ax.set_xlabel(f"features kept, %{first}")
+  where = f"in {found['folds']} folds" if folds else "on val"
+  ax.set_title(f"Chosen setting: accuracy {where}", loc="left")
 
 
 def _kept_share(ax: Any, results: dict[str, Any]) -> None:

@@ -34,7 +34,8 @@ class Reader:
   Attributes:
     blocks: whether it reads the tokens of every block, or the final feature
       only.
-    queries: whether it reads them with queries.
+    queries: whether it reads them with queries; if not, their means in windows
+      are its features.
   """
 
   blocks: bool
@@ -43,6 +44,7 @@ class Reader:
 
 READERS = {
     "vqt": Reader(blocks=True, queries=True),
+    "head2toe": Reader(blocks=True, queries=False),
     "linear": Reader(blocks=False, queries=False),
 }
 
@@ -162,6 +164,52 @@ def _parts(tokens: jax.Array, rows: jax.Array) -> int:
   size = count * math.prod(tokens.shape[2:]) * tokens.dtype.itemsize
   some = range(-(-size // CACHE_BYTES), count // 8 + 1)
   return next((parts for parts in some if count % parts == 0), 1)
+
+
+def window(config: vit.ViTConfig, target_size: int) -> int:
+  """Tokens in a mean, so that a block gives about `target_size` features.
+
+  As in the program of Head2Toe, https://arxiv.org/abs/2201.03529: of D
+  features a token the N tokens are parted into target_size / D windows, and
+  all are in one if that is less than two; but a window has a token at least.
+  """
+  tokens = config.num_tokens
+  return min(max(tokens * config.width // target_size, 1), tokens)
+
+
+def pool(config: vit.ViTConfig, tokens: jax.Array, size: int) -> jax.Array:
+  """Means of `size` successive tokens, (L, B, N // size, D), of their dtype.
+
+  Tokens that fill no window, the last ones, are left out, and so are prompts.
+
+  Args:
+    config: of the backbone.
+    tokens: LN_0(z_m) of every block (L, B, N, D), or with prompts behind the
+      class token (L, B, N + P, D).
+    size: tokens in a window.
+  """
+  first = int(config.has_class_token)
+  prompts = tokens.shape[2] - config.num_tokens
+  if prompts:
+    own = (tokens[:, :, :first], tokens[:, :, first + prompts :])
+    tokens = jnp.concatenate(own, axis=2)
+  depth, batch, count, width = tokens.shape
+  tokens = tokens[:, :, : count - count % size]
+  parts = tokens.reshape(depth, batch, -1, size, width)
+  return parts.mean(axis=3, dtype=jnp.float32).astype(tokens.dtype)
+
+
+def flat(tokens: jax.Array, rows: jax.Array | None = None) -> jax.Array:
+  """All that is kept of each block as its features, (L, B, N * D), float32.
+
+  Args:
+    tokens: (L, B, N, D), or if `rows` are given (L, n, N, D).
+    rows: (B,) int32, the examples to read; None: all, in order.
+  """
+  if rows is not None:
+    found = jnp.take(tokens, rows, axis=1, mode="clip")
+    tokens = parallel.constrain(found, None, "data")
+  return tokens.reshape(*tokens.shape[:2], -1).astype(jnp.float32)
 
 
 def token_bound(config: vit.ViTConfig) -> float:

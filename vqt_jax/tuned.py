@@ -111,6 +111,7 @@ def save(
           "num_queries": tuner.num_queries,
           "normalize": tuner.normalize,
           "combine": tuner.combine,
+          "target_size": tuner.target_size,
           "options": dataclasses.asdict(tuner.options),
           "backbone": {
               "source": init,
@@ -138,10 +139,11 @@ def load(directory: str | os.PathLike[str]) -> Tuned:
     given.pop("variant")
     backbone = checkpoints.load_backbone(given.pop("source"), **given)
     options = ("method", "num_classes", "num_queries", "normalize", "combine")
+    later = [name for name in ("target_size",) if name in info]
     tuner = tuner_lib.make_tuner(
         config=backbone.config,
         options=editors.Options(**info.get("options", {})),
-        **{name: info[name] for name in options},
+        **{name: info[name] for name in (*options, *later)},
     )
   except (KeyError, TypeError) as e:
     raise errors.UserError(

@@ -58,14 +58,16 @@ class Tuner:
   """A method, ready for one backbone and one task.
 
   Attributes:
-    method: as `parse` takes it, e.g. "vqt" (visual query tuning), "linear"
-      (probe of the final feature), "lora", "vqt+vpt_deep".
+    method: as `parse` takes it, e.g. "vqt" (visual query tuning), "head2toe"
+      (means of all blocks' tokens), "linear" (probe of the final feature),
+      "lora", "vqt+vpt_deep".
     config: architecture of the backbone.
     num_classes: classes C of the task.
     num_queries: queries T per block (vqt).
-    normalize: divide each feature group by its L2 norm (vqt).
+    normalize: divide each feature group by its L2 norm (vqt, head2toe).
     combine: how a block's T outputs become features (vqt):
       "concat", "mean" or "weighted_sum".
+    target_size: features per block, about (head2toe); see `readers.window`.
     options: sizes of the editor.
   """
 
@@ -75,6 +77,7 @@ class Tuner:
   num_queries: int = 1
   normalize: bool = True
   combine: Literal["concat", "mean", "weighted_sum"] = "concat"
+  target_size: int = 8192
   options: editors.Options = editors.Options()
 
   @property
@@ -102,11 +105,23 @@ class Tuner:
     return self.reader.queries
 
   @property
+  def window(self) -> int:
+    """Successive tokens of which only the mean is read; 1: each for itself."""
+    if self.has_queries or not self.reads_blocks:
+      return 1
+    return readers.window(self.config, self.target_size)
+
+  @property
   def num_features(self) -> int:
-    """F: D for the final feature, and T*D (or D, if combined) per block."""
+    """F: D for the final feature, and as many per query or window of a block.
+
+    A block's queries count as one if they are combined.
+    """
     if not self.reads_blocks:
       return self.config.width
     per_block = self.num_queries if self.combine == "concat" else 1
+    if not self.has_queries:
+      per_block = self.config.num_tokens // self.window
     return self.config.width * (1 + self.config.depth * per_block)
 
   def init(self, key: jax.Array, params: Any = None) -> dict[str, Any]:
@@ -149,6 +164,8 @@ class Tuner:
   ) -> vit.Stream:
     """What it reads of images; differentiable if it has an editor.
 
+    Where only means of tokens are read, these are the stream's tokens.
+
     Args:
       variables: {"backbone", "tuner"}.
       images: (B, height, width, 3).
@@ -158,10 +175,11 @@ class Tuner:
     if not self.editor:
       params = variables["backbone"]
       return run_backbone(
-          self.config, self.reads_blocks, params, images, embedding_mask
-      )
+          self.config, self.reads_blocks, params, images, embedding_mask,
+          self.window,
+      )  # fmt: skip
     own = variables["tuner"]["editor"]
-    return vit.ViT(self.config).apply(
+    stream = vit.ViT(self.config).apply(
         {"params": editors.replaced(variables["backbone"], own)},
         images,
         collect=("tokens",) if self.reads_blocks else (),
@@ -170,6 +188,9 @@ class Tuner:
         weights=own,
         remat=remat,
     )
+    if self.has_queries or not self.reads_blocks:
+      return stream
+    return _pooled(self.config, stream, self.window)
 
   def read(self, make_step: Any, variables: Any, queries: Any, *args: Any):
     """Scans `readers.query_step` or its like over depth; see `readers.read`."""
@@ -194,10 +215,11 @@ class Tuner:
 
     Args:
       variables: {"backbone", "tuner", "head"}; of the backbone only the blocks.
-      tokens: LN_0(z_m) of every block (L, B, N, D); None for "linear".
+      tokens: LN_0(z_m) of every block (L, B, N, D), or its means in windows as
+        `stream` gives them; None for "linear".
       final: the backbone's pooled output (B, D).
       query_mask: (L, B, T, D), multiplies the queries (dropout), or None.
-      normalize: () bool in the place of `self.normalize`, or None.
+      normalize: () bool in the place of `self.normalize` (vqt), or None.
       rows: (B,) int32, if `tokens` are a store (L, n, N, D) of more examples.
 
     Returns:
@@ -205,14 +227,19 @@ class Tuner:
     """
     if not self.reads_blocks:
       return Output(head.logits(variables["head"], final), final, None)
-    queries = variables["tuner"]["queries"]
-    if query_mask is not None:
-      queries = queries[:, None] * query_mask
-    outputs = self.read(readers.query_step, variables, queries, tokens, rows)
-    groups = readers.combine(
-        outputs, self.combine, variables["tuner"].get("combine")
-    )
-    if normalize is None:
+    outputs = None
+    if self.has_queries:
+      queries = variables["tuner"]["queries"]
+      if query_mask is not None:
+        queries = queries[:, None] * query_mask
+      outputs = self.read(readers.query_step, variables, queries, tokens, rows)
+      groups = readers.combine(
+          outputs, self.combine, variables["tuner"].get("combine")
+      )
+    else:
+      groups = readers.flat(tokens, rows)
+    if normalize is None or not self.has_queries:
+      # A constant, so that runs side by side share features no run changes.
       normalize = self.normalize
     final = jnp.where(normalize, head.normalize(final), final)
     groups = jnp.where(normalize, head.normalize(groups), groups)
@@ -252,10 +279,11 @@ def make_tuner(
   """
   parse(method)
   tuner = Tuner(method, config, num_classes, **options)
-  if tuner.num_queries < 1 or num_classes < 2:
+  if tuner.num_queries < 1 or tuner.target_size < 1 or num_classes < 2:
     raise errors.UserError(
-        f"{method}: expected at least 1 query and 2 classes, found"
-        f" num_queries={tuner.num_queries}, num_classes={num_classes}."
+        f"{method}: expected at least 1 query, 1 feature per block and 2"
+        f" classes, found num_queries={tuner.num_queries},"
+        f" target_size={tuner.target_size}, num_classes={num_classes}."
     )
   if tuner.editor == "partial" and tuner.options.last_blocks > config.depth:
     raise errors.UserError(
@@ -295,15 +323,28 @@ def run_backbone(
     params: Any,
     images: jax.Array,
     embedding_mask: jax.Array | None = None,
+    window: int = 1,
 ) -> vit.Stream:
-  """The frozen stream of some images, with or without the blocks' tokens."""
+  """The frozen stream of some images, with or without the blocks' tokens.
+
+  Of these the means in windows, see `readers.pool`.
+  """
   stream = vit.ViT(config).apply(
       {"params": params},
       images,
       collect=("tokens",) if tokens else (),
       embedding_mask=embedding_mask,
   )
+  if window > 1:
+    stream = _pooled(config, stream, window)
   return jax.lax.stop_gradient(stream)
+
+
+def _pooled(
+    config: vit.ViTConfig, stream: vit.Stream, window: int
+) -> vit.Stream:
+  tokens = readers.pool(config, stream.tokens, window)
+  return dataclasses.replace(stream, tokens=tokens)
 
 
 def labels(variables: Any, trains: tuple[str, ...] = TRAINED) -> Any:

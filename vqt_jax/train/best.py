@@ -90,8 +90,9 @@ def search(
   chosen = min(finalists, key=lambda p: (-accuracy[p], *simplest(p)))
 
   by_fraction = {1.0: accuracy[chosen]}
-  if job.tuner.has_queries:
-    fractions, more = _fractions(stages, *chosen, c.keep_fractions, parts)
+  if job.tuner.reads_blocks:
+    tried = {*job.config.keep_fraction, *c.keep_fractions} - {1.0}
+    fractions, more = _fractions(stages, *chosen, sorted(tried), parts)
     by_fraction |= fractions
     seconds += more
   keep = min(by_fraction, key=lambda f: (-by_fraction[f], -f))
@@ -207,25 +208,18 @@ def _fractions(
     stages: stages_lib.Stages,
     tuner: tuner_lib.Tuner,
     run: loop.Run,
-    fractions: tuple[float, ...],
+    fractions: list[float],
     parts: list[tuple[np.ndarray, np.ndarray]],
 ) -> tuple[dict[float, float], float]:
   """The same for fractions of features to keep, of one setting."""
   right, seconds = dict.fromkeys(fractions, 0.0), 0.0
   for number, (rows, judged) in enumerate(parts, start=1):
-    prefix = f"keep_{number}_"
-    out = stages.run(
-        stages_lib.Stage(
-            f"{prefix}all", f"fold {number}", tuner, (run,), "setting",
-            rows=rows, least=0,
-        )  # fmt: skip
-    )
-    _, selected, more = selection.select(
-        stages, prefix, tuner, (run,), out.variables, fractions,
+    accuracy, more = selection.compare(
+        stages, f"keep_{number}_", f"fold {number}", tuner, run, fractions,
         rows=rows, judge=("trainval", judged),
     )  # fmt: skip
-    seconds += out.seconds + more
-    for fraction, share in zip(fractions, selected.accuracy):
+    seconds += more
+    for fraction, share in zip(fractions, accuracy):
       right[fraction] += share * len(judged)
   return _shares(right, parts), seconds
 

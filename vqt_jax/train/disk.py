@@ -70,6 +70,8 @@ class File:
         "process": [jax.process_index(), jax.process_count()],
         "columns": layout.columns,
     }
+    if layout.window > 1:
+      footer["window"] = layout.window
     self._footer = json.dumps(footer, sort_keys=True, indent=1).encode()
     digest = hashlib.sha256(self._footer).hexdigest()[:16]
     self.path = folder / f"{name}-{digest}.npy"

@@ -146,8 +146,9 @@ class Examples:
   def _layout(self) -> store.Layout:
     dtype = self.config.feature_dtype or self.tuner.config.dtype
     return store.Layout(
-        self.tuner.config, self.tuner.reads_blocks, dtype, self.mesh
-    )
+        self.tuner.config, self.tuner.reads_blocks, dtype, self.mesh,
+        self.tuner.window,
+    )  # fmt: skip
 
   @property
   def _folder(self) -> pathlib.Path:

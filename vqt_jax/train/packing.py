@@ -30,7 +30,8 @@ def bytes_per_run(
   c = tuner.config
   trained = tuner.shapes()
   numbers = 6 * sum(math.prod(x.shape) for x in jax.tree.leaves(trained))
-  numbers += 4 * batch_size * tuner.num_features
+  if tuner.has_queries or tuner.editor:  # Else all runs share theirs.
+    numbers += 4 * batch_size * tuner.num_features
   if tuner.has_queries:
     kept = c.num_heads * c.num_tokens + c.mlp_dim + 4 * c.width
     passing = 2 * c.num_heads * c.width + 2 * c.mlp_dim

@@ -1,7 +1,8 @@
 """Which runs are trained and how one of them is chosen; never by the test set.
 
 `full` is the authors' protocol: every setting on train, the best on val trained
-with every seed on trainval, then feature selection. `best` gets more out of the
+with every seed on trainval, then feature selection; of several fractions of
+features the best on val, likewise. `best` gets more out of the
 same labels: it also searches query counts, normalisation and the fraction of
 features that is kept, and chooses by cross-validation on trainval.
 """
@@ -93,9 +94,9 @@ def candidates(
     best.folds(examples.count("trainval"), c.best.folds)
     examples.check_rows("trainval")
   search, chosen = _search(job, stages)
-  found = {"search": search, "best": None}
-  spent = search["seconds"] if search else 0.0
-  keep = c.keep_fraction
+  selection_found, keep = _fraction(job, stages, chosen)
+  found = {"search": search, "selection": selection_found, "best": None}
+  spent = sum(each["seconds"] for each in found.values() if each)
   made = _finish(stages, "", job.tuner, chosen, keep, c.seeds, spent)
   if c.protocol == "full":
     return found, made
@@ -140,6 +141,37 @@ def _search(
   }
   job.console.note(_choice(found), "chosen")
   return found, runs[chosen]
+
+
+def _fraction(
+    job: Any, stages: stages_lib.Stages, chosen: loop.Run
+) -> tuple[dict[str, Any] | None, float]:
+  """The fraction of features that val picks; no search if there is one.
+
+  On a tie more features win.
+  """
+  fractions = job.config.keep_fraction
+  if len(fractions) == 1:
+    return None, fractions[0]
+  accuracy, seconds = selection.compare(
+      stages, "keep_", "keep", job.tuner, chosen, fractions, split="train",
+      judge=("val", None),
+  )  # fmt: skip
+  by_fraction = dict(sorted(zip(fractions, accuracy)))
+  keep = min(by_fraction, key=lambda f: (-by_fraction[f], -f))
+  job.console.note(
+      f"{100 * keep:g} % of the features (val {100 * by_fraction[keep]:.1f} %)",
+      "chosen",
+  )
+  found = {
+      "keep_fractions": [
+          {"keep_fraction": fraction, "val_accuracy": share}
+          for fraction, share in by_fraction.items()
+      ],
+      "chosen": keep,
+      "seconds": seconds,
+  }
+  return found, keep
 
 
 def _finish(

@@ -199,6 +199,9 @@ def _describe(job: Job) -> list[str]:
   shapes = f"head {tuner.num_features:,} x {tuner.num_classes}"
   if tuner.has_queries:
     shapes = f"queries {c.depth} x {tuner.num_queries} x {c.width}, {shapes}"
+  elif tuner.reads_blocks:
+    count = c.num_tokens // tuner.window
+    shapes += f" (of {c.depth} blocks {count} x {tuner.window} tokens each)"
   if tuner.editor:
     own = _count(trained["tuner"]["editor"])
     shapes = f"{tuner.editor} {own:,}, {shapes}"

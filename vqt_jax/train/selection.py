@@ -2,7 +2,8 @@
 
 A new head on the frozen queries, trained with a group lasso over the features,
 tells how much each of them is used; another new head is trained on those used
-most. Both train for as long as the first, at half its rate.
+most. Both train for as long as the first, at half its rate; for features that
+nothing but the head learns from, at its rate, as the program of Head2Toe does.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,45 @@ from vqt_jax.train import loop
 from vqt_jax.train import stages as stages_lib
 
 LASSO = 1e-4
-RATE = 0.5
+RATE = 0.5  # Of the first head's rate, with queries.
+
+
+def compare(
+    stages: stages_lib.Stages,
+    prefix: str,
+    label: str,
+    tuner: tuner_lib.Tuner,
+    run: loop.Run,
+    fractions: Sequence[float],
+    *,
+    judge: tuple[str, np.ndarray | None],
+    **examples: Any,
+) -> tuple[list[float], float]:
+  """Trains a run, then new heads on each of some fractions of its features.
+
+  Args:
+    stages: does the work.
+    prefix: of the stages' names.
+    label: of the first one, for people.
+    tuner: of the run.
+    run: what is trained first.
+    fractions: of features to keep.
+    judge: split and rows whose accuracy is wanted.
+    **examples: `split` and `rows` to train on, as of `select`.
+
+  Returns:
+    Accuracy of each fraction; seconds of training.
+  """
+  out = stages.run(
+      stages_lib.Stage(
+          f"{prefix}all", label, tuner, (run,), "setting", least=0, **examples
+      )
+  )
+  _, selected, seconds = select(
+      stages, prefix, tuner, (run,), out.variables, fractions, judge=judge,
+      **examples,
+  )  # fmt: skip
+  return selected.accuracy, out.seconds + seconds
 
 
 def select(
@@ -51,7 +90,8 @@ def select(
     The kept features (R * K, F) of 0 and 1, all fractions of the first run
     first; the outcome of the new heads in that order; seconds of training.
   """
-  runs = tuple(dataclasses.replace(run, lr=run.lr * RATE) for run in runs)
+  rate = RATE if tuner.has_queries else 1.0
+  runs = tuple(dataclasses.replace(run, lr=run.lr * rate) for run in runs)
   least = 0 if judge else None
   held = {"tuner": variables["tuner"]}
   scored = stages.run(

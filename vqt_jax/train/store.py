@@ -36,18 +36,20 @@ class Layout:
     tokens: whether tokens are kept, or the final feature only.
     dtype: of the tokens.
     mesh: tokens are cut over its `data` axis.
+    window: successive tokens of which only the mean is kept.
   """
 
   config: vit.ViTConfig
   tokens: bool
   dtype: str
   mesh: jax.sharding.Mesh
+  window: int = 1
 
   @property
   def row(self) -> tuple[int, int, int]:
-    """Shape (L, N, D) of one image's tokens."""
+    """Shape (L, N, D) of one image's tokens, or of their means."""
     c = self.config
-    return c.depth, c.num_tokens, c.width
+    return c.depth, c.num_tokens // self.window, c.width
 
   @property
   def columns(self) -> int:
@@ -107,7 +109,7 @@ def _runner(layout: Layout) -> Callable[[Any, jax.Array], Part]:
 
   def run(params, images):
     seen = tuner_lib.run_backbone(
-        layout.config, layout.tokens, params, images
+        layout.config, layout.tokens, params, images, window=layout.window
     )
     part = {"final": seen.final}
     if layout.tokens:

@@ -1,0 +1,192 @@
+"""Head2Toe: features against NumPy, and the fraction that val picks."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import main
+from tests import helpers
+from tests import runs
+import vqt_jax
+from vqt_jax import editors
+from vqt_jax import parallel
+from vqt_jax import readers
+from vqt_jax import tuned
+from vqt_jax import vit
+from vqt_jax.train import disk
+from vqt_jax.train import store
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+  with runs.compiled_once(tmp_path_factory.mktemp("compiled")):
+    yield
+
+
+@pytest.mark.parametrize(
+    "variant, target_size, tokens",
+    [
+        ("B/16", 1, 197),
+        ("B/16", 512, 197),
+        ("B/16", 768, 197),
+        ("B/16", 1536, 98),
+        ("B/16", 8192, 18),  # 10 times; 17 tokens are left over.
+        ("S/14", 8192, 12),
+        ("B/16", 10**9, 1),
+    ],
+)
+def test_windows_of_the_official_program(variant, target_size, tokens):
+  sizes = vit.decode_variant(variant)
+  config = vit.ViTConfig(**sizes, image_size=(224, 224))
+  assert readers.window(config, target_size) == tokens
+
+
+def reference(tokens, final, size, normalize=True):
+  """Features (B, F), image by image, group by group."""
+  norm = (lambda x: x / np.linalg.norm(x)) if normalize else lambda x: x
+  rows = []
+  for image, last in enumerate(final):
+    groups = [norm(last)]
+    for block in tokens[:, image]:
+      starts = range(0, len(block) - size + 1, size)
+      means = [block[start : start + size].mean(axis=0) for start in starts]
+      groups.append(norm(np.concatenate(means)))
+    rows.append(np.concatenate(groups))
+  return np.stack(rows)
+
+
+@pytest.mark.parametrize(
+    "pool_type, target_size, size, normalize",
+    [("tok", 48, 3, True), ("gap", 64, 2, True), ("tok", 9, 10, False),
+     ("tok", 999, 1, True)],
+)  # fmt: skip
+def test_features_equal_numpy(pool_type, target_size, size, normalize):
+  backbone = helpers.tiny_backbone(pool_type=pool_type)
+  tuner = vqt_jax.make_tuner(
+      "head2toe", backbone.config, 5, target_size=target_size,
+      normalize=normalize,
+  )  # fmt: skip
+  assert tuner.window == size
+  images = helpers.tiny_examples(backbone, 4, 5)["image"]
+  variables = tuner.init(jax.random.key(0))
+  assert not variables["tuner"]
+  out = vqt_jax.apply(backbone, tuner, variables, images)
+  stream = jax.tree.map(np.asarray, backbone(images))
+  expected = reference(stream.tokens, stream.final, size, normalize)
+  assert expected.shape == (4, tuner.num_features)
+  helpers.assert_close(out.features, expected, 1e-6)
+  kernel, bias = (variables["head"][n] for n in ("kernel", "bias"))
+  helpers.assert_close(out.logits, expected @ kernel + bias, 1e-5)
+  assert out.queries is None
+
+
+@pytest.mark.parametrize("target_size", [48, 999])
+def test_prompts_are_in_no_window(target_size):
+  backbone = helpers.tiny_backbone()
+  options = editors.Options(num_prompts=2)
+  tuner = vqt_jax.make_tuner(
+      "head2toe+vpt_deep", backbone.config, 5, options=options,
+      target_size=target_size,
+  )  # fmt: skip
+  variables = tuner.init(jax.random.key(0))
+  images = helpers.tiny_examples(backbone, 2, 5)["image"]
+  # A reader of single tokens gets the prompts as well.
+  other = vqt_jax.make_tuner(
+      "vqt+vpt_deep", backbone.config, 5, options=options
+  )
+  everything = {**variables, "backbone": backbone.params}
+  stream = jax.tree.map(np.asarray, other.stream(everything, images))
+  assert stream.tokens.shape[2] == 10 + 2
+  tokens = np.delete(stream.tokens, [1, 2], axis=2)
+  out = vqt_jax.apply(backbone, tuner, variables, images)
+  expected = reference(tokens, stream.final, tuner.window)
+  helpers.assert_close(out.features, expected, 1e-6)
+
+
+def test_only_means_are_kept_in_their_own_file(tmp_path):
+  config = helpers.tiny_config()
+  sizes, files = [], []
+  for window in (1, 3):
+    mesh = parallel.make_mesh()
+    layout = store.Layout(config, True, "float32", mesh, window)
+    sizes.append(layout.bytes_per_image)
+    files.append(disk.File(tmp_path, "x", {}, layout, 4))
+  assert sizes == [4 * 16 * (3 * 10 + 1), 4 * 16 * (3 * 3 + 1)]
+  assert files[0].path != files[1].path
+
+
+def run(material, workdir, **changes):
+  sizes = {"method": "head2toe", "target_size": 32, **changes}
+  assert main.main(runs.command(material, workdir, **sizes)) == 0
+  return runs.results(workdir)
+
+
+def test_val_picks_the_fraction(material, tmp_path):
+  """And what comes after is as if it had been given alone."""
+  found = run(material, tmp_path / "several", keep_fraction="0.02,0.3,0.6")
+  tried = found["selection"]["keep_fractions"]
+  by_fraction = {f["keep_fraction"]: f["val_accuracy"] for f in tried}
+  assert list(by_fraction) == [0.02, 0.3, 0.6]
+  for share in by_fraction.values():
+    assert 16 * share == pytest.approx(round(16 * share))
+  keep = min(by_fraction, key=lambda f: (-by_fraction[f], -f))
+  assert keep == found["selection"]["chosen"] != 0.02
+  assert found["chosen"]["keep_fraction"] == keep
+  assert set(found["chosen"]) == {"lr", "weight_decay", "keep_fraction"}
+  assert found["num_queries"] == 0
+
+  rows = runs.metrics(tmp_path / "several")
+  for row in rows:  # Val is judged by, not trained on.
+    if row["phase"].startswith("keep"):
+      right = 32 * row["accuracy"]
+      assert right == pytest.approx(round(right))
+  assert {row["phase"] for row in rows} == {
+      "search", "keep_all", "keep_scores", "keep_selected", "seeds", "scores",
+      "selected",
+  }  # pyformat: disable
+  everything, selected = found["tested"]
+  features = 16 * (1 + 3 * 2)
+  kept = int(features * keep)
+  assert everything["trained_parameters"] == (features + 1) * runs.CLASSES
+  assert selected["trained_parameters"] == (kept + 1) * runs.CLASSES
+  final, *of_blocks = selected["kept_share"]
+  total = 16 * final + 32 * sum(of_blocks)
+  assert len(of_blocks) == 3 and total == pytest.approx(kept)
+  assert everything["training_seconds"] > found["selection"]["seconds"]
+
+  alone = run(material, tmp_path / "alone", keep_fraction=keep)
+  assert alone["selection"] is None
+  assert alone["test_accuracy"] == found["test_accuracy"]
+  files = [
+      runs.files(tmp_path / name, "tuned/**/*.safetensors")
+      for name in ("several", "alone")
+  ]
+  assert files[0] == files[1] and len(files[0]) == 2
+
+
+def test_the_best_protocol_tries_all_fractions(material, tmp_path):
+  found = run(
+      material, tmp_path, protocol="best", keep_fraction="0.2,0.5", lr="4.0,",
+      best__keep_fractions="0.5,0.7", best__finalists=1, best__folds=2,
+  )  # fmt: skip
+  tried = [f["keep_fraction"] for f in found["best"]["keep_fractions"]]
+  assert tried == [0.2, 0.5, 0.7, 1.0]
+  assert found["best"]["searched"] == 1
+  assert found["tested"][-1]["name"].startswith("best_")
+
+
+def test_an_old_model_loads_without_a_target_size(tmp_path):
+  backbone = helpers.tiny_backbone()
+  vqt_jax.save_npz(tmp_path / "vit.npz", backbone)
+  tuner = vqt_jax.make_tuner("linear", backbone.config, 5)
+  variables = tuner.init(jax.random.key(0))
+  tuned.save(
+      tmp_path / "tuned", str(tmp_path / "vit.npz"), backbone, tuner,
+      variables, {},
+  )  # fmt: skip
+  info = runs.read_json(tmp_path / "tuned" / "info.json")
+  del info["target_size"]
+  (tmp_path / "tuned" / "info.json").write_text(json.dumps(info))
+  assert tuned.load(tmp_path / "tuned").tuner == tuner
