@@ -242,7 +242,7 @@ def test_all_tasks_have_the_configs_they_have_alone(arg):
   for name in ("dtd", "svhn"):
     alone = get_config(f"task={name},{arg}")
     alone.preset = "authors"
-    assert config_lib.of_task(config, name) == config_lib.resolve(alone)
+    assert config_lib.one(config, task=name) == config_lib.resolve(alone)
 
 
 def test_all_tasks_are_taken_as_they_are():

@@ -46,6 +46,7 @@ BOUNDS = {
     "warmup_epochs": (0, math.inf),
     "batch_size": (1, math.inf),
     "eval_batch_size": (1, math.inf),
+    "settings": (0, math.inf),
     "lr": (0, math.inf),
     "weight_decay": (0, math.inf),
     "search_seed": (0, 2**32 - 1),
@@ -95,7 +96,7 @@ def check(config: ConfigDict, defaults: ConfigDict) -> None:
 
 
 def _check_names(config: ConfigDict) -> None:
-  tuner.parse(config.method, "config.method")
+  _methods(config)
   for name in ("task", "init"):
     if not config[name]:
       raise errors.UserError(f"config.{name} is empty; give a name.")
@@ -104,6 +105,18 @@ def _check_names(config: ConfigDict) -> None:
       vit.decode_variant(config.variant)
     except ValueError as e:
       raise errors.UserError(f"config.variant: {e}") from e
+
+
+def _methods(config: ConfigDict) -> tuple[str, ...]:
+  """All methods of the run or runs.
+
+  Raises:
+    UserError: one is unknown, or there twice.
+  """
+  if config.methods:
+    return tuner.parse_list(config.methods, "config.methods")
+  tuner.parse(config.method, "config.method")
+  return (config.method,)
 
 
 def _check_combinations(config: ConfigDict) -> None:
@@ -130,16 +143,31 @@ def _check_combinations(config: ConfigDict) -> None:
         f"config.task={vtab.ALL} takes VTAB's tasks as they are: leave"
         f" {', '.join(given)} empty."
     )
-  if tuner.parse(config.method)[1] and config.features not in ("", "live"):
-    raise errors.UserError(
-        f"config.method={config.method} changes the stream in every step, so it"
-        " cannot be stored: use features=live."
-    )
+  _check_methods(config)
   if config.embedding_dropout and config.features not in ("", "live"):
     raise errors.UserError(
         f"config.embedding_dropout={config.embedding_dropout} makes the stream"
         " differ in every step, so it cannot be stored: use features=live."
     )
+
+
+def _check_methods(config: ConfigDict) -> None:
+  if config.methods and config.task == vtab.ALL:
+    raise errors.UserError(
+        f"config.task={vtab.ALL} takes one config.method; to compare"
+        f" config.methods={config.methods}, name one task."
+    )
+  if config.methods and config.preset:
+    raise errors.UserError(
+        f"config.preset={config.preset} depends on the method; set its fields"
+        " one by one to compare config.methods."
+    )
+  for method in _methods(config):
+    if tuner.parse(method)[1] and config.features not in ("", "live"):
+      raise errors.UserError(
+          f"config.method={method} changes the stream in every step, so it"
+          " cannot be stored: use features=live."
+      )
 
 
 def check_field(name: str, defaults: ConfigDict) -> Any:

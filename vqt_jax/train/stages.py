@@ -331,7 +331,7 @@ def _joined(parts: Sequence[Outcome], starts: Sequence[int]) -> Outcome:
       epoch_seconds=_each(
           [p.epoch_seconds for p in parts if p.epoch_seconds is not None]
       ),
-      step_bytes=max((p.step_bytes or 0 for p in parts)) or None,
+      step_bytes=max(p.step_bytes or 0 for p in parts) or None,
   )
 
 

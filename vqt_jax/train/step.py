@@ -261,6 +261,9 @@ def train_steps(
   return parallel.constrain((state, losses, right))  # Replicated.
 
 
+_lower = train_steps.lower
+
+
 def step_bytes(*args: Any) -> int | None:
   """Memory that `train_steps` of these arguments takes, bytes on one device.
 
@@ -270,7 +273,7 @@ def step_bytes(*args: Any) -> int | None:
   Returns:
     None where the compiler does not tell.
   """
-  found = train_steps.lower(*args).compile().memory_analysis()
+  found = _lower(*args).compile().memory_analysis()
   if found is None:
     return None
   new = found.output_size_in_bytes - found.alias_size_in_bytes
