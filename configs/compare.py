@@ -8,14 +8,12 @@
 Arguments:
   methods      with commas between them; "all" (if none are named): each of
                docs/methods.md alone, vqt+vpt_deep and vqt+adaptformer
-  settings     how many are tried of each method, over its published rates;
-               0: all that are published for it
-  task         as for configs/vtab.py, but one; "digits": with the backbone and
-               the epochs of configs/digits.py
+  settings     how many are tried of each method: so many of its rates, with
+               one weight decay; 0: all its rates with all weight decays
+  task         as for configs/vtab.py, but one; "digits": with all that
+               configs/digits.py sets
   num_queries, variant, init, image_size, data_dir
                as for configs/vtab.py
-
-Rates are those published for each method, with digits too.
 """
 
 from ml_collections import ConfigDict
@@ -49,7 +47,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
   given = {name: value for name, value in args.items() if value}
   if args["task"] == "digits":
     config = digits.get_config()
-    config.lr = (0.0,)
     config.update(given)
   else:
     settings = given.pop("settings", 0)

@@ -48,6 +48,7 @@ BOUNDS = {
     "eval_batch_size": (1, math.inf),
     "settings": (0, math.inf),
     "lr": (0, math.inf),
+    "reader_lr": (0, math.inf),
     "weight_decay": (0, math.inf),
     "search_seed": (0, 2**32 - 1),
     "seeds": (0, 2**32 - 1),
@@ -129,10 +130,11 @@ def _check_combinations(config: ConfigDict) -> None:
     raise errors.UserError(
         "config.mesh.data=0: expected a number of devices, or -1 for all."
     )
-  if not all(config.lr) and len(config.lr) > 1:
-    raise errors.UserError(
-        f"config.lr={config.lr}: with a rate of 0 nothing is trained."
-    )
+  for name in ("lr", "reader_lr"):
+    if not all(config[name]) and len(config[name]) > 1:
+      raise errors.UserError(
+          f"config.{name}={config[name]}: with a rate of 0 nothing is trained."
+      )
   given = [
       f"config.{name}"
       for name, value in flatten(config).items()

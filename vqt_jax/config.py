@@ -86,6 +86,7 @@ def default_config() -> ConfigDict:
   c.optimizer = ""  # "adam", "sgd" (momentum 0.9; coupled L2), or "adamw";
   # "": as published for the method
   c.lr = (0.0,)  # peak rates per 256 images of batch; 0: as published
+  c.reader_lr = (0.0,)  # the same of readers alone, if lr is 0
   c.weight_decay = (1e-2, 1e-3, 1e-4, 0.0)  # not on biases
 
   # Runs. Several (lr, weight_decay) are tried on train and compared on val;
@@ -162,6 +163,7 @@ AUTHORS_TOO = (
     "batch_size",
     "optimizer",
     "lr",
+    "reader_lr",
     "weight_decay",
     "search_seed",
     "seeds",
@@ -188,7 +190,7 @@ def resolve(
   A preset is an abbreviation: its fields are set, whatever they were, and
   `preset` is cleared, so that what comes back says all and can be resolved
   again. To depart from a preset, change fields after this call. The same goes
-  for `settings`. (With `task="all"`, what the authors choose by the task is
+  for `settings` and `reader_lr`. (With `task="all"`, what the authors choose by the task is
   left to `one`, and with `methods` all that depends on the method; `method` is
   empty then.)
 
@@ -207,7 +209,7 @@ def resolve(
       if name not in keep:
         config[name] = value
     config.preset = ""
-  for name in ("lr", "weight_decay"):
+  for name in ("lr", "reader_lr", "weight_decay"):
     config[name] = tuple(map(float, config[name]))
   if config.methods:
     if "method" in keep:
@@ -256,6 +258,9 @@ def recipe(method: str) -> dict[str, Any]:
 
 def _follow_recipe(config: ConfigDict) -> None:
   """Writes out what is empty because it is as published for the method."""
+  if config.lr == (0.0,) and config.method in readers.READERS:
+    config.lr = config.reader_lr
+  config.reader_lr = (0.0,)
   for name, value in recipe(config.method).items():
     if config[name] in ("", (0.0,), 0.0):
       config[name] = value

@@ -6,6 +6,7 @@ from typing import Any
 
 import ml_collections
 
+from vqt_jax import compare
 from vqt_jax import config as config_lib
 from vqt_jax import console as console_lib
 from vqt_jax import parallel
@@ -24,7 +25,8 @@ def train(
 
   Args:
     config: with `methods`.
-    workdir: gets a folder per method and `results.json`.
+    workdir: gets a folder per method, `results.json`, `compare.csv`,
+      `compare.png`, and what queries attend to.
     console: what a person sees; None: stderr, of the first process.
 
   Returns:
@@ -49,9 +51,10 @@ def _look(
 def _sum_up(
     console: console_lib.Console, workdir: pathlib.Path, names: Sequence[str]
 ) -> dict[str, Any]:
-  """Writes what came out; `results.json` comes last."""
-  summary = {"methods": several.outcomes(workdir, names)}
+  """Writes and prints what came out; `results.json` comes last."""
+  summary = compare.summarize(several.outcomes(workdir, names))
   if parallel.is_first():
+    workdirs = {name: workdir / name for name in names}
+    compare.write(console, summary, workdirs, workdir)
     results_lib.write_json(workdir / outcome.RESULTS, summary)
-  console.note(f"{workdir / outcome.RESULTS}", "results")
   return summary
