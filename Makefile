@@ -14,9 +14,7 @@ CANDIDATES := python3.11 python3.12 python3.13 python3
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
-	$(PYTHON) main.py --config configs/digits.py:method=linear --workdir runs/demo/linear
-	$(PYTHON) main.py --config configs/digits.py:method=vqt --workdir runs/demo/vqt
-	$(PYTHON) -m vqt_jax.compare runs/demo/linear runs/demo/vqt --output runs/demo
+	$(PYTHON) main.py --config configs/compare.py:task=digits,methods=linear,vqt --workdir runs/demo
 
 test: $(VENV)/.installed-test
 	$(PYTHON) -m pytest --numprocesses=2 --dist=loadfile

@@ -19,7 +19,6 @@ from importlib import resources
 from ml_collections import ConfigDict
 
 from vqt_jax import config as config_lib
-from vqt_jax import readers
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -32,7 +31,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.image_size = 28
   config.epochs = 30
   config.warmup_epochs = 3
-  if config.method in readers.READERS:
-    config.lr = (4.0, 1.0, 0.25, 0.05, 0.01)
+  config.reader_lr = (4.0, 1.0, 0.25, 0.05, 0.01)
   config.weight_decay = (1e-3, 1e-4, 0.0)
   return config

@@ -122,13 +122,6 @@ def test_report_of_more_than_one_candidate(tmp_path, changes):
   assert drawn(path)
 
 
-def test_comparison(tmp_path):
-  path = tmp_path / "comparison.png"
-  runs = [outcome("linear"), outcome(), outcome(num_queries=1, task="dtd")]
-  plots.comparison(runs, path)
-  assert drawn(path)
-
-
 @pytest.mark.parametrize("names", [tuple(vtab.VTAB), ("dtd", "kitti")])
 def test_vtab(tmp_path, names):
   path = tmp_path / "vtab.png"

@@ -47,7 +47,9 @@ BOUNDS = {
     "warmup_epochs": (0, math.inf),
     "batch_size": (1, math.inf),
     "eval_batch_size": (1, math.inf),
+    "settings": (0, math.inf),
     "lr": (0, math.inf),
+    "reader_lr": (0, math.inf),
     "weight_decay": (0, math.inf),
     "search_seed": (0, 2**32 - 1),
     "seeds": (0, 2**32 - 1),
@@ -96,7 +98,7 @@ def check(config: ConfigDict, defaults: ConfigDict) -> None:
 
 
 def _check_names(config: ConfigDict) -> None:
-  tuner.parse(config.method, "config.method")
+  _methods(config)
   for name in ("task", "init"):
     if not config[name]:
       raise errors.UserError(f"config.{name} is empty; give a name.")
@@ -105,6 +107,18 @@ def _check_names(config: ConfigDict) -> None:
       vit.decode_variant(config.variant)
     except ValueError as e:
       raise errors.UserError(f"config.variant: {e}") from e
+
+
+def _methods(config: ConfigDict) -> tuple[str, ...]:
+  """All methods of the run or runs.
+
+  Raises:
+    UserError: one is unknown, or there twice.
+  """
+  if config.methods:
+    return tuner.parse_list(config.methods, "config.methods")
+  tuner.parse(config.method, "config.method")
+  return (config.method,)
 
 
 def _check_combinations(config: ConfigDict) -> None:
@@ -117,10 +131,11 @@ def _check_combinations(config: ConfigDict) -> None:
     raise errors.UserError(
         "config.mesh.data=0: expected a number of devices, or -1 for all."
     )
-  if not all(config.lr) and len(config.lr) > 1:
-    raise errors.UserError(
-        f"config.lr={config.lr}: with a rate of 0 nothing is trained."
-    )
+  for name in ("lr", "reader_lr"):
+    if not all(config[name]) and len(config[name]) > 1:
+      raise errors.UserError(
+          f"config.{name}={config[name]}: with a rate of 0 nothing is trained."
+      )
   if not all(config.keep_fraction) and len(config.keep_fraction) > 1:
     raise errors.UserError(
         f"config.keep_fraction={config.keep_fraction}: with a fraction of 0 no"
@@ -136,16 +151,31 @@ def _check_combinations(config: ConfigDict) -> None:
         f"config.task={vtab.ALL} takes VTAB's tasks as they are: leave"
         f" {', '.join(given)} empty."
     )
-  if tuner.parse(config.method)[1] and config.features not in ("", "live"):
-    raise errors.UserError(
-        f"config.method={config.method} changes the stream in every step, so it"
-        " cannot be stored: use features=live."
-    )
+  _check_methods(config)
   if config.embedding_dropout and config.features not in ("", "live"):
     raise errors.UserError(
         f"config.embedding_dropout={config.embedding_dropout} makes the stream"
         " differ in every step, so it cannot be stored: use features=live."
     )
+
+
+def _check_methods(config: ConfigDict) -> None:
+  if config.methods and config.task == vtab.ALL:
+    raise errors.UserError(
+        f"config.task={vtab.ALL} takes one config.method; to compare"
+        f" config.methods={config.methods}, name one task."
+    )
+  if config.methods and config.preset:
+    raise errors.UserError(
+        f"config.preset={config.preset} depends on the method; set its fields"
+        " one by one to compare config.methods."
+    )
+  for method in _methods(config):
+    if tuner.parse(method)[1] and config.features not in ("", "live"):
+      raise errors.UserError(
+          f"config.method={method} changes the stream in every step, so it"
+          " cannot be stored: use features=live."
+      )
 
 
 def check_field(name: str, defaults: ConfigDict) -> Any:

@@ -1,80 +1,161 @@
-"""Puts finished runs side by side.
+"""Puts finished runs side by side: a table, compare.csv and compare.png.
+
+`main.py` does it with the methods of `configs/compare.py`. For any other runs:
 
   python -m vqt_jax.compare runs/linear runs/vqt --output runs/comparison
 
-prints a table and draws `comparison.png`; of each VQT run it also draws what
-the queries attend to, `attention_<run>.png`.
+Of each VQT run it also draws what the queries attend to,
+`attention_<run>.png`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+import csv
+import io
 import pathlib
 import sys
 from typing import Any
 
 from absl import flags
-import numpy as np
 
-from vqt_jax import config as config_lib
+from vqt_jax import attention
+from vqt_jax import compare_plot
 from vqt_jax import console as console_lib
-from vqt_jax import data
 from vqt_jax import errors
-from vqt_jax import plots
 from vqt_jax import results as results_lib
-from vqt_jax import tuned as tuned_lib
-from vqt_jax.backbone import VALUE_RANGES
+from vqt_jax.train import places
 
-IMAGES = 8  # In the picture of what queries attend to.
+ABOUT = ("task", "backbone", "device")
+# What a comparison needs of a run; None of what an older program left out.
+FIELDS = ("method", *ABOUT, "num_queries", "test_accuracy", "chosen", "search",
+          "trained_parameters", "memory", "seconds",
+          "tuned_bytes")  # pyformat: disable
+COLUMNS = (
+    "run", "task", "method", "accuracy_percent", "std_percent", "seeds",
+    "trained_parameters", "peak_bytes", "step_bytes", "side_by_side",
+    "epoch_seconds", "training_seconds", "tuned_bytes", "settings", "lr",
+    "weight_decay", "keep_fraction", "num_queries", "backbone", "device",
+)  # fmt: skip
 
 
-def table(console: console_lib.Console, results: Sequence[dict[str, Any]]):
-  """Prints test accuracy and sizes, a row per run."""
+def summarize(outcomes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+  """What is compared, the most accurate run first.
+
+  Args:
+    outcomes: name -> contents of the run's `results.json`; at least one.
+
+  Returns:
+    `task`, `backbone` and `device` (of all, with commas between different
+    ones), and `runs`: name -> what a table needs of it.
+  """
+  runs = {name: _entry(results) for name, results in outcomes.items()}
+  about = {
+      key: ", ".join(dict.fromkeys(run[key] for run in runs.values()))
+      for key in ABOUT
+  }
+  rank = lambda name: -runs[name]["test_accuracy"]["mean"]
+  return {**about, "runs": {name: runs[name] for name in sorted(runs, key=rank)}}
+
+
+def _entry(results: Mapping[str, Any]) -> dict[str, Any]:
+  entry = {key: results.get(key) for key in FIELDS}
+  search = entry.pop("search")
+  memory = entry.pop("memory") or {}
+  return {
+      **entry,
+      "settings": len(search["runs"]) if search else 1,
+      **{
+          key: memory.get(key)
+          for key in ("peak_bytes", "step_bytes", "side_by_side")
+      },
+      "epoch_seconds": entry.pop("seconds").get("epoch"),
+      "training_seconds": results["seconds"]["training"],
+  }
+
+
+def to_csv(summary: Mapping[str, Any]) -> str:
+  """A line per run, the most accurate first."""
+  file = io.StringIO()
+  writer = csv.DictWriter(
+      file, COLUMNS, lineterminator="\n", extrasaction="ignore"
+  )
+  writer.writeheader()
+  for name, run in summary["runs"].items():
+    test = run["test_accuracy"]
+    writer.writerow({
+        "run": name,
+        **run["chosen"],
+        **run,
+        "accuracy_percent": f"{100 * test['mean']:.2f}",
+        "std_percent": f"{100 * test['std']:.2f}",
+        "seeds": len(test["per_seed"]),
+    })
+  return file.getvalue()
+
+
+def show(console: console_lib.Console, summary: Mapping[str, Any]) -> None:
+  """Prints a row per run, the most accurate first."""
   rows = []
-  for r in results:
-    test = r["test_accuracy"]
+  for run in summary["runs"].values():
+    test = run["test_accuracy"]
     rows.append([
-        f"{r['method']} on {r['task']}"
-        + (f", {r['num_queries']} per block" if r["num_queries"] else ""),
-        f"{test['mean']:.2%} ± {test['std']:.2%}",
-        len(test["per_seed"]),
-        f"{r['trained_parameters']:,}",
-        f"{r['seconds']['training']:.0f}",
+        label(run, summary),
+        f"{100 * test['mean']:.2f} +- {100 * test['std']:.2f} %",
+        f"{run['trained_parameters']:,}",
+        _told(run["tuned_bytes"], places.size),
+        _told(run["peak_bytes"], places.size),
+        _told(run["step_bytes"], places.size),
+        _told(run["side_by_side"], str),
+        _told(run["epoch_seconds"], "{:.3g}".format),
     ])
-  columns = ["", "test accuracy", "seeds", "trained", "seconds to train"]
+  columns = [
+      summary["task"], "test accuracy", "trained", "tuned/", "peak memory",
+      "of a step", "of runs", "s / epoch, run",
+  ]  # fmt: skip
   console.table("", columns, rows)
 
 
-def draw_attention(workdir: pathlib.Path, path: pathlib.Path) -> None:
-  """Where the queries of a VQT run's first seed look, on test images.
+def _told(value: Any, write: Any) -> str:
+  return "unknown" if value is None else write(value)
 
-  Attention is averaged over heads and queries; the class token is left out.
+
+def label(run: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+  """A run's method, and what else tells it from the others."""
+  name = run["method"]
+  if run["num_queries"]:
+    name += f", T={run['num_queries']}"
+  return name + (f", {run['task']}" if "," in summary["task"] else "")
+
+
+def write(
+    console: console_lib.Console,
+    summary: Mapping[str, Any],
+    workdirs: Mapping[str, pathlib.Path],
+    output: pathlib.Path,
+) -> None:
+  """Writes the CSV file and the pictures, and prints the table.
+
+  A picture of attention that is there already is left alone.
+
+  Args:
+    console: to print on.
+    summary: as `summarize` gives it.
+    workdirs: of the runs, by the same names.
+    output: folder.
+
+  Raises:
+    UserError: a file cannot be written.
   """
-  results = results_lib.read_json(workdir / "results.json")
-  config = results_lib.read_json(workdir / "config.json")
-  seed = next(iter(results["test_accuracy"]["per_seed"]))
-  tuned = tuned_lib.load(workdir / "tuned" / f"seed_{seed}")
-  task = data.make_task(
-      config["task"], **{k: config[k] for k in config_lib.TASK_FIELDS}
-  )
-  c = tuned.backbone.config
-  batch = next(
-      data.batches(
-          task,
-          "test",
-          batch_size=IMAGES,
-          image_size=c.image_size,
-          value_range=tuned.backbone.value_range,
-          resize=config["resize"],
-      )
-  )
-  weights = tuned.attention(batch["image"]).mean(axis=(2, 3))
-  if c.has_class_token:
-    weights = weights[..., 1:]
-  maps = np.moveaxis(weights, 0, 1).reshape(len(weights[0]), -1, *c.grid)
-  predicted = np.argmax(tuned(batch["image"]).logits, axis=-1)
-  mean, std = VALUE_RANGES[tuned.backbone.value_range]
-  images = np.clip(batch["image"] * np.array(std) + np.array(mean), 0, 1)
-  labels = [f"{a}, said {b}" for a, b in zip(batch["label"], predicted)]
-  plots.attention(images, maps, labels, path)
+  table = to_csv(summary).encode()
+  results_lib.write_bytes(output / "compare.csv", table)
+  compare_plot.draw(summary, output / "compare.png")
+  files = ["compare.csv", "compare.png"]
+  for name, run in summary["runs"].items():
+    if run["method"] == "vqt":
+      files.append(f"attention_{name}.png")
+      if not (output / files[-1]).exists():
+        attention.draw(workdirs[name], output / files[-1])
+  show(console, summary)
+  console.note("   ".join([str(output / files[0]), *files[1:]]), "results")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -82,38 +163,41 @@ def main(argv: Sequence[str]) -> int:
   values = flags.FlagValues()
   flags.DEFINE_string("output", ".", "folder", flag_values=values)
   try:
-    workdirs = [pathlib.Path(path) for path in values(list(argv))[1:]]
-    if not workdirs:
+    paths = [pathlib.Path(path) for path in values(list(argv))[1:]]
+    if not paths:
       raise errors.UserError(
           "No runs given. Usage: python -m vqt_jax.compare WORKDIR..."
           " [--output FOLDER]"
       )
-    compare(workdirs, pathlib.Path(values.output))
+    workdirs = _names(paths)
+    outcomes = {name: _read(path) for name, path in workdirs.items()}
+    summary = summarize(outcomes)
+    output = pathlib.Path(values.output)
+    write(console_lib.Console(), summary, workdirs, output)
   except (errors.UserError, flags.Error) as e:
     print(f"error: {e}", file=sys.stderr)
     return 2
   return 0
 
 
-def compare(workdirs: Sequence[pathlib.Path], output: pathlib.Path) -> None:
-  """Prints the table of finished runs and draws their pictures."""
-  results = [results_lib.read_json(w / "results.json") for w in workdirs]
-  for workdir, result in zip(workdirs, results):
-    if "tasks" in result:
+def _names(paths: Sequence[pathlib.Path]) -> dict[str, pathlib.Path]:
+  """Workdirs by their last part, or by more of it if these are not enough."""
+  for parts in range(1, max(len(path.parts) for path in paths) + 1):
+    names = ["_".join(path.parts[-parts:]) for path in paths]
+    if len(set(names)) == len(paths):
+      return dict(zip(names, paths))
+  raise errors.UserError("The same run is given twice.")
+
+
+def _read(workdir: pathlib.Path) -> dict[str, Any]:
+  results = results_lib.read_json(workdir / "results.json")
+  for of_all in ("tasks", "runs"):
+    if of_all in results:
       raise errors.UserError(
-          f"{workdir} holds all tasks; name the folder of one in it, e.g."
-          f" {workdir / next(iter(result['tasks']))}."
+          f"{workdir} holds all of several runs; name the folder of one in it,"
+          f" e.g. {workdir / next(iter(results[of_all]))}."
       )
-  output.mkdir(parents=True, exist_ok=True)
-  console = console_lib.Console()
-  table(console, results)
-  plots.comparison(results, output / "comparison.png")
-  pictures = ["comparison.png"]
-  for workdir, result in zip(workdirs, results):
-    if result["method"] == "vqt":
-      pictures.append(f"attention_{workdir.name}.png")
-      draw_attention(workdir, output / pictures[-1])
-  console.note("   ".join(str(output / p) for p in pictures), "pictures")
+  return results
 
 
 if __name__ == "__main__":

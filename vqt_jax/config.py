@@ -18,10 +18,12 @@ import json
 from typing import Any
 
 from ml_collections import ConfigDict
+import numpy as np
 
 from vqt_jax import checks
 from vqt_jax import editors
 from vqt_jax import errors
+from vqt_jax import readers
 from vqt_jax import tuner as tuner_lib
 from vqt_jax.data import vtab
 
@@ -60,6 +62,8 @@ def default_config() -> ConfigDict:
   c.method = "vqt"  # a reader ("vqt": visual query tuning; "head2toe": means of
   # all blocks' tokens; "linear": probe of the end), an editor, read by "linear"
   # (see docs/methods.md: "lora", ...), or both: "vqt+vpt_deep"
+  c.methods = ""  # several, with commas between them, or "all": each in a
+  # folder of its own, and a table of what came out; in the place of method
   c.num_queries = 0  # queries per block (vqt); 0: the authors' for the task,
   # which is 1 but for seven tasks of VTAB
   c.query_dropout = 0.1  # probability, on queries while training (vqt)
@@ -85,11 +89,15 @@ def default_config() -> ConfigDict:
   c.optimizer = ""  # "adam", "sgd" (momentum 0.9; coupled L2), or "adamw";
   # "": as published for the method
   c.lr = (0.0,)  # peak rates per 256 images of batch; 0: as published
+  c.reader_lr = (0.0,)  # the same of readers alone, if lr is 0
   c.weight_decay = (1e-2, 1e-3, 1e-4, 0.0)  # not on biases
 
   # Runs. Several (lr, weight_decay) are tried on train and compared on val;
   # the best one is trained on trainval with every seed, and tested.
   c.protocol = "full"  # "full": the authors'; "best": also a wider search
+  c.settings = 0  # how many are tried; 0: all rates with all weight decays; N:
+  # N rates from the first to the last, with one weight decay (of several:
+  # SETTINGS_DECAY), so that all methods are searched alike
   c.keep_fraction = (0.0,)  # of the features, by group lasso; of several the
   # best on val; 0: for vqt the authors' for the task (0.7 where they use one
   # query per block of a VTAB task), for head2toe `HEAD2TOE_KEEP`; else 1
@@ -160,6 +168,7 @@ PROMPTS_RECIPE = (
 )  # fmt: skip
 EDITORS_RECIPE = ("adamw", (5e-3, 1e-3, 5e-4, 1e-4))
 EDITOR_RATE = 0.01
+SETTINGS_DECAY = 1e-4  # Of a search of so many settings.
 AUTHORS_TOO = (
     "query_dropout",
     "combine",
@@ -170,6 +179,7 @@ AUTHORS_TOO = (
     "batch_size",
     "optimizer",
     "lr",
+    "reader_lr",
     "weight_decay",
     "search_seed",
     "seeds",
@@ -183,6 +193,7 @@ RESUMABLE = (
     "data_dir",
     "eval_batch_size",
     "features",
+    "methods",
     "store_dir",
 )
 
@@ -194,8 +205,10 @@ def resolve(
 
   A preset is an abbreviation: its fields are set, whatever they were, and
   `preset` is cleared, so that what comes back says all and can be resolved
-  again. To depart from a preset, change fields after this call. (With
-  `task="all"`, what the authors choose by the task is left to `of_task`.)
+  again. To depart from a preset, change fields after this call. The same goes
+  for `settings` and `reader_lr`. (With `task="all"`, what the authors choose by
+  the task is left to `one`, and with `methods` all that depends on the method;
+  `method` is empty then.)
 
   Args:
     config: a changed `default_config()`; it is left as it is.
@@ -212,19 +225,37 @@ def resolve(
       if name not in keep:
         config[name] = value
     config.preset = ""
-  for name in ("lr", "weight_decay", "keep_fraction"):
+  for name in ("lr", "reader_lr", "weight_decay", "keep_fraction"):
     config[name] = tuple(map(float, config[name]))
+  if config.methods:
+    if "method" in keep:
+      raise errors.UserError(
+          f"config.method={config.method} and config.methods={config.methods}:"
+          " give one of them."
+      )
+    config.methods = ",".join(tuner_lib.parse_list(config.methods))
+    config.method = ""
+    return config
   _follow_recipe(config)
+  if config.settings:
+    _follow_budget(config)
   if config.task != vtab.ALL:  # Else each task's own.
     _follow_authors(config)
   validate(config)
   return config
 
 
-def of_task(config: ConfigDict, name: str) -> ConfigDict:
-  """What a resolved config of `task="all"` means for one of them, resolved."""
+def one(config: ConfigDict, **changes: str) -> ConfigDict:
+  """What a resolved config of several runs means for one of them, resolved.
+
+  Args:
+    config: of `task="all"`, or of `methods`.
+    **changes: `task`, or `method`.
+  """
   config = copy.deepcopy(config)
-  config.task = name
+  if "method" in changes:
+    config.methods = ""
+  config.update(changes)
   return resolve(config)
 
 
@@ -244,9 +275,35 @@ def recipe(method: str) -> dict[str, Any]:
 
 def _follow_recipe(config: ConfigDict) -> None:
   """Writes out what is empty because it is as published for the method."""
+  if config.lr == (0.0,) and config.method in readers.READERS:
+    config.lr = config.reader_lr
+  config.reader_lr = (0.0,)
   for name, value in recipe(config.method).items():
     if config[name] in ("", (0.0,), 0.0):
       config[name] = value
+
+
+def _follow_budget(config: ConfigDict) -> None:
+  """Writes out which rates and weight decay `settings` stands for."""
+  config.lr = spread(config.lr, config.settings)
+  if len(config.weight_decay) > 1:
+    config.weight_decay = (SETTINGS_DECAY,)
+  config.settings = 0
+
+
+def spread(rates: tuple[float, ...], count: int) -> tuple[float, ...]:
+  """So many of some rates, evenly, with the first and the last.
+
+  One is the middle one. Where more are wanted than there are, they lie between
+  these, at even steps of the logarithm from each to the next.
+  """
+  places = np.linspace(0, len(rates) - 1, count)
+  if count == 1:
+    places = np.array([(len(rates) - 1) / 2])
+  if count <= len(rates):
+    return tuple(rates[i] for i in np.rint(places).astype(int))
+  logs = np.interp(places, range(len(rates)), np.log(rates))
+  return tuple(float(f"{rate:.3g}") for rate in np.exp(logs))
 
 
 def of_tuner(config: ConfigDict) -> dict[str, Any]:
@@ -292,6 +349,9 @@ def validate(config: ConfigDict) -> None:
 def parse_arg(arg: str | None, **defaults: Any) -> dict[str, Any]:
   """Reads a config file's string argument, `name=value,name=value`.
 
+  A name whose default is a tuple takes all values up to the next name:
+  `names=a,b,c,name=value`.
+
   Args:
     arg: what follows the colon in `--config file.py:arg`, or None.
     **defaults: name -> default, whose type the value must have.
@@ -303,12 +363,18 @@ def parse_arg(arg: str | None, **defaults: Any) -> dict[str, Any]:
     UserError: an unknown name (with the nearest ones) or a wrong type.
   """
   booleans = {"true": True, "1": True, "false": False, "0": False}
-  values = dict(defaults)
+  values, name = dict(defaults), ""
   for part in filter(None, (arg or "").split(",")):
+    if "=" not in part and isinstance(defaults.get(name), tuple):
+      values[name] += (part.strip(),)
+      continue
     name, equals, text = (x.strip() for x in part.partition("="))
     if name not in defaults:
       raise errors.unknown("config argument", name, defaults)
     kind = type(defaults[name])
+    if kind is tuple and equals:
+      values[name] = (text,) if text else ()
+      continue
     try:
       if not equals:
         raise ValueError("no value")

@@ -1,4 +1,4 @@
-"""Pictures of results: one run, several side by side, and what queries see."""
+"""Pictures of results: one run, all tasks of VTAB, and what queries see."""
 
 from collections.abc import Sequence
 import os
@@ -65,7 +65,7 @@ def report(results: dict[str, Any], path: str | os.PathLike) -> None:
     panels.append(_kept_share)
   columns = 2 if len(panels) == 4 else min(3, len(panels))
   rows = -(-len(panels) // columns)
-  figure = _figure(5 * columns, 4.2 * rows)
+  figure = figure_of(5 * columns, 4.2 * rows)
   axes = figure.subplots(rows, columns, squeeze=False).flatten()
   for panel, ax in zip(panels, axes):
     panel(ax, results)
@@ -91,54 +91,7 @@ def report(results: dict[str, Any], path: str | os.PathLike) -> None:
       va="top",
   )
   figure.get_layout_engine().set(wspace=0.04, hspace=0.06)
-  _save(figure, path)
-
-
-def comparison(
-    results: Sequence[dict[str, Any]], path: str | os.PathLike
-) -> None:
-  """Several runs side by side: test accuracy, and what it takes.
-
-  Args:
-    results: contents of several `results.json`.
-    path: the picture (PNG).
-  """
-  tasks = sorted({r["task"] for r in results})
-  names = [
-      _name(r) + (f"\n{r['task']}" if len(tasks) > 1 else "") for r in results
-  ]
-  figure = _figure(10, 1.9 + 0.75 * len(results))
-  left, right = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)
-  for y, result in enumerate(results):
-    colour = COLOURS[y % len(COLOURS)]
-    _seeds(left, result, y, colour)
-    count = result["trained_parameters"]
-    right.barh(y, count, height=0.42, color=colour)
-    right.annotate(
-        f"{count:,}", (count, y), (6, 0), textcoords="offset points",
-        va="center", color=INK,
-    )  # fmt: skip
-  left.set_yticks(range(len(results)), names)
-  left.set_ylim(len(results) - 0.5, -0.5)
-  left.set_title("Test accuracy", loc="left")
-  left.grid(axis="x")
-  left.xaxis.set_major_formatter(_percent(1))
-  left.margins(x=0.15)
-  right.set_title("Trained parameters", loc="left")
-  right.set_xlim(0, 1.35 * max(r["trained_parameters"] for r in results))
-  right.xaxis.set_visible(False)
-  right.tick_params(left=False)
-  right.spines["bottom"].set_visible(False)
-  seeds = len(results[0]["test_accuracy"]["per_seed"])
-  figure.suptitle(
-      f"{', '.join(tasks)}: mean ± standard deviation over {seeds} seeds",
-      x=0.01,
-      ha="left",
-      fontsize=14,
-      fontweight="bold",
-      color=INK,
-  )
-  _save(figure, path)
+  save(figure, path)
 
 
 def vtab(summary: dict[str, Any], path: str | os.PathLike) -> None:
@@ -148,7 +101,7 @@ def vtab(summary: dict[str, Any], path: str | os.PathLike) -> None:
     summary: contents of the `results.json` of `task="all"`.
     path: the picture (PNG).
   """
-  figure = _figure(16, 6.4)
+  figure = figure_of(16, 6.4)
   tasks = vtab_lib.VTAB
   groups = [
       [name for name in tasks if tasks[name].group == group]
@@ -180,7 +133,7 @@ def vtab(summary: dict[str, Any], path: str | os.PathLike) -> None:
   axes[0].yaxis.set_major_formatter(_percent())
   axes[0].set_ylabel("test accuracy")
   _vtab_words(figure, axes[0], summary)
-  _save(figure, path)
+  save(figure, path)
 
 
 def _columns(
@@ -318,7 +271,7 @@ def attention(
       matplotlib.colors.Normalize(0, top), "inferno"
   )
   columns = 1 + len(blocks)
-  figure = _figure(1.15 * columns + 1.2, 1.15 * len(images) + 1.0)
+  figure = figure_of(1.15 * columns + 1.2, 1.15 * len(images) + 1.0)
   axes = figure.subplots(len(images), columns, squeeze=False)
   extent = (0, images.shape[2], images.shape[1], 0)
   for row, (image, label) in enumerate(zip(images, labels)):
@@ -339,7 +292,7 @@ def attention(
   bar = figure.colorbar(shades, ax=axes, shrink=0.6, aspect=30, pad=0.01)
   bar.set_label("attention / even spread")
   bar.outline.set_visible(False)
-  _save(figure, path)
+  save(figure, path)
 
 
 def _search(ax: Any, results: dict[str, Any]) -> None:
@@ -583,14 +536,14 @@ def _percent(decimals: int = 0) -> matplotlib.ticker.PercentFormatter:
   return matplotlib.ticker.PercentFormatter(1.0, decimals, symbol=" %")
 
 
-def _figure(width: float, height: float) -> matplotlib.figure.Figure:
+def figure_of(width: float, height: float) -> matplotlib.figure.Figure:
   """A figure without pyplot, so that nothing global is touched. Inches."""
   return matplotlib.figure.Figure(
       (width, height), dpi=130, layout="constrained", facecolor="white"
   )
 
 
-def _save(figure: matplotlib.figure.Figure, path: str | os.PathLike) -> None:
+def save(figure: matplotlib.figure.Figure, path: str | os.PathLike) -> None:
   for ax in figure.axes:
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[:].set_color(FAINT)

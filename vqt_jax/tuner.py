@@ -27,6 +27,9 @@ from vqt_jax import vit
 
 # Readers, and editors with the linear one; all other pairs are READER+EDITOR.
 METHODS = (*readers.READERS, *editors.EDITORS)
+# What stands for all of them, and the pairs that it stands for too.
+ALL = "all"
+PAIRS = ("vqt+vpt_deep", "vqt+adaptformer")
 # Parts of the parameters that a method brings; the backbone is frozen.
 TRAINED = ("tuner", "head")
 
@@ -51,6 +54,26 @@ def parse(method: str, what: str = "method") -> tuple[str, str | None]:
   if editor not in editors.EDITORS:
     raise errors.unknown(f"editor of {what}", editor, editors.EDITORS)
   return reader, editor
+
+
+def parse_list(methods: str, what: str = "methods") -> tuple[str, ...]:
+  """The methods of a list.
+
+  Args:
+    methods: with commas between them, or "all": `METHODS` and `PAIRS`.
+    what: it is called in messages.
+
+  Raises:
+    UserError: one is unknown, with the nearest names, or there twice.
+  """
+  if methods == ALL:
+    return METHODS + PAIRS
+  names = tuple(name.strip() for name in methods.split(","))
+  for i, name in enumerate(names):
+    parse(name, what)
+    if name in names[:i]:
+      raise errors.UserError(f"{what}={methods} names {name} twice.")
+  return names
 
 
 @dataclasses.dataclass(frozen=True)

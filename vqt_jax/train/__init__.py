@@ -15,6 +15,10 @@ class _Callable(types.ModuleType):
       from vqt_jax.train import all_tasks
 
       return all_tasks.train(config, *args, **kwargs)
+    if config.methods:
+      from vqt_jax.train import all_methods
+
+      return all_methods.train(config, *args, **kwargs)
     from vqt_jax.train import run
 
     return run.train(config, *args, **kwargs)

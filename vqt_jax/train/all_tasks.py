@@ -1,7 +1,6 @@
 """The tasks of VTAB-1k one after another, and one outcome of all of them."""
 
-from collections.abc import Iterable, Mapping
-import io
+from collections.abc import Iterable
 import pathlib
 from typing import Any
 
@@ -16,9 +15,8 @@ from vqt_jax import plots
 from vqt_jax import results as results_lib
 from vqt_jax import vtab_summary
 from vqt_jax.data import vtab
-from vqt_jax.train import checkpoint
 from vqt_jax.train import outcome
-from vqt_jax.train import run as run_lib
+from vqt_jax.train import several
 
 
 def train(
@@ -26,11 +24,9 @@ def train(
     workdir: str | pathlib.Path,
     console: console_lib.Console | None = None,
 ) -> dict[str, Any]:
-  """Does what `run.train` does for every task, then sums up.
+  """Does what `run.train` does for every task, see `several.train`.
 
-  Each task is a run of its own in `workdir/<task>`, just as if it had been
-  started alone: finished ones are not redone, a stopped one is resumed. Tasks
-  whose dataset is not prepared are left out.
+  Tasks whose dataset is not prepared are left out.
 
   Args:
     config: with `task="all"`.
@@ -44,61 +40,21 @@ def train(
     UserError: something the user can mend; also if no task is prepared.
     Stopped: asked to stop by a signal; everything is saved.
   """
-  config = config_lib.resolve(config)
-  if not console:
-    screen = None if parallel.is_first() else io.StringIO()
-    console = console_lib.Console(screen)
-  workdir = pathlib.Path(workdir)
-  with checkpoint.StopSignal() as stop:
-    with stop.at_once():
-      finished, missing = _look(config, workdir)
-      configs = {
-          name: config_lib.of_task(config, name)
-          for name in vtab.VTAB
-          if name not in missing
-      }
-      with parallel.together():
-        if parallel.is_first():
-          _open(config, configs, workdir)
-    if missing:
-      console.note(_not_prepared(config, missing), "missing")
-    for number, (name, its_config) in enumerate(configs.items(), start=1):
-      place = f"{number} of {len(configs)}: {name}"
-      if name in finished:
-        console.note(f"{place} is finished already", "task")
-        continue
-      if stop:
-        raise checkpoint.Stopped
-      console.note(place, "task")
-      run_lib.train(its_config, workdir / name, console)
-  with parallel.together():
-    return _sum_up(console, workdir, configs)
-
-
-def _open(
-    config: ml_collections.ConfigDict,
-    configs: Mapping[str, ml_collections.ConfigDict],
-    workdir: pathlib.Path,
-) -> None:
-  """Opens all workdirs, so that one of another config is found at once."""
-  results_lib.open_workdir(config, workdir)
-  for name, its_config in configs.items():
-    results_lib.open_workdir(its_config, workdir / name)
+  return several.train(config, workdir, console, "task", _look, _sum_up)
 
 
 def _look(
     config: ml_collections.ConfigDict, workdir: pathlib.Path
-) -> tuple[set[str], set[str]]:
-  """Tasks that are finished, and those whose dataset is not prepared.
+) -> tuple[several.Configs, str]:
+  """Configs of the tasks to be done, and which ones are left out.
 
   Raises:
     UserError: there is nothing to do, or a dataset is not as it should be.
   """
-  finished, missing = set(), set()
+  finished, missing = several.finished(workdir, vtab.VTAB), set()
   with parallel.together():
     for name in vtab.VTAB:
-      if (workdir / name / outcome.RESULTS).exists():
-        finished.add(name)
+      if name in finished:
         continue
       task = data.make_task(name, data_dir=config.data_dir)
       if data.is_prepared(task):
@@ -106,14 +62,12 @@ def _look(
       else:
         missing.add(name)
   # Of several processes each may have data of its own.
-  finished, missing = _on_any(finished), _on_any(missing)
+  missing = {n for n in vtab.VTAB if parallel.any_process(n in missing)}
+  told = _not_prepared(config, missing) if missing else ""
   if missing == set(vtab.VTAB):
-    raise errors.UserError(_not_prepared(config, missing))
-  return finished, missing
-
-
-def _on_any(names: set[str]) -> set[str]:
-  return {name for name in vtab.VTAB if parallel.any_process(name in names)}
+    raise errors.UserError(told)
+  there = [name for name in vtab.VTAB if name not in missing]
+  return {name: config_lib.one(config, task=name) for name in there}, told
 
 
 def _not_prepared(
@@ -135,10 +89,7 @@ def _sum_up(
     console: console_lib.Console, workdir: pathlib.Path, names: Iterable[str]
 ) -> dict[str, Any]:
   """Writes and prints what came out; `results.json` comes last."""
-  summary = vtab_summary.summarize({
-      name: results_lib.read_json(workdir / name / outcome.RESULTS)
-      for name in names
-  })
+  summary = vtab_summary.summarize(several.outcomes(workdir, names))
   if parallel.is_first():
     results_lib.write_bytes(
         workdir / "vtab.csv", vtab_summary.to_csv(summary).encode()

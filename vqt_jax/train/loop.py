@@ -101,6 +101,9 @@ class Progress:
     history: per finished epoch {"loss": per run, "accuracy": per run}.
     seconds: of training so far.
     diverged: run -> epoch in which its loss stopped being finite.
+    epoch_seconds: of every epoch but the first of each start, which compiles.
+    step_bytes: that the compiled step takes; None if unknown.
+    peak_bytes: of memory, in the run so far; None if unknown.
   """
 
   epoch: int = 0
@@ -111,6 +114,9 @@ class Progress:
   )
   seconds: float = 0.0
   diverged: dict[str, int] = dataclasses.field(default_factory=dict)
+  epoch_seconds: list[float] = dataclasses.field(default_factory=list)
+  step_bytes: int | None = None
+  peak_bytes: int | None = None
 
 
 def train_phase(
@@ -145,8 +151,9 @@ def train_phase(
     Stopped: asked to stop; saved before.
   """
   settings = phase.settings
+  measured = False
   pending = []  # Sums on the devices: read late, so that steps queue up.
-  clock = time.monotonic()
+  clock, first = time.monotonic(), progress.epoch
 
   def settle():
     """Waits for the queued steps; books finished epochs."""
@@ -166,6 +173,8 @@ def train_phase(
         progress.epoch, progress.step, progress.sums = epoch + 1, 0, []
         elapsed = time.monotonic() - clock
         progress.seconds += elapsed
+        if epoch > first:
+          progress.epoch_seconds.append(elapsed)
         clock = time.monotonic()
         seen = phase.source.num_examples * len(phase.runs)
         report(epoch, loss, accuracy, seen / max(elapsed, 1e-9))
@@ -179,6 +188,11 @@ def train_phase(
       state, losses, right = step_lib.train_steps(
           tuner, recipe, state, frozen, settings, data, order, mask, factor
       )
+      if not measured:
+        measured = True
+        progress.step_bytes = step_lib.step_bytes(
+            tuner, recipe, state, frozen, settings, data, order, mask, factor
+        )
       start += len(order)
       last = start == phase.source.steps
       if pending:  # Everything but the chunk just started.

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from vqt_jax import console as console_lib
+from vqt_jax import memory
 from vqt_jax import parallel
 from vqt_jax import plots
 from vqt_jax import results as results_lib
@@ -28,6 +29,7 @@ def write(
     candidates: Sequence[protocol.Candidate],
     test: dict[str, Any],
     seconds: float,
+    peak: memory.Peak,
 ) -> dict[str, Any]:
   """Writes and prints the results; `results.json` comes last.
 
@@ -37,13 +39,14 @@ def write(
     candidates: what was tested; the last one is the result.
     test: outcome of testing them.
     seconds: wall time of this process's share of the run.
+    peak: of its memory.
 
   Returns:
     The contents of `results.json`.
   """
-  results = _results(job, found, candidates, test, seconds)
+  results = _results(job, found, candidates, test, seconds, peak)
   if parallel.is_first():
-    _write_tuned(job, candidates[-1], results)
+    results["tuned_bytes"] = _write_tuned(job, candidates[-1], results)
     plots.report(results, job.workdir / "report.png")
     results_lib.write_json(job.workdir / RESULTS, results)
     shutil.rmtree(job.workdir / "stages", ignore_errors=True)
@@ -51,7 +54,7 @@ def write(
   return results
 
 
-def _results(job, found, candidates, test, seconds) -> dict[str, Any]:
+def _results(job, found, candidates, test, seconds, peak) -> dict[str, Any]:
   c, result = job.backbone.config, candidates[-1]
   tested = [
       {
@@ -79,14 +82,22 @@ def _results(job, found, candidates, test, seconds) -> dict[str, Any]:
       **found,
       "seeds": {
           "runs": [dataclasses.asdict(run) for run in result.runs],
-          "history": result.history,
+          "history": result.trained.history,
       },
       "trained_parameters": result.num_trained,
       "seconds": {
           "training": result.seconds,
+          "epoch": result.trained.epoch_seconds,
           "test": test["seconds"],
           "process": seconds,
       },
+      "memory": {
+          "peak_bytes": peak.bytes(),
+          "start_bytes": peak.start,
+          "step_bytes": result.trained.step_bytes,
+          "side_by_side": result.trained.side_by_side,
+      },
+      "tuned_bytes": None,  # Known when they are written.
       "device": f"{job.mesh.size} x {jax.devices()[0].device_kind}",
       "versions": {
           "python": platform.python_version(),
@@ -105,8 +116,12 @@ def _summary(candidate, accuracy, images) -> dict[str, Any]:
   }
 
 
-def _write_tuned(job, candidate, results) -> None:
-  """What each seed trained, as `tuned/seed_<seed>/`, what one ships."""
+def _write_tuned(job, candidate, results) -> int:
+  """What each seed trained, as `tuned/seed_<seed>/`, what one ships.
+
+  Returns:
+    Bytes of the first one's files.
+  """
   test = results["test_accuracy"]["per_seed"]
   for i, run in enumerate(candidate.runs):
     tuned.save(
@@ -124,6 +139,8 @@ def _write_tuned(job, candidate, results) -> None:
         },
         kept=None if candidate.kept is None else candidate.kept[i],
     )
+  one = job.workdir / "tuned" / f"seed_{candidate.runs[0].seed}"
+  return sum(path.stat().st_size for path in one.iterdir())
 
 
 def show(

@@ -31,7 +31,7 @@ class Candidate:
     tuner: of all runs.
     runs: a seed each.
     variables: {"tuner", "head"}, leaves (R, ...).
-    history: of the training of the runs.
+    trained: how they were, before any selection.
     keep_fraction: of the features.
     kept: features in use (R, F), 0 and 1; None: all.
     seconds: of all training that led to it.
@@ -41,7 +41,7 @@ class Candidate:
   tuner: tuner_lib.Tuner
   runs: tuple[loop.Run, ...]
   variables: Any
-  history: list[dict[str, list[float]]]
+  trained: stages_lib.Outcome
   keep_fraction: float
   kept: np.ndarray | None
   seconds: float
@@ -190,7 +190,7 @@ def _finish(
   )
   spent += out.seconds
   everything = Candidate(
-      f"{prefix}all", tuner, runs, out.variables, out.history, 1.0, None, spent
+      f"{prefix}all", tuner, runs, out.variables, out, 1.0, None, spent
   )
   if keep_fraction == 1:
     return [everything]

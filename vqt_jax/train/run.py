@@ -18,6 +18,7 @@ from vqt_jax import checkpoints
 from vqt_jax import config as config_lib
 from vqt_jax import console as console_lib
 from vqt_jax import data
+from vqt_jax import memory
 from vqt_jax import parallel
 from vqt_jax import results as results_lib
 from vqt_jax import tuner as tuner_lib
@@ -67,7 +68,7 @@ def train(
     return results
 
   with checkpoint.StopSignal() as stop:
-    started = time.monotonic()
+    started, peak = time.monotonic(), memory.Peak()
     with stop.at_once(), parallel.together():
       job = _prepare(config, workdir, console)
     with jax.set_mesh(job.mesh):
@@ -80,7 +81,7 @@ def train(
             config, console, job.task, job.backbone, job.tuner, job.params,
             job.mesh,
         )  # fmt: skip
-        stages = stages_lib.Stages(job, examples, saver, metrics, stop)
+        stages = stages_lib.Stages(job, examples, saver, metrics, stop, peak)
         found, candidates = protocol.candidates(job, stages, examples)
         test = _test(job, stages, examples, candidates)
       finally:
@@ -88,7 +89,7 @@ def train(
         metrics.close()
     with parallel.together():
       seconds = time.monotonic() - started
-      return outcome.write(job, found, candidates, test, seconds)
+      return outcome.write(job, found, candidates, test, seconds, peak)
 
 
 @dataclasses.dataclass

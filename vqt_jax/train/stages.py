@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import statistics
 from typing import Any
 
 import flax.traverse_util
@@ -79,6 +80,11 @@ class Outcome:
     accuracy: of each run where it was judged, 0 of one that diverged; None if
       they were not.
     variables: {"tuner", "head"}, numpy leaves (R, ...), if kept.
+    side_by_side: runs that trained at the same time.
+    epoch_seconds: wall time of an epoch for each of these, compiling left out;
+      None if no epoch followed that of the compiling.
+    step_bytes: memory of the compiled step of these, see `step.step_bytes`.
+    peak_bytes: of memory, in the run so far; None if unknown.
   """
 
   history: list[dict[str, list[float]]]
@@ -86,12 +92,16 @@ class Outcome:
   diverged: list[int]
   accuracy: list[float] | None
   variables: Any = None
+  side_by_side: int = 1
+  epoch_seconds: float | None = None
+  step_bytes: int | None = None
+  peak_bytes: int | None = None
 
 
 class Stages:
   """Runs stages, or finds what they gave before."""
 
-  def __init__(self, job, examples, saver, metrics, stop):
+  def __init__(self, job, examples, saver, metrics, stop, peak):
     """Reads what there is.
 
     Args:
@@ -100,9 +110,10 @@ class Stages:
       saver: a `Checkpointer`.
       metrics: a `MetricsWriter`.
       stop: a `StopSignal`.
+      peak: a `memory.Peak`.
     """
     self._job, self._examples, self._saver = job, examples, saver
-    self._metrics, self._stop = metrics, stop
+    self._metrics, self._stop, self._peak = metrics, stop, peak
     self._folder = job.workdir / "stages"
     with parallel.together():
       self._done = {path.stem for path in self._folder.glob("*.safetensors")}
@@ -132,6 +143,7 @@ class Stages:
     path = self._folder / f"{stage.name}.safetensors"
     if stage.name in self._done:
       outcome = _read(path, len(stage.runs))
+      self._peak.include(outcome.peak_bytes)
       self._log(stage, _rows(stage, outcome.history))
       return outcome
     state, progress = self._train(stage)
@@ -140,6 +152,9 @@ class Stages:
         seconds=progress.seconds,
         diverged=sorted(map(int, progress.diverged)),
         accuracy=None,
+        side_by_side=len(stage.runs),
+        epoch_seconds=_each(progress.epoch_seconds, len(stage.runs)),
+        step_bytes=progress.step_bytes,
     )
     ready = step_lib.Ready(
         _variables(state, stage), np.array([r.normalize for r in stage.runs])
@@ -150,6 +165,7 @@ class Stages:
       outcome.accuracy = [a if ok else 0.0 for a, ok in zip(accuracy, able)]
     if stage.keeps_weights:
       outcome.variables = jax.tree.map(parallel.to_host, ready.variables)
+    outcome.peak_bytes = self._peak.bytes()
     with parallel.together():
       if parallel.is_first():
         _write(path, outcome)
@@ -173,6 +189,7 @@ class Stages:
     state = step_lib.init_on(job.mesh, stage.tuner, recipe)(job.params, seeds)
     if self._saved["stage"] == stage.name:
       progress = loop.Progress(**self._saved["progress"])
+      self._peak.include(progress.peak_bytes)
       state = self._saver.restore(state)
       if progress.epoch < c.epochs:
         after = f"{stage.label} after epoch {progress.epoch}"
@@ -182,6 +199,7 @@ class Stages:
     self._log(stage, _rows(stage, progress.history))
 
     def save(state):
+      progress.peak_bytes = self._peak.bytes()
       saved = {"stage": stage.name, "progress": dataclasses.asdict(progress)}
       self._saver.save(state, saved)
 
@@ -309,7 +327,17 @@ def _joined(parts: Sequence[Outcome], starts: Sequence[int]) -> Outcome:
       and jax.tree.map(
           lambda *x: np.concatenate(x), *(part.variables for part in parts)
       ),
+      side_by_side=max(part.side_by_side for part in parts),
+      epoch_seconds=_each(
+          [p.epoch_seconds for p in parts if p.epoch_seconds is not None]
+      ),
+      step_bytes=max(p.step_bytes or 0 for p in parts) or None,
   )
+
+
+def _each(seconds: Sequence[float], runs: int = 1) -> float | None:
+  """The median of what so many runs take together, for each of them."""
+  return statistics.median(seconds) / runs if seconds else None
 
 
 def _rows(

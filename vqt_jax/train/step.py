@@ -261,6 +261,25 @@ def train_steps(
   return parallel.constrain((state, losses, right))  # Replicated.
 
 
+_lower = train_steps.lower
+
+
+def step_bytes(*args: Any) -> int | None:
+  """Memory that `train_steps` of these arguments takes, bytes on one device.
+
+  Arguments and temporaries, as the compiler counts them: with the backbone and
+  resident data. After a call it costs nothing, as that compiled it.
+
+  Returns:
+    None where the compiler does not tell.
+  """
+  found = _lower(*args).compile().memory_analysis()
+  if found is None:
+    return None
+  new = found.output_size_in_bytes - found.alias_size_in_bytes
+  return found.argument_size_in_bytes + found.temp_size_in_bytes + new
+
+
 @flax.struct.dataclass
 class Ready:
   """Trained runs of one tuner, to be evaluated.

@@ -1,0 +1,100 @@
+"""Runs one after another, each in a folder of its own, and what they add up to.
+
+Each is just as if it had been started alone: finished ones are not redone, a
+stopped one is resumed.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+import io
+import pathlib
+from typing import Any
+
+import ml_collections
+
+from vqt_jax import config as config_lib
+from vqt_jax import console as console_lib
+from vqt_jax import parallel
+from vqt_jax import results as results_lib
+from vqt_jax.train import checkpoint
+from vqt_jax.train import outcome
+from vqt_jax.train import run as run_lib
+
+Configs = Mapping[str, ml_collections.ConfigDict]
+
+
+def train(
+    config: ml_collections.ConfigDict,
+    workdir: str | pathlib.Path,
+    console: console_lib.Console | None,
+    label: str,
+    look: Callable[[ml_collections.ConfigDict, pathlib.Path], Any],
+    sum_up: Callable[..., dict[str, Any]],
+) -> dict[str, Any]:
+  """Does what `run.train` does for every run, then sums up.
+
+  Args:
+    config: of all of them.
+    workdir: gets a folder per run, named as it is.
+    console: what a person sees; None: stderr, of the first process.
+    label: what a run is of, for people.
+    look: (config, workdir) -> (name -> config of each run, what to tell or "").
+    sum_up: (console, workdir, names) -> contents of `results.json`, which it
+      writes.
+
+  Returns:
+    What `sum_up` does.
+
+  Raises:
+    UserError: something the user can mend.
+    Stopped: asked to stop by a signal; everything is saved.
+  """
+  config = config_lib.resolve(config)
+  if not console:
+    screen = None if parallel.is_first() else io.StringIO()
+    console = console_lib.Console(screen)
+  workdir = pathlib.Path(workdir)
+  with checkpoint.StopSignal() as stop:
+    with stop.at_once():
+      configs, told = look(config, workdir)
+      done = finished(workdir, configs)
+      with parallel.together():
+        if parallel.is_first():
+          _open(config, configs, workdir)
+    if told:
+      console.note(told, "missing")
+    for number, (name, its_config) in enumerate(configs.items(), start=1):
+      place = f"{number} of {len(configs)}: {name}"
+      if name in done:
+        console.note(f"{place} is finished already", label)
+        continue
+      if stop:
+        raise checkpoint.Stopped
+      console.note(place, label)
+      run_lib.train(its_config, workdir / name, console)
+  with parallel.together():
+    return sum_up(console, workdir, list(configs))
+
+
+def finished(workdir: pathlib.Path, names: Iterable[str]) -> set[str]:
+  """Those of the runs that are finished, as any of the processes sees it."""
+  exists = lambda name: (workdir / name / outcome.RESULTS).exists()
+  return {name for name in names if parallel.any_process(exists(name))}
+
+
+def outcomes(
+    workdir: pathlib.Path, names: Iterable[str]
+) -> dict[str, dict[str, Any]]:
+  """What came out of each run: the contents of its `results.json`."""
+  return {
+      name: results_lib.read_json(workdir / name / outcome.RESULTS)
+      for name in names
+  }
+
+
+def _open(
+    config: ml_collections.ConfigDict, configs: Configs, workdir: pathlib.Path
+) -> None:
+  """Opens all workdirs, so that one of another config is found at once."""
+  results_lib.open_workdir(config, workdir)
+  for name, its_config in configs.items():
+    results_lib.open_workdir(its_config, workdir / name)
