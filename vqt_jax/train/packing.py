@@ -61,7 +61,13 @@ def runs_at_once(
     mesh: jax.sharding.Mesh,
     remat: bool = False,
 ) -> int:
-  """The number of runs, at least one, that may train side by side."""
+  """The number of runs, at least one, that should train side by side.
+
+  On a CPU runs of an editor go one by one: they share nothing but the images,
+  so together they would only need the memory of all, and miss its caches.
+  """
+  if tuner.editor and jax.default_backend() == "cpu":
+    return 1
   room = parallel.smallest(MEMORY_SHARE * memory.device_memory())
   local = batch_size / mesh.shape["data"]
   return max(1, int(room / bytes_per_run(tuner, local, remat)))
