@@ -156,7 +156,7 @@ AUTHORS = {
 AUTHORS_KEEP = 0.7  # Of the features, on VTAB tasks with one query per block.
 # Of the features; the Head2Toe authors' commands have 0.01 and 0.2, but of more
 # features, see docs/methods.md.
-HEAD2TOE_KEEP = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+HEAD2TOE_KEEP = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 # Optimiser and peak rates. Readers alone: the VQT authors', and those of
 # Head2Toe; their rates are of a head, so editors beside such readers move at a
 # fraction of them (`EDITOR_RATE`). Prompts, and all else: the searches of the
