@@ -190,9 +190,9 @@ def resolve(
   A preset is an abbreviation: its fields are set, whatever they were, and
   `preset` is cleared, so that what comes back says all and can be resolved
   again. To depart from a preset, change fields after this call. The same goes
-  for `settings` and `reader_lr`. (With `task="all"`, what the authors choose by the task is
-  left to `one`, and with `methods` all that depends on the method; `method` is
-  empty then.)
+  for `settings` and `reader_lr`. (With `task="all"`, what the authors choose by
+  the task is left to `one`, and with `methods` all that depends on the method;
+  `method` is empty then.)
 
   Args:
     config: a changed `default_config()`; it is left as it is.
@@ -211,7 +211,7 @@ def resolve(
     config.preset = ""
   for name in ("lr", "reader_lr", "weight_decay"):
     config[name] = tuple(map(float, config[name]))
-  if config.methods:
+  if config.methods:  # The rest is each method's own.
     if "method" in keep:
       raise errors.UserError(
           f"config.method={config.method} and config.methods={config.methods}:"
