@@ -53,7 +53,8 @@ def summarize(outcomes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
       for key in ABOUT
   }
   rank = lambda name: -runs[name]["test_accuracy"]["mean"]
-  return {**about, "runs": {name: runs[name] for name in sorted(runs, key=rank)}}
+  ranked = sorted(runs, key=rank)
+  return {**about, "runs": {name: runs[name] for name in ranked}}
 
 
 def _entry(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import numpy as np
 
 from vqt_jax import plots
 from vqt_jax import readers
-from vqt_jax import tuner
 
 KINDS = {"reader": plots.COLOURS[0], "editor": plots.COLOURS[1],
          "both": plots.COLOURS[2]}  # pyformat: disable
@@ -205,11 +204,13 @@ def _words(
   seeds = max(len(run["test_accuracy"]["per_seed"]) for run in runs)
   figure.text(
       0.01, 1 - 0.42 / figure.get_figheight(),
-      f"{summary['backbone']}   mean and standard deviation over {seeds} seeds"
+      f"{_backbones(summary)}   mean and standard deviation over {seeds} seeds"
       f"   {summary['device']}",
       color=plots.FAINT, va="top",
   )  # fmt: skip
   there = {kind(run["method"]) for run in runs}
+  if len(there) == 1:
+    return
   handles = [
       matplotlib.lines.Line2D(
           [], [], marker=MARKS[name], linestyle="", color=colour, label=name
@@ -220,6 +221,13 @@ def _words(
   figure.legend(
       handles=handles, loc="outside lower left", ncols=3, frameon=False
   )
+
+
+def _backbones(summary: Mapping[str, Any]) -> str:
+  """Without the folders of files; public names have a slash in them too."""
+  short = lambda name: os.path.basename(name) if "." in name else name
+  words = summary["backbone"].split(" ")
+  return " ".join([words[0], *map(short, words[1:])])
 
 
 _percent = matplotlib.ticker.FuncFormatter(lambda x, _: f"{100 * x:g}")

@@ -227,7 +227,7 @@ def resolve(
     config.preset = ""
   for name in ("lr", "reader_lr", "weight_decay", "keep_fraction"):
     config[name] = tuple(map(float, config[name]))
-  if config.methods:
+  if config.methods:  # The rest is each method's own.
     if "method" in keep:
       raise errors.UserError(
           f"config.method={config.method} and config.methods={config.methods}:"

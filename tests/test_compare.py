@@ -1,0 +1,273 @@
+"""Several methods on one task: their runs, table, file and picture."""
+
+import csv
+import io
+import json
+
+import matplotlib.image
+import matplotlib.text
+import numpy as np
+import pytest
+
+from configs import compare as compare_config
+from configs import digits
+import main
+from tests import runs
+from tests import test_all_tasks
+from vqt_jax import compare
+from vqt_jax import compare_plot
+from vqt_jax import config as config_lib
+from vqt_jax import errors
+from vqt_jax import memory
+from vqt_jax import plots
+from vqt_jax import tuner
+from vqt_jax.train import packing
+from vqt_jax.train import step
+
+METHODS = ("linear", "vqt", "lora")
+CHANGES = dict(settings=2, keep_fraction=1.0)
+
+
+def outcome(method="vqt", accuracy=0.9, peak=2**30, task="digits", queries=1):
+  """What a comparison needs of a `results.json`."""
+  seeds = {str(seed): accuracy + seed / 100 for seed in (-1, 0, 1)}
+  return {
+      "method": method,
+      "task": task,
+      "backbone": "ViT-64x4/4 /folder/tiny.npz",
+      "device": "1 x cpu",
+      "num_queries": queries if "vqt" in method else 0,
+      "test_accuracy": {"mean": accuracy, "std": 0.01, "per_seed": seeds},
+      "chosen": {"lr": 0.1, "weight_decay": 1e-4, "keep_fraction": 1.0},
+      "search": {"runs": [{}] * 4},
+      "trained_parameters": 12345,
+      "memory": {"peak_bytes": peak, "step_bytes": 3 * 2**20,
+                 "side_by_side": 5},  # pyformat: disable
+      "seconds": {"training": 6.7, "epoch": 0.125},
+      "tuned_bytes": 2048,
+  }
+
+
+def read_csv(text):
+  return list(csv.DictReader(io.StringIO(text)))
+
+
+def started(material, workdir, capfd, **changes):
+  """Runs the command; returns its status and the lines it said."""
+  argv = runs.command(material, workdir, **(CHANGES | changes))
+  status = main.main(argv)
+  out, said = capfd.readouterr()
+  assert out == ""
+  return status, [line.rstrip() for line in said.splitlines()]
+
+
+def test_methods_are_compared(material, tmp_path, monkeypatch, capfd):
+  workdir = tmp_path / "all"
+  names = ",".join(METHODS)
+  with runs.compiled_once(tmp_path / "compiled"):
+    with monkeypatch.context() as patch:  # Within the second.
+      test_all_tasks.terminate(patch, step, "train_steps", 8)
+      status, said = started(material, workdir, capfd, methods=names)
+    assert (status, said[-1]) == (0, test_all_tasks.STOPPED)
+    assert said[0] == "method   1 of 3: linear"
+    assert (workdir / "linear" / "results.json").exists()
+    assert not (workdir / "vqt" / "results.json").exists()
+
+    monkeypatch.setattr(packing, "runs_at_once", lambda *_: 1)
+    status, said = started(material, workdir, capfd, methods=names)
+    assert status == 0
+    assert said[0] == "method   1 of 3: linear is finished already"
+    assert runs.results(workdir / "lora")["memory"]["side_by_side"] == 1
+
+  summary = runs.results(workdir)
+  assert set(summary["runs"]) == set(METHODS)
+  assert {path.name for path in workdir.iterdir()} == {
+      *METHODS, "attention_vqt.png", "compare.csv", "compare.png",
+      "config.json", "log.txt", "results.json",
+  }  # fmt: skip
+  assert said[-1] == (
+      f"results  {workdir / 'compare.csv'}   compare.png   attention_vqt.png"
+  )
+  rows = read_csv((workdir / "compare.csv").read_text())
+  assert [row["run"] for row in rows] == list(summary["runs"])
+  for row in rows:
+    own = runs.results(workdir / row["run"])
+    folder = workdir / row["run"] / "tuned" / "seed_7"
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    assert int(row["tuned_bytes"]) == own["tuned_bytes"] == size
+    assert int(row["peak_bytes"]) == own["memory"]["peak_bytes"] > 2**27
+    assert 2**12 < int(row["step_bytes"]) == own["memory"]["step_bytes"]
+    assert float(row["epoch_seconds"]) == own["seconds"]["epoch"] > 0
+    assert int(row["settings"]) == 2
+
+  # One more method joins those that are finished; other changes do not.
+  before = runs.files(workdir / "vqt")
+  status, said = started(material, workdir, capfd, methods="vqt,linear")
+  assert status == 0 and said[:2] == [
+      "method   1 of 2: vqt is finished already",
+      "method   2 of 2: linear is finished already",
+  ]
+  assert runs.files(workdir / "vqt") == before
+  status, said = started(material, workdir, capfd, methods=names, epochs=4)
+  assert status == 2 and len(said) == 1
+  assert f"{workdir} holds a run of another config: epochs was 3" in said[0]
+  vqt = workdir / "vqt"  # What a single run leaves is no comparison.
+  status, said = started(material, vqt, capfd, methods="vqt,linear")
+  assert status == 2 and "; method was 'vqt', is now ''" in said[0]
+
+
+@pytest.mark.parametrize(
+    "arg, words",
+    [
+        ("methods=", "names no method: expected e.g. methods=linear,vqt"),
+        ("methods=linear,vqtt", "Unknown config.methods 'vqtt'. Did you mean"),
+        ("methods=vqt+lra", "Unknown editor of config.methods 'lra'."),
+        ("methods=vqt,linear,vqt", "names vqt twice"),
+        ("methods=vqt,tsk=dtd", "'tsk'. Did you mean task?"),
+        ("linear,vqt", "Unknown config argument 'linear'"),
+        ("methods=vqt,settings=few", "expected settings=value, with a whole"),
+        ("methods=vqt,task=all", "to compare config.methods=vqt, name one"),
+    ],
+)
+def test_what_is_refused(arg, words, tmp_path, capsys):
+  argv = ["main.py", f"--config=configs/compare.py:{arg}"]
+  assert main.main([*argv, f"--workdir={tmp_path / 'new'}"]) == 2
+  assert words in capsys.readouterr().err
+  assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"method": "lora"}, "give one of them"),
+        ({"preset": "authors"}, "depends on the method"),
+        ({"features": "host"}, "config.method=lora changes the stream"),
+    ],
+)
+def test_what_does_not_go_with_methods(changes, words):
+  config = compare_config.get_config("methods=vqt,lora")
+  config.update(changes)
+  with pytest.raises(errors.UserError, match=words):
+    config_lib.resolve(config, keep=tuple(changes))
+
+
+def test_a_comparison_has_the_configs_of_single_runs():
+  arg = "methods=linear,vqt, lora,task=digits,settings=3"
+  config = config_lib.resolve(compare_config.get_config(arg))
+  assert config.methods == "linear,vqt,lora"
+  assert config_lib.resolve(config) == config
+  for method, rates in {
+      "linear": (4.0, 0.25, 0.01), "lora": (5e-3, 5e-4, 1e-4),
+  }.items():  # fmt: skip
+    alone = digits.get_config(f"method={method}")
+    alone.settings = 3
+    alone = config_lib.resolve(alone)
+    assert config_lib.one(config, method=method) == alone
+    assert (alone.lr, alone.weight_decay) == (rates, (1e-4,))
+  assert alone.image_size == 28
+
+
+def test_all_methods():
+  config = compare_config.get_config("task=dtd,variant=S/16")
+  config = config_lib.resolve(config)
+  assert config.init == "howto-i21k-S/16" and config.task == "dtd"
+  names = config.methods.split(",")
+  assert {*tuner.METHODS, "vqt+vpt_deep", "vqt+adaptformer"} == set(names)
+
+
+@pytest.mark.parametrize(
+    "count, rates",
+    [
+        (1, (1.0,)),
+        (2, (100.0, 0.01)),
+        (3, (100.0, 1.0, 0.01)),
+        (5, (100.0, 10.0, 1.0, 0.1, 0.01)),
+        (9, (100, 31.6, 10, 3.16, 1, 0.316, 0.1, 0.0316, 0.01)),
+    ],
+)
+def test_settings_are_spread_evenly(count, rates):
+  assert config_lib.spread((100.0, 10.0, 1.0, 0.1, 0.01), count) == rates
+
+
+def test_peak_memory():
+  peak = memory.Peak()
+  held = np.ones(2**25)  # 256 MiB
+  high = peak.bytes()
+  assert high >= peak.start + 0.9 * held.nbytes
+  del held
+  assert peak.bytes() == high
+  again = memory.Peak()
+  assert again.bytes() < high - 2**27
+  again.include(high)  # What was found before the run was resumed.
+  assert again.bytes() == high
+
+
+def test_the_mark_of_an_earlier_run_is_not_taken_for_this_ones(monkeypatch):
+  marks = {"bytes_in_use": 5, "peak_bytes_in_use": 100}
+  device = type("Device", (), {"memory_stats": lambda self: marks})
+  monkeypatch.setattr(memory.jax, "local_devices", lambda: [device()])
+  monkeypatch.setattr(memory, "_forget", lambda: False)
+  peak = memory.Peak()
+  assert (peak.start, peak.bytes()) == (5, None)
+  marks["peak_bytes_in_use"] = 120
+  assert peak.bytes() == 120
+
+
+def test_table_and_file(tmp_path, capsys):
+  old = outcome("lora", 0.7)  # Of a program that did not measure.
+  del old["memory"], old["tuned_bytes"], old["seconds"]["epoch"]
+  for name, found in {"a": outcome(), "b": old}.items():
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "results.json").write_text(json.dumps(found))
+  old["method"] = "linear"
+  summary = compare.summarize({"b": old, "a": outcome()})
+  assert list(summary["runs"]) == ["a", "b"]
+  rows = read_csv(compare.to_csv(summary))
+  assert [row["accuracy_percent"] for row in rows] == ["90.00", "70.00"]
+  assert (rows[0]["peak_bytes"], rows[1]["peak_bytes"]) == (str(2**30), "")
+  assert compare.main(["compare", str(tmp_path / "b"),
+                       f"--output={tmp_path}"]) == 0  # pyformat: disable
+  lines = capsys.readouterr().err.splitlines()
+  assert lines[0].split()[:3] == ["digits", "test", "accuracy"]
+  assert lines[1].split()[:4] == ["lora", "70.00", "+-", "1.00"]
+  assert lines[1].count("unknown") == 5
+
+
+def test_runs_that_are_called_alike_get_longer_names(capsys):
+  paths = [compare.pathlib.Path(p) for p in ("x/vqt", "y/vqt")]
+  assert list(compare._names(paths)) == ["x_vqt", "y_vqt"]
+  assert compare.main(["compare", "x/vqt", "x/vqt"]) == 2
+  assert "The same run is given twice." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_picture(tmp_path, count):
+  methods = [*tuner.METHODS, "vqt+lora", *tuner.METHODS]
+  outcomes = {
+      f"{i} {name}": outcome(name, 0.8 + i / 200, (2**28) * (1 + i % 5))
+      for i, name in enumerate(methods[:count])
+  }
+  outcomes[f"{count - 1} {methods[count - 1]}"]["memory"] = None
+  path = tmp_path / "compare.png"
+  summary = compare.summarize(outcomes)
+  assert compare_plot._backbones(summary) == "ViT-64x4/4 tiny.npz"
+  compare_plot.draw(summary, path)
+  pixels = matplotlib.image.imread(path)
+  assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 20
+
+
+def test_numbers_in_the_picture_do_not_overlap(tmp_path):
+  """Thirteen points that nearly coincide."""
+  figure = plots.figure_of(14, 6)
+  ax = figure.subplots()
+  outcomes = [outcome(accuracy=0.9 + i / 1e4) for i in range(13)]
+  values = [1000 + i for i in range(13)]
+  compare_plot._against(ax, outcomes, values, "", compare_plot.UNITS)
+  figure.draw_without_rendering()
+  compare_plot._number(ax, outcomes, values)
+  figure.draw_without_rendering()
+  extent = matplotlib.text.Text.get_window_extent  # Without its line.
+  boxes = [extent(text) for text in ax.texts]
+  assert len(boxes) == 13
+  for i, box in enumerate(boxes):
+    assert not any(box.overlaps(other) for other in boxes[:i])
