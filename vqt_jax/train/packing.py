@@ -59,8 +59,18 @@ def runs_at_once(
     batch_size: int,
     mesh: jax.sharding.Mesh,
     remat: bool = False,
+    device_memory: int | None = None,
 ) -> int:
-  """The number of runs, at least one, that may train side by side."""
-  room = parallel.smallest(MEMORY_SHARE * memory.device_memory())
+  """The number of runs, at least one, that may train side by side.
+
+  Args:
+    tuner: of the runs.
+    batch_size: images in a step, over all devices.
+    mesh: its devices.
+    remat: as in `bytes_per_run`.
+    device_memory: bytes; None: of the devices that are here.
+  """
+  size = device_memory or memory.device_memory()
+  room = parallel.smallest(MEMORY_SHARE * size)
   local = batch_size / mesh.shape["data"]
   return max(1, int(room / bytes_per_run(tuner, local, remat)))
