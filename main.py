@@ -6,6 +6,9 @@
 --config.FIELD=VALUE            can be changed
 --workdir DIR                   gets the results; the same command resumes
 --debug                         shows where an error comes from
+--plan SLICE                    instead of training, says what it would need on
+                                a slice of TPUs, e.g. v5e:4x4, or "here"; exits
+                                with 3 if it does not fit
 
 On several machines the same command runs on each, with
 --coordinator=HOST:PORT         of the first one, the same everywhere
@@ -70,6 +73,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
   values = flags.FlagValues()
   config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
   flags.DEFINE_string("workdir", None, "", flag_values=values)
+  flags.DEFINE_string("plan", None, "", flag_values=values)
   flags.DEFINE_string("coordinator", None, "", flag_values=values)
   for name in ("num_processes", "process_id"):
     flags.DEFINE_integer(name, None, "", flag_values=values)
@@ -89,9 +93,9 @@ def parse(argv: list[str]) -> flags.FlagValues:
 
 
 def run(values: flags.FlagValues) -> int:
-  """Trains as parsed flags tell."""
+  """Trains, or plans, as parsed flags tell; returns the exit status."""
   config = values.config
-  if config is None or not values.workdir:
+  if config is None or not (values.workdir or values.plan):
     missing = "--config" if config is None else "--workdir"
     raise errors.UserError(f"{missing} is missing. {USAGE}")
   if not isinstance(config, ConfigDict):
@@ -101,6 +105,8 @@ def run(values: flags.FlagValues) -> int:
     )
   given = tuple(values["config"].override_values)
   config = config_lib.resolve(config, keep=given)
+  if values.plan:
+    return plan(config, values.plan)
   log = _begin(config, values)
   with noise.quiet(log) as screen:
     faulthandler.enable(screen)  # Else a crash of C++ code would be mute.
@@ -116,6 +122,14 @@ def run(values: flags.FlagValues) -> int:
     finally:
       faulthandler.disable()
   return 0
+
+
+def plan(config: ConfigDict, where: str) -> int:
+  """Says what a run would need; returns the exit status."""
+  with noise.quiet(os.devnull):
+    from vqt_jax import plan as plan_lib
+
+    return 0 if plan_lib.run(config, where) else 3
 
 
 def _begin(config: ConfigDict, values: flags.FlagValues) -> str:
@@ -168,8 +182,8 @@ def _explain(error: Exception, path: str | None) -> errors.UserError:
         f" {match[2]!r}."
     )
   if isinstance(error, flags.UnrecognizedFlagError):
-    known = ("--config", "--workdir", "--debug", "--help", "--coordinator",
-             "--num_processes", "--process_id")  # fmt: skip
+    known = ("--config", "--workdir", "--plan", "--debug", "--help",
+             "--coordinator", "--num_processes", "--process_id")  # fmt: skip
     return errors.unknown("flag", f"--{error.flagname}", known)
   if isinstance(error, flags.Error) and "flag --config=" not in str(error):
     return errors.UserError(f"{error}.")

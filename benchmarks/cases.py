@@ -25,6 +25,8 @@ from vqt_jax.train import step as step_lib
 
 NUM_CLASSES = 100
 QUERY_COUNTS = (1, 10)
+# Every reader and editor alone, and the combinations that have a recipe.
+METHODS = (*tuner_lib.METHODS, "vqt+vpt_deep", "vqt+adaptformer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +98,20 @@ def all_steps(
       *(make(tuner, stored=True) for tuner in tuners),
       finetune(config, NUM_CLASSES, batch_size, **options),
   ]
+
+
+def all_methods(
+    config: vit.ViTConfig, batch_size: int, **options: int
+) -> list[Case]:
+  """A live step of each method, and of editors with `remat` as well."""
+  steps = []
+  for method in METHODS:
+    tuner = vqt_jax.make_tuner(method, config, NUM_CLASSES)
+    for remat in (False, True)[: 1 + bool(tuner.editor)]:
+      case = train(tuner, batch_size, remat=remat, **options)
+      name = method + (", remat" if remat else "")
+      steps.append(dataclasses.replace(case, name=name))
+  return steps
 
 
 def name_of(tuner: tuner_lib.Tuner) -> str:

@@ -1,61 +1,13 @@
-"""Floating-point operations of matrix products: counted, and expected.
+"""Floating-point operations that a step ought to do, from the sizes alone.
 
-`matmuls` counts what a program does: it walks the traced program and multiplies
-the body of a scan by its length (a compiler's cost analysis counts it once).
-The other functions say, from the sizes alone, what a step ought to do. All are
-2 per multiply-add. Letters as in `vit.py`, and C classes, F features.
+`vqt_jax.compiled.matmuls` counts what it does. 2 per multiply-add. Letters as
+in `vit.py`, and C classes, F features.
 """
 
-from collections.abc import Callable
 import math
-from typing import Any
-
-from jax.extend import core
 
 from vqt_jax import tuner as tuner_lib
 from vqt_jax import vit
-
-
-def matmuls(function: Callable[..., Any], *args: Any) -> int:
-  """Operations of all matrix products and convolutions of one call.
-
-  Args:
-    function: made by `jax.jit`.
-    *args: its arguments, arrays or `jax.ShapeDtypeStruct`.
-
-  Raises:
-    ValueError: a product sits in a loop whose length is not known.
-  """
-  return _of_jaxpr(function.trace(*args).jaxpr.jaxpr)
-
-
-def _of_jaxpr(jaxpr: core.Jaxpr) -> int:
-  return sum(map(_of_equation, jaxpr.eqns))
-
-
-def _of_equation(equation) -> int:
-  name, params = equation.primitive.name, equation.params
-  if name == "dot_general":
-    (contracted, _), _ = params["dimension_numbers"]
-    left = equation.invars[0].aval.shape
-    inner = math.prod(left[axis] for axis in contracted)
-    return 2 * inner * math.prod(equation.outvars[0].aval.shape)
-  if name == "conv_general_dilated":
-    kernel = equation.invars[1].aval.shape
-    out_features = kernel[params["dimension_numbers"].rhs_spec[0]]
-    inner = math.prod(kernel) // out_features
-    return 2 * inner * math.prod(equation.outvars[0].aval.shape)
-  counts = [
-      _of_jaxpr(getattr(inner, "jaxpr", inner))
-      for value in params.values()
-      for inner in (value if isinstance(value, (tuple, list)) else (value,))
-      if isinstance(inner, (core.Jaxpr, core.ClosedJaxpr))
-  ]
-  if name == "while" and any(counts):
-    raise ValueError("A matrix product sits in a loop of unknown length.")
-  if name == "cond":
-    return max(counts)
-  return sum(counts) * (params["length"] if name == "scan" else 1)
 
 
 def embedding(c: vit.ViTConfig) -> int:

@@ -36,7 +36,7 @@ from rich import console as rich_console
 from rich import table as rich_table
 
 from benchmarks import cases
-from benchmarks import flops
+from vqt_jax import compiled
 from vqt_jax import tuner as tuner_lib
 
 MIB = 2**20
@@ -91,7 +91,7 @@ def measure(case: cases.Case, forward: float) -> dict[str, Any]:
   arguments = memory.argument_size_in_bytes - memory.alias_size_in_bytes
   figures = {
       "step": case.name,
-      "flops": flops.matmuls(case.function, *args),
+      "flops": compiled.matmuls(case.function, *args),
       "flops_bound": case.expected,
       "temp_bytes": memory.temp_size_in_bytes,
       "peak_bytes": sum((

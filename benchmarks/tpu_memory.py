@@ -2,11 +2,13 @@
 
 Compiles linear probe, VQT and full fine-tuning ahead of time for a slice and
 prints, per chip and step, temporary memory, arguments, operations and
-communication. libtpu holds the compiler; keep it out of the environment that
-trains, where JAX would look for a TPU at every start:
+communication. With --methods every method there is, editors also with their
+blocks computed again for the gradient. libtpu holds the compiler; keep it out
+of the environment that trains, where JAX would look for a TPU at every start:
 
   pip install --no-deps --target /tmp/libtpu "libtpu==0.0.42.*"
   PYTHONPATH=/tmp/libtpu python -m benchmarks.tpu_memory
+  PYTHONPATH=/tmp/libtpu python -m benchmarks.tpu_memory --methods
 
 Temporary memory is `temp_size_in_bytes` of the compiler's memory analysis. Its
 buffer assignment (`xla_dump_to`) allots less of the main memory for the larger
@@ -17,9 +19,7 @@ import argparse
 import collections
 import importlib.metadata
 import json
-import math
 import os
-import re
 import sys
 from typing import Any
 
@@ -37,16 +37,13 @@ from rich import console as rich_console
 from rich import table as rich_table
 
 from benchmarks import cases
-from benchmarks import flops
+from vqt_jax import compiled
+from vqt_jax import hlo
 from vqt_jax.train import step as step_lib
 
 MIB = 2**20
 STEPS = 2  # So that the loop over steps stays one.
 WHERE = ("call", "step", "block")  # By how many loops are around.
-COLLECTIVES = (
-    "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-)
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2}  # Others: 4.
 
 
 def slice_mesh(topology: str, model: int) -> jax.sharding.Mesh:
@@ -87,68 +84,50 @@ def evaluation(train: cases.Case) -> cases.Case:
   )
 
 
-def collectives(hlo: str) -> dict[str, tuple[int, int]]:
-  """Communication in a compiled program: "kind per place" -> (count, bytes)."""
-  lines, entry, name = collections.defaultdict(list), "", ""
-  for line in hlo.splitlines():
-    if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-      name = head[2]
-      entry = name if head[1] else entry
-    elif line.startswith(" "):
-      lines[name].append(line)
-  found = collections.defaultdict(lambda: (0, 0))
-
-  def visit(computation, loops):
-    for line in lines[computation]:
-      if op := re.search(rf" = (.*?) ({COLLECTIVES})(?:-start)?\(", line):
-        place = f"{op[2]} per {WHERE[min(loops, 2)]}"
-        count, size = found[place]
-        found[place] = (count + 1, size + _size(op[1], op[2]))
-      if body := re.search(r" while\(.*body=%?([\w.\-]+)", line):
-        visit(body[1], loops + 1)
-      for called in re.findall(r"(?:to_apply|calls)=%?([\w.\-]+)", line):
-        visit(called, loops)
-
-  visit(entry, 0)
-  return dict(found)
-
-
-def _size(shapes: str, kind: str) -> int:
-  """Bytes of what a collective returns; async ones name their input as well."""
-  sizes = [
-      BYTES.get(dtype, 4) * math.prod(int(d) for d in dims.split(",") if d)
-      for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-  ]
-  return sum(sizes) if kind == "all-reduce" else max(sizes)
-
-
 def measure(case: cases.Case, mesh: jax.sharding.Mesh) -> dict[str, Any]:
   """Compiles for the slice; figures are per chip, operations per step."""
   args = case.shapes(mesh)
-  with jax.set_mesh(mesh):
-    compiled = case.function.lower(*args).compile()
-  memory = compiled.memory_analysis()
-  return {
+  operations = compiled.matmuls(case.function, *args)
+  figures = {
       "step": case.name,
+      "flops": operations // (STEPS * mesh.size),
+      "exceeds": False,
+  }
+  try:
+    program = compiled.compile_for(mesh, case.function, *args)
+  except compiled.Exceeds as e:
+    return figures | {"exceeds": True, "needed_bytes": e.needed}
+  memory = program.memory_analysis()
+  return figures | {
       "temp_bytes": memory.temp_size_in_bytes,
       "argument_bytes": memory.argument_size_in_bytes,
-      "flops": flops.matmuls(case.function, *args) // (STEPS * mesh.size),
-      "collectives": collectives(compiled.as_text()),
+      "collectives": talk(program.as_text()),
   }
 
 
+def talk(text: str) -> dict[str, tuple[int, int]]:
+  """Communication in a compiled program: "kind per place" -> (count, bytes)."""
+  found = collections.defaultdict(lambda: (0, 0))
+  for each in hlo.collectives(text):
+    place = f"{each.kind} per {WHERE[min(each.loops, 2)]}"
+    count, size = found[place]
+    found[place] = (count + 1, size + each.size)
+  return dict(found)
+
+
 def row_of(figures: dict[str, Any]) -> list[str]:
-  talk = [
+  mib = lambda name: f"{figures[name] / MIB:,.0f}"
+  if figures["exceeds"]:
+    needed = figures["needed_bytes"]
+    memory = [f"{needed / MIB:,.0f} needed" if needed else "too much", ""]
+  else:
+    memory = [mib("temp_bytes"), mib("argument_bytes")]
+  lines = [
       f"{count} {kind} ({size / MIB:,.1f} MiB)"
-      for kind, (count, size) in figures["collectives"].items()
+      for kind, (count, size) in figures.get("collectives", {}).items()
   ]
-  return [
-      figures["step"],
-      f"{figures['temp_bytes'] / MIB:,.0f}",
-      f"{figures['argument_bytes'] / MIB:,.0f}",
-      f"{figures['flops'] / 1e9:,.0f}",
-      "\n".join(talk),
-  ]
+  operations = f"{figures['flops'] / 1e9:,.0f}"
+  return [figures["step"], *memory, operations, "\n".join(lines)]
 
 
 def main() -> None:
@@ -162,17 +141,20 @@ def main() -> None:
   parser.add_argument("--batch_per_chip", type=int, default=64, help="images")
   parser.add_argument("--rows", type=int, default=0, help="resident images")
   parser.add_argument("--dtype", default="bfloat16")
+  parser.add_argument("--methods", action="store_true", help="all, live")
   parser.add_argument("--only", default="", help="part of the steps' names")
   parser.add_argument("--json", default="", help="file for all figures")
   options = parser.parse_args()
 
   mesh = slice_mesh(options.topology, options.model)
   config = cases.vit_config(options.variant, options.image_size, options.dtype)
-  steps = cases.all_steps(
+  make = cases.all_methods if options.methods else cases.all_steps
+  steps = make(
       config, options.batch_per_chip * mesh.shape["data"],
       rows=options.rows, steps=STEPS,
   )  # fmt: skip
-  steps[3:3] = map(evaluation, steps[1:3])
+  if not options.methods:
+    steps[3:3] = map(evaluation, steps[1:3])
   table = rich_table.Table(
       "step", "temp MiB", "arguments MiB", "GFLOP", "communication",
       title=f"ViT-{options.variant}, {options.image_size} px, {options.dtype},"
@@ -187,10 +169,10 @@ def main() -> None:
       rows.append(measure(case, mesh))
       table.add_row(*row_of(rows[-1]))
       print(case.name, file=sys.stderr, flush=True)
+      if options.json:  # What is there if the rest is interrupted.
+        with open(options.json, "w") as file:
+          json.dump({"options": vars(options), "rows": rows}, file, indent=2)
   rich_console.Console(width=110).print(table)
-  if options.json:
-    with open(options.json, "w") as file:
-      json.dump({"options": vars(options), "rows": rows}, file, indent=2)
 
 
 if __name__ == "__main__":

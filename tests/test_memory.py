@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from benchmarks import cases
-from benchmarks import flops
+from vqt_jax import compiled
 from vqt_jax import tuner as tuner_lib
 from vqt_jax import vit
 from vqt_jax.train import packing
@@ -79,7 +79,7 @@ def test_step_computes_the_forward_pass_and_the_reading(
   config = cases.vit_config("S/14", 224, "bfloat16")
   tuner = tuner_of(num_queries, config)
   case = cases.train(tuner, 8, stored=stored, runs=runs, steps=2)
-  counted = flops.matmuls(case.function, *case.shapes())
+  counted = compiled.matmuls(case.function, *case.shapes())
   assert counted == pytest.approx(case.expected, rel=0.03)
 
 
@@ -109,6 +109,6 @@ def test_memory_of_a_run_is_foreseen(num_queries, runs):
 def test_count_of_full_fine_tuning():
   """The count sees a backward pass where there is one."""
   case = cases.finetune(CONFIG, cases.NUM_CLASSES, BATCH, steps=2)
-  counted = flops.matmuls(case.function, *case.shapes())
+  counted = compiled.matmuls(case.function, *case.shapes())
   assert counted == pytest.approx(case.expected, rel=0.03)
   assert counted > 2.5 * cases.train(tuner_of(0), BATCH, steps=2).expected

@@ -1,6 +1,6 @@
 """Mesh, shardings, and what several processes must agree on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import re
 from typing import Any
@@ -96,32 +96,39 @@ def together() -> Iterator[None]:
     )
 
 
-def make_mesh(data: int = -1, model: int = 1) -> jax.sharding.Mesh:
+def make_mesh(
+    data: int = -1, model: int = 1, devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
   """A `data` x `model` mesh over all devices of all processes.
 
   Args:
     data: devices that share the batch; -1: all that `model` leaves.
     model: devices that share one copy of the backbone.
+    devices: others than those that are here, to compile for.
 
   Raises:
     UserError: the product is not the number of devices, or a process would get
       no examples of its own.
   """
-  count = jax.device_count()
+  devices = jax.devices() if devices is None else devices
+  count = len(devices)
+  processes = len({device.process_index for device in devices})
   wanted = count // model if data == -1 and model > 0 else data
   if model < 1 or wanted * model != count:
     raise errors.UserError(
         f"mesh data={data}, model={model} does not fit {count} device(s):"
         " data x model must be their number (data=-1: as many as there are)."
     )
-  if wanted % jax.process_count():
+  if wanted % processes:
     raise errors.UserError(
         f"mesh data={wanted}, model={model} does not fit"
-        f" {jax.process_count()} processes: data must be a multiple of their"
+        f" {processes} processes: data must be a multiple of their"
         " number, so that each reads examples of its own."
     )
   auto = (jax.sharding.AxisType.Auto,) * 2
-  return jax.make_mesh((wanted, model), ("data", "model"), axis_types=auto)
+  return jax.make_mesh(
+      (wanted, model), ("data", "model"), axis_types=auto, devices=devices
+  )
 
 
 def _spec(path: str, shape: tuple[int, ...], model: int) -> P:
@@ -138,15 +145,24 @@ def place_backbone(params: Any, mesh: jax.sharding.Mesh, dtype: str) -> Any:
   LayerNorm stays float32, so does everything when `dtype` is float32.
   """
 
-  def place(path, leaf):
+  place = lambda leaf, to: from_host(np.asarray(leaf, to.dtype), to.sharding)
+  return jax.tree.map(place, params, backbone_shapes(params, mesh, dtype))
+
+
+def backbone_shapes(params: Any, mesh: jax.sharding.Mesh, dtype: str) -> Any:
+  """What `place_backbone` gives, as `jax.ShapeDtypeStruct` with shardings."""
+
+  def shape(path, leaf):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     keep = re.search(r"(LayerNorm_\d|encoder_norm)/", name)
-    array = np.asarray(leaf, np.float32 if keep else dtype)
-    spec = _spec(name, array.shape, mesh.shape["model"])
-    sharding = NamedSharding(mesh, spec)
-    return from_host(array, sharding)
+    spec = _spec(name, leaf.shape, mesh.shape["model"])
+    return jax.ShapeDtypeStruct(
+        leaf.shape,
+        np.float32 if keep else dtype,
+        sharding=NamedSharding(mesh, spec),
+    )
 
-  return jax.tree_util.tree_map_with_path(place, params)
+  return jax.tree_util.tree_map_with_path(shape, params)
 
 
 def from_host(array: np.ndarray, sharding: NamedSharding) -> jax.Array:

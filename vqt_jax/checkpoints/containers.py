@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 import io
+import json
 import os
 import pathlib
 import zipfile
@@ -64,6 +65,33 @@ def leaf_names(path: pathlib.Path) -> list[str]:
         " NumPy arrays; name a Big Vision npz file."
     )
   return [name.removesuffix(".npy") for name in names]
+
+
+def leaf_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
+  """Shapes of all arrays in a checkpoint, without reading them.
+
+  Raises:
+    UserError: as `leaf_names`, or an array is damaged.
+  """
+  names, shapes = leaf_names(path), {}
+  try:
+    if path.is_dir():
+      for name in names:
+        header = path / name.replace("/", "~") / ".zarray"
+        shapes[name] = tuple(json.loads(header.read_text())["shape"])
+      return shapes
+    with _open_npz(path) as archive:
+      for name in names:
+        with archive.open(f"{name}.npy") as member:
+          version = np.lib.format.read_magic(member)
+          read = getattr(
+              np.lib.format, f"read_array_header_{version[0]}_{version[1]}"
+          )
+          shapes[name] = read(member)[0]
+  except (*_DAMAGE, KeyError, AttributeError) as error:
+    reason = f"{path} is damaged at {name}: {error}."
+    raise UserError(f"{reason} {_AGAIN}") from error
+  return shapes
 
 
 def read_leaves(

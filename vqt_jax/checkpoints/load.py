@@ -5,6 +5,7 @@ import dataclasses
 import os
 import pathlib
 
+import jax
 import numpy as np
 
 from vqt_jax import vit
@@ -113,6 +114,65 @@ def load_backbone(
       params=layouts.nest(layouts.stack_blocks(leaves)),
       value_range=given["value_range"] or "-1..1",
       source=name,
+  )
+
+
+def read_config(
+    source: str | os.PathLike[str],
+    *,
+    image_size: int | Sequence[int],
+    variant: str = "",
+    pool_type: str = "",
+    gelu: str = "",
+    dtype: str = "float32",
+) -> vit.ViTConfig:
+  """The architecture that `load_backbone` would find, without any weights.
+
+  Told by the header of a file, by a public name, or by the variant alone. A
+  pre-trained head is known from a header only.
+
+  Raises:
+    UserError: as `load_backbone`, or nothing tells the architecture.
+  """
+  name = os.fspath(source)
+  known = _published(name)
+  if known:
+    _check_published(name, known, variant)
+  place, subtree = sources.split_subtree(known.address if known else name)
+  path = None
+  if "://" not in place:
+    path = containers.resolve(pathlib.Path(place).expanduser())
+  if path:
+    shapes = containers.leaf_shapes(path)
+    picked = layouts.select(shapes, subtree, name)
+    stored = {new: picked[old] for new, old in layouts.rename(picked).items()}
+    leaves = {
+        new: jax.ShapeDtypeStruct(shapes[old], np.float32)
+        for new, old in stored.items()
+    }
+    config = _infer_config(leaves, stored, variant, name)
+  elif known or variant:
+    variant = known.variant if known else variant
+    sizes = infer.decode_variant(variant)
+    if "patch_size" not in sizes:
+      raise UserError(
+          f"variant {variant!r}: expected a patch as well, e.g. {variant}/16."
+      )
+    config = vit.ViTConfig(**sizes, image_size=sizes["patch_size"])
+  elif "://" in place:
+    raise UserError(
+        f"{name} is not here, so its architecture is not known. Give its"
+        " variant, e.g. variant=B/16."
+    )
+  else:
+    _local_path(place, None, None)  # Says so.
+  return dataclasses.replace(
+      config,
+      image_size=resize.as_pair(image_size),
+      pool_type=pool_type
+      or (known.pool_type if known else config.pool_type),
+      gelu=gelu or (known.gelu if known else config.gelu),
+      dtype=dtype,
   )
 
 

@@ -9,6 +9,7 @@ from vqt_jax.data.pipeline import load_arrays
 from vqt_jax.data.pipeline import load_labels
 from vqt_jax.data.pipeline import train_batches
 from vqt_jax.data.prepared import check_prepared
+from vqt_jax.data.prepared import expected_examples
 from vqt_jax.data.prepared import fingerprint
 from vqt_jax.data.prepared import is_prepared
 from vqt_jax.data.prepared import num_examples
@@ -24,6 +25,7 @@ __all__ = [
     "Task",
     "batches",
     "check_prepared",
+    "expected_examples",
     "fingerprint",
     "is_prepared",
     "load_arrays",

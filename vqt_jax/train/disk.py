@@ -34,8 +34,10 @@ class Damaged(Exception):
   """A file that is not what its name says."""
 
 
-def default_folder() -> pathlib.Path:
-  """Where features are kept if nothing else is said."""
+def folder(given: str) -> pathlib.Path:
+  """Where features are kept: `config.store_dir`, or our own place."""
+  if given:
+    return pathlib.Path(given).expanduser()
   cache = os.environ.get("VQT_JAX_CACHE") or "~/.cache/vqt_jax"
   return pathlib.Path(cache).expanduser() / "features"
 

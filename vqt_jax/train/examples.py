@@ -71,12 +71,7 @@ class Examples:
       return sources.Resident(held, rows, c.batch_size, c.seed, self.mesh)
     if some is not None:
       self.check_rows(split)
-    if c.batch_size % self.mesh.shape["data"]:
-      raise errors.UserError(
-          f"config.batch_size={c.batch_size} cannot be shared by"
-          f" {self.mesh.shape['data']} devices: streamed training needs a"
-          " multiple of their number."
-      )
+    check_batch(c.batch_size, self.mesh)
     read = functools.partial(
         data.train_batches,
         self.task,
@@ -152,8 +147,7 @@ class Examples:
 
   @property
   def _folder(self) -> pathlib.Path:
-    given = self.config.store_dir
-    return pathlib.Path(given).expanduser() if given else disk.default_folder()
+    return disk.folder(self.config.store_dir)
 
   def _batches(self, split: str, start: int = 0) -> Iterator[Any]:
     return data.batches(
@@ -162,10 +156,7 @@ class Examples:
     )  # fmt: skip
 
   def _base(self, split: str) -> str:
-    """The split that is loaded for it: "trainval" where it holds both."""
-    splits = self.task.splits
-    both = f"{splits['train']}+{splits['val']}"
-    return "trainval" if splits["trainval"] == both else split
+    return base_of(self.task, split)
 
   @functools.cached_property
   def _room(self) -> dict[str, int]:
@@ -310,6 +301,23 @@ class Examples:
       )
       line.update(count)
     return held
+
+
+def check_batch(batch_size: int, mesh: jax.sharding.Mesh) -> None:
+  """Raises a `UserError` if streamed batches cannot be shared by devices."""
+  if batch_size % mesh.shape["data"]:
+    raise errors.UserError(
+        f"config.batch_size={batch_size} cannot be shared by"
+        f" {mesh.shape['data']} devices: streamed training needs a multiple of"
+        " their number."
+    )
+
+
+def base_of(task: data.Task, split: str) -> str:
+  """The split that is loaded for another: "trainval" where it holds both."""
+  splits = task.splits
+  both = f"{splits['train']}+{splits['val']}"
+  return "trainval" if splits["trainval"] == both else split
 
 
 def _rows(start: int, size: int, count: int) -> np.ndarray:

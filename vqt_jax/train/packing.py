@@ -60,14 +60,23 @@ def runs_at_once(
     batch_size: int,
     mesh: jax.sharding.Mesh,
     remat: bool = False,
+    device_memory: int | None = None,
 ) -> int:
   """The number of runs, at least one, that should train side by side.
 
   On a CPU runs of an editor go one by one: they share nothing but the images,
   so together they would only need the memory of all, and miss its caches.
+
+  Args:
+    tuner: of the runs.
+    batch_size: images in a step, over all devices.
+    mesh: its devices.
+    remat: as in `bytes_per_run`.
+    device_memory: bytes; None: of the devices that are here.
   """
-  if tuner.editor and jax.default_backend() == "cpu":
+  if tuner.editor and mesh.devices.flat[0].platform == "cpu":
     return 1
-  room = parallel.smallest(MEMORY_SHARE * memory.device_memory())
+  size = device_memory or memory.device_memory()
+  room = parallel.smallest(MEMORY_SHARE * size)
   local = batch_size / mesh.shape["data"]
   return max(1, int(room / bytes_per_run(tuner, local, remat)))

@@ -13,6 +13,7 @@ import itertools
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 
 from vqt_jax import tuner as tuner_lib
@@ -108,29 +109,46 @@ def candidates(
   return found, made
 
 
+def search_stage(
+    config: ml_collections.ConfigDict, tuner: tuner_lib.Tuner
+) -> stages_lib.Stage:
+  """The grid, trained on train and compared on val."""
+  runs = tuple(
+      loop.Run(
+          lr * config.batch_size / 256,
+          decay,
+          config.search_seed,
+          config.query_dropout if tuner.has_queries else 0.0,
+          config.normalize,
+      )
+      for lr, decay in itertools.product(config.lr, config.weight_decay)
+  )
+  return stages_lib.Stage(
+      "search", "search", tuner, runs, "setting", split="train",
+      judge=("val", None), least=1, keeps_weights=False,
+  )  # fmt: skip
+
+
+def seeds_stage(
+    tuner: tuner_lib.Tuner,
+    chosen: loop.Run,
+    seeds: Sequence[int],
+    prefix: str = "",
+) -> stages_lib.Stage:
+  """A setting with every seed, trained on trainval."""
+  runs = tuple(dataclasses.replace(chosen, seed=seed) for seed in seeds)
+  return stages_lib.Stage(f"{prefix}seeds", "seeds", tuner, runs, "seed")
+
+
 def _search(
     job: Any, stages: stages_lib.Stages
 ) -> tuple[dict[str, Any] | None, loop.Run]:
-  """The grid on train, compared on val; no search if there is one setting."""
-  c, tuner = job.config, job.tuner
-  runs = tuple(
-      loop.Run(
-          lr * c.batch_size / 256,
-          decay,
-          c.search_seed,
-          c.query_dropout if tuner.has_queries else 0.0,
-          c.normalize,
-      )
-      for lr, decay in itertools.product(c.lr, c.weight_decay)
-  )
+  """What the grid tells; no search if there is one setting."""
+  stage = search_stage(job.config, job.tuner)
+  runs = stage.runs
   if len(runs) == 1:
     return None, runs[0]
-  out = stages.run(
-      stages_lib.Stage(
-          "search", "search", tuner, runs, "setting", split="train",
-          judge=("val", None), least=1, keeps_weights=False,
-      )  # fmt: skip
-  )
+  out = stages.run(stage)
   chosen = loop.choose(runs, out.accuracy, set(out.diverged))
   found = {
       "chosen": chosen,
@@ -184,10 +202,8 @@ def _finish(
     spent: float,
 ) -> list[Candidate]:
   """The chosen setting with every seed; then with selected features."""
-  runs = tuple(dataclasses.replace(chosen, seed=seed) for seed in seeds)
-  out = stages.run(
-      stages_lib.Stage(f"{prefix}seeds", "seeds", tuner, runs, "seed")
-  )
+  stage = seeds_stage(tuner, chosen, seeds, prefix)
+  runs, out = stage.runs, stages.run(stage)
   spent += out.seconds
   everything = Candidate(
       f"{prefix}all", tuner, runs, out.variables, out, 1.0, None, spent

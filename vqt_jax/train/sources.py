@@ -15,6 +15,7 @@ from vqt_jax.train import store
 
 Chunk = tuple[dict[str, jax.Array], np.ndarray, jax.Array | np.ndarray]
 T = TypeVar("T")
+AHEAD = 2  # Batches on their way to the devices while one is used.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Stored:
 
 
 def ahead(
-    function: Callable[..., T], items: Iterable, count: int = 2
+    function: Callable[..., T], items: Iterable, count: int = AHEAD
 ) -> Iterator[T]:
   """Maps in another thread, `count` items ahead of what is taken."""
   with futures.ThreadPoolExecutor(1) as pool:

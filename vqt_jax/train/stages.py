@@ -15,6 +15,7 @@ from typing import Any
 
 import flax.traverse_util
 import jax
+import ml_collections
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -175,16 +176,7 @@ class Stages:
     """Trains from the start, or from the checkpoint."""
     job, c, runs = self._job, self._job.config, stage.runs
     progress = loop.Progress()
-    recipe = step_lib.Recipe(
-        optimizer=c.optimizer,
-        query_dropout=stage.tuner.has_queries
-        and any(run.query_dropout for run in runs),
-        embedding_dropout=c.embedding_dropout,
-        lasso=stage.lasso,
-        trains=stage.trains,
-        editor_rate=c.editor_rate,
-        remat=c.remat,
-    )
+    recipe = recipe_of(c, stage)
     seeds = np.array([run.seed for run in runs], np.uint32)
     state = step_lib.init_on(job.mesh, stage.tuner, recipe)(job.params, seeds)
     if self._saved["stage"] == stage.name:
@@ -279,6 +271,20 @@ class Stages:
         if self._stop:
           raise checkpoint.Stopped
     return [(x / count).tolist() for x in right]
+
+
+def recipe_of(config: ml_collections.ConfigDict, stage: Stage):
+  """What of a stage's recipe is compiled in, a `step.Recipe`."""
+  return step_lib.Recipe(
+      optimizer=config.optimizer,
+      query_dropout=stage.tuner.has_queries
+      and any(run.query_dropout for run in stage.runs),
+      embedding_dropout=config.embedding_dropout,
+      lasso=stage.lasso,
+      trains=stage.trains,
+      editor_rate=config.editor_rate,
+      remat=config.remat,
+  )
 
 
 def _part(stage: Stage, start: int, size: int) -> Stage:

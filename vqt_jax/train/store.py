@@ -9,7 +9,7 @@ row, putting a batch together is one exchange of that batch, and a process
 needs nothing but the columns of its own devices.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -92,7 +92,7 @@ def stream(
     params: the frozen backbone, on the devices.
     batches: {"image": (b, h, w, 3) float32, ...}, this process's rows.
   """
-  run, before = _runner(layout), None
+  run, before = runner(layout), None
   for batch in batches:
     image = parallel.from_local({"image": batch["image"]}, layout.mesh)
     part = run(params, image["image"])
@@ -104,16 +104,22 @@ def stream(
 
 
 @functools.cache
-def _runner(layout: Layout) -> Callable[[Any, jax.Array], Part]:
+def runner(layout: Layout) -> Callable[[Any, jax.Array], Part]:
+  """The compiled (params, images (b, h, w, 3)) -> a batch of the stream."""
   names = ["final"] + ["tokens"] * layout.tokens
 
   def run(params, images):
     seen = tuner_lib.run_backbone(
         layout.config, layout.tokens, params, images, window=layout.window
     )
-    part = {"final": seen.final}
+    # Shared out by images until all is computed, and only then cut across: else
+    # the compiler cuts all of the backbone across, and sums in every block.
+    by_image = lambda x, axis: jax.lax.with_sharding_constraint(
+        x, parallel.batch_sharding(layout.mesh, axis)
+    )
+    part = {"final": by_image(seen.final, 0)}
     if layout.tokens:
-      part["tokens"] = seen.tokens.astype(layout.dtype)
+      part["tokens"] = by_image(seen.tokens.astype(layout.dtype), 1)
     return part
 
   shardings = {name: layout.sharding(name) for name in names}
@@ -151,12 +157,27 @@ def on_devices(
   return {**store, "label": parallel.from_host(_pad(label, rows), replicated)}
 
 
-def _empty(layout, rows, names):
+def held_shapes(layout: Layout, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """What `on_devices` gives for so many rows, in its place."""
   depth, tokens, width = layout.row
-  shapes = {"final": (rows, width), "tokens": (depth, rows, tokens, width)}
-  dtypes = {"final": jnp.float32, "tokens": layout.dtype}
+  shape = lambda name, *rest: jax.ShapeDtypeStruct(
+      *rest, sharding=layout.held_sharding(name)
+  )
+  shapes = {
+      "final": shape("final", (rows, width), jnp.float32),
+      "label": shape("label", (rows,), jnp.int32),
+  }
+  if layout.tokens:
+    dtype = jnp.dtype(layout.dtype)
+    all_tokens = (depth, rows, tokens, width)
+    shapes["tokens"] = shape("tokens", all_tokens, dtype)
+  return shapes
+
+
+def _empty(layout, rows, names):
+  shapes = {name: held_shapes(layout, rows)[name] for name in names}
   zeros = lambda: {
-      name: jnp.zeros(shapes[name], dtypes[name]) for name in names
+      name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()
   }
   shardings = {name: layout.held_sharding(name) for name in names}
   return jax.jit(zeros, out_shardings=shardings)()
@@ -265,21 +286,34 @@ def resident(
   Returns:
     {"image": (m, h, w * 3), "label": (m,)}, m >= n.
   """
-  shards = mesh.shape["data"]
-  rows = -(-len(examples["image"]) // shards) * shards
+  count, *image_size, _ = examples["image"].shape
+  shapes = resident_shapes(count, image_size, mesh, dtype)
+  rows = len(shapes["label"])
   images = _pad(examples["image"].astype(dtype), rows)
-  images = images.reshape(*images.shape[:2], -1)
-  axis = next(axis for axis in (1, 2, 0) if images.shape[axis] % shards == 0)
+  images = images.reshape(shapes["image"].shape)
   label = _pad(examples["label"], rows)
-  sharding = parallel.batch_sharding(mesh, axis)
+  wanted = shapes["image"].format
   # In two steps: with a layout, arrays cannot be made while a mesh is set.
-  in_order = jax.jit(
-      lambda x: x, out_shardings=parallel.in_order(sharding, 3),
-      donate_argnums=0,
-  )  # fmt: skip
+  in_order = jax.jit(lambda x: x, out_shardings=wanted, donate_argnums=0)
   return {
-      "image": in_order(parallel.from_host(images, sharding)),
-      "label": parallel.from_host(label, parallel.replicated(mesh)),
+      "image": in_order(parallel.from_host(images, wanted.sharding)),
+      "label": parallel.from_host(label, shapes["label"].sharding),
+  }
+
+
+def resident_shapes(
+    count: int, image_size: Sequence[int], mesh: jax.sharding.Mesh, dtype: str
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """What `resident` gives for so many images (height, width), in its place."""
+  shards, (height, width) = mesh.shape["data"], image_size
+  shape = (-(-count // shards) * shards, height, 3 * width)
+  axis = next(axis for axis in (1, 2, 0) if shape[axis] % shards == 0)
+  place = parallel.in_order(parallel.batch_sharding(mesh, axis), 3)
+  return {
+      "image": jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place),
+      "label": jax.ShapeDtypeStruct(
+          shape[:1], jnp.int32, sharding=parallel.replicated(mesh)
+      ),
   }
 
 

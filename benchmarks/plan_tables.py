@@ -1,0 +1,115 @@
+"""How a run scales to a slice of 256 chips, asked of the compiler alone.
+
+Plans extraction and a training step from the store (VQT, T=1, 100 classes, one
+run) with so many images a chip, and that many more in the store, for backbones
+and slices of every size; prints a row for each.
+
+  PYTHONPATH=/tmp/libtpu python -m benchmarks.plan_tables --json plans.json
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from typing import Any
+
+from vqt_jax import config as config_lib
+from vqt_jax import console as console_lib
+from vqt_jax import plan
+from vqt_jax import programs
+
+MIB = 2**20
+PER_CHIP = 64  # images in a step
+STEPS = 4  # in an epoch
+VARIANTS = "B/16,L/16,H/14,g/14"
+SLICES = (
+    "v5e:2x2,v5e:4x4,v5e:8x8,v5e:16x16,v6e:2x2,v6e:4x4,v6e:8x8,v6e:16x16,"
+    "v4:2x2x1,v4:2x2x4,v4:4x4x4,v4:4x8x8"
+)
+
+
+def job_of(variant: str, where: str) -> programs.Job:
+  """A step of `PER_CHIP` images on each chip, of `STEPS` times as many."""
+  config = config_lib.default_config()
+  config.init, config.variant = "gs://some/where.npz", variant
+  config.lr, config.weight_decay, config.seeds = (0.1,), (1e-4,), (0,)
+  config.keep_fraction = 1.0
+  config.features = "device"
+  job = plan.make_job(config_lib.resolve(config), where)
+  images = PER_CHIP * job.mesh.shape["data"]
+  config = job.config.copy_and_resolve_references()
+  config.batch_size = config.eval_batch_size = images
+  counts = dict.fromkeys(job.counts, STEPS * images)
+  return dataclasses.replace(job, config=config, counts=counts)
+
+
+def figures(variant: str, where: str) -> list[dict[str, Any]]:
+  """What extraction and training need, per chip; compiles both."""
+  job, rows = job_of(variant, where), []
+  for program in (programs.extraction(job), programs.search(job)):
+    needs = plan.measure(program, job.mesh)
+    seconds = needs.seconds(job.chip)
+    rows.append({
+        "backbone": variant,
+        "slice": where,
+        "chips": job.mesh.size,
+        "program": "training" if needs.program.trained else "extraction",
+        "memory": needs.memory,
+        "total": needs.total,
+        "of": job.chip.memory,
+        "gradients": plan.reduced(needs),
+        "sent": needs.sent,
+        "flops": needs.flops,
+        "traffic": needs.traffic,
+        "seconds": seconds,
+    })
+  return rows
+
+
+def row_of(found: dict[str, Any]) -> list[str]:
+  memory, seconds = found["memory"] or {}, found["seconds"] or {"": 0.0}
+  slowest = max(seconds, key=seconds.get)
+  mib = lambda size: f"{size / MIB:,.1f}"
+  parts = ("weights", "data", "runs", "temporary")
+  return [
+      f"{found['backbone']} {found['program']}", found["slice"], found["chips"],
+      *[f"{memory.get(part, 0) / MIB:,.0f}" for part in parts],
+      f"{(found['total'] or 0) / found['of']:.0%}",
+      mib(found["gradients"]), mib(found["sent"]),
+      f"{1000 * seconds[slowest]:,.2f}", slowest,
+  ]  # fmt: skip
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--variants", default=VARIANTS)
+  parser.add_argument("--slices", default=SLICES)
+  parser.add_argument("--json", default="", help="what is there already stays")
+  options = parser.parse_args()
+  rows = []
+  if options.json and os.path.exists(options.json):
+    with open(options.json) as file:
+      rows = json.load(file)
+  done = {(row["backbone"], row["slice"]) for row in rows}
+  for where in options.slices.split(","):
+    for variant in options.variants.split(","):
+      if (variant, where) in done:
+        continue
+      rows += figures(variant, where)
+      print(variant, where, file=sys.stderr, flush=True)
+      if options.json:
+        with open(options.json, "w") as file:
+          json.dump(rows, file, indent=1)
+  columns = ["", "slice", "chips", "weights", "data", "runs", "temporary",
+             "of it", "gradients", "sent", "ms at least",
+             "bound by"]  # fmt: skip
+  console_lib.Console().table(
+      "MiB a chip, and a step", columns, list(map(row_of, rows))
+  )
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,98 @@
+"""Compiles programs ahead of time, and counts what they do.
+
+A compiler's own cost analysis counts the body of a loop once; here and in `hlo`
+everything counts as often as it runs. Nothing of it needs the devices.
+"""
+
+from collections.abc import Callable
+import math
+import re
+from typing import Any
+
+import jax
+from jax.extend import core
+
+
+class Exceeds(Exception):
+  """A program does not fit into the devices' memory.
+
+  Attributes:
+    needed: bytes on each device, as the compiler says; None: it does not.
+  """
+
+  def __init__(self, needed: int | None):
+    super().__init__(f"{needed} bytes")
+    self.needed = needed
+
+
+def compile_for(
+    mesh: jax.sharding.Mesh, function: Callable[..., Any], *args: Any
+) -> jax.stages.Compiled:
+  """Compiles a jitted function ahead of time for the devices of a mesh.
+
+  Args:
+    mesh: of devices, which need not be there.
+    function: made by `jax.jit`.
+    *args: its arguments; `jax.ShapeDtypeStruct` with shardings will do.
+
+  Raises:
+    Exceeds: it does not fit.
+  """
+  with jax.set_mesh(mesh):
+    lowered = function.lower(*args)
+    try:
+      return lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+      if "RESOURCE_EXHAUSTED" not in str(e):
+        raise
+      size = re.search(r"\(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT])",
+                       str(e))  # pyformat: disable
+      if not size:
+        raise Exceeds(None) from e
+      number, unit = (x for x in size.groups() if x)
+      power = 10 * (1 + "KMGT".index(unit))
+      raise Exceeds(int(float(number) * 2**power)) from e
+
+
+def matmuls(function: Callable[..., Any], *args: Any) -> int:
+  """Operations of all matrix products and convolutions of one call.
+
+  2 per multiply-add, over all devices; the body of a scan times its length.
+
+  Args:
+    function: made by `jax.jit`.
+    *args: its arguments, arrays or `jax.ShapeDtypeStruct`.
+
+  Raises:
+    ValueError: a product sits in a loop whose length is not known.
+  """
+  return _of_jaxpr(function.trace(*args).jaxpr.jaxpr)
+
+
+def _of_jaxpr(jaxpr: core.Jaxpr) -> int:
+  return sum(map(_of_equation, jaxpr.eqns))
+
+
+def _of_equation(equation) -> int:
+  name, params = equation.primitive.name, equation.params
+  if name == "dot_general":
+    (contracted, _), _ = params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    inner = math.prod(left[axis] for axis in contracted)
+    return 2 * inner * math.prod(equation.outvars[0].aval.shape)
+  if name == "conv_general_dilated":
+    kernel = equation.invars[1].aval.shape
+    out_features = kernel[params["dimension_numbers"].rhs_spec[0]]
+    inner = math.prod(kernel) // out_features
+    return 2 * inner * math.prod(equation.outvars[0].aval.shape)
+  counts = [
+      _of_jaxpr(getattr(inner, "jaxpr", inner))
+      for value in params.values()
+      for inner in (value if isinstance(value, (tuple, list)) else (value,))
+      if isinstance(inner, (core.Jaxpr, core.ClosedJaxpr))
+  ]
+  if name == "while" and any(counts):
+    raise ValueError("A matrix product sits in a loop of unknown length.")
+  if name == "cond":
+    return max(counts)
+  return sum(counts) * (params["length"] if name == "scan" else 1)

@@ -1,0 +1,296 @@
+"""The programs that a run compiles, from shapes alone.
+
+What `train.run` would call with arrays is here called with their shapes and
+places, so that it can be compiled for devices that are not there.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from vqt_jax import chips
+from vqt_jax import parallel
+from vqt_jax import tuner as tuner_lib
+from vqt_jax import vit
+from vqt_jax.train import loop
+from vqt_jax.train import packing
+from vqt_jax.train import places
+from vqt_jax.train import protocol
+from vqt_jax.train import sources
+from vqt_jax.train import stages as stages_lib
+from vqt_jax.train import step as step_lib
+from vqt_jax.train import store
+
+Shapes = Any  # A tree of `jax.ShapeDtypeStruct` with shardings.
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """What is planned.
+
+  Attributes:
+    config: of the run, resolved.
+    tuner: the method, on the backbone.
+    chip: of each device.
+    mesh: of devices that need not be there.
+    counts: split -> images.
+    base: split -> the split that is loaded for it.
+    place: where the training images' features, or they themselves, live; see
+      `places.choose`.
+    why: they live there.
+  """
+
+  config: ml_collections.ConfigDict
+  tuner: tuner_lib.Tuner
+  chip: chips.Chip
+  mesh: jax.sharding.Mesh
+  counts: dict[str, int]
+  base: dict[str, str]
+  place: str
+  why: str
+
+  @property
+  def layout(self) -> store.Layout:
+    dtype = self.config.feature_dtype or self.tuner.config.dtype
+    return store.Layout(
+        self.tuner.config, self.tuner.reads_blocks, dtype, self.mesh
+    )
+
+  @property
+  def stored(self) -> bool:
+    return self.place in places.FEATURES
+
+  @property
+  def eval_batch_size(self) -> int:
+    shards = self.mesh.shape["data"]
+    return -(-self.config.eval_batch_size // shards) * shards
+
+  def params(self) -> Shapes:
+    """The frozen weights."""
+    c = self.tuner.config
+    return parallel.backbone_shapes(vit.param_shapes(c), self.mesh, c.dtype)
+
+  def replicated(self, tree: Any) -> Shapes:
+    """Shapes of arrays, or such shapes, on every device."""
+    place = parallel.replicated(self.mesh)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
+    )
+
+  def runs_at_once(self, tuner: tuner_lib.Tuner) -> int:
+    return packing.runs_at_once(
+        tuner, self.config.batch_size, self.mesh, self.config.remat,
+        self.chip.memory,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """One of them.
+
+  Attributes:
+    name: for people.
+    function: made by `jax.jit`.
+    args: static ones, then shapes.
+    images: in a step, over all devices.
+    runs: side by side.
+    steps: in a call.
+    in_all: steps in the whole protocol.
+    weights: the frozen ones.
+    data: what lies on the devices meanwhile.
+    trained: parameters, moments and the like of the runs.
+    results: how many of its results are there at the same time.
+  """
+
+  name: str
+  function: Callable[..., Any]
+  args: tuple[Any, ...]
+  images: int
+  runs: int
+  steps: int
+  in_all: int
+  weights: Shapes
+  data: Shapes
+  trained: Shapes = ()
+  results: int = 1
+
+
+def all_programs(job: Job) -> list[Program]:
+  """Extraction (if features are kept), training of both phases, test.
+
+  Val is left out (it takes less than an epoch of the search), and feature
+  selection is taken for two more trainings of the seeds, of which it is a part.
+  """
+  stages = _stages(job)
+  found = [training(job, stage) for stage in stages]
+  selections = 2 * (job.config.keep_fraction < 1)
+  last = found[-1]
+  found[-1] = dataclasses.replace(
+      last, in_all=last.in_all * (1 + selections)
+  )
+  if job.stored:
+    found.insert(0, extraction(job))
+  return [*found, test(job)]
+
+
+def search(job: Job) -> Program:
+  """Training in its first phase, which most runs share."""
+  return training(job, first_stage(job))
+
+
+def first_stage(job: Job) -> stages_lib.Stage:
+  """The search, or the seeds if there is nothing to search."""
+  return _stages(job)[0]
+
+
+def _stages(job: Job) -> list[stages_lib.Stage]:
+  first = protocol.search_stage(job.config, job.tuner)
+  seeds = protocol.seeds_stage(job.tuner, first.runs[0], job.config.seeds)
+  return [first, seeds] if len(first.runs) > 1 else [seeds]
+
+
+def extraction(job: Job) -> Program:
+  """The backbone over all images whose features are kept."""
+  size, c = job.eval_batch_size, job.tuner.config
+  images = jax.ShapeDtypeStruct(
+      (size, *c.image_size, 3), jnp.float32,
+      sharding=parallel.batch_sharding(job.mesh),
+  )  # fmt: skip
+  params = job.params()
+  bases = {job.base[split] for split in ("train", "val", "trainval")}
+  return Program(
+      name="extraction",
+      function=store.runner(job.layout),
+      args=(params, images),
+      images=size,
+      runs=1,
+      steps=1,
+      in_all=sum(-(-job.counts[base] // size) for base in bases),
+      weights=params,
+      data=_resident(job, "trainval"),
+      results=2,  # One is computed while another is used.
+  )
+
+
+def training(job: Job, stage: stages_lib.Stage) -> Program:
+  """An epoch of a stage, in one call or a call a step."""
+  runs = stage.runs[: job.runs_at_once(stage.tuner)]
+  stage, packs = dataclasses.replace(stage, runs=runs), (
+      -(-len(stage.runs) // len(runs))
+  )
+  recipe, params = stages_lib.recipe_of(job.config, stage), job.params()
+  seeds = jnp.zeros(len(runs), jnp.uint32)
+  init = functools.partial(step_lib.init, stage.tuner, recipe)
+  state = job.replicated(jax.eval_shape(init, params, seeds))
+  frozen = tuner_lib.partition(params, stage.tuner.shapes())[1]
+  phase = loop.Phase(
+      stage.name, runs, None, job.config.epochs, job.config.warmup_epochs,
+      per_step=False, least=0,
+  )  # fmt: skip
+  count = job.counts[stage.split]
+  index, mask = store.order(
+      np.arange(count), job.config.batch_size, job.mesh.shape["data"]
+  )
+  in_epoch, held = len(index), _resident(job, stage.split)
+  if held is None:  # A call a step.
+    index, mask = index[:1], mask[:1]
+    data = _batch(job, index.shape[1])
+    held = [data] * (sources.AHEAD + 1)
+  else:
+    data = held
+  settings, factor, index = job.replicated(
+      (phase.settings, np.ones(len(index), np.float32), index)
+  )
+  mask = _mask(job, mask, shared=job.place == "stream")
+  return Program(
+      name=stage.label,
+      function=step_lib.train_steps,
+      args=(stage.tuner, recipe, state, frozen, settings, data, index, mask,
+            factor),
+      images=index.shape[1],
+      runs=len(runs),
+      steps=len(index),
+      in_all=packs * in_epoch * job.config.epochs,
+      weights=params,
+      data=held,
+      trained=state,
+  )  # fmt: skip
+
+
+def test(job: Job) -> Program:
+  """All seeds over the test images, with and without selected features."""
+  size, c = job.eval_batch_size, job.tuner.config
+  runs = len(job.config.seeds)
+  several = lambda x: jax.ShapeDtypeStruct((runs, *x.shape), x.dtype)
+  ready = job.replicated(
+      step_lib.Ready(
+          jax.tree.map(several, job.tuner.shapes()),
+          jax.ShapeDtypeStruct((runs,), bool),
+      )
+  )
+  candidates = 1 + (job.config.keep_fraction < 1)
+  over = parallel.batch_sharding(job.mesh)
+  data = {
+      "image": jax.ShapeDtypeStruct(
+          (size, *c.image_size, 3), jnp.float32, sharding=over
+      ),
+      "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=over),
+  }
+  index = job.replicated(np.zeros((1, size), np.int32))
+  mask = _mask(job, np.zeros((1, size), np.float32), shared=True)
+  params = job.params()
+  return Program(
+      name="test",
+      function=step_lib.eval_steps,
+      args=((job.tuner,) * candidates, (ready,) * candidates, params, data,
+            index, mask),
+      images=size,
+      runs=runs * candidates,
+      steps=1,
+      in_all=-(-job.counts["test"] // size),
+      weights=params,
+      data=[data, data, _resident(job, "trainval")],
+      trained=(ready,) * candidates,
+  )  # fmt: skip
+
+
+def _resident(job: Job, split: str) -> Shapes | None:
+  """What of a split lies on the devices as long as it is used."""
+  c, count = job.tuner.config, job.counts[job.base[split]]
+  if job.place == "device":
+    size = job.eval_batch_size
+    return store.held_shapes(job.layout, -(-count // size) * size)
+  if job.place == "images":
+    return store.resident_shapes(count, c.image_size, job.mesh, c.dtype)
+  return None
+
+
+def _mask(job: Job, mask: np.ndarray, shared: bool) -> Shapes:
+  """Of steps (S, B), which comes from the host, or shared out with images."""
+  if not shared:
+    return job.replicated(mask)
+  over = parallel.batch_sharding(job.mesh, 1)
+  return jax.ShapeDtypeStruct(mask.shape, mask.dtype, sharding=over)
+
+
+def _batch(job: Job, size: int) -> Shapes:
+  """What is sent to the devices for one step."""
+  c, layout = job.tuner.config, job.layout
+  if not job.stored:
+    over = parallel.batch_sharding(job.mesh)
+    shape = (size, *c.image_size, 3)
+    return {
+        "image": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=over),
+        "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=over),
+    }
+  shape = lambda name, x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=layout.sharding(name)
+  )
+  held = store.held_shapes(layout, size)
+  return {name: shape(name, x) for name, x in held.items()}
