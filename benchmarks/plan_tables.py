@@ -34,7 +34,7 @@ def job_of(variant: str, where: str) -> programs.Job:
   config = config_lib.default_config()
   config.init, config.variant = "gs://some/where.npz", variant
   config.lr, config.weight_decay, config.seeds = (0.1,), (1e-4,), (0,)
-  config.keep_fraction = 1.0
+  config.keep_fraction = (1.0,)
   config.features = "device"
   job = plan.make_job(config_lib.resolve(config), where)
   images = PER_CHIP * job.mesh.shape["data"]

@@ -59,12 +59,18 @@ class Job:
   def layout(self) -> store.Layout:
     dtype = self.config.feature_dtype or self.tuner.config.dtype
     return store.Layout(
-        self.tuner.config, self.tuner.reads_blocks, dtype, self.mesh
-    )
+        self.tuner.config, self.tuner.reads_blocks, dtype, self.mesh,
+        self.tuner.window,
+    )  # fmt: skip
 
   @property
   def stored(self) -> bool:
     return self.place in places.FEATURES
+
+  @property
+  def selects(self) -> bool:
+    """Whether new heads are trained on some of the features."""
+    return self.config.keep_fraction != (1.0,)
 
   @property
   def eval_batch_size(self) -> int:
@@ -124,16 +130,18 @@ class Program:
 def all_programs(job: Job) -> list[Program]:
   """Extraction (if features are kept), training of both phases, test.
 
-  Val is left out (it takes less than an epoch of the search), and feature
-  selection is taken for two more trainings of the seeds, of which it is a part.
+  Val is left out (it takes less than an epoch of the search). Feature selection
+  is taken for two more trainings of the seeds, of which it is a part, and the
+  choice of a fraction for three more searches, which it is at most.
   """
   stages = _stages(job)
+  times = [1, 1 + 2 * job.selects][-len(stages) :]
+  times[0] += 3 * (len(job.config.keep_fraction) > 1)
   found = [training(job, stage) for stage in stages]
-  selections = 2 * (job.config.keep_fraction < 1)
-  last = found[-1]
-  found[-1] = dataclasses.replace(
-      last, in_all=last.in_all * (1 + selections)
-  )
+  found = [
+      dataclasses.replace(each, in_all=each.in_all * more)
+      for each, more in zip(found, times)
+  ]
   if job.stored:
     found.insert(0, extraction(job))
   return [*found, test(job)]
@@ -234,7 +242,7 @@ def test(job: Job) -> Program:
           jax.ShapeDtypeStruct((runs,), bool),
       )
   )
-  candidates = 1 + (job.config.keep_fraction < 1)
+  candidates = 1 + job.selects
   over = parallel.batch_sharding(job.mesh)
   data = {
       "image": jax.ShapeDtypeStruct(
