@@ -134,7 +134,7 @@ def test_a_save_holds_what_it_was_given(tmp_path, devices):
     jax.block_until_ready(x)
     saver.close()
     saver = checkpoint.Checkpointer(tmp_path, 0)
-    assert saver.progress() == {"i": i}
+    assert saver.progress(dict) == {"i": i}
     restored = saver.restore({"x": x})["x"]
     np.testing.assert_array_equal(restored, expected)
     assert restored.sharding == everywhere

@@ -136,7 +136,7 @@ def _sum_up(
 ) -> dict[str, Any]:
   """Writes and prints what came out; `results.json` comes last."""
   summary = vtab_summary.summarize({
-      name: results_lib.read_json(workdir / name / outcome.RESULTS)
+      name: outcome.read(workdir / name)
       for name in names
   })
   if parallel.is_first():
