@@ -10,6 +10,7 @@ import pytest
 
 from tests import runs
 from vqt_jax.train import checkpoint
+from vqt_jax.train import loop
 
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 EXTRACT = "vqt_jax.train.store:_writer"
@@ -66,12 +67,12 @@ def test_asked_to_stop(material, alone, tmp_path):
   status, said = go(material, tmp_path, (EXTRACT, 2, INT))
   assert (status, said.splitlines()[-1]) == (0, STOPPED)
   assert not runs.metrics(tmp_path)
-  status, said = go(material, tmp_path, (TRAIN, 2, TERM))
+  status, said = go(material, tmp_path, (TRAIN, 1, TERM))  # Of a step only.
   assert (status, said.splitlines()[-1]) == (0, STOPPED)
-  assert {row["epoch"] for row in runs.metrics(tmp_path)} == {1, 2}
+  assert not runs.metrics(tmp_path)
   status, said = go(material, tmp_path, (EVALUATE, 2, TERM))
   assert (status, said.splitlines()[-1]) == (0, STOPPED)
-  assert "resume   search after epoch 2" in said
+  assert "resume   search after epoch 0" in said
   status, said = go(material, tmp_path)
   assert status == 0 and "seeds    " not in said
   assert runs.bits(tmp_path) == runs.bits(alone["device"])
@@ -85,6 +86,28 @@ def test_interrupted_within_an_epoch(material, alone, tmp_path):
   assert status == -KILL and "resume   search after epoch 1" in said
   assert go(material, tmp_path, data="stream")[0] == 0
   assert runs.bits(tmp_path) == runs.bits(alone["stream"])
+
+
+@pytest.mark.parametrize(
+    "compiling, each, calls",
+    [
+        (0, 1, [1, 4, 5, 5]),
+        (30, 1, [1, 1, 4, 5]),
+        (0, 60, [1, 1, 1, 1]),
+        (0, 0.001, [1, 4, 16, 64]),
+    ],
+)
+def test_no_call_takes_long(monkeypatch, compiling, each, calls):
+  """Seconds to compile, of a step, and steps of the first calls."""
+  now = 0.0
+  monkeypatch.setattr(loop.time, "monotonic", lambda: now)
+  pace, taken = loop.Pace(), []
+  now += compiling
+  for _ in calls:
+    taken.append(pace.steps())
+    now += taken[-1] * each
+    pace.measure(taken[-1])
+  assert taken == calls
 
 
 def test_a_full_disk(material, alone, tmp_path):
