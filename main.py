@@ -58,6 +58,11 @@ def main(argv: Sequence[str]) -> int:
       traceback.print_exc()
     print(f"error: {e}", file=sys.stderr)
     return 2
+  except (MemoryError, jax.errors.JaxRuntimeError) as e:
+    if "--debug" in argv or not (short := _of_memory(e)):
+      raise
+    print(f"error: {short}", file=sys.stderr)
+    return 2
   except KeyboardInterrupt:
     print("Interrupted; the same command resumes.", file=sys.stderr)
     return 130
@@ -181,6 +186,10 @@ def _explain(error: Exception, path: str | None) -> errors.UserError:
         f"config.{match[1]}: expected {checks.expected(default)}, found"
         f" {match[2]!r}."
     )
+  if match := re.match(r"flag --(\w+)=(.*?): invalid literal", str(error)):
+    return errors.UserError(
+        f"--{match[1]}: expected a whole number, found {match[2]!r}."
+    )
   if isinstance(error, flags.UnrecognizedFlagError):
     known = ("--config", "--workdir", "--plan", "--debug", "--help",
              "--coordinator", "--num_processes", "--process_id")  # fmt: skip
@@ -190,6 +199,19 @@ def _explain(error: Exception, path: str | None) -> errors.UserError:
   root = chain[-1]
   return errors.UserError(
       f"Cannot load {path}: {type(root).__name__}: {root}."
+  )
+
+
+def _of_memory(error: BaseException) -> str | None:
+  """What to do where memory was too small; None for any other error."""
+  text = str(error).strip().split("\n")[0][:200].rstrip(".")
+  known = re.search("RESOURCE_EXHAUSTED|out of memory", text, re.I)
+  if not isinstance(error, MemoryError) and not known:
+    return None
+  return (
+      f"There is not enough memory: {text or 'all of it is taken'}. Lower"
+      " config.batch_size and config.eval_batch_size, take smaller images, or"
+      " keep features elsewhere (config.features=disk or live)."
   )
 
 

@@ -528,7 +528,7 @@ def test_leaves_that_are_no_floats(tmp_path):
   path = write(tmp_path / "x.npz", leaves, **{
       "cls": np.zeros((1, 1, 32), int), "head/bias": np.zeros(11, "V4"),
   })  # fmt: skip
-  bad(path, "(?s)no floating-point numbers:.*cls int64.*head/bias .V4")
+  bad(path, "2 of its leaves hold no floating-point numbers, such as .*int64")
 
 
 @pytest.mark.parametrize(

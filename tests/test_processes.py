@@ -6,7 +6,6 @@ import socket
 import numpy as np
 import pytest
 
-import main
 from tests import runs
 from vqt_jax import results
 
@@ -97,25 +96,3 @@ def test_what_fails_on_one_fails_on_both(material, tmp_path, which):
   assert said[which].splitlines()[-1].startswith("error: " + word)
   other = said[1 - which].splitlines()[-1]
   assert other.startswith("error: Another process of this run failed")
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--num_processes=2"], "--coordinator is missing"),
-        (["--coordinator=host", "--process_id=0"], "expected HOST:PORT"),
-        (["--coordinator=host:1"], "num_processes=None, process_id=None"),
-        (
-            ["--coordinator=host:1", "--num_processes=2", "--process_id=2"],
-            "process_id=2: expected both, and an id of 0 to num_processes - 1",
-        ),
-        (["--cordinator=host:1"], "Did you mean --coordinator"),
-    ],
-    ids=str,
-)
-def test_flags_that_make_no_sense(material, tmp_path, capsys, flags, words):
-  argv = runs.command(material, tmp_path / "run")
-  assert main.main([*argv, *flags]) == 2
-  error = capsys.readouterr().err
-  assert error.startswith("error: ") and words in error
-  assert not (tmp_path / "run").exists()

@@ -127,6 +127,12 @@ def _check_combinations(config: ConfigDict) -> None:
         f"config.warmup_epochs={config.warmup_epochs} must be smaller than"
         f" config.epochs={config.epochs}: nothing would be left to train."
     )
+  if "://" in config.store_dir:
+    raise errors.UserError(
+        f"config.store_dir={config.store_dir}: expected a folder, since its"
+        " files are mapped into memory. Name one on a local disk, or mount the"
+        " bucket."
+    )
   if config.mesh.data == 0:
     raise errors.UserError(
         "config.mesh.data=0: expected a number of devices, or -1 for all."

@@ -40,7 +40,9 @@ def quiet(path: str | os.PathLike) -> Iterator[TextIO]:
     log = _Log(open(path, "ab", buffering=0), "utf-8", "replace",
                write_through=True)  # pyformat: disable
   except OSError as e:
-    raise errors.UserError(f"Cannot write {path}: {e.strerror}.") from e
+    raise errors.UserError(
+        f"Cannot write {path}: {e.strerror}. Choose another place."
+    ) from e
   saved = sys.stdout, sys.stderr, logging.root.handlers, logging.root.level
   descriptors = os.dup(1), os.dup(2)
   encoding = sys.stderr.encoding

@@ -131,6 +131,17 @@ def make_mesh(
   )
 
 
+def check_heads(mesh: jax.sharding.Mesh, heads: int) -> None:
+  """Raises a `UserError` if attention cannot be cut along `model`."""
+  model = mesh.shape["model"]
+  if heads % model:
+    fitting = [n for n in range(1, heads + 1) if heads % n == 0]
+    raise errors.UserError(
+        f"mesh model={model} cannot share the {heads} attention heads of this"
+        f" backbone: expected one of {', '.join(map(str, fitting))}."
+    )
+
+
 def _spec(path: str, shape: tuple[int, ...], model: int) -> P:
   for pattern, spec in MODEL_RULES:
     if re.search(pattern, path):

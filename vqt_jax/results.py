@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 from typing import Any
 
@@ -88,8 +89,10 @@ def read_json(path: PathLike) -> Any:
     return json.loads(pathlib.Path(path).read_bytes())
   except FileNotFoundError:
     raise errors.UserError(f"There is no {path}.") from None
-  except (OSError, ValueError) as e:
-    raise errors.UserError(f"Cannot read {path}: {e}.") from e
+  except OSError as e:
+    raise errors.UserError(f"Cannot read {path}: {e.strerror}.") from e
+  except ValueError as e:
+    raise errors.UserError(f"Cannot read {path}: {e}: it is damaged.") from e
 
 
 def open_workdir(config: Any, workdir: PathLike) -> bool:
@@ -109,10 +112,22 @@ def open_workdir(config: Any, workdir: PathLike) -> bool:
     UserError: it cannot be written, or holds a run of another config. Nothing
       in it is touched then.
   """
+  if re.match(r"\w+:/", os.fspath(workdir)):
+    raise errors.UserError(
+        f"workdir {workdir}: expected a folder, since files in it grow and get"
+        " new names. Mount the bucket, or take a disk that all machines share."
+    )
   path = pathlib.Path(workdir) / "config.json"
   now = config_lib.to_json(config)
   if _begun(path.parent):
-    _check_same_run(read_json(path), now, workdir)
+    try:
+      old = read_json(path)
+    except errors.UserError as e:
+      raise errors.UserError(
+          f"{e} So the run in {workdir} cannot be resumed: choose another"
+          " --workdir."
+      ) from e
+    _check_same_run(old, now, workdir)
     return True
   write_json(path, now)
   return False
@@ -231,7 +246,7 @@ def read_metrics(workdir: PathLike) -> list[dict[str, Any]]:
   for line in lines:
     try:
       row = json.loads(line)
-      if _line(row) != line:
+      if _line(row) != line or "phase" not in row:
         break
     except ValueError:
       break

@@ -242,9 +242,10 @@ def _read(
   }
   wrong = [stored[name] for name, leaf in leaves.items() if leaf is None]
   if wrong:
+    some = ", ".join(f"{name} ({arrays[name].dtype})" for name in wrong[:3])
     raise UserError(
-        f"{source} is no ViT: these leaves hold no floating-point numbers:\n  "
-        + "\n  ".join(f"{name} {arrays[name].dtype}" for name in wrong)
+        f"{source} is no ViT: {len(wrong)} of its leaves hold no floating-point"
+        f" numbers, such as {some}."
     )
   return leaves, stored
 

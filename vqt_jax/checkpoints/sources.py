@@ -21,7 +21,7 @@ def split_subtree(source: str) -> tuple[str, str]:
   """`PLACE:img` -> (PLACE, "img"); minds other colons in addresses."""
   if os.path.exists(os.path.expanduser(source)):
     return source, ""
-  match = re.fullmatch(r"((?:\w+://[^/]+/)?[^:]+):([\w/]+)", source)
+  match = re.fullmatch(r"((?:\w+://[^/]+/)?[^:]+):(\w[\w/]*)", source)
   return (match[1], match[2]) if match else (source, "")
 
 

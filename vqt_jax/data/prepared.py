@@ -7,17 +7,20 @@ prepares it. (Left alone, TFDS would try the network for minutes.)
 
 from collections.abc import Iterable
 import difflib
+import json
 import os
 import shlex
 from typing import Any
 
 from etils import epath
+from google.protobuf import json_format
 
 from vqt_jax import errors
 from vqt_jax.data import vtab
 from vqt_jax.data.task import SPLITS
 from vqt_jax.data.task import Task
 from vqt_jax.data.tensorflow_lazy import quiet
+from vqt_jax.data.tensorflow_lazy import tf
 from vqt_jax.data.tensorflow_lazy import tfds
 
 # The project's own dataset; see `digits.py`.
@@ -50,8 +53,16 @@ def find_builder(request: str, data_dir: str | None) -> Any:
       return tfds.builder(request, data_dir=_expand(data_dir))
   except tfds.core.DatasetNotFoundError as error:
     raise errors.UserError(_unknown(request, data_dir)) from error
+  except (json_format.Error, json.JSONDecodeError, OSError) as error:
+    raise errors.UserError(_damaged(request, data_dir, error)) from error
   except (ValueError, AssertionError) as error:
     raise errors.UserError(_unusable(request, error)) from error
+  except tf.errors.OpError as error:
+    raise errors.UserError(
+        f"The data folder {data_dir} cannot be read:"
+        f" {error.message.splitlines()[0][:200]}. Check the address, and that"
+        " you may read it."
+    ) from error
 
 
 def is_prepared(task: Task) -> bool:
@@ -220,6 +231,19 @@ def _unknown(request: str, data_dir: str | None) -> str:
       f" TFDS, or a folder in data_dir ({data_dir or 'not given'})."
       + (f" Nearest names: {near}." if near else "")
       + ("" if near else f" The VTAB-1k tasks are: {', '.join(vtab.VTAB)}.")
+  )
+
+
+def _damaged(request: str, data_dir: str | None, error: Exception) -> str:
+  """Says which folder must go: what describes the dataset is damaged."""
+  dataset = request.partition(":")[0]
+  command = shlex.join(["python", "-m", "vqt_jax.data.prepare", dataset])
+  return (
+      f"The description of dataset {dataset!r} in"
+      f" {data_dir or 'the data folder'} cannot be read: {_gist(error)} Make"
+      " it readable, or delete its folder there and prepare it again:"
+      f" {command}"
+      + (f" --data_dir {shlex.quote(data_dir)}" if data_dir else "")
   )
 
 

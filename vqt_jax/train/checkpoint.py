@@ -1,7 +1,8 @@
 """Saving and resuming a run with Orbax."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
+import functools
 import os
 import pathlib
 import re
@@ -9,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -20,6 +21,8 @@ from vqt_jax import results
 
 # After this a save has failed: on a process that others are waiting for.
 SAVE_SECONDS = 120
+
+T = TypeVar("T")
 
 
 class Checkpointer:
@@ -36,12 +39,14 @@ class Checkpointer:
     self._directory = pathlib.Path(directory).absolute()
     self._every = every_seconds
     self._last = time.monotonic()
+    _mute_late_ends()
     options = ocp.CheckpointManagerOptions(
         max_to_keep=2,
         enable_async_checkpointing=True,
         async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS),
     )
     with self._writing():
+      self._directory.mkdir(parents=True, exist_ok=True)
       self._manager = ocp.CheckpointManager(self._directory, options=options)
 
   def due(self) -> bool:
@@ -62,11 +67,16 @@ class Checkpointer:
       )
     self._last = time.monotonic()
 
-  def progress(self) -> dict[str, Any] | None:
-    """Progress of the last complete save, or None."""
+  def progress(self, parse: Callable[..., T]) -> T | None:
+    """Progress of the last complete save, or None.
+
+    Args:
+      parse: gets what was saved as keyword arguments.
+    """
     if self._manager.latest_step() is None:
       return None
-    return self._restore(progress=ocp.args.JsonRestore()).progress
+    with self._reading():
+      return parse(**self._restore(progress=ocp.args.JsonRestore()).progress)
 
   def restore(self, like: Any) -> Any:
     """State of the last complete save, placed as `like` is."""
@@ -75,7 +85,8 @@ class Checkpointer:
         x.shape, x.dtype, sharding=x.sharding
     )
     args = ocp.args.StandardRestore(jax.tree.map(shape, flat))
-    return _unflatten(like, self._restore(state=args).state)
+    with self._reading():
+      return _unflatten(like, self._restore(state=args).state)
 
   def close(self) -> None:
     """Waits until the last save is complete on disk."""
@@ -89,11 +100,16 @@ class Checkpointer:
 
   def _restore(self, **items: Any) -> Any:
     number = self._manager.latest_step()
+    return self._manager.restore(number, args=ocp.args.Composite(**items))
+
+  @contextlib.contextmanager
+  def _reading(self) -> Iterator[None]:
     try:
-      return self._manager.restore(number, args=ocp.args.Composite(**items))
+      yield
     except Exception as e:  # Each of Orbax's layers has its own.
       raise errors.UserError(
-          f"Cannot read {self._directory / str(number)}: {_first_line(e)}"
+          f"Cannot read {self._directory / str(self._manager.latest_step())}:"
+          f" {_first_line(e)}"
           " Delete that folder to resume from the save before it."
       ) from e
 
@@ -111,22 +127,24 @@ class Checkpointer:
         failure = _failure(e)
         if not failure:
           raise
-        sys.unraisablehook = _hook(sys.unraisablehook)
         raise failure from e
 
 
-def _hook(hook):
-  """A `sys.unraisablehook` that is mute about writes that outlive their save.
+@functools.cache
+def _mute_late_ends() -> None:
+  """Sees that nothing is shown of what ends after its save or restore failed.
 
-  When one write of a save fails, Orbax closes the event loop of all, and
-  TensorStore shows a traceback for each of the others, at any time until exit.
+  When one read or write of many fails, Orbax closes the event loop of all;
+  TensorStore then shows a traceback for each of the others, at any time until
+  the exit.
   """
+  show = sys.unraisablehook
 
-  def mute(raised):
-    if str(raised.exc_value) != "Event loop is closed":
-      hook(raised)
+  def show_others(args):
+    if str(args.exc_value) != "Event loop is closed":
+      show(args)
 
-  return mute
+  sys.unraisablehook = show_others
 
 
 def _failure(error: BaseException | None) -> OSError | None:

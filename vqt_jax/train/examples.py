@@ -103,7 +103,8 @@ class Examples:
       held = dataclasses.replace(held, rows=rows, batch_size=self._batch_size)
       return held.chunks()
     shards = self.mesh.shape["data"]
-    return iter([(held, *store.order(rows, self._batch_size, shards))])
+    order, mask = store.order(rows, self._batch_size, shards)
+    return ((held, *batch) for batch in zip(order[:, None], mask[:, None]))
 
   def check_rows(self, split: str) -> None:
     """Raises a `UserError` if some rows of a split cannot be had."""

@@ -1,5 +1,6 @@
 """The training loop: epochs of all runs of a phase, saved and resumable."""
 
+from collections.abc import Iterator
 import dataclasses
 import time
 from typing import Any
@@ -13,6 +14,11 @@ from vqt_jax.train import checkpoint
 from vqt_jax.train import optim
 from vqt_jax.train import sources
 from vqt_jax.train import step as step_lib
+
+# What a call may take, so that a run that must go saves itself in time: clouds
+# give 30 s. The next call has at most so many times the steps of the last one.
+CALL_SECONDS = 5.0
+GROWTH = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,15 +160,18 @@ def train_phase(
   measured = False
   pending = []  # Sums on the devices: read late, so that steps queue up.
   clock, first = time.monotonic(), progress.epoch
+  pace = Pace()
 
   def settle():
     """Waits for the queued steps; books finished epochs."""
     nonlocal clock
-    for epoch, losses, right, last in pending:
-      losses, right = parallel.to_host((losses, right))
+    for epoch, losses, right, count, last in pending:
+      losses, right = (x[:count] for x in parallel.to_host((losses, right)))
+      pace.measure(count)
       _check(phase, progress, epoch, losses)
-      done = np.array([losses.sum(0), right.sum(0)], np.float64)
-      total = done + progress.sums if progress.sums else done
+      total = np.array(progress.sums or np.zeros((2, len(phase.runs))))
+      for step in zip(losses, right):  # In turn: calls differ in length.
+        total += step
       progress.sums = total.tolist()
       progress.step += len(losses)
       if last:
@@ -180,24 +189,23 @@ def train_phase(
         report(epoch, loss, accuracy, seen / max(elapsed, 1e-9))
     pending.clear()
 
-  while progress.epoch + len([p for p in pending if p[3]]) < phase.epochs:
-    epoch = progress.epoch + len([p for p in pending if p[3]])
+  while progress.epoch + len([p for p in pending if p[-1]]) < phase.epochs:
+    epoch = progress.epoch + len([p for p in pending if p[-1]])
     start = progress.step if epoch == progress.epoch else 0
-    for data, order, mask in phase.source.epoch(epoch, start):
-      factor = phase.factors(epoch, start, len(order))
+    for call, count in _calls(phase, epoch, start, pace):
       state, losses, right = step_lib.train_steps(
-          tuner, recipe, state, frozen, settings, data, order, mask, factor
+          tuner, recipe, state, frozen, settings, *call
       )
       if not measured:
         measured = True
         progress.step_bytes = step_lib.step_bytes(
-            tuner, recipe, state, frozen, settings, data, order, mask, factor
+            tuner, recipe, state, frozen, settings, *call
         )
-      start += len(order)
+      start += count
       last = start == phase.source.steps
-      if pending:  # Everything but the chunk just started.
+      if pending:  # Everything but the call just started.
         settle()
-      pending.append((epoch, losses, right, last))
+      pending.append((epoch, losses, right, count, last))
       stopping = bool(stop)
       if stopping or due():
         settle()
@@ -206,6 +214,45 @@ def train_phase(
         raise checkpoint.Stopped
   settle()
   return state
+
+
+class Pace:
+  """How many steps a compiled call may take, so that none takes long.
+
+  In a call nobody asks for signals. The first calls, of which one also
+  compiles, are short.
+  """
+
+  def __init__(self):
+    self._steps = 1
+    self._clock = time.monotonic()
+
+  def steps(self) -> int:
+    """Steps that the next call may take, the same on all processes."""
+    return int(parallel.smallest(self._steps))
+
+  def measure(self, steps: int) -> None:
+    """Hears that a call of so many steps has just ended."""
+    now = time.monotonic()
+    each = max(now - self._clock, 1e-9) / steps
+    most = max(self._steps, GROWTH * steps)
+    self._steps = max(1, min(int(CALL_SECONDS / each), most))
+    self._clock = now
+
+
+def _calls(
+    phase: Phase, epoch: int, start: int, pace: Pace
+) -> Iterator[tuple[tuple[Any, ...], int]]:
+  """The rest of an epoch: `train_steps`' last arguments, and steps taken."""
+  for data, order, mask in phase.source.epoch(epoch, start):
+    left = min(len(order), phase.source.steps - start)
+    while left:
+      factor = phase.factors(epoch, start, len(order))
+      count = min(pace.steps(), left) if len(order) > 1 else 1
+      dynamic = np.int32(count) if len(order) > 1 else None
+      yield (data, order, mask, factor, dynamic), count
+      order, mask = np.roll(order, -count, 0), np.roll(mask, -count, 0)
+      start, left = start + count, left - count
 
 
 def _check(phase, progress, epoch, losses):

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from vqt_jax import console as console_lib
+from vqt_jax import errors
 from vqt_jax import memory
 from vqt_jax import parallel
 from vqt_jax import plots
@@ -141,6 +142,23 @@ def _write_tuned(job, candidate, results) -> int:
     )
   one = job.workdir / "tuned" / f"seed_{candidate.runs[0].seed}"
   return sum(path.stat().st_size for path in one.iterdir())
+
+
+def read(workdir: pathlib.Path) -> dict[str, Any]:
+  """What `write` left of a finished run.
+
+  Raises:
+    UserError: it is damaged, or something else.
+  """
+  path = workdir / RESULTS
+  again = "Delete it, and the same command does the run again."
+  try:
+    results = results_lib.read_json(path)
+  except errors.UserError as e:
+    raise errors.UserError(f"{e} {again}") from e
+  if not isinstance(results, dict) or "tested" not in results:
+    raise errors.UserError(f"{path} does not hold results of a run. {again}")
+  return results
 
 
 def show(

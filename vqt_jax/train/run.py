@@ -62,7 +62,7 @@ def train(
     if parallel.is_first():
       results_lib.open_workdir(config, workdir)
   if (workdir / outcome.RESULTS).exists():
-    results = results_lib.read_json(workdir / outcome.RESULTS)
+    results = outcome.read(workdir)
     console.note("this run is finished already; it is not done again")
     outcome.show(console, workdir, results)
     return results
@@ -135,6 +135,7 @@ def _prepare(config, workdir, console) -> Job:
       **config_lib.of_tuner(config),
   )
   mesh = parallel.make_mesh(config.mesh.data, config.mesh.model)
+  parallel.check_heads(mesh, backbone.config.num_heads)
   job = Job(
       config=config,
       workdir=workdir,

@@ -85,10 +85,7 @@ def outcomes(
     workdir: pathlib.Path, names: Iterable[str]
 ) -> dict[str, dict[str, Any]]:
   """What came out of each run: the contents of its `results.json`."""
-  return {
-      name: results_lib.read_json(workdir / name / outcome.RESULTS)
-      for name in names
-  }
+  return {name: outcome.read(workdir / name) for name in names}
 
 
 def _open(

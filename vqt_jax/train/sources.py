@@ -20,7 +20,7 @@ AHEAD = 2  # Batches on their way to the devices while one is used.
 
 @dataclasses.dataclass(frozen=True)
 class Resident:
-  """Rows of data that sit on the devices; an epoch is one compiled call.
+  """Rows of data that sit on the devices; an epoch is one chunk.
 
   Attributes:
     data: as `store.on_devices` or `store.resident` give it.
@@ -46,12 +46,16 @@ class Resident:
     return -(-len(self.rows) // self.batch_size)
 
   def epoch(self, epoch: int, start: int) -> Iterator[Chunk]:
-    """The chunks of an epoch from step `start` on: data, order, mask."""
+    """An epoch as data, order, mask, its step `start` first.
+
+    The steps before it come last: of an epoch begun anywhere the shapes, and so
+    the compiled program, are the same.
+    """
     if start < self.steps:
       shards = self.mesh.shape["data"]
       shuffle = (self.seed, epoch)
       index, mask = store.order(self.rows, self.batch_size, shards, shuffle)
-      yield self.data, index[start:], mask[start:]
+      yield self.data, np.roll(index, -start, 0), np.roll(mask, -start, 0)
 
 
 @dataclasses.dataclass(frozen=True)

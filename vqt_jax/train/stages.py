@@ -99,6 +99,18 @@ class Outcome:
   peak_bytes: int | None = None
 
 
+@dataclasses.dataclass
+class Saved:
+  """Whose state a save holds, and where it stands; json-able."""
+
+  stage: str = ""
+  progress: loop.Progress = dataclasses.field(default_factory=loop.Progress)
+
+  def __post_init__(self):
+    if isinstance(self.progress, dict):
+      self.progress = loop.Progress(**self.progress)
+
+
 class Stages:
   """Runs stages, or finds what they gave before."""
 
@@ -118,7 +130,7 @@ class Stages:
     self._folder = job.workdir / "stages"
     with parallel.together():
       self._done = {path.stem for path in self._folder.glob("*.safetensors")}
-    self._saved = saver.progress() or {"stage": ""}
+    self._saved = saver.progress(Saved) or Saved()
 
   def run(self, stage: Stage) -> Outcome:
     """Does a stage, in as many packs of runs as memory asks for."""
@@ -143,7 +155,7 @@ class Stages:
   def _pack(self, stage: Stage) -> Outcome:
     path = self._folder / f"{stage.name}.safetensors"
     if stage.name in self._done:
-      outcome = _read(path, len(stage.runs))
+      outcome = _read(path, stage)
       self._peak.include(outcome.peak_bytes)
       self._log(stage, _rows(stage, outcome.history))
       return outcome
@@ -179,21 +191,21 @@ class Stages:
     recipe = recipe_of(c, stage)
     seeds = np.array([run.seed for run in runs], np.uint32)
     state = step_lib.init_on(job.mesh, stage.tuner, recipe)(job.params, seeds)
-    if self._saved["stage"] == stage.name:
-      progress = loop.Progress(**self._saved["progress"])
+    if self._saved.stage == stage.name:
+      progress = self._saved.progress
       self._peak.include(progress.peak_bytes)
       state = self._saver.restore(state)
       if progress.epoch < c.epochs:
         after = f"{stage.label} after epoch {progress.epoch}"
         job.console.note(after, "resume")
-    self._saved = {"stage": ""}  # From here on the last save is another.
+    self._saved = Saved()  # From here on the last save is another.
 
     self._log(stage, _rows(stage, progress.history))
 
     def save(state):
       progress.peak_bytes = self._peak.bytes()
-      saved = {"stage": stage.name, "progress": dataclasses.asdict(progress)}
-      self._saver.save(state, saved)
+      saved = Saved(stage.name, progress)
+      self._saver.save(state, dataclasses.asdict(saved))
 
     if progress.epoch == c.epochs:
       return state, progress
@@ -375,21 +387,34 @@ def _write(path: pathlib.Path, outcome: Outcome) -> None:
   )
 
 
-def _read(path: pathlib.Path, runs: int) -> Outcome:
-  """What `_write` wrote of so many runs."""
+def _read(path: pathlib.Path, stage: Stage) -> Outcome:
+  """What `_write` wrote of a stage."""
+  runs = len(stage.runs)
   try:
     with safetensors.safe_open(path, "numpy") as file:
       outcome = Outcome(**json.loads((file.metadata() or {})["outcome"]))
       flat = {name: file.get_tensor(name) for name in file.keys()}
     if any(len(row["loss"]) != runs for row in outcome.history):
       raise ValueError(f"expected {runs} runs")
+    if flat:  # An empty part leaves no trace.
+      variables = flax.traverse_util.unflatten_dict(flat, sep="/")
+      outcome.variables = {"tuner": {}, **variables}
+    _check_shapes(outcome.variables, stage)
   except (
       OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError
   ) as e:  # fmt: skip
     raise errors.UserError(
         f"Cannot read {path}: {e!r}. Delete it to do this part again."
     ) from e
-  if flat:  # An empty part leaves no trace.
-    variables = flax.traverse_util.unflatten_dict(flat, sep="/")
-    outcome.variables = {"tuner": {}, **variables}
   return outcome
+
+
+def _check_shapes(variables: Any, stage: Stage) -> None:
+  """Raises a `ValueError` if these are not a stage's weights."""
+  expected = None
+  if stage.keeps_weights:
+    shape = lambda x: (len(stage.runs), *x.shape)
+    expected = jax.tree.map(shape, stage.tuner.shapes())
+  found = jax.tree.map(np.shape, variables)
+  if found != expected:
+    raise ValueError(f"expected weights {expected}, found {found}")

@@ -222,8 +222,9 @@ def train_steps(
     order: jax.Array,
     mask: jax.Array,
     factor: jax.Array,
+    count: jax.typing.ArrayLike | None = None,
 ) -> tuple[State, jax.Array, jax.Array]:
-  """S steps in one call: a whole epoch when `data` is resident.
+  """Up to S steps in one call.
 
   Args:
     tuner: the method.
@@ -236,9 +237,12 @@ def train_steps(
     order: (S, B) int32 rows of `data`.
     mask: (S, B) float32, 0 where a row only fills up the last batch.
     factor: (S,) float32, of each run's peak learning rate.
+    count: how many of the S steps are taken, () int32; None: all. One compiled
+      program serves calls of any length, and their bits don't depend on it.
 
   Returns:
-    The state; sums of the losses (S, R); numbers of examples right (S, R).
+    The state; sums of the losses (S, R); numbers of examples right (S, R); 0
+    for steps that were not taken.
   """
 
   def one(trained, opt_state, key, settings, batch, step):
@@ -248,16 +252,22 @@ def train_steps(
 
   together = jax.vmap(one, in_axes=(0, 0, 0, 0, None, None))
 
-  def body(state, inputs):
-    index, mask, factor = inputs
-    batch = {**take(data, index), "mask": parallel.constrain(mask, "data")}
-    now = settings.replace(lr=settings.lr * factor)
+  def body(i, carry):
+    state, done = carry
+    rows = parallel.constrain(mask[i], "data")
+    batch = {**take(data, order[i]), "mask": rows}
+    now = settings.replace(lr=settings.lr * factor[i])
     trained, opt_state, sums = together(
         state.trained, state.opt_state, state.key, now, batch, state.step
     )
-    return State(trained, opt_state, state.key, state.step + 1), sums
+    state = State(trained, opt_state, state.key, state.step + 1)
+    return state, tuple(x.at[i].set(new) for x, new in zip(done, sums))
 
-  state, (losses, right) = jax.lax.scan(body, state, (order, mask, factor))
+  steps = len(order)
+  done = (jnp.zeros((steps, len(settings.lr))),) * 2
+  state, (losses, right) = jax.lax.fori_loop(
+      0, steps if count is None else count, body, (state, done)
+  )
   return parallel.constrain((state, losses, right))  # Replicated.
 
 
