@@ -189,9 +189,10 @@ def _go(material, workdir, moment=None):
 
 
 def _untimed(found):
-  """Results without what a clock has measured."""
+  """Results without what depends on the process: time and memory."""
   if isinstance(found, dict):
-    found = {k: v for k, v in found.items() if "seconds" not in k}
+    left_out = ("seconds", "training_seconds", "peak_bytes", "start_bytes")
+    found = {k: v for k, v in found.items() if k not in left_out}
     return {k: _untimed(v) for k, v in found.items()}
   return [_untimed(v) for v in found] if isinstance(found, list) else found
 
