@@ -16,6 +16,7 @@ On several machines the same command runs on each, with
 --process_id=I                  which one this is, from 0
 or with --coordinator=auto where the cluster knows these (Cloud TPU, Slurm).
 They share the workdir, which only the first one writes.
+--lost_after=SECONDS            without a sign of life from one, the others end
 """
 
 import os
@@ -24,7 +25,6 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from collections.abc import Iterator, Sequence
-import faulthandler
 import glob
 import re
 import sys
@@ -62,6 +62,8 @@ def main(argv: Sequence[str]) -> int:
     if "--debug" in argv or not (short := _of_memory(e)):
       raise
     print(f"error: {short}", file=sys.stderr)
+    if parallel.is_connected():
+      parallel.leave(2)
     return 2
   except KeyboardInterrupt:
     print("Interrupted; the same command resumes.", file=sys.stderr)
@@ -82,6 +84,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
   flags.DEFINE_string("coordinator", None, "", flag_values=values)
   for name in ("num_processes", "process_id"):
     flags.DEFINE_integer(name, None, "", flag_values=values)
+  flags.DEFINE_integer("lost_after", 60, "", 5, flag_values=values)
   for name in ("debug", "help"):
     flags.DEFINE_boolean(name, False, "", flag_values=values)
   path = _config_path(argv)
@@ -112,9 +115,8 @@ def run(values: flags.FlagValues) -> int:
   config = config_lib.resolve(config, keep=given)
   if values.plan:
     return plan(config, values.plan)
-  log = _begin(config, values)
-  with noise.quiet(log) as screen:
-    faulthandler.enable(screen)  # Else a crash of C++ code would be mute.
+  log, lost = _begin(config, values), False
+  with noise.quiet(log) as screen, noise.last_words(screen, _crashed(log)):
     # Imported late: errors above come at once, and noise goes to the log.
     from vqt_jax import train
     from vqt_jax.train import checkpoint
@@ -124,8 +126,14 @@ def run(values: flags.FlagValues) -> int:
     except checkpoint.Stopped:
       if parallel.is_first():
         print("Stopped and saved; resume with the same command.", file=screen)
-    finally:
-      faulthandler.disable()
+    except jax.errors.JaxRuntimeError as e:
+      if not parallel.is_connected() or _of_memory(e):
+        raise
+      traceback.print_exc()  # To the log.
+      lost = True
+  if lost:
+    print(f"error: {_crashed(log)}", file=sys.stderr)
+    parallel.leave(1)
   return 0
 
 
@@ -135,6 +143,19 @@ def plan(config: ConfigDict, where: str) -> int:
     from vqt_jax import plan as plan_lib
 
     return 0 if plan_lib.run(config, where) else 3
+
+
+def _crashed(log: str) -> str:
+  """What to say where Python cannot, or need not, say what happened."""
+  if not parallel.is_connected():
+    return (
+        f"The program crashed; see the end of {log}. The same command resumes."
+    )
+  return (
+      "This process ended without saving: most likely another process of this"
+      f" run is gone (see the end of {log}). Start the same command on all of"
+      " them again to resume from the last save."
+  )
 
 
 def _begin(config: ConfigDict, values: flags.FlagValues) -> str:
@@ -148,7 +169,10 @@ def _begin(config: ConfigDict, values: flags.FlagValues) -> str:
       raise errors.UserError(f"--coordinator is missing. {USAGE}")
     results.open_workdir(config, values.workdir)
     return os.path.join(values.workdir, "log.txt")
-  parallel.connect(values.coordinator, values.num_processes, values.process_id)
+  parallel.connect(
+      values.coordinator, values.num_processes, values.process_id,
+      values.lost_after,
+  )  # fmt: skip
   with noise.quiet(os.devnull), parallel.together():
     if parallel.is_first():
       results.open_workdir(config, values.workdir)
@@ -192,7 +216,8 @@ def _explain(error: Exception, path: str | None) -> errors.UserError:
     )
   if isinstance(error, flags.UnrecognizedFlagError):
     known = ("--config", "--workdir", "--plan", "--debug", "--help",
-             "--coordinator", "--num_processes", "--process_id")  # fmt: skip
+             "--coordinator", "--num_processes", "--process_id",
+             "--lost_after")  # fmt: skip
     return errors.unknown("flag", f"--{error.flagname}", known)
   if isinstance(error, flags.Error) and "flag --config=" not in str(error):
     return errors.UserError(f"{error}.")

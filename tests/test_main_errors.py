@@ -109,6 +109,29 @@ def test_a_stopped_run_exits_well(capfd, tmp_path, train):
   assert "resume with the same command" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "end, words",
+    [("", ""), ("os.abort()", "error: It's over; see the log.\n"),
+     ("os.kill(os.getpid(), 9)", "error: It's over; see the log.\n")],
+)  # fmt: skip
+def test_last_words(tmp_path, end, words):
+  """Of a process that dies in C++ code, or is killed, another one tells."""
+  log = tmp_path / "log.txt"
+  program = (
+      "import os\n"
+      "from vqt_jax import noise\n"
+      f"with noise.quiet({str(log)!r}) as screen:\n"
+      "  with noise.last_words(screen, \"It's over; see the log.\"):\n"
+      f"    {end or 'pass'}\n"
+  )
+  done = subprocess.run(  # Ends when nobody holds its standard error any more.
+      [sys.executable, "-c", program], capture_output=True, text=True,
+      check=False,
+  )  # fmt: skip
+  assert (done.stdout, done.stderr) == ("", words)
+  assert ("Fatal Python error: Abort" in log.read_text()) == ("abort" in end)
+
+
 def test_the_command_itself():
   done = subprocess.run(
       [sys.executable, "main.py", CONFIG, "--config.num_querys=3"],

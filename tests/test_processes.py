@@ -1,7 +1,9 @@
-"""Two real processes with two fake devices each do what one alone does."""
+"""Real processes with two fake devices each do what one alone does."""
 
+import shutil
 import signal
 import socket
+import time
 
 import numpy as np
 import pytest
@@ -9,35 +11,44 @@ import pytest
 from tests import runs
 from vqt_jax import results
 
+TRAIN = "vqt_jax.train.step:train_steps"
 
-def pair(material, workdir, *, second=None, signals=None, **changes):
-  """Runs both to their end: statuses, and what each said.
+
+def group(
+    material, workdir, *, count=2, second=None, signals=None, **changes
+):
+  """Runs all to their end: statuses, and what each said.
 
   Args:
+    count: processes.
     second: further changes, of the second process.
     signals: to the second process.
   """
   with socket.create_server(("localhost", 0)) as server:
     port = server.getsockname()[1]
   processes = []
-  for i in range(2):
-    own = changes | (second or {}) if i else changes
+  for i in range(count):
+    own = changes | (second or {}) if i == 1 else changes
     argv = [
         *runs.command(material, workdir, **own),
         f"--coordinator=localhost:{port}",
-        "--num_processes=2",
+        f"--num_processes={count}",
         f"--process_id={i}",
+        "--lost_after=20",
     ]
     processes.append(
-        runs.Process(argv, devices=2, signals=signals if i else None)
+        runs.Process(argv, devices=2, signals=signals if i == 1 else None)
     )
-  return [p.wait() for p in processes], [p.said() for p in processes]
+  status = [p.wait() for p in processes]
+  if any(number < 0 for number in status):
+    time.sleep(1)  # What is said of one that died, another one says.
+  return status, [p.said() for p in processes]
 
 
-def assert_same_outcome(workdir, alone):
+def assert_same_outcome(workdir, alone, devices=4, logs=("log_1.txt",)):
   """Same choices and accuracies, weights to 1e-6, and everything only once."""
   ours, theirs = runs.results(workdir), runs.results(alone)
-  assert ours["device"] == "4 x cpu"
+  assert ours["device"] == f"{devices} x cpu"
   assert ours["test_accuracy"] == theirs["test_accuracy"]
   assert ours["chosen"] == theirs["chosen"]
   assert ours["search"]["val_accuracy"] == theirs["search"]["val_accuracy"]
@@ -54,7 +65,7 @@ def assert_same_outcome(workdir, alone):
     assert a.pop("loss") == pytest.approx(b.pop("loss"), abs=1e-5)
     assert a == b
   names = lambda folder: sorted(path.name for path in folder.iterdir())
-  assert names(workdir) == sorted([*names(alone), "log_1.txt"])
+  assert names(workdir) == sorted([*names(alone), *logs])
   assert len(list(workdir.glob("tensorboard/*/*/events*"))) == 4
 
 
@@ -63,12 +74,12 @@ def test_stopped_and_resumed(material, alone, tmp_path):
 
   They go on with features in files, each with a part of them.
   """
-  signals = {"vqt_jax.train.step:train_steps": (2, signal.SIGTERM)}
-  status, said = pair(material, tmp_path / "run", signals=signals)
+  signals = {TRAIN: (4, signal.SIGTERM)}
+  status, said = group(material, tmp_path / "run", signals=signals)
   assert status == [0, 0]
   assert said[0].endswith("Stopped and saved; resume with the same command.\n")
   changes = {"features": "disk", "store_dir": tmp_path / "store"}
-  status, said = pair(material, tmp_path / "run", **changes)
+  status, said = group(material, tmp_path / "run", **changes)
   assert status == [0, 0]
   files = list((tmp_path / "store").iterdir())
   assert len(files) == 2 and all(path.suffix == ".npy" for path in files)
@@ -77,9 +88,64 @@ def test_stopped_and_resumed(material, alone, tmp_path):
   assert_same_outcome(tmp_path / "run", alone["device"])
 
 
+def test_four_processes(material, alone, tmp_path):
+  """As one with all devices, and but for rounding as one with one device."""
+  workdir, same = tmp_path / "run", tmp_path / "same"
+  other = runs.Process(runs.command(material, same), devices=8)
+  assert group(material, workdir, count=4)[0] == [0] * 4
+  assert other.wait() == 0
+  assert_same_outcome(workdir, same, 8, [f"log_{i}.txt" for i in (1, 2, 3)])
+  for name in ("test_accuracy", "chosen"):
+    expected = runs.results(alone["device"])[name]
+    assert runs.results(workdir)[name] == expected
+
+
+def test_a_process_is_lost(material, alone, tmp_path):
+  """The other one ends; then and before, other devices go on with the run."""
+  argv = runs.command(material, tmp_path, checkpoint_seconds=0)
+  stopped = runs.Process(argv, signals={TRAIN: (3, signal.SIGTERM)})
+  assert stopped.wait() == 0
+  began = time.monotonic()
+  status, said = group(
+      material, tmp_path, signals={TRAIN: (3, signal.SIGKILL)},
+      checkpoint_seconds=0,
+  )  # fmt: skip
+  assert time.monotonic() - began < 90
+  assert status[0] in (1, -signal.SIGABRT) and status[1] == -signal.SIGKILL
+  assert "Traceback" not in said[0] and "resume   search after" in said[0]
+  assert "most likely another process of this run is gone" in said[0]
+  last = runs.Process(argv, devices=2)
+  assert last.wait() == 0 and "resume   " in last.said()
+  assert_same_outcome(tmp_path, alone["device"], 2)
+
+
+def test_data_that_one_process_cannot_read(material, tmp_path):
+  """It is in the midst of the images that are computed together."""
+  spoilt = tmp_path / "spoilt"
+  shutil.copytree(material / "squares", spoilt / "squares")
+  record, = spoilt.glob("*/*/*train*")
+  record.write_bytes(record.read_bytes()[:-500])
+  status, said = group(
+      material, tmp_path / "run", second={"data_dir": spoilt},
+      eval_batch_size=4,
+  )  # fmt: skip
+  assert status == [2, 2]
+  assert "(DataLossError: truncated record" in said[1]
+  error = said[0].splitlines()[-1]
+  assert error.startswith("error: Another process of this run failed")
+
+
+def test_a_cluster_that_is_not_there(material, tmp_path):
+  argv = runs.command(material, tmp_path / "run")
+  process = runs.Process([*argv, "--coordinator=auto"])
+  assert process.wait() == 2
+  assert "no cluster that tells" in process.said()
+  assert not (tmp_path / "run").exists()
+
+
 def test_streamed_to_a_backbone_in_two_halves(material, alone, tmp_path):
   changes = {"data": "stream", "mesh__data": 2, "mesh__model": 2}
-  assert pair(material, tmp_path, **changes)[0] == [0, 0]
+  assert group(material, tmp_path, **changes)[0] == [0, 0]
   assert_same_outcome(tmp_path, alone["stream"])
 
 
@@ -91,7 +157,7 @@ def test_what_fails_on_one_fails_on_both(material, tmp_path, which):
   if which == 0:
     (tmp_path / "results.json").write_text("{}")
     second, word = {}, "There is no"
-  status, said = pair(material, tmp_path, second=second, **changes)
+  status, said = group(material, tmp_path, second=second, **changes)
   assert status == [2, 2]
   assert said[which].splitlines()[-1].startswith("error: " + word)
   other = said[1 - which].splitlines()[-1]

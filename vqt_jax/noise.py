@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 import contextlib
+import faulthandler
 import io
 import logging
 import os
+import subprocess
 import sys
 from typing import TextIO
 
@@ -71,6 +73,32 @@ def quiet(path: str | os.PathLike) -> Iterator[TextIO]:
       os.dup2(descriptors[0], 1)
       os.dup2(descriptors[1], 2)
       os.close(descriptors[0])
+
+
+@contextlib.contextmanager
+def last_words(screen: TextIO, words: str) -> Iterator[None]:
+  """Has something said if the process dies meanwhile, even in C++ code.
+
+  A small process of its own waits for this one's end; where in Python this one
+  was is written to standard error.
+
+  Args:
+    screen: where it is said.
+    words: what.
+  """
+  waits = 'read -r done || printf "%s\\n" "error: $0" >&2'
+  with subprocess.Popen(
+      ["/bin/sh", "-c", waits, words],
+      stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=screen,
+      start_new_session=True,
+  ) as other:  # fmt: skip
+    faulthandler.enable(2)
+    try:
+      yield
+    finally:
+      faulthandler.disable()
+      with contextlib.suppress(BrokenPipeError):
+        other.communicate(b"done\n")
 
 
 class _Log(io.TextIOWrapper):

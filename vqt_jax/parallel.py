@@ -1,9 +1,12 @@
 """Mesh, shardings, and what several processes must agree on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import contextlib
+import faulthandler
+import os
 import re
-from typing import Any
+import sys
+from typing import Any, NoReturn, TypeVar
 
 import jax
 from jax.experimental import multihost_utils
@@ -14,6 +17,8 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from vqt_jax import errors
+
+T = TypeVar("T")
 
 # Frozen block weights along `model`: attention by heads, the MLP by its hidden
 # units. Everything else is replicated. First axis of a block leaf: depth.
@@ -26,16 +31,18 @@ MODEL_RULES = (
     (r"/encoderblock/.*/Dense_1/kernel$", P(None, "model")),
 )
 
-# Seconds after which a process that is gone, or does not come, is given up.
+# Seconds to wait for a process: until it comes, until it ends, and, while it
+# gives signs of life, until it does its part (it may hang in a file system).
 CONNECT_SECONDS = 300
-SILENT_SECONDS = 60
 LEAVE_SECONDS = 30
+HUNG_SECONDS = 1800
 
 
 def connect(
     coordinator: str,
     num_processes: int | None = None,
     process_id: int | None = None,
+    lost_after: int = 60,
 ) -> None:
   """Joins the other processes; comes before anything else asks for devices.
 
@@ -44,6 +51,8 @@ def connect(
       the cluster tells (Cloud TPU, Slurm, ...).
     num_processes: how many there are.
     process_id: which one this is, from 0.
+    lost_after: seconds without a sign of life from a process after which JAX
+      ends all others, wherever they wait for it.
 
   Raises:
     UserError: these make no sense, or there is no cluster that tells. (Where
@@ -73,13 +82,31 @@ def connect(
     jax.distributed.initialize(
         **given,
         initialization_timeout=CONNECT_SECONDS,
-        heartbeat_timeout_seconds=SILENT_SECONDS,
+        heartbeat_timeout_seconds=lost_after,
         shutdown_timeout_seconds=LEAVE_SECONDS,
     )
   except (RuntimeError, ValueError) as e:
+    if not given and "coordinator_address should be" in str(e):
+      raise errors.UserError(
+          "coordinator auto: there is no cluster that tells the address of the"
+          " first process. Give --coordinator=HOST:PORT, --num_processes and"
+          " --process_id."
+      ) from e
     raise errors.UserError(
         f"Cannot join the other processes (coordinator {coordinator}): {e}"
     ) from e
+
+
+def is_connected() -> bool:
+  """Whether this process has others to wait for."""
+  return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def leave(status: int) -> NoReturn:
+  """Ends this process at once, without waiting for others that may be gone."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(status)
 
 
 @contextlib.contextmanager
@@ -94,6 +121,24 @@ def together() -> Iterator[None]:
     raise error or errors.UserError(
         "Another process of this run failed; see what it says."
     )
+
+
+def in_step(items: Iterable[T]) -> Iterator[T]:
+  """The items of an iterable; if one process fails to get its, all fail.
+
+  Else the others would wait for that process in the next computation. All must
+  iterate together.
+  """
+  if jax.process_count() == 1:
+    yield from items
+    return
+  iterator, end = iter(items), object()
+  while True:
+    with together():
+      item = next(iterator, end)
+    if item is end:
+      return
+    yield item
 
 
 def make_mesh(
@@ -245,21 +290,37 @@ def local_part(x: jax.Array, axis: int) -> np.ndarray:
 def to_host(tree: Any) -> Any:
   """Whole numpy copies of replicated arrays; numpy stays as it is."""
   local = lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x
-  return jax.tree.map(lambda x: np.asarray(local(x)), tree)
+  with _not_forever():
+    return jax.tree.map(lambda x: np.asarray(local(x)), tree)
+
+
+@contextlib.contextmanager
+def _not_forever() -> Iterator[None]:
+  """Waits for other processes; ends this one if they take too long."""
+  if jax.process_count() == 1:
+    yield
+    return
+  faulthandler.dump_traceback_later(HUNG_SECONDS, exit=True, file=2)
+  try:
+    yield
+  finally:
+    faulthandler.cancel_dump_traceback_later()
 
 
 def any_process(flag: bool) -> bool:
   """Whether the flag is up on any process; all must call it together."""
   if jax.process_count() == 1:
     return flag
-  return bool(multihost_utils.process_allgather(np.array(flag)).any())
+  with _not_forever():
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def smallest(value: float) -> float:
   """The smallest value of all processes; all must call it together."""
   if jax.process_count() == 1:
     return value
-  return float(multihost_utils.process_allgather(np.array(value)).min())
+  with _not_forever():
+    return float(multihost_utils.process_allgather(np.array(value)).min())
 
 
 def is_first() -> bool:

@@ -81,7 +81,9 @@ class Examples:
         **self._reading,
     )
     return sources.Streamed(
-        lambda epoch, start: read(epoch=epoch, start_step=start),
+        lambda epoch, start: parallel.in_step(
+            read(epoch=epoch, start_step=start)
+        ),
         self.count(split),
         c.batch_size,
         self.mesh,
@@ -151,10 +153,12 @@ class Examples:
     return disk.folder(self.config.store_dir)
 
   def _batches(self, split: str, start: int = 0) -> Iterator[Any]:
-    return data.batches(
-        self.task, split, batch_size=self._batch_size, start=start,
-        **self._reading,
-    )  # fmt: skip
+    return parallel.in_step(
+        data.batches(
+            self.task, split, batch_size=self._batch_size, start=start,
+            **self._reading,
+        )  # fmt: skip
+    )
 
   def _base(self, split: str) -> str:
     return base_of(self.task, split)
@@ -196,7 +200,8 @@ class Examples:
       return self._load_images(base, why)
     count, layout = self.count(base), self._layout
     self.console.note(self._plan(count, place, why), "store")
-    label = data.load_labels(self.task, base)
+    with parallel.together():
+      label = data.load_labels(self.task, base)
     if place == "disk" or self.config.store_dir:
       return self._place_kept(self._on_disk(base), label, place)
     with self.console.phase("extract", count, "image") as line:
@@ -292,7 +297,8 @@ class Examples:
   def _load_images(self, base: str, why: str) -> dict[str, jax.Array]:
     count = self.count(base)
     with self.console.phase("images", count, "image") as line:
-      examples = data.load_arrays(self.task, base, **self._decoding)
+      with parallel.together():
+        examples = data.load_arrays(self.task, base, **self._decoding)
       held = jax.block_until_ready(
           store.resident(examples, self.mesh, self.backbone.config.dtype)
       )

@@ -245,14 +245,16 @@ def _calls(
 ) -> Iterator[tuple[tuple[Any, ...], int]]:
   """The rest of an epoch: `train_steps`' last arguments, and steps taken."""
   for data, order, mask in phase.source.epoch(epoch, start):
-    left = min(len(order), phase.source.steps - start)
-    while left:
+    if len(order) == 1:
+      yield (data, order, mask, phase.factors(epoch, start, 1)), 1
+      start += 1
+      continue
+    while start < phase.source.steps:
       factor = phase.factors(epoch, start, len(order))
-      count = min(pace.steps(), left) if len(order) > 1 else 1
-      dynamic = np.int32(count) if len(order) > 1 else None
-      yield (data, order, mask, factor, dynamic), count
+      count = min(pace.steps(), phase.source.steps - start)
+      yield (data, order, mask, factor, np.int32(count)), count
       order, mask = np.roll(order, -count, 0), np.roll(mask, -count, 0)
-      start, left = start + count, left - count
+      start += count
 
 
 def _check(phase, progress, epoch, losses):
