@@ -16,6 +16,7 @@ from vqt_jax.checkpoints import check_image_size
 from vqt_jax.checkpoints import layouts
 from vqt_jax.checkpoints import load_backbone
 from vqt_jax.checkpoints import public
+from vqt_jax.checkpoints import read_config
 from vqt_jax.checkpoints import resize
 from vqt_jax.checkpoints import save_npz
 
@@ -81,6 +82,47 @@ def test_golden(name):
       np.testing.assert_array_equal(backbone.params["cls"], cls + table[:, :1])
       table = table[:, 1:]
     np.testing.assert_array_equal(backbone.params["pos_embedding"], table)
+
+
+@pytest.mark.parametrize("name", [n for n in EXPECTED if ".res" not in n])
+def test_headers_tell_the_architecture(name):
+  """What is planned is what is loaded."""
+  loaded = load_backbone(source(name), image_size=48).config
+  assert read_config(source(name), image_size=48) == loaded
+
+
+def test_architecture_of_what_is_not_here():
+  known = read_config("howto-i21k-L/16", image_size=224, dtype="bfloat16")
+  assert known.variant == "L/16" and known.dtype == "bfloat16"
+  siglip = read_config("SigLIP2 B/16 256", image_size=256)
+  assert siglip.pool_type == "map" and siglip.num_tokens == 256
+  named = read_config("gs://a/b.npz", image_size=224, variant="H/14")
+  assert named.variant == "H/14" and named.image_size == (224, 224)
+
+
+@pytest.mark.parametrize(
+    "name, variant, words",
+    [
+        ("gs://a/b.npz", "", "Give its variant"),
+        ("gs://a/b.npz", "H", "expected a patch as well"),
+        ("gs://a/b.npz", "Z/14", "Unknown ViT variant"),
+        ("nowhere.npz", "", "neither a file"),
+        ("howto-i21k-B/16", "L/16", "is not the variant L/16"),
+        ("Mixer-B_16", "", "an MLP-Mixer"),
+    ],
+)
+def test_architecture_that_is_not_known(name, variant, words):
+  with pytest.raises(UserError, match=words):
+    read_config(name, image_size=224, variant=variant)
+
+
+def test_damaged_header(tmp_path):
+  damaged = bytearray((GOLDENS / "bv_tok.npz").read_bytes())
+  start = damaged.index(b"NUMPY")
+  damaged[start : start + 5] = b"DUMPY"
+  (tmp_path / "a.npz").write_bytes(damaged)
+  with pytest.raises(UserError, match="a.npz is damaged at"):
+    read_config(tmp_path / "a.npz", image_size=48)
 
 
 def test_golden_of_the_vqt_program():

@@ -121,7 +121,14 @@ def exchanged(method, stored=False, data=8, model=1):
 
 
 @pytest.mark.parametrize(
-    "method, stored", [("vqt", False), ("vqt", True), ("linear", False)]
+    "method, stored",
+    [
+        ("vqt", False),
+        ("vqt", True),
+        ("linear", False),
+        ("finetune", False),
+        ("vqt+vpt_deep", False),
+    ],
 )
 def test_gradients_are_summed_once_a_step_in_float32(method, stored):
   """All of them together, and none inside the loop over blocks."""

@@ -220,6 +220,20 @@ def test_sharded_equals_single(data, model, how, method):
   np.testing.assert_array_equal(sharded["eval"], single["eval"])
 
 
+def test_editors_sharded_equal_single():
+  """Each device has its own part of noise, and one share of the lasso."""
+  method, data, model = "vqt+lora", 4, 2
+  recipe = step_lib.Recipe(
+      "sgd", query_dropout=True, embedding_dropout=0.1, lasso=1e-2
+  )
+  settings = dict(lr=(0.01,), epochs=2)
+  single = Case(method, recipe).train(**settings)
+  mesh = parallel.make_mesh(data, model)
+  sharded = Case(method, recipe, mesh=mesh).train(**settings)
+  assert_trees_close(sharded["trained"], single["trained"], 2e-5)
+  assert_trees_close(sharded["loss"], single["loss"], 2e-5)
+
+
 def test_backbone_is_sharded_over_model():
   mesh = parallel.make_mesh(4, 2)
   params = parallel.place_backbone(

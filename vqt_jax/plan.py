@@ -316,7 +316,7 @@ def _talk(needs: Needs) -> list[list[str]]:
     times += each.times / needs.program.steps
     where[key] = times, size + each.times * each.size / needs.program.steps
   for (kind, dtypes, place), (times, size) in where.items():
-    rows.append([kind, f"{times:g}", dtypes, f"{size / MIB:,.3f}", place])
+    rows.append([kind, f"{times:.3g}", dtypes, f"{size / MIB:,.3f}", place])
   return rows
 
 
@@ -329,10 +329,10 @@ def _show_protocol(console, job, found: Sequence[Needs]) -> None:
     whole = needs.program.in_all * max(seconds.values())
     total += whole
     rows.append([
-        needs.program.name, f"{needs.program.in_all:,}", f"{whole:,.1f}"
+        needs.program.name, f"{needs.program.in_all:,}", f"{whole:,.2f}"
     ])
   if len(rows) == len(found):
-    rows.append(["all", "", f"{total:,.1f}"])
+    rows.append(["all", "", f"{total:,.2f}"])
   if rows:
     console.table("", ["whole protocol", "steps", "seconds at least"], rows)
 

@@ -16,6 +16,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import optax
 
 from vqt_jax import head
@@ -142,19 +143,39 @@ def _keep_mask(key: jax.Array, rate: Any, shape: tuple[int, ...]):
   return jax.random.bernoulli(key, 1 - rate, shape) / (1 - rate)
 
 
-def _stream(tuner, recipe, variables, batch, key):
+def _stream(tuner, variables, batch, remat=False):
   """Tokens, rows of them, and final feature; of the store or the backbone."""
   if "final" in batch:
     return batch.get("tokens"), batch.get("rows"), batch["final"]
-  config = tuner.config
   images = batch["image"]
-  images = images.reshape(len(images), *config.image_size, 3)
-  shape = (len(images), config.num_tokens, config.width)
-  mask = None
-  if key is not None and recipe.embedding_dropout:
-    mask = _keep_mask(key, recipe.embedding_dropout, shape)
-  stream = tuner.stream(variables, images, mask, recipe.remat)
+  images = images.reshape(len(images), *tuner.config.image_size, 3)
+  mask = batch.get("embedding_mask")
+  stream = tuner.stream(variables, images, mask, remat)
   return stream.tokens, None, stream.final
+
+
+def _by_device(gradient):
+  """The gradient of each device's part of a batch, summed over them at last.
+
+  Through the stream the gradient of each block comes in a turn of a loop, and
+  left to itself the compiler sums it over the devices in every turn.
+  """
+
+  def summed(trained, batch):
+    specs = {
+        name: P(None, "data") if name == "query_mask" else P("data")
+        for name in batch
+    }
+
+    def of_part(trained, batch):
+      return jax.lax.psum(gradient(trained, batch), "data")
+
+    return jax.shard_map(
+        of_part, in_specs=(P(), specs), out_specs=P(), axis_names={"data"},
+        check_vma=False,  # Else it sums by itself, and where it likes.
+    )(trained, batch)  # fmt: skip
+
+  return summed
 
 
 def _score(logits, batch):
@@ -178,33 +199,44 @@ def run_step(
     settings: Settings,
 ) -> tuple[Any, Any, tuple[jax.Array, jax.Array]]:
   """One update of one run; returns its state and (loss sum, number right)."""
+  batch = dict(batch)
   embed_key, query_key = jax.random.split(jax.random.fold_in(key, step))
-  stream = functools.partial(
-      _stream, tuner, recipe, batch=batch, key=embed_key
-  )
-  if not tuner.editor:
-    seen = stream(frozen)
-  config, count = tuner.config, len(batch["label"])
-  shape = (config.depth, count, tuner.num_queries, config.width)
-  query_mask = None
+  config, size = tuner.config, len(batch["label"])
+  if recipe.embedding_dropout and "image" in batch:
+    shape = (size, config.num_tokens, config.width)
+    batch["embedding_mask"] = _keep_mask(
+        embed_key, recipe.embedding_dropout, shape
+    )
   if tuner.has_queries and recipe.query_dropout:
-    query_mask = _keep_mask(query_key, settings.query_dropout, shape)
+    shape = (config.depth, size, tuner.num_queries, config.width)
+    batch["query_mask"] = _keep_mask(query_key, settings.query_dropout, shape)
+  if not tuner.editor:
+    seen = _stream(tuner, frozen, batch, recipe.remat)
+  count = jnp.maximum(batch["mask"].sum(), 1)
+  devices = parallel.size("data") if tuner.editor else 1
 
-  def objective(trained):
+  def objective(trained, batch):
     variables = {**tuner_lib.merge(trained, frozen), **settings.held}
     if settings.kept is not None:
       variables["head"] = head.select(variables["head"], settings.kept)
-    tokens, rows, final = stream(variables) if tuner.editor else seen
+    tokens, rows, final = (
+        _stream(tuner, variables, batch, recipe.remat) if tuner.editor else seen
+    )
     logits = tuner(
-        variables, tokens, final, query_mask, settings.normalize, rows
-    ).logits
+        variables, tokens, final, batch.get("query_mask"), settings.normalize,
+        rows,
+    ).logits  # fmt: skip
     total, right = _score(logits, batch)
-    loss = total / jnp.maximum(batch["mask"].sum(), 1)
+    loss = total / count
     if recipe.lasso:
-      loss += recipe.lasso * head.scores(variables["head"]).sum()
+      scores = head.scores(variables["head"])
+      loss += recipe.lasso * scores.sum() / devices
     return loss, (total, right)
 
-  grads, sums = jax.grad(objective, has_aux=True)(trained)
+  gradient = jax.grad(objective, has_aux=True)
+  if devices > 1:
+    gradient = _by_device(gradient)
+  grads, sums = gradient(trained, batch)
   lr, weight_decay = settings.lr, settings.weight_decay
   update = recipe.update_rule(lr, weight_decay).update
   updates, opt_state = update(grads, opt_state, trained)
@@ -332,13 +364,12 @@ def eval_steps(
   def body(right, inputs):
     index, mask = inputs
     batch = {**take(data, index), "mask": parallel.constrain(mask, "data")}
-    stream = functools.partial(_stream, recipe=Recipe(), batch=batch, key=None)
     if not tuners[0].editor:
-      seen = stream(tuners[0], variables={"backbone": params})
+      seen = _stream(tuners[0], {"backbone": params}, batch)
 
     def one(tuner, ready):
       variables = {**ready.variables, "backbone": params}
-      own = tuner.editor and stream(tuner, variables=variables)
+      own = tuner.editor and _stream(tuner, variables, batch)
       tokens, rows, final = own or seen
       logits = tuner(
           variables, tokens, final, None, ready.normalize, rows
