@@ -169,10 +169,16 @@ def _begin(config: ConfigDict, values: flags.FlagValues) -> str:
       raise errors.UserError(f"--coordinator is missing. {USAGE}")
     results.open_workdir(config, values.workdir)
     return os.path.join(values.workdir, "log.txt")
-  parallel.connect(
-      values.coordinator, values.num_processes, values.process_id,
-      values.lost_after,
-  )  # fmt: skip
+  nobody = (
+      f"The other processes did not come within {parallel.CONNECT_SECONDS} s:"
+      " start the same command on all of them, and see that each reaches the"
+      f" first one (coordinator {values.coordinator})."
+  )  # Then JAX aborts.
+  with noise.quiet(os.devnull) as screen, noise.last_words(screen, nobody):
+    parallel.connect(
+        values.coordinator, values.num_processes, values.process_id,
+        values.lost_after,
+    )  # fmt: skip
   with noise.quiet(os.devnull), parallel.together():
     if parallel.is_first():
       results.open_workdir(config, values.workdir)
