@@ -146,7 +146,7 @@ def test_writes_that_outlive_their_save(monkeypatch):
 
 
 def test_a_damaged_save(material, alone, tmp_path):
-  assert go(material, tmp_path, (TRAIN, 6, KILL))[0] == -KILL  # Of the seeds.
+  assert go(material, tmp_path, (TRAIN, 8, KILL))[0] == -KILL  # Of the seeds.
   last = max(saves(tmp_path), key=lambda path: int(path.name))
   for file in (last / "state").rglob("*"):
     if file.is_file() and file.stat().st_size > 100:
