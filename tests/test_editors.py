@@ -414,7 +414,7 @@ def test_a_run_is_resumed_to_the_bit(material, tmp_path):
   assert stopped.wait() == 0 and "resume with" in stopped.said()
   resumed = runs.Process(command("a"))
   assert resumed.wait() == 0, resumed.said()
-  assert "resume   seeds after epoch 1" in resumed.said()
+  assert "resume   seeds after epoch 0" in resumed.said()
   assert runs.bits(tmp_path / "a") == runs.bits(tmp_path / "alone")
   assert "vqt+vpt_deep changes features in every step" in alone.said()
   assert "vpt_deep 96, queries 3 x 1 x 16, head 64 x 3" in alone.said()

@@ -174,7 +174,7 @@ def test_folds_of_what_is_not_kept_are_refused(material, tmp_path, capfd):
 
 
 KILL = signal.SIGKILL
-TRAIN = "vqt_jax.train.step:train_steps"
+ROWS = "vqt_jax.train.stages:_rows"  # As a stage begins; after each epoch.
 WRITE = "vqt_jax.train.stages:_write"
 
 
@@ -204,11 +204,11 @@ def test_killed_in_every_kind_of_stage(material, tmp_path):
   )
   stages, was_in = workdir / "stages", []
   for moment in (
-      (TRAIN, 2),  # Of three epochs.
+      (ROWS, 3),  # Of its start and three epochs.
       (WRITE, 2),
-      (TRAIN, 3),
+      (ROWS, 5),
       (WRITE, 2),
-      (TRAIN, 5),
+      (ROWS, 11),
       (WRITE, 5),
   ):
     status, said = _go(material, workdir, moment)
