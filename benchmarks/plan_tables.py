@@ -1,8 +1,8 @@
 """How a run scales to a slice of 256 chips, asked of the compiler alone.
 
-Plans extraction and a training step from the store (VQT, T=1, 100 classes, one
-run) with so many images a chip, and that many more in the store, for backbones
-and slices of every size; prints a row for each.
+Plans a training step (VQT, T=1, 100 classes, one run) through the backbone, or
+from the store with extraction, for backbones and slices of every size; prints a
+row for each. Images in a step, and those that are held, grow with the chips.
 
   PYTHONPATH=/tmp/libtpu python -m benchmarks.plan_tables --json plans.json
 """
@@ -29,13 +29,13 @@ SLICES = (
 )
 
 
-def job_of(variant: str, where: str) -> programs.Job:
+def job_of(variant: str, where: str, features: str) -> programs.Job:
   """A step of `PER_CHIP` images on each chip, of `STEPS` times as many."""
   config = config_lib.default_config()
   config.init, config.variant = "gs://some/where.npz", variant
   config.lr, config.weight_decay, config.seeds = (0.1,), (1e-4,), (0,)
   config.keep_fraction = (1.0,)
-  config.features = "device"
+  config.features = features
   job = plan.make_job(config_lib.resolve(config), where)
   images = PER_CHIP * job.mesh.shape["data"]
   config = job.config.copy_and_resolve_references()
@@ -44,15 +44,19 @@ def job_of(variant: str, where: str) -> programs.Job:
   return dataclasses.replace(job, config=config, counts=counts)
 
 
-def figures(variant: str, where: str) -> list[dict[str, Any]]:
-  """What extraction and training need, per chip; compiles both."""
-  job, rows = job_of(variant, where), []
-  for program in (programs.extraction(job), programs.search(job)):
+def figures(variant: str, where: str, features: str) -> list[dict[str, Any]]:
+  """What training and extraction (if any) need, per chip; compiles them."""
+  job, rows = job_of(variant, where, features), []
+  todo = [programs.search(job)]
+  if job.stored:
+    todo.append(programs.extraction(job))
+  for program in todo:
     needs = plan.measure(program, job.mesh)
     seconds = needs.seconds(job.chip)
     rows.append({
         "backbone": variant,
         "slice": where,
+        "features": features,
         "chips": job.mesh.size,
         "program": "training" if needs.program.trained else "extraction",
         "memory": needs.memory,
@@ -87,18 +91,19 @@ def main() -> None:
   )
   parser.add_argument("--variants", default=VARIANTS)
   parser.add_argument("--slices", default=SLICES)
+  parser.add_argument("--features", default="live", help="or device")
   parser.add_argument("--json", default="", help="what is there already stays")
   options = parser.parse_args()
   rows = []
   if options.json and os.path.exists(options.json):
     with open(options.json) as file:
       rows = json.load(file)
-  done = {(row["backbone"], row["slice"]) for row in rows}
+  done = {(row["backbone"], row["slice"], row["features"]) for row in rows}
   for where in options.slices.split(","):
     for variant in options.variants.split(","):
-      if (variant, where) in done:
+      if (variant, where, options.features) in done:
         continue
-      rows += figures(variant, where)
+      rows += figures(variant, where, options.features)
       print(variant, where, file=sys.stderr, flush=True)
       if options.json:
         with open(options.json, "w") as file:

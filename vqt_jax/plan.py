@@ -148,17 +148,17 @@ def measure(program: programs.Program, mesh: jax.sharding.Mesh) -> Needs:
   flops = compiled.matmuls(program.function, *program.args)
   flops /= mesh.size * program.steps
   try:
+    parts = {
+        "weights": _resident(program.weights, mesh),
+        "data": _resident(program.data, mesh),
+        "runs": _resident(program.trained, mesh),
+    }
     done = compiled.compile_for(mesh, program.function, *program.args)
   except compiled.Exceeds as e:
     return Needs(program, None, e.needed, flops, None, [])
   text, sizes = done.as_text(), done.memory_analysis()
   results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-  parts = {
-      "weights": _resident(program.weights, mesh),
-      "data": _resident(program.data, mesh),
-      "runs": _resident(program.trained, mesh),
-      "temporary": sizes.temp_size_in_bytes + program.results * results,
-  }
+  parts["temporary"] = sizes.temp_size_in_bytes + program.results * results
   return Needs(
       program,
       parts,
