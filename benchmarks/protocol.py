@@ -126,7 +126,7 @@ def instrumented(clock: Clock, alone: bool) -> Iterator[None]:
     replace(stages.Stages, "evaluate", judge)
     replace(step, "train_steps", clock.timed(step.train_steps, 2))
     replace(step, "eval_steps", clock.timed(step.eval_steps, 1))
-    replace(store, "_runner", extract(store._runner))
+    replace(store, "runner", extract(store.runner))
     replace(store, "_writer", extract(store._writer))
     if alone:
       replace(packing, "runs_at_once", lambda *args: 1)

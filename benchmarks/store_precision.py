@@ -47,7 +47,7 @@ ROUNDINGS = {exact: 4, bfloat16: 2, int8: 1}  # Bytes of a number.
 
 def outcome(config, rounding: Callable[[jax.Array], jax.Array]):
   """Results of the protocol on rounded features."""
-  runner = store._runner
+  runner = store.runner
 
   def rounded(layout):
     def run(params, images):
@@ -58,7 +58,7 @@ def outcome(config, rounding: Callable[[jax.Array], jax.Array]):
 
   quiet = console_lib.Console(io.StringIO())
   with tempfile.TemporaryDirectory() as folder:
-    with mock.patch.object(store, "_runner", rounded):
+    with mock.patch.object(store, "runner", rounded):
       return vqt_jax.train(config, pathlib.Path(folder) / "run", quiet)
 
 

@@ -22,7 +22,7 @@ from vqt_jax import memory
 from vqt_jax import plots
 from vqt_jax import tuner
 from vqt_jax.train import packing
-from vqt_jax.train import step
+from vqt_jax.train import stages
 
 METHODS = ("linear", "vqt", "lora")
 CHANGES = dict(settings=2, keep_fraction=1.0)
@@ -66,7 +66,7 @@ def test_methods_are_compared(material, tmp_path, monkeypatch, capfd):
   names = ",".join(METHODS)
   with runs.compiled_once(tmp_path / "compiled"):
     with monkeypatch.context() as patch:  # Within the second.
-      test_all_tasks.terminate(patch, step, "train_steps", 8)
+      test_all_tasks.terminate(patch, stages, "_rows", 10)
       status, said = started(material, workdir, capfd, methods=names)
     assert (status, said[-1]) == (0, test_all_tasks.STOPPED)
     assert said[0] == "method   1 of 3: linear"
