@@ -11,6 +11,7 @@ from vqt_jax import compiled
 from vqt_jax import hlo
 from vqt_jax import parallel
 from vqt_jax import vit
+from vqt_jax.train import step as step_lib
 from vqt_jax.train import store
 
 # Of each way to write a loop, a group and a start; nothing else matters.
@@ -141,6 +142,18 @@ def test_gradients_are_summed_once_a_step_in_float32(method, stored):
   # Beside them there are loss and the like.
   assert sum(each.size for each in sums) < trained + 64
   assert all(each.loops == 1 for each in sums)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (6, 8), (12, 12), (7, 7)])
+def test_a_batch_of_images_is_exchanged_and_not_summed(size):
+  """Whatever the number of devices cuts: rows, columns, or neither."""
+  mesh = parallel.make_mesh()
+  data = store.resident_shapes(24, size, mesh, "float32")
+  index = jax.ShapeDtypeStruct((16,), jnp.int32)
+  done = compiled.compile_for(mesh, jax.jit(step_lib.take), data, index)
+  found = {each.kind for each in hlo.collectives(done.as_text())}
+  # 7 x 7 x 3 numbers cannot be cut at all.
+  assert ("all-reduce" in found) == (size == (7, 7))
 
 
 def test_extraction_exchanges_features_once():

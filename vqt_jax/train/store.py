@@ -276,7 +276,8 @@ def resident(
 
   Like tokens they are cut across, not between, where the number of devices
   allows. Columns and channels are one axis, since a TPU fills up the last one
-  to 128.
+  to 128; where neither it nor the rows can be cut, an image is one piece for
+  each device.
 
   Args:
     examples: {"image": (n, h, w, 3) float32, "label": (n,)}, on the host.
@@ -284,7 +285,7 @@ def resident(
     dtype: of the backbone, which would round to it in every step.
 
   Returns:
-    {"image": (m, h, w * 3), "label": (m,)}, m >= n.
+    {"image": (m, h, w * 3) or (m, pieces, size), "label": (m,)}, m >= n.
   """
   count, *image_size, _ = examples["image"].shape
   shapes = resident_shapes(count, image_size, mesh, dtype)
@@ -307,6 +308,9 @@ def resident_shapes(
   """What `resident` gives for so many images (height, width), in its place."""
   shards, (height, width) = mesh.shape["data"], image_size
   shape = (-(-count // shards) * shards, height, 3 * width)
+  if height % shards and shape[2] % shards and height * shape[2] % shards == 0:
+    # Many devices: between images a batch would be a sum over all of them.
+    shape = (shape[0], shards, height * shape[2] // shards)
   axis = next(axis for axis in (1, 2, 0) if shape[axis] % shards == 0)
   place = parallel.in_order(parallel.batch_sharding(mesh, axis), 3)
   return {
