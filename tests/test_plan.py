@@ -107,6 +107,8 @@ def test_planned_is_called(material, tmp_path, monkeypatch, changes):
   for program in programs.all_programs(job):
     calls = called.pop(program.name)
     found = calls[-1 if program.name == "test" else 0]
+    if found[-1] == ((), "int32", ()):
+      found = found[:-1]  # How many of the steps are taken: in a plan, all.
     for mine, theirs in zip(signature(program.args), found, strict=True):
       assert mine == theirs, program.name
   assert not called
