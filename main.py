@@ -10,12 +10,13 @@
                                 a slice of TPUs, e.g. v5e:4x4, or "here"; exits
                                 with 3 if it does not fit
 
-On several machines the same command runs on each, with
---coordinator=HOST:PORT         of the first one, the same everywhere
+On several machines the same command runs on each; they share the workdir, which
+only the first one writes. Cloud TPUs, Slurm, Open MPI and Kubernetes tell the
+processes of each other; elsewhere add
+--coordinator=HOST:PORT         of the first one, the same everywhere ("none":
+                                each runs alone; "auto": the platform must tell)
 --num_processes=N               how many there are
 --process_id=I                  which one this is, from 0
-or with --coordinator=auto where the cluster knows these (Cloud TPU, Slurm).
-They share the workdir, which only the first one writes.
 --lost_after=SECONDS            without a sign of life from one, the others end
 """
 
@@ -164,26 +165,34 @@ def _begin(config: ConfigDict, values: flags.FlagValues) -> str:
   Returns:
     The file that takes the noise of this process.
   """
-  if not values.coordinator:
-    if values.num_processes is not None or values.process_id is not None:
-      raise errors.UserError(f"--coordinator is missing. {USAGE}")
+  if values.coordinator is not None:
+    alone = values.coordinator == "none"
+  elif values.num_processes is values.process_id is None:
+    alone = parallel.platform() is None
+  else:
+    raise errors.UserError(f"--coordinator is missing. {USAGE}")
+  if alone or not _join(values):
     results.open_workdir(config, values.workdir)
     return os.path.join(values.workdir, "log.txt")
-  nobody = (
-      f"The other processes did not come within {parallel.CONNECT_SECONDS} s:"
-      " start the same command on all of them, and see that each reaches the"
-      f" first one (coordinator {values.coordinator})."
-  )  # Then JAX aborts.
-  with noise.quiet(os.devnull) as screen, noise.last_words(screen, nobody):
-    parallel.connect(
-        values.coordinator, values.num_processes, values.process_id,
-        values.lost_after,
-    )  # fmt: skip
   with noise.quiet(os.devnull), parallel.together():
     if parallel.is_first():
       results.open_workdir(config, values.workdir)
   name = "log.txt" if parallel.is_first() else f"log_{jax.process_index()}.txt"
   return os.path.join(values.workdir, name)
+
+
+def _join(values: flags.FlagValues) -> bool:
+  """Joins the other processes; returns whether there are any to join."""
+  nobody = (
+      f"The other processes did not come within {parallel.CONNECT_SECONDS} s:"
+      " start the same command on all of them, and see that each reaches the"
+      f" first one (coordinator {values.coordinator or 'of the platform'})."
+  )  # Then JAX aborts.
+  with noise.quiet(os.devnull) as screen, noise.last_words(screen, nobody):
+    return parallel.connect(
+        values.coordinator, values.num_processes, values.process_id,
+        values.lost_after,
+    )  # fmt: skip
 
 
 def _config_path(argv: list[str]) -> str | None:

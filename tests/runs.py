@@ -191,6 +191,7 @@ class Process:
       *,
       signals: Mapping[str, tuple[int, signal.Signals]] | None = None,
       devices: int = 1,
+      environment: Mapping[str, str] | None = None,
       largest_file: int | None = None,
   ):
     """Starts it.
@@ -200,6 +201,7 @@ class Process:
       signals: "module:function" -> (n, signal) that the process sends itself
         when it calls the function for the n-th time.
       devices: fake CPU devices.
+      environment: further variables.
       largest_file: bytes at which a file cannot grow, as on a full disk.
     """
     scratch = _scratch().name
@@ -208,7 +210,11 @@ class Process:
     self._process = _CONTEXT.Process(
         target=_run,
         args=(argv, screen.name, scratch, devices),
-        kwargs={"signals": signals or {}, "largest_file": largest_file},
+        kwargs={
+            "signals": signals or {},
+            "environment": environment or {},
+            "largest_file": largest_file,
+        },
         daemon=True,
     )
     self._process.start()
@@ -224,7 +230,7 @@ class Process:
     return self._screen.read_text()
 
 
-def _run(argv, screen, cache, devices, *, signals, largest_file):
+def _run(argv, screen, cache, devices, *, signals, environment, largest_file):
   """Body of a forked process."""
   file = os.open(screen, os.O_WRONLY | os.O_APPEND)
   os.dup2(file, 1)
@@ -233,6 +239,7 @@ def _run(argv, screen, cache, devices, *, signals, largest_file):
       f"--xla_force_host_platform_device_count={devices}"
       " --xla_backend_optimization_level=0"
   )
+  os.environ.update(environment)
   loop.CALL_SECONDS = 1e9  # Else the machine's speed tells how many calls.
   for name, (call, number) in signals.items():
     _signal_on_call(name, call, number)

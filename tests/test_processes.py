@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests import runs
+from vqt_jax import parallel
 from vqt_jax import results
 
 TRAIN = "vqt_jax.train.step:train_steps"
@@ -134,6 +135,50 @@ def test_data_that_one_process_cannot_read(material, tmp_path):
   assert "(DataLossError: truncated record" in said[1]
   error = said[0].splitlines()[-1]
   assert error.startswith("error: Another process of this run failed")
+
+
+def test_a_cluster_tells(material, alone, tmp_path):
+  """Slurm says that there are two tasks; nobody else does."""
+  with socket.create_server(("localhost", 0)) as server:
+    port = server.getsockname()[1]
+  told = {
+      "SLURM_JOB_ID": "1",
+      "SLURM_STEP_NODELIST": "localhost",
+      "SLURM_STEP_NUM_TASKS": "2",
+      "SLURM_NTASKS": "2",
+      "JAX_COORDINATOR_PORT": str(port),
+  }
+  argv = runs.command(material, tmp_path / "run")
+  processes = []
+  for i in "01":
+    own = {**told, "SLURM_PROCID": i, "SLURM_LOCALID": i}
+    processes.append(runs.Process(argv, devices=2, environment=own))
+  assert [process.wait() for process in processes] == [0, 0]
+  assert_same_outcome(tmp_path / "run", alone["device"])
+
+
+@pytest.mark.parametrize(
+    "told, installed, found",
+    [
+        ({}, (), None),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"}, (), None),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, (), "slurm"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, (), "ompi"),
+        ({"JOB_COMPLETION_INDEX": "0"}, (), None),
+        ({"JOB_COMPLETION_INDEX": "0"}, ("kubernetes",), ""),
+        ({}, ("libtpu",), "gcetpu"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, ("libtpu",), "gketpu"),
+    ],
+)
+def test_what_platforms_tell(monkeypatch, told, installed, found):
+  spec = lambda name: name if name in installed else None
+  monkeypatch.setattr(parallel.importlib.util, "find_spec", spec)
+  for name, value in told.items():
+    monkeypatch.setenv(name, value)
+  method = parallel.platform()
+  if method is not None:
+    method = method.get("cluster_detection_method", "")
+  assert method == found
 
 
 def test_a_cluster_that_is_not_there(material, tmp_path):

@@ -9,6 +9,7 @@ in CI, plain lines without control codes. The layout:
 from collections.abc import Iterator, Sequence
 import contextlib
 import datetime
+import io
 import os
 import time
 from typing import Any, TextIO
@@ -20,6 +21,7 @@ import rich.table
 import rich.text
 
 from vqt_jax import noise
+from vqt_jax import parallel
 
 LABEL_WIDTH = 8
 GAP = "  "
@@ -234,6 +236,11 @@ class Phase:
     pace = (time.monotonic() - when) / (self.done - done)
     left = _duration(pace * (self._total - self.done))
     return f"{left.removeprefix('0:')} left"
+
+
+def of_process() -> Console:
+  """The screen on the first process; the others say nothing."""
+  return Console(None if parallel.is_first() else io.StringIO())
 
 
 def _labelled(label: str, text: str) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 import contextlib
 import faulthandler
+import importlib.util
 import os
 import re
 import sys
@@ -38,27 +39,58 @@ LEAVE_SECONDS = 30
 HUNG_SECONDS = 1800
 
 
+def platform() -> dict[str, str | None] | None:
+  """How JAX finds the other processes, if this one may have some.
+
+  Decided from the environment: a task of a Slurm step or of mpirun that has
+  several, a Pod of an Indexed Job where `kubernetes` is installed, or a machine
+  that is set up for TPUs. (Always to ask JAX would not do: to a Slurm step of
+  one task it leaves one GPU.)
+
+  Returns:
+    Arguments for `jax.distributed.initialize`; None: it is alone.
+  """
+  several = lambda name: int(os.environ.get(name) or 1) > 1
+  installed = importlib.util.find_spec
+  if several("SLURM_STEP_NUM_TASKS"):
+    return {"cluster_detection_method": "slurm"}
+  if several("OMPI_COMM_WORLD_SIZE"):
+    return {"cluster_detection_method": "ompi"}
+  if "JOB_COMPLETION_INDEX" in os.environ and installed("kubernetes"):
+    return {}  # JAX has no name for it.
+  if installed("libtpu"):
+    gke = "TPU_WORKER_HOSTNAMES" in os.environ
+    return {"cluster_detection_method": "gketpu" if gke else "gcetpu"}
+  return None
+
+
 def connect(
-    coordinator: str,
+    coordinator: str | None,
     num_processes: int | None = None,
     process_id: int | None = None,
     lost_after: int = 60,
-) -> None:
+) -> bool:
   """Joins the other processes; comes before anything else asks for devices.
 
   Args:
     coordinator: host:port of the first process, the same on all; "auto" where
-      the cluster tells (Cloud TPU, Slurm, ...).
+      the cluster tells (Cloud TPU, Slurm, ...), which must be there; None: if
+      it is there.
     num_processes: how many there are.
     process_id: which one this is, from 0.
     lost_after: seconds without a sign of life from a process after which JAX
       ends all others, wherever they wait for it.
 
+  Returns:
+    Whether there was anything to join.
+
   Raises:
     UserError: these make no sense, or there is no cluster that tells. (Where
       the others do not come, JAX ends the process.)
   """
-  if coordinator == "auto":
+  if coordinator is None:
+    given = platform() or {}
+  elif coordinator == "auto":
     given = {}
   elif not re.search(r".:\d+$", coordinator):
     raise errors.UserError(
@@ -86,15 +118,19 @@ def connect(
         shutdown_timeout_seconds=LEAVE_SECONDS,
     )
   except (RuntimeError, ValueError) as e:
-    if not given and "coordinator_address should be" in str(e):
+    if "coordinator_address should be" in str(e):
+      if "tpu" in given.get("cluster_detection_method", ""):
+        return False  # There is libtpu, but no TPU.
       raise errors.UserError(
           "coordinator auto: there is no cluster that tells the address of the"
           " first process. Give --coordinator=HOST:PORT, --num_processes and"
           " --process_id."
       ) from e
     raise errors.UserError(
-        f"Cannot join the other processes (coordinator {coordinator}): {e}"
+        "Cannot join the other processes (coordinator"
+        f" {coordinator or 'as the platform tells'}): {e}"
     ) from e
+  return True
 
 
 def is_connected() -> bool:

@@ -57,11 +57,7 @@ class Job:
 
   @property
   def layout(self) -> store.Layout:
-    dtype = self.config.feature_dtype or self.tuner.config.dtype
-    return store.Layout(
-        self.tuner.config, self.tuner.reads_blocks, dtype, self.mesh,
-        self.tuner.window,
-    )  # fmt: skip
+    return store.layout_of(self.config, self.tuner, self.mesh)
 
   @property
   def stored(self) -> bool:

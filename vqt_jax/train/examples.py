@@ -142,11 +142,7 @@ class Examples:
 
   @property
   def _layout(self) -> store.Layout:
-    dtype = self.config.feature_dtype or self.tuner.config.dtype
-    return store.Layout(
-        self.tuner.config, self.tuner.reads_blocks, dtype, self.mesh,
-        self.tuner.window,
-    )  # fmt: skip
+    return store.layout_of(self.config, self.tuner, self.mesh)
 
   @property
   def _folder(self) -> pathlib.Path:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 import contextlib
 import dataclasses
-import io
 import math
 import pathlib
 import time
@@ -54,9 +53,7 @@ def train(
     Stopped: asked to stop by a signal; everything is saved.
   """
   config = config_lib.resolve(config)
-  if not console:
-    screen = None if parallel.is_first() else io.StringIO()
-    console = console_lib.Console(screen)
+  console = console or console_lib.of_process()
   workdir = pathlib.Path(workdir)
   with parallel.together():
     if parallel.is_first():

@@ -5,7 +5,6 @@ stopped one is resumed.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-import io
 import pathlib
 from typing import Any
 
@@ -49,9 +48,7 @@ def train(
     Stopped: asked to stop by a signal; everything is saved.
   """
   config = config_lib.resolve(config)
-  if not console:
-    screen = None if parallel.is_first() else io.StringIO()
-    console = console_lib.Console(screen)
+  console = console or console_lib.of_process()
   workdir = pathlib.Path(workdir)
   with checkpoint.StopSignal() as stop:
     with stop.at_once():

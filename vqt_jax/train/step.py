@@ -303,6 +303,7 @@ def train_steps(
   return parallel.constrain((state, losses, right))  # Replicated.
 
 
+# Taken here, as `train_steps` may be replaced by one that watches its calls.
 _lower = train_steps.lower
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 from jax.experimental.layout import Format
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from vqt_jax import parallel
@@ -80,6 +81,21 @@ class Layout:
     if self.row[-1] % self.mesh.shape["data"]:
       sharding = parallel.batch_sharding(self.mesh, 1)
     return parallel.in_order(sharding, 4)
+
+
+def layout_of(
+    config: ml_collections.ConfigDict,
+    tuner: tuner_lib.Tuner,
+    mesh: jax.sharding.Mesh,
+) -> Layout:
+  """What a method needs kept of an image, in a run of this config."""
+  return Layout(
+      config=tuner.config,
+      tokens=tuner.reads_blocks,
+      dtype=config.feature_dtype or tuner.config.dtype,
+      mesh=mesh,
+      window=tuner.window,
+  )
 
 
 def stream(
