@@ -219,6 +219,10 @@ class Process:
     )
     self._process.start()
 
+  @property
+  def pid(self) -> int:
+    return self._process.pid
+
   def wait(self, seconds: float = 300) -> int:
     """The exit status; minus the signal's number where one ended it."""
     self._process.join(seconds)

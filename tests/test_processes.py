@@ -17,7 +17,8 @@ ROWS = "vqt_jax.train.stages:_rows"  # As a stage begins; after each epoch.
 
 
 def group(
-    material, workdir, *, count=2, second=None, signals=None, **changes
+    material, workdir, *, count=2, second=None, signals=None,
+    environment=None, **changes
 ):
   """Runs all to their end: statuses, and what each said.
 
@@ -25,6 +26,7 @@ def group(
     count: processes.
     second: further changes, of the second process.
     signals: to the second process.
+    environment: further variables of all.
   """
   with socket.create_server(("localhost", 0)) as server:
     port = server.getsockname()[1]
@@ -39,7 +41,10 @@ def group(
         "--lost_after=20",
     ]
     processes.append(
-        runs.Process(argv, devices=2, signals=signals if i == 1 else None)
+        runs.Process(
+            argv, devices=2, signals=signals if i == 1 else None,
+            environment=environment,
+        )  # fmt: skip
     )
   status = [p.wait() for p in processes]
   if any(number < 0 for number in status):
