@@ -17,15 +17,16 @@ ROWS = "vqt_jax.train.stages:_rows"  # As a stage begins; after each epoch.
 
 
 def group(
-    material, workdir, *, count=2, second=None, signals=None,
-    environment=None, **changes
-):
+    material, workdir, *, count=2, second=None, signals=None, slurm=False,
+    environment=None, **changes,
+):  # fmt: skip
   """Runs all to their end: statuses, and what each said.
 
   Args:
     count: processes.
     second: further changes, of the second process.
     signals: to the second process.
+    slurm: tells the processes of each other, instead of flags.
     environment: further variables of all.
   """
   with socket.create_server(("localhost", 0)) as server:
@@ -33,18 +34,29 @@ def group(
   processes = []
   for i in range(count):
     own = changes | (second or {}) if i == 1 else changes
-    argv = [
-        *runs.command(material, workdir, **own),
-        f"--coordinator=localhost:{port}",
-        f"--num_processes={count}",
-        f"--process_id={i}",
-        "--lost_after=20",
-    ]
+    argv = [*runs.command(material, workdir, **own), "--lost_after=20"]
+    if not slurm:
+      argv += [
+          f"--coordinator=localhost:{port}",
+          f"--num_processes={count}",
+          f"--process_id={i}",
+      ]
+    told = {
+        "JAX_COORDINATOR_PORT": str(port),
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_NUM_TASKS": str(count),
+        "SLURM_NTASKS": str(count),
+        "SLURM_PROCID": str(i),
+        "SLURM_LOCALID": str(i),
+    }
     processes.append(
         runs.Process(
-            argv, devices=2, signals=signals if i == 1 else None,
-            environment=environment,
-        )  # fmt: skip
+            argv,
+            devices=2,
+            environment=(environment or {}) | (told if slurm else {}),
+            signals=signals if i == 1 else None,
+        )
     )
   status = [p.wait() for p in processes]
   if any(number < 0 for number in status):
@@ -142,26 +154,6 @@ def test_data_that_one_process_cannot_read(material, tmp_path):
   assert error.startswith("error: Another process of this run failed")
 
 
-def test_a_cluster_tells(material, alone, tmp_path):
-  """Slurm says that there are two tasks; nobody else does."""
-  with socket.create_server(("localhost", 0)) as server:
-    port = server.getsockname()[1]
-  told = {
-      "SLURM_JOB_ID": "1",
-      "SLURM_STEP_NODELIST": "localhost",
-      "SLURM_STEP_NUM_TASKS": "2",
-      "SLURM_NTASKS": "2",
-      "JAX_COORDINATOR_PORT": str(port),
-  }
-  argv = runs.command(material, tmp_path / "run")
-  processes = []
-  for i in "01":
-    own = {**told, "SLURM_PROCID": i, "SLURM_LOCALID": i}
-    processes.append(runs.Process(argv, devices=2, environment=own))
-  assert [process.wait() for process in processes] == [0, 0]
-  assert_same_outcome(tmp_path / "run", alone["device"])
-
-
 @pytest.mark.parametrize(
     "told, installed, found",
     [
@@ -195,8 +187,9 @@ def test_a_cluster_that_is_not_there(material, tmp_path):
 
 
 def test_streamed_to_a_backbone_in_two_halves(material, alone, tmp_path):
+  """And started by Slurm, as far as they can tell."""
   changes = {"data": "stream", "mesh__data": 2, "mesh__model": 2}
-  assert group(material, tmp_path, **changes)[0] == [0, 0]
+  assert group(material, tmp_path, slurm=True, **changes)[0] == [0, 0]
   assert_same_outcome(tmp_path, alone["stream"])
 
 

@@ -205,18 +205,15 @@ def test_killed_in_every_kind_of_stage(material, tmp_path):
   stages, was_in = workdir / "stages", []
   for moment in (
       (ROWS, 3),  # Of its start and three epochs.
-      (WRITE, 2),
-      (ROWS, 5),
-      (WRITE, 2),
-      (ROWS, 11),
-      (WRITE, 5),
+      (WRITE, 3),
+      (ROWS, 14),
+      (WRITE, 6),
   ):
     status, said = _go(material, workdir, moment)
     assert status == -KILL, (moment, said)
     was_in.append(runs.metrics(workdir)[-1]["phase"])
-  assert {name.split("_")[0] for name in was_in} == {
-      "search", "seeds", "scores", "selected", "fold", "keep",
-  }  # pyformat: disable
+  was_in = [name.split("_")[0] for name in was_in]
+  assert was_in == ["search", "scores", "fold", "keep"]
 
   damaged = stages / "search.safetensors"
   damaged.write_bytes(damaged.read_bytes()[:-20] + b"x")

@@ -118,9 +118,11 @@ def connect(
         shutdown_timeout_seconds=LEAVE_SECONDS,
     )
   except (RuntimeError, ValueError) as e:
-    if "coordinator_address should be" in str(e):
-      if "tpu" in given.get("cluster_detection_method", ""):
-        return False  # There is libtpu, but no TPU.
+    nobody = "coordinator_address should be" in str(e)
+    late = "before any JAX calls" in str(e)
+    if "tpu" in given.get("cluster_detection_method", "") and (nobody or late):
+      return False  # There is libtpu, but no TPU; or JAX is in use already.
+    if nobody:
       raise errors.UserError(
           "coordinator auto: there is no cluster that tells the address of the"
           " first process. Give --coordinator=HOST:PORT, --num_processes and"

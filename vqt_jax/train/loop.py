@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import dataclasses
+import functools
 import time
 from typing import Any
 
@@ -83,17 +84,25 @@ class Phase:
         kept=self.kept,
     )
 
+  @functools.cached_property
+  def _curve(self) -> np.ndarray:
+    """Factors of the peak rate, one an epoch or one a step.
+
+    All at once: to compute one on the devices is to wait for the steps that
+    are queued there.
+    """
+    each = self.source.steps if self.per_step else 1
+    curve = optim.schedule(self.epochs * each, self.warmup_epochs * each)
+    # An epoch more, for what is left over in a call late in the last one.
+    steps = np.arange((self.epochs + 1) * each)
+    return np.asarray(curve(steps), np.float32)
+
   def factors(self, epoch: int, start: int, steps: int) -> np.ndarray:
     """Factors of the peak rate for some steps of an epoch, (steps,) float32."""
-    per_epoch = self.source.steps
     if not self.per_step:
-      curve = optim.schedule(self.epochs, self.warmup_epochs)
-      return np.full(steps, curve(epoch), np.float32)
-    curve = optim.schedule(
-        self.epochs * per_epoch, self.warmup_epochs * per_epoch
-    )
-    first = epoch * per_epoch + start
-    return np.asarray(curve(np.arange(first, first + steps)), np.float32)
+      return np.full(steps, self._curve[epoch])
+    first = epoch * self.source.steps + start
+    return self._curve[first : first + steps]
 
 
 @dataclasses.dataclass
