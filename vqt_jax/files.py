@@ -20,12 +20,6 @@ import time
 
 from vqt_jax import errors
 
-# Epath decides once in a process how it gets to buckets: not by TensorFlow, or
-# a local server could not stand in for Google's; and by that class of gcsfs
-# which does not ask over gRPC first what kind of bucket it is.
-os.environ.setdefault("EPATH_USE_TF", "false")
-os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-
 PathLike = str | os.PathLike
 # What `path` gives; an `epath.Path` is a `PurePath` too.
 Path = pathlib.PurePath
