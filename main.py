@@ -4,7 +4,8 @@
 
 --config FILE[:name=value,...]  what to run; every field of vqt_jax/config.py
 --config.FIELD=VALUE            can be changed
---workdir DIR                   gets the results; the same command resumes
+--workdir DIR                   gets the results; the same command resumes; a
+                                folder, or gs://BUCKET/FOLDER
 --debug                         shows where an error comes from
 --plan SLICE                    instead of training, says what it would need on
                                 a slice of TPUs, e.g. v5e:4x4, or "here"; exits
@@ -26,6 +27,7 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from collections.abc import Iterator, Sequence
+import contextlib
 import glob
 import re
 import sys
@@ -39,6 +41,7 @@ from ml_collections import config_flags
 from vqt_jax import checks
 from vqt_jax import config as config_lib
 from vqt_jax import errors
+from vqt_jax import files
 from vqt_jax import noise
 from vqt_jax import parallel
 from vqt_jax import results
@@ -116,8 +119,13 @@ def run(values: flags.FlagValues) -> int:
   config = config_lib.resolve(config, keep=given)
   if values.plan:
     return plan(config, values.plan)
-  log, lost = _begin(config, values), False
-  with noise.quiet(log) as screen, noise.last_words(screen, _crashed(log)):
+  logs, name = _begin(config, values)
+  log, lost = logs.folder / name, False
+  with (
+      noise.quiet(log) as screen,
+      noise.last_words(screen, _crashed(log)),
+      _closing(logs),
+  ):
     # Imported late: errors above come at once, and noise goes to the log.
     from vqt_jax import train
     from vqt_jax.train import checkpoint
@@ -133,7 +141,7 @@ def run(values: flags.FlagValues) -> int:
       traceback.print_exc()  # To the log.
       lost = True
   if lost:
-    print(f"error: {_crashed(log)}", file=sys.stderr)
+    print(f"error: {_crashed(logs.folder / name)}", file=sys.stderr)
     parallel.leave(1)
   return 0
 
@@ -146,7 +154,17 @@ def plan(config: ConfigDict, where: str) -> int:
     return 0 if plan_lib.run(config, where) else 3
 
 
-def _crashed(log: str) -> str:
+@contextlib.contextmanager
+def _closing(logs: files.Growing) -> Iterator[None]:
+  """Brings a log into its bucket; a run need not fail for want of that."""
+  try:
+    yield
+  finally:
+    with contextlib.suppress(errors.UserError):
+      logs.close()
+
+
+def _crashed(log: files.Path) -> str:
   """What to say where Python cannot, or need not, say what happened."""
   if not parallel.is_connected():
     return (
@@ -159,11 +177,13 @@ def _crashed(log: str) -> str:
   )
 
 
-def _begin(config: ConfigDict, values: flags.FlagValues) -> str:
+def _begin(
+    config: ConfigDict, values: flags.FlagValues
+) -> tuple[files.Growing, str]:
   """Joins the other processes, if any, and opens the workdir.
 
   Returns:
-    The file that takes the noise of this process.
+    The folder, and the name in it, of what takes the noise of this process.
   """
   if values.coordinator is not None:
     alone = values.coordinator == "none"
@@ -171,14 +191,17 @@ def _begin(config: ConfigDict, values: flags.FlagValues) -> str:
     alone = parallel.platform() is None
   else:
     raise errors.UserError(f"--coordinator is missing. {USAGE}")
+  workdir = files.path(values.workdir)
   if alone or not _join(values):
-    results.open_workdir(config, values.workdir)
-    return os.path.join(values.workdir, "log.txt")
+    with noise.quiet(os.devnull):
+      results.open_workdir(config, workdir)
+      return files.Growing(workdir, "log.txt"), "log.txt"
   with noise.quiet(os.devnull), parallel.together():
+    name = f"log_{jax.process_index()}.txt"
     if parallel.is_first():
-      results.open_workdir(config, values.workdir)
-  name = "log.txt" if parallel.is_first() else f"log_{jax.process_index()}.txt"
-  return os.path.join(values.workdir, name)
+      name = "log.txt"
+      results.open_workdir(config, workdir)
+    return files.Growing(workdir, name), name
 
 
 def _join(values: flags.FlagValues) -> bool:

@@ -219,6 +219,10 @@ class Process:
     )
     self._process.start()
 
+  @property
+  def pid(self) -> int:
+    return self._process.pid
+
   def wait(self, seconds: float = 300) -> int:
     """The exit status; minus the signal's number where one ended it."""
     self._process.join(seconds)
@@ -240,6 +244,7 @@ def _run(argv, screen, cache, devices, *, signals, environment, largest_file):
       " --xla_backend_optimization_level=0"
   )
   os.environ.update(environment)
+  tempfile.tempdir = cache  # What a killed one leaves goes with the rest.
   loop.CALL_SECONDS = 1e9  # Else the machine's speed tells how many calls.
   for name, (call, number) in signals.items():
     _signal_on_call(name, call, number)

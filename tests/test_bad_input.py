@@ -296,7 +296,8 @@ MISTAKES = (
     setting("Unknown ViT variant 'Z/3'", variant="Z/3"),
     setting("not a multiple of the backbone's 4x4 patch", image_size=10),
     # Workdirs.
-    setting("expected a folder", "--workdir=gs://bucket/run"),
+    setting("expected a folder, or gs://BUCKET/", "--workdir=s3://bucket/run"),
+    setting("expected a folder, or gs://BUCKET/", "--workdir=gs:/bucket/run"),
     setting("Cannot write material/vit.npz", "--workdir=material/vit.npz"),
     setting("Not a directory", "--workdir=material/vit.npz/below"),
     setting("Cannot write /proc/run/config.json", "--workdir=/proc/run"),

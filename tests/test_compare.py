@@ -235,7 +235,7 @@ def test_table_and_file(tmp_path, capsys):
 
 
 def test_runs_that_are_called_alike_get_longer_names(capsys):
-  paths = [compare.pathlib.Path(p) for p in ("x/vqt", "y/vqt")]
+  paths = [compare.files.path(p) for p in ("x/vqt", "y/vqt")]
   assert list(compare._names(paths)) == ["x_vqt", "y_vqt"]
   assert compare.main(["compare", "x/vqt", "x/vqt"]) == 2
   assert "The same run is given twice." in capsys.readouterr().err

@@ -139,5 +139,6 @@ def test_attention(tmp_path):
 
 
 def test_a_picture_that_cannot_be_written(tmp_path):
+  (tmp_path / "report.png").mkdir()
   with pytest.raises(errors.UserError, match="Cannot write .*report.png"):
-    plots.report(outcome(), tmp_path / "missing" / "report.png")
+    plots.report(outcome(), tmp_path / "report.png")

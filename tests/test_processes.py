@@ -18,7 +18,7 @@ ROWS = "vqt_jax.train.stages:_rows"  # As a stage begins; after each epoch.
 
 def group(
     material, workdir, *, count=2, second=None, signals=None, slurm=False,
-    **changes,
+    environment=None, **changes,
 ):  # fmt: skip
   """Runs all to their end: statuses, and what each said.
 
@@ -27,6 +27,7 @@ def group(
     second: further changes, of the second process.
     signals: to the second process.
     slurm: tells the processes of each other, instead of flags.
+    environment: further variables of all.
   """
   with socket.create_server(("localhost", 0)) as server:
     port = server.getsockname()[1]
@@ -53,7 +54,7 @@ def group(
         runs.Process(
             argv,
             devices=2,
-            environment=told if slurm else None,
+            environment=(environment or {}) | (told if slurm else {}),
             signals=signals if i == 1 else None,
         )
     )

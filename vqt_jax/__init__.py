@@ -1,5 +1,13 @@
 """Visual query tuning of frozen Vision Transformers, in JAX and Flax."""
 
+import os
+
+# Epath decides once in a process how it gets to buckets: not by TensorFlow, or
+# a local server could not stand in for Google's; and by that class of gcsfs
+# which does not ask over gRPC first what kind of bucket it is.
+os.environ.setdefault("EPATH_USE_TF", "false")
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+
 from vqt_jax import train
 from vqt_jax.backbone import Backbone
 from vqt_jax.checkpoints import load_backbone

@@ -1,11 +1,10 @@
 """What the queries of a finished run attend to, as a picture."""
 
-import pathlib
-
 import numpy as np
 
 from vqt_jax import config as config_lib
 from vqt_jax import data
+from vqt_jax import files
 from vqt_jax import plots
 from vqt_jax import results as results_lib
 from vqt_jax import tuned as tuned_lib
@@ -14,7 +13,7 @@ from vqt_jax.backbone import VALUE_RANGES
 IMAGES = 8  # In the picture.
 
 
-def draw(workdir: pathlib.Path, path: pathlib.Path) -> None:
+def draw(workdir: files.Path, path: files.Path) -> None:
   """Where the queries of a VQT run's first seed look, on test images.
 
   Attention is averaged over heads and queries; the class token is left out.

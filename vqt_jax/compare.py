@@ -11,7 +11,6 @@ Of each VQT run it also draws what the queries attend to,
 from collections.abc import Mapping, Sequence
 import csv
 import io
-import pathlib
 import sys
 from typing import Any
 
@@ -21,6 +20,7 @@ from vqt_jax import attention
 from vqt_jax import compare_plot
 from vqt_jax import console as console_lib
 from vqt_jax import errors
+from vqt_jax import files
 from vqt_jax import results as results_lib
 from vqt_jax.train import places
 
@@ -130,8 +130,8 @@ def label(run: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
 def write(
     console: console_lib.Console,
     summary: Mapping[str, Any],
-    workdirs: Mapping[str, pathlib.Path],
-    output: pathlib.Path,
+    workdirs: Mapping[str, files.Path],
+    output: files.Path,
 ) -> None:
   """Writes the CSV file and the pictures, and prints the table.
 
@@ -147,16 +147,16 @@ def write(
     UserError: a file cannot be written.
   """
   table = to_csv(summary).encode()
-  results_lib.write_bytes(output / "compare.csv", table)
+  files.write(output / "compare.csv", table)
   compare_plot.draw(summary, output / "compare.png")
-  files = ["compare.csv", "compare.png"]
+  written = ["compare.csv", "compare.png"]
   for name, run in summary["runs"].items():
     if run["method"] == "vqt":
-      files.append(f"attention_{name}.png")
-      if not (output / files[-1]).exists():
-        attention.draw(workdirs[name], output / files[-1])
+      written.append(f"attention_{name}.png")
+      if not files.exists(output / written[-1]):
+        attention.draw(workdirs[name], output / written[-1])
   show(console, summary)
-  console.note("   ".join([str(output / files[0]), *files[1:]]), "results")
+  console.note("   ".join([str(output / written[0]), *written[1:]]), "results")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -164,7 +164,7 @@ def main(argv: Sequence[str]) -> int:
   values = flags.FlagValues()
   flags.DEFINE_string("output", ".", "folder", flag_values=values)
   try:
-    paths = [pathlib.Path(path) for path in values(list(argv))[1:]]
+    paths = [files.path(path) for path in values(list(argv))[1:]]
     if not paths:
       raise errors.UserError(
           "No runs given. Usage: python -m vqt_jax.compare WORKDIR..."
@@ -173,7 +173,7 @@ def main(argv: Sequence[str]) -> int:
     workdirs = _names(paths)
     outcomes = {name: _read(path) for name, path in workdirs.items()}
     summary = summarize(outcomes)
-    output = pathlib.Path(values.output)
+    output = files.path(values.output)
     write(console_lib.Console(), summary, workdirs, output)
   except (errors.UserError, flags.Error) as e:
     print(f"error: {e}", file=sys.stderr)
@@ -181,7 +181,7 @@ def main(argv: Sequence[str]) -> int:
   return 0
 
 
-def _names(paths: Sequence[pathlib.Path]) -> dict[str, pathlib.Path]:
+def _names(paths: Sequence[files.Path]) -> dict[str, files.Path]:
   """Workdirs by their last part, or by more of it if these are not enough."""
   for parts in range(1, max(len(path.parts) for path in paths) + 1):
     names = ["_".join(path.parts[-parts:]) for path in paths]
@@ -190,7 +190,7 @@ def _names(paths: Sequence[pathlib.Path]) -> dict[str, pathlib.Path]:
   raise errors.UserError("The same run is given twice.")
 
 
-def _read(workdir: pathlib.Path) -> dict[str, Any]:
+def _read(workdir: files.Path) -> dict[str, Any]:
   results = results_lib.read_json(workdir / "results.json")
   for of_all in ("tasks", "runs"):
     if of_all in results:

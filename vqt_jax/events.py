@@ -6,7 +6,6 @@ Written with TensorBoard's own record writer and messages, which, unlike
 
 from collections.abc import Iterable, Mapping
 import pathlib
-import shutil
 import time
 from typing import Any
 
@@ -22,8 +21,7 @@ class Events:
   """A folder per phase and run; a scalar per quantity and epoch."""
 
   def __init__(self, directory: pathlib.Path):
-    """Starts anew: an old folder of events is removed."""
-    shutil.rmtree(directory, ignore_errors=True)
+    """Touches nothing; an old folder of events is to be removed before."""
     self._directory = directory
     self._writers: dict[str, record_writer.RecordWriter] = {}
 

@@ -1,6 +1,7 @@
 """Pictures of results: one run, all tasks of VTAB, and what queries see."""
 
 from collections.abc import Sequence
+import io
 import os
 from typing import Any
 
@@ -12,8 +13,8 @@ import matplotlib.patches
 import matplotlib.ticker
 import numpy as np
 
+from vqt_jax import files
 from vqt_jax import published
-from vqt_jax import results as results_lib
 from vqt_jax import vtab_summary
 from vqt_jax.data import vtab as vtab_lib
 
@@ -551,5 +552,6 @@ def save(figure: matplotlib.figure.Figure, path: str | os.PathLike) -> None:
       line.set_color(GRID)
     ax.set_axisbelow(True)
     ax.title.set_color(INK)
-  with results_lib.writing(path):
-    figure.savefig(path)
+  content = io.BytesIO()
+  figure.savefig(content)
+  files.write(files.path(path), content.getvalue())

@@ -7,15 +7,10 @@
   tuned/          what was trained: variables.safetensors and info.json
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-import contextlib
-import errno
+from collections.abc import Mapping, Sequence
 import json
 import math
 import os
-import pathlib
-import re
-import shutil
 from typing import Any
 
 import flax.traverse_util
@@ -26,57 +21,19 @@ import safetensors.numpy
 from vqt_jax import config as config_lib
 from vqt_jax import errors
 from vqt_jax import events as events_lib
-
-PathLike = str | os.PathLike
-
-
-@contextlib.contextmanager
-def writing(path: PathLike) -> Iterator[None]:
-  """Turns a failure of the file system into a `UserError` with the path."""
-  try:
-    yield
-  except OSError as e:
-    full = e.errno in (errno.ENOSPC, errno.EDQUOT)
-    raise errors.UserError(
-        f"Cannot write {path}: {e.strerror or e}."
-        + (" Free some space there." if full else " Choose another place.")
-    ) from e
-
-
-def write_bytes(path: PathLike, content: bytes) -> None:
-  """Writes a file at once: under another name, then it gets its own.
-
-  Its folder is made if it is missing.
-
-  Raises:
-    UserError: it cannot be written; an old file is left as it was.
-  """
-  path = pathlib.Path(path)
-  temporary = path.with_name(path.name + ".new")
-  with writing(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-      with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-      os.replace(temporary, path)
-    except OSError:
-      with contextlib.suppress(OSError):
-        temporary.unlink()
-      raise
+from vqt_jax import files
+from vqt_jax.files import PathLike
 
 
 def write_json(path: PathLike, value: Any) -> None:
-  """Writes a file of JSON at once, as `write_bytes`.
+  """Writes a file of JSON at once, as `files.write`.
 
   Arrays become lists, and numbers that are not finite, which JSON lacks, null.
 
   Raises:
     UserError: it cannot be written; an old file is left as it was.
   """
-  text = json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n"
-  write_bytes(path, text.encode())
+  files.write(files.path(path), _json(value))
 
 
 def read_json(path: PathLike) -> Any:
@@ -86,11 +43,11 @@ def read_json(path: PathLike) -> Any:
     UserError: it is missing or damaged.
   """
   try:
-    return json.loads(pathlib.Path(path).read_bytes())
+    content = files.read(files.path(path))
   except FileNotFoundError:
     raise errors.UserError(f"There is no {path}.") from None
-  except OSError as e:
-    raise errors.UserError(f"Cannot read {path}: {e.strerror}.") from e
+  try:
+    return json.loads(content)
   except ValueError as e:
     raise errors.UserError(f"Cannot read {path}: {e}: it is damaged.") from e
 
@@ -103,7 +60,7 @@ def open_workdir(config: Any, workdir: PathLike) -> bool:
 
   Args:
     config: as `config.resolve` returns it.
-    workdir: folder; created if it is missing.
+    workdir: folder, created if it is missing, or `gs://` address.
 
   Returns:
     Whether a run of this config was begun there before.
@@ -112,12 +69,7 @@ def open_workdir(config: Any, workdir: PathLike) -> bool:
     UserError: it cannot be written, or holds a run of another config. Nothing
       in it is touched then.
   """
-  if re.match(r"\w+:/", os.fspath(workdir)):
-    raise errors.UserError(
-        f"workdir {workdir}: expected a folder, since files in it grow and get"
-        " new names. Mount the bucket, or take a disk that all machines share."
-    )
-  path = pathlib.Path(workdir) / "config.json"
+  path = files.path(workdir) / "config.json"
   now = config_lib.to_json(config)
   if _begun(path.parent):
     try:
@@ -133,18 +85,19 @@ def open_workdir(config: Any, workdir: PathLike) -> bool:
   return False
 
 
-def _begun(workdir: pathlib.Path) -> bool:
+def _begun(workdir: files.Path) -> bool:
   """Whether anything was trained there, or in a folder of one of its tasks."""
-  metrics, checkpoints = workdir / "metrics.jsonl", workdir / "checkpoints"
-  return (
-      (workdir / "results.json").exists()
-      or (metrics.exists() and metrics.stat().st_size > 0)
-      or (checkpoints.exists() and any(checkpoints.iterdir()))
-      or (
-          (workdir / "config.json").exists()
-          and any(_begun(c.parent) for c in workdir.glob("*/config.json"))
-      )
-  )
+  metrics = workdir / "metrics.jsonl"
+  with files.reading(workdir):
+    return bool(
+        files.exists(workdir / "results.json")
+        or (files.exists(metrics) and files.read(metrics))
+        or files.names(workdir / "checkpoints")
+        or (
+            files.exists(workdir / "config.json")
+            and any(_begun(c.parent) for c in workdir.glob("*/config.json"))
+        )
+    )
 
 
 def _check_same_run(old: Any, now: dict[str, Any], workdir: PathLike) -> None:
@@ -184,14 +137,18 @@ class MetricsWriter:
     Raises:
       UserError: it cannot be read.
     """
-    self._path = pathlib.Path(workdir) / "metrics.jsonl"
-    self._folder = pathlib.Path(workdir) / "tensorboard"
+    self._workdir = files.path(workdir)
+    self._growing = files.Growing(self._workdir, "metrics.jsonl")
+    self._path = self._growing.folder / "metrics.jsonl"
+    self._folder = self._growing.folder / "tensorboard"
     self._rows = read_metrics(workdir)
     self._begun: set[str] = set()
     self._events: events_lib.Events | None = None
 
   def epochs(self, phase: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Adds rows of a phase and sees that they are on disk.
+
+    In a bucket they are a little later, see `files.Growing`.
 
     Raises:
       UserError: there is no room; what was written before stays.
@@ -200,22 +157,25 @@ class MetricsWriter:
     if phase not in self._begun:
       self._begun.add(phase)
       rows = self._resume(phase, rows)
-    with writing(self._path), open(self._path, "ab") as file:
+    with files.writing(self._path), open(self._path, "ab") as file:
       file.write(b"".join(map(_line, rows)))
       file.flush()
       os.fsync(file.fileno())
     self._rows += rows
-    with writing(self._folder):
+    with files.writing(self._folder):
       if self._events is None:
         # Events cannot be cut at an epoch, but made again from what stayed.
+        files.remove(self._workdir / "tensorboard")
         self._events = events_lib.Events(self._folder)
         rows = self._rows
       self._events.write(rows)
+    self._growing.copy()
 
   def close(self) -> None:
     if self._events is not None:
-      with writing(self._folder):
+      with files.writing(self._folder):
         self._events.close()
+    self._growing.close()
 
   def _resume(self, phase: str, rows: list[Any]) -> list[Any]:
     """Cuts the file behind the last row that is right; returns the missing."""
@@ -228,21 +188,19 @@ class MetricsWriter:
       same += 1
     self._rows = self._rows[: start + same]
     if self._path.exists():
-      with writing(self._path):
+      with files.writing(self._path):
         os.truncate(self._path, sum(len(_line(row)) for row in self._rows))
     return rows[same:]
 
 
 def read_metrics(workdir: PathLike) -> list[dict[str, Any]]:
   """All whole rows of a workdir's metrics.jsonl, in the order of writing."""
-  path = pathlib.Path(workdir) / "metrics.jsonl"
   rows = []
   try:
-    lines = path.read_bytes().splitlines(keepends=True)
+    content = files.read(files.path(workdir) / "metrics.jsonl")
   except FileNotFoundError:
     return rows
-  except OSError as e:
-    raise errors.UserError(f"Cannot read {path}: {e.strerror}.") from e
+  lines = content.splitlines(keepends=True)
   for line in lines:
     try:
       row = json.loads(line)
@@ -256,7 +214,7 @@ def read_metrics(workdir: PathLike) -> list[dict[str, Any]]:
 
 def save_tuned(
     directory: PathLike, variables: Mapping[str, Any], info: Mapping[str, Any]
-) -> None:
+) -> int:
   """Writes what was trained, as a folder that appears at once.
 
   Args:
@@ -264,24 +222,20 @@ def save_tuned(
     variables: nested dict of arrays.
     info: what one must know to use them; JSON-able.
 
+  Returns:
+    Bytes of its files.
+
   Raises:
     UserError: it cannot be written.
   """
-  directory = pathlib.Path(directory)
   flat = flax.traverse_util.flatten_dict(variables, sep="/")
   arrays = {k: np.ascontiguousarray(v) for k, v in flat.items()}
-  new = directory.with_name(directory.name + ".new")
-  old = directory.with_name(directory.name + ".old")
-  with writing(directory):
-    for left_over in (new, old):
-      shutil.rmtree(left_over, ignore_errors=True)
-    new.mkdir(parents=True)
-    write_bytes(new / "variables.safetensors", safetensors.numpy.save(arrays))
-    write_json(new / "info.json", info)
-    if directory.exists():
-      directory.rename(old)
-    new.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
+  contents = {
+      "variables.safetensors": safetensors.numpy.save(arrays),
+      "info.json": _json(info),
+  }
+  files.write_folder(files.path(directory), contents)
+  return sum(map(len, contents.values()))
 
 
 def load_tuned(directory: PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -290,14 +244,19 @@ def load_tuned(directory: PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
   Raises:
     UserError: it is missing or damaged.
   """
-  directory = pathlib.Path(directory)
+  directory = files.path(directory)
   info = read_json(directory / "info.json")
   path = directory / "variables.safetensors"
   try:
-    flat = safetensors.numpy.load(path.read_bytes())
+    flat = safetensors.numpy.load(files.read(path))
   except (OSError, safetensors.SafetensorError) as e:
     raise errors.UserError(f"Cannot read {path}: {e}.") from e
   return flax.traverse_util.unflatten_dict(flat, sep="/"), info
+
+
+def _json(value: Any) -> bytes:
+  text = json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n"
+  return text.encode()
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

@@ -83,7 +83,7 @@ def save(
     variables: dict[str, Any],
     info: dict[str, Any],
     kept: np.ndarray | None = None,
-) -> None:
+) -> int:
   """Writes a folder with safetensors and `info.json`, nothing of the backbone.
 
   Args:
@@ -95,6 +95,9 @@ def save(
     info: what else one may want to know, json-able.
     kept: (F,), not 0 for the features in use, if not all are: the head's rows
       of others are not written.
+
+  Returns:
+    Bytes of its files.
   """
   c = backbone.config
   variables = {name: dict(variables[name]) for name in ("tuner", "head")}
@@ -102,7 +105,7 @@ def save(
     rows = np.flatnonzero(kept).astype(np.int32)
     kernel = np.asarray(variables["head"]["kernel"])[rows]
     variables["head"] |= {"kernel": kernel, "features": rows}
-  results.save_tuned(
+  return results.save_tuned(
       directory,
       variables,
       {

@@ -8,11 +8,11 @@ all means (those of published numbers too) are over the tasks that are there.
 from collections.abc import Mapping
 import csv
 import io
-import pathlib
 import statistics
 from typing import Any
 
 from vqt_jax import console as console_lib
+from vqt_jax import files
 from vqt_jax import published
 from vqt_jax.data import vtab
 
@@ -143,7 +143,7 @@ def _write_means(writer: Any, about: dict[str, Any], means: Any) -> None:
 
 
 def show(
-    console: console_lib.Console, workdir: pathlib.Path, summary: Any
+    console: console_lib.Console, workdir: files.Path, summary: Any
 ) -> None:
   """Prints every task, the means, and published means beside them."""
   rows = []

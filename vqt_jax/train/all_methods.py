@@ -1,7 +1,6 @@
 """Several methods on one task, one after another, and one outcome of them."""
 
 from collections.abc import Sequence
-import pathlib
 from typing import Any
 
 import ml_collections
@@ -9,6 +8,7 @@ import ml_collections
 from vqt_jax import compare
 from vqt_jax import config as config_lib
 from vqt_jax import console as console_lib
+from vqt_jax import files
 from vqt_jax import parallel
 from vqt_jax import results as results_lib
 from vqt_jax import tuner
@@ -18,7 +18,7 @@ from vqt_jax.train import several
 
 def train(
     config: ml_collections.ConfigDict,
-    workdir: str | pathlib.Path,
+    workdir: files.PathLike,
     console: console_lib.Console | None = None,
 ) -> dict[str, Any]:
   """Does what `run.train` does for every method, see `several.train`.
@@ -40,7 +40,7 @@ def train(
 
 
 def _look(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path
+    config: ml_collections.ConfigDict, workdir: files.Path
 ) -> tuple[several.Configs, str]:
   """The config of each method."""
   del workdir
@@ -49,7 +49,7 @@ def _look(
 
 
 def _sum_up(
-    console: console_lib.Console, workdir: pathlib.Path, names: Sequence[str]
+    console: console_lib.Console, workdir: files.Path, names: Sequence[str]
 ) -> dict[str, Any]:
   """Writes and prints what came out; `results.json` comes last."""
   summary = compare.summarize(several.outcomes(workdir, names))

@@ -1,7 +1,6 @@
 """The tasks of VTAB-1k one after another, and one outcome of all of them."""
 
 from collections.abc import Iterable
-import pathlib
 from typing import Any
 
 import ml_collections
@@ -10,6 +9,7 @@ from vqt_jax import config as config_lib
 from vqt_jax import console as console_lib
 from vqt_jax import data
 from vqt_jax import errors
+from vqt_jax import files
 from vqt_jax import parallel
 from vqt_jax import plots
 from vqt_jax import results as results_lib
@@ -21,7 +21,7 @@ from vqt_jax.train import several
 
 def train(
     config: ml_collections.ConfigDict,
-    workdir: str | pathlib.Path,
+    workdir: files.PathLike,
     console: console_lib.Console | None = None,
 ) -> dict[str, Any]:
   """Does what `run.train` does for every task, see `several.train`.
@@ -44,7 +44,7 @@ def train(
 
 
 def _look(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path
+    config: ml_collections.ConfigDict, workdir: files.Path
 ) -> tuple[several.Configs, str]:
   """Configs of the tasks to be done, and which ones are left out.
 
@@ -86,12 +86,12 @@ def _not_prepared(
 
 
 def _sum_up(
-    console: console_lib.Console, workdir: pathlib.Path, names: Iterable[str]
+    console: console_lib.Console, workdir: files.Path, names: Iterable[str]
 ) -> dict[str, Any]:
   """Writes and prints what came out; `results.json` comes last."""
   summary = vtab_summary.summarize(several.outcomes(workdir, names))
   if parallel.is_first():
-    results_lib.write_bytes(
+    files.write(
         workdir / "vtab.csv", vtab_summary.to_csv(summary).encode()
     )
     plots.vtab(summary, workdir / "vtab.png")

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 import contextlib
 import functools
 import os
-import pathlib
 import re
 import signal
 import sys
@@ -16,8 +15,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from vqt_jax import errors
+from vqt_jax import files
 from vqt_jax import parallel
-from vqt_jax import results
 
 # After this a save has failed: on a process that others are waiting for.
 SAVE_SECONDS = 120
@@ -35,8 +34,8 @@ class Checkpointer:
   may be meant), or read.
   """
 
-  def __init__(self, directory: str | pathlib.Path, every_seconds: float):
-    self._directory = pathlib.Path(directory).absolute()
+  def __init__(self, directory: files.PathLike, every_seconds: float):
+    self._directory = files.absolute(files.path(directory))
     self._every = every_seconds
     self._last = time.monotonic()
     _mute_late_ends()
@@ -46,7 +45,7 @@ class Checkpointer:
         async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS),
     )
     with self._writing():
-      self._directory.mkdir(parents=True, exist_ok=True)
+      files.make_folder(self._directory)
       self._manager = ocp.CheckpointManager(self._directory, options=options)
 
   def due(self) -> bool:
@@ -107,25 +106,29 @@ class Checkpointer:
     try:
       yield
     except Exception as e:  # Each of Orbax's layers has its own.
+      advice = "Delete that folder to resume from the save before it."
+      if files.in_bucket(self._directory):
+        advice = files.advice(e) or advice
       raise errors.UserError(
           f"Cannot read {self._directory / str(self._manager.latest_step())}:"
-          f" {_first_line(e)}"
-          " Delete that folder to resume from the save before it."
+          f" {files.first_line(e)} {advice}"
       ) from e
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
     """Failures of the file system as `UserError`, from all layers of Orbax."""
-    with results.writing(self._directory):
+    with files.writing(self._directory):
       try:
         yield
       except TimeoutError as e:
+        if not parallel.is_connected():
+          raise
         raise errors.UserError(
             "Another process of this run could not save; see what it says."
         ) from e
       except Exception as e:
         failure = _failure(e)
-        if not failure:
+        if not failure or files.in_bucket(self._directory):
           raise
         raise failure from e
 
@@ -158,11 +161,6 @@ def _failure(error: BaseException | None) -> OSError | None:
   return None
 
 
-def _first_line(error: Exception) -> str:
-  line = str(error).strip().split("\n")[0][:200].rstrip(".")
-  return f"{line or type(error).__name__}."
-
-
 def _is_key(leaf: Any) -> bool:
   return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
@@ -186,8 +184,11 @@ def _unflatten(like: Any, flat: dict[str, jax.Array]) -> Any:
   return jax.tree_util.tree_map_with_path(pick, like)
 
 
-class Stopped(Exception):
-  """The run was asked to stop, and saved itself first."""
+class Stopped(BaseException):
+  """The run was asked to stop, and saved itself first.
+
+  It may come out of any line, as `KeyboardInterrupt`, and is no failure of it.
+  """
 
 
 class StopSignal:

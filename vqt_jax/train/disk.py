@@ -23,8 +23,8 @@ import jax
 import numpy as np
 
 from vqt_jax import errors
+from vqt_jax import files
 from vqt_jax import parallel
-from vqt_jax import results as results_lib
 from vqt_jax.train import store as store_lib
 
 FORMAT = 1  # Changes when the same inputs give other numbers or files.
@@ -230,5 +230,5 @@ def _lock(file: BinaryIO) -> bool:
 @contextlib.contextmanager
 def _writing(path: pathlib.Path) -> Iterator[None]:
   """What cannot be written on one process is an error on all."""
-  with parallel.together(), results_lib.writing(path):
+  with parallel.together(), files.writing(path):
     yield

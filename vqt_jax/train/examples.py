@@ -14,8 +14,8 @@ from vqt_jax import backbone as backbone_lib
 from vqt_jax import console as console_lib
 from vqt_jax import data
 from vqt_jax import errors
+from vqt_jax import files
 from vqt_jax import parallel
-from vqt_jax import results as results_lib
 from vqt_jax import tuner as tuner_lib
 from vqt_jax.train import disk
 from vqt_jax.train import places
@@ -258,15 +258,15 @@ class Examples:
 
   def _on_disk(self, base: str) -> store.HostStore:
     """The features in their file, extracted if there is none."""
-    files = self._files(base)
-    for file in files:
+    known = self._files(base)
+    for file in known:
       with parallel.together():
         kept = self._open(file)
       if not parallel.any_process(kept is None):
         self.console.note(f"found in {file.path}", "extract")
         tokens = kept.tokens if self._layout.tokens else None
         return dataclasses.replace(kept, layout=self._layout, tokens=tokens)
-    file = files[0]
+    file = known[0]
     with self.console.phase("extract", self.count(base), "image") as line:
       stream = functools.partial(self._stream, base)
       file.write(stream, self._batch_size, line.update)
@@ -278,7 +278,7 @@ class Examples:
       return file.open()
     except disk.Damaged as e:
       self.console.note(f"{file.path} is damaged ({e}); it is made again")
-      with results_lib.writing(file.path):
+      with files.writing(file.path):
         file.path.unlink(missing_ok=True)
 
   def _made_from(self, base: str) -> dict[str, Any]:

@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 import dataclasses
 import importlib.metadata
-import pathlib
 import platform
-import shutil
 from typing import Any
 
 import jax
@@ -13,6 +11,7 @@ import numpy as np
 
 from vqt_jax import console as console_lib
 from vqt_jax import errors
+from vqt_jax import files
 from vqt_jax import memory
 from vqt_jax import parallel
 from vqt_jax import plots
@@ -50,7 +49,7 @@ def write(
     results["tuned_bytes"] = _write_tuned(job, candidates[-1], results)
     plots.report(results, job.workdir / "report.png")
     results_lib.write_json(job.workdir / RESULTS, results)
-    shutil.rmtree(job.workdir / "stages", ignore_errors=True)
+    files.remove(job.workdir / "stages")
   show(job.console, job.workdir, results)
   return results
 
@@ -123,9 +122,9 @@ def _write_tuned(job, candidate, results) -> int:
   Returns:
     Bytes of the first one's files.
   """
-  test = results["test_accuracy"]["per_seed"]
+  test, sizes = results["test_accuracy"]["per_seed"], []
   for i, run in enumerate(candidate.runs):
-    tuned.save(
+    size = tuned.save(
         job.workdir / "tuned" / f"seed_{run.seed}",
         job.config.init,
         job.backbone,
@@ -140,11 +139,11 @@ def _write_tuned(job, candidate, results) -> int:
         },
         kept=None if candidate.kept is None else candidate.kept[i],
     )
-  one = job.workdir / "tuned" / f"seed_{candidate.runs[0].seed}"
-  return sum(path.stat().st_size for path in one.iterdir())
+    sizes.append(size)
+  return sizes[0]
 
 
-def read(workdir: pathlib.Path) -> dict[str, Any]:
+def read(workdir: files.Path) -> dict[str, Any]:
   """What `write` left of a finished run.
 
   Raises:
@@ -162,7 +161,7 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def show(
-    console: console_lib.Console, workdir: pathlib.Path, results: dict[str, Any]
+    console: console_lib.Console, workdir: files.Path, results: dict[str, Any]
 ) -> None:
   """Prints what came out, and where it is."""
   rows = []

@@ -4,7 +4,6 @@ from collections.abc import Callable
 import contextlib
 import dataclasses
 import math
-import pathlib
 import time
 from typing import Any
 
@@ -17,6 +16,7 @@ from vqt_jax import checkpoints
 from vqt_jax import config as config_lib
 from vqt_jax import console as console_lib
 from vqt_jax import data
+from vqt_jax import files
 from vqt_jax import memory
 from vqt_jax import parallel
 from vqt_jax import results as results_lib
@@ -31,7 +31,7 @@ from vqt_jax.train import step as step_lib
 
 def train(
     config: ml_collections.ConfigDict,
-    workdir: str | pathlib.Path,
+    workdir: files.PathLike,
     console: console_lib.Console | None = None,
 ) -> dict[str, Any]:
   """Trains and tests one method on one task; what `main.py` calls.
@@ -41,8 +41,9 @@ def train(
 
   Args:
     config: made from `config.default_config()`.
-    workdir: gets `config.json`, `metrics.jsonl`, `results.json`, TensorBoard
-      events, `checkpoints/`, `tuned/` and `report.png`.
+    workdir: a folder, or `gs://BUCKET/FOLDER`; gets `config.json`,
+      `metrics.jsonl`, `results.json`, TensorBoard events, `checkpoints/`,
+      `tuned/` and `report.png`.
     console: what a person sees; None: stderr, of the first process.
 
   Returns:
@@ -54,11 +55,11 @@ def train(
   """
   config = config_lib.resolve(config)
   console = console or console_lib.of_process()
-  workdir = pathlib.Path(workdir)
+  workdir = files.path(workdir)
   with parallel.together():
     if parallel.is_first():
       results_lib.open_workdir(config, workdir)
-  if (workdir / outcome.RESULTS).exists():
+  if files.exists(workdir / outcome.RESULTS):
     results = outcome.read(workdir)
     console.note("this run is finished already; it is not done again")
     outcome.show(console, workdir, results)
@@ -94,7 +95,7 @@ class Job:
   """What a run is made of, looked up and placed on the devices."""
 
   config: ml_collections.ConfigDict
-  workdir: pathlib.Path
+  workdir: files.Path
   console: console_lib.Console
   mesh: jax.sharding.Mesh
   backbone: backbone_lib.Backbone

@@ -5,13 +5,13 @@ stopped one is resumed.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-import pathlib
 from typing import Any
 
 import ml_collections
 
 from vqt_jax import config as config_lib
 from vqt_jax import console as console_lib
+from vqt_jax import files
 from vqt_jax import parallel
 from vqt_jax import results as results_lib
 from vqt_jax.train import checkpoint
@@ -23,10 +23,10 @@ Configs = Mapping[str, ml_collections.ConfigDict]
 
 def train(
     config: ml_collections.ConfigDict,
-    workdir: str | pathlib.Path,
+    workdir: files.PathLike,
     console: console_lib.Console | None,
     label: str,
-    look: Callable[[ml_collections.ConfigDict, pathlib.Path], Any],
+    look: Callable[[ml_collections.ConfigDict, files.Path], Any],
     sum_up: Callable[..., dict[str, Any]],
 ) -> dict[str, Any]:
   """Does what `run.train` does for every run, then sums up.
@@ -49,7 +49,7 @@ def train(
   """
   config = config_lib.resolve(config)
   console = console or console_lib.of_process()
-  workdir = pathlib.Path(workdir)
+  workdir = files.path(workdir)
   with checkpoint.StopSignal() as stop:
     with stop.at_once():
       configs, told = look(config, workdir)
@@ -72,21 +72,21 @@ def train(
     return sum_up(console, workdir, list(configs))
 
 
-def finished(workdir: pathlib.Path, names: Iterable[str]) -> set[str]:
+def finished(workdir: files.Path, names: Iterable[str]) -> set[str]:
   """Those of the runs that are finished, as any of the processes sees it."""
-  exists = lambda name: (workdir / name / outcome.RESULTS).exists()
+  exists = lambda name: files.exists(workdir / name / outcome.RESULTS)
   return {name for name in names if parallel.any_process(exists(name))}
 
 
 def outcomes(
-    workdir: pathlib.Path, names: Iterable[str]
+    workdir: files.Path, names: Iterable[str]
 ) -> dict[str, dict[str, Any]]:
   """What came out of each run: the contents of its `results.json`."""
   return {name: outcome.read(workdir / name) for name in names}
 
 
 def _open(
-    config: ml_collections.ConfigDict, configs: Configs, workdir: pathlib.Path
+    config: ml_collections.ConfigDict, configs: Configs, workdir: files.Path
 ) -> None:
   """Opens all workdirs, so that one of another config is found at once."""
   results_lib.open_workdir(config, workdir)

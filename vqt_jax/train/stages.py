@@ -21,15 +21,17 @@ import safetensors
 import safetensors.numpy
 
 from vqt_jax import errors
+from vqt_jax import files
 from vqt_jax import head as head_lib
 from vqt_jax import parallel
-from vqt_jax import results as results_lib
 from vqt_jax import tuner as tuner_lib
 from vqt_jax.train import checkpoint
 from vqt_jax.train import loop
 from vqt_jax.train import packing
 from vqt_jax.train import sources
 from vqt_jax.train import step as step_lib
+
+SUFFIX = ".safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +131,10 @@ class Stages:
     self._metrics, self._stop, self._peak = metrics, stop, peak
     self._folder = job.workdir / "stages"
     with parallel.together():
-      self._done = {path.stem for path in self._folder.glob("*.safetensors")}
+      names = files.names(self._folder)
+      self._done = {
+          name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX)
+      }
     self._saved = saver.progress(Saved) or Saved()
 
   def run(self, stage: Stage) -> Outcome:
@@ -153,7 +158,7 @@ class Stages:
     return joined
 
   def _pack(self, stage: Stage) -> Outcome:
-    path = self._folder / f"{stage.name}.safetensors"
+    path = self._folder / f"{stage.name}{SUFFIX}"
     if stage.name in self._done:
       outcome = _read(path, stage)
       self._peak.include(outcome.peak_bytes)
@@ -375,10 +380,10 @@ def _rows(
   ]
 
 
-def _write(path: pathlib.Path, outcome: Outcome) -> None:
+def _write(path: files.Path, outcome: Outcome) -> None:
   flat = flax.traverse_util.flatten_dict(outcome.variables or {}, sep="/")
   info = dataclasses.asdict(dataclasses.replace(outcome, variables=None))
-  results_lib.write_bytes(
+  files.write(
       path,
       safetensors.numpy.save(
           {name: np.ascontiguousarray(x) for name, x in flat.items()},
@@ -387,11 +392,17 @@ def _write(path: pathlib.Path, outcome: Outcome) -> None:
   )
 
 
-def _read(path: pathlib.Path, stage: Stage) -> Outcome:
+def _read(path: files.Path, stage: Stage) -> Outcome:
   """What `_write` wrote of a stage."""
+  with files.as_file(path) as local:
+    return _parse(path, local, stage)
+
+
+def _parse(path: files.Path, local: pathlib.Path, stage: Stage) -> Outcome:
+  """Reads a local copy of the file at a path."""
   runs = len(stage.runs)
   try:
-    with safetensors.safe_open(path, "numpy") as file:
+    with safetensors.safe_open(local, "numpy") as file:
       outcome = Outcome(**json.loads((file.metadata() or {})["outcome"]))
       flat = {name: file.get_tensor(name) for name in file.keys()}
     if any(len(row["loss"]) != runs for row in outcome.history):

@@ -1,0 +1,248 @@
+"""Workdirs in a bucket end with the same bits; a server here is Google's."""
+
+import functools
+import os
+import re
+import signal
+import tempfile
+import types
+
+import gcsfs.retry
+import pytest
+
+import main
+from tests import bucket
+from tests import runs
+from tests import test_processes
+from vqt_jax import UserError
+from vqt_jax import compare
+from vqt_jax import files
+from vqt_jax import results
+from vqt_jax.train import checkpoint
+
+WORKDIR = "gs://bucket/runs/a"
+SMALL = dict(method="linear", lr=0.1, epochs=2, seeds=7)
+TRAIN = "vqt_jax.train.step:train_steps"
+
+
+@pytest.fixture
+def server(monkeypatch):
+  with bucket.serve() as server:
+    for name, value in server.environment.items():
+      monkeypatch.setenv(name, value)
+    yield server
+
+
+def start(server, material, **changes):
+  argv = runs.command(material, WORKDIR, checkpoint_seconds=0, **changes)
+  return runs.Process(argv, environment=server.environment)
+
+
+def go(*args, **changes):
+  process = start(*args, **changes)
+  status, said = process.wait(), process.said()
+  assert "Traceback" not in said
+  return status, said.splitlines()
+
+
+def test_killed(server, material, alone, tmp_path):
+  """At the worst moment: all of a save is there but what makes it count."""
+  process, saves = start(server, material), []
+
+  def kill(name):
+    searched = "runs/a/stages/search.safetensors" in server.objects
+    if searched and re.fullmatch(r"\S+/checkpoints/\d+/commit_\S+", name):
+      saves.append(name.rpartition("/")[0])
+      if len(saves) == 2:
+        os.kill(process.pid, signal.SIGKILL)
+        raise bucket.Refused(500)
+
+  server.before_change = kill
+  assert process.wait() == -signal.SIGKILL
+  server.before_change = lambda name: None
+  assert any(name.startswith(saves[1]) for name in server.objects)
+
+  whole = dict(server.objects)
+  for name in whole:
+    if name.startswith(f"{saves[0]}/state/") and len(whole[name]) > 100:
+      server.objects[name] = whole[name][:-20]
+  status, said = go(server, material)
+  assert status == 2 and f"Cannot read gs://bucket/{saves[0]}: " in said[-1]
+  assert "resume from the save before it" in said[-1]
+  server.objects.update(whole)
+
+  status, said = go(server, material)
+  assert status == 0 and "resume   seeds after epoch " in "\n".join(said)
+  assert not any(line.startswith("search ") for line in said)
+  assert any(f"{WORKDIR}/results.json" in line for line in said)
+  run = server.copy_to(tmp_path) / "runs" / "a"
+  assert runs.bits(run) == runs.bits(alone["device"])
+  assert {path.name for path in run.iterdir()} == {
+      path.name for path in alone["device"].iterdir()
+  }
+  assert len(list(run.glob("tensorboard/*/*/events*"))) == 4
+  assert [n for n in server.written if n != "runs/a/log.txt"][-1] == (
+      "runs/a/results.json"
+  )
+
+
+def test_two_processes(server, material, tmp_path):
+  """Stopped in the middle; both find what the first one wrote."""
+  both = functools.partial(
+      test_processes.group,
+      material,
+      WORKDIR,
+      environment=server.environment,
+      checkpoint_seconds=0,
+      **SMALL,
+  )
+  status, said = both(signals={TRAIN: (2, signal.SIGTERM)})
+  assert status == [0, 0] and "Stopped and saved" in said[0]
+  status, said = both()
+  assert status == [0, 0] and "resume   seeds after epoch 1" in said[0]
+  assert not said[1]
+  run = server.copy_to(tmp_path) / "runs" / "a"
+  assert len(runs.metrics(run)) == SMALL["epochs"]
+  assert len(list(run.glob("tensorboard/*/*/events*"))) == 1
+  assert sorted(path.name for path in run.glob("log*")) == [
+      "log.txt", "log_1.txt",
+  ]  # fmt: skip
+
+
+def test_refused_in_the_middle(server, material):
+  def refuse(name):
+    if "/state/" in name:
+      raise bucket.Refused(403)
+
+  server.before_change = refuse
+  status, said = go(server, material, **SMALL)
+  assert status == 2
+  assert said[-1].startswith(f"error: Cannot write {WORKDIR}/checkpoints: ")
+  assert "Storage Admin" in said[-1] and len(said[-1]) < 600
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+  """Has gcsfs try again at once."""
+
+  async def sleep(seconds):
+    del seconds
+
+  instant = types.SimpleNamespace(sleep=sleep)
+  monkeypatch.setattr(gcsfs.retry, "asyncio", instant)
+
+
+def refusal(capfd, material, workdir):
+  """What is said of a workdir that cannot be had."""
+  assert main.main(runs.command(material, workdir)) == 2
+  out, said = capfd.readouterr()
+  assert out == "" and said.startswith("error: ") and said.count("\n") == 1
+  return said
+
+
+def test_no_such_bucket(server, material, capfd):
+  said = refusal(capfd, material, "gs://bukcet/run")
+  assert "Cannot write gs://bukcet/run/config.json: there is no such" in said
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_not_allowed(server, material, capfd, status):
+  def before_change(name):
+    raise bucket.Refused(status)
+
+  server.before_change = before_change
+  said = refusal(capfd, material, WORKDIR)
+  assert f"Cannot write {WORKDIR}/config.json: " in said
+  assert "gcloud auth application-default login" in said
+
+
+def test_no_network(server, material, capfd, impatient, monkeypatch):
+  monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
+  said = refusal(capfd, material, WORKDIR)
+  assert f"Cannot read {WORKDIR}" in said and "the network is up" in said
+
+
+@pytest.mark.parametrize("place", ["gs://", "gs:/bucket/run", "s3://bucket/a"])
+def test_no_bucket_of_google(place):
+  with pytest.raises(UserError, match="expected a folder, or gs://BUCKET/"):
+    files.path(place)
+
+
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
+def test_files(server):
+  folder = files.path("gs://bucket/a")
+  assert not files.exists(folder) and files.names(folder) == []
+  with pytest.raises(FileNotFoundError):
+    files.read(folder / "b.json")
+  large = bytes(range(256)) * 25_000  # More than is sent at once.
+  for content in (b"old", b"", large):
+    files.write(folder / "b.json", content)
+    assert files.read(folder / "b.json") == content
+  with files.as_file(folder / "b.json") as copy:
+    assert copy.read_bytes() == large
+  files.write_folder(folder / "c", {"d": b"1", "e": b"2"})
+  assert files.names(folder) == ["b.json", "c"]
+  assert server.written[-2:] == ["a/c/d", "a/c/e"]
+  server.objects["a/f"] = b"by another machine"
+  server.generations["a/f"] = 1
+  assert files.names(folder) == ["b.json", "c", "f"]
+  files.remove(folder / "c")
+  files.remove(folder / "c")
+  assert sorted(server.objects) == ["a/b.json", "a/f"]
+
+
+def test_a_signal_is_no_failure_of_a_bucket():
+  with pytest.raises(checkpoint.Stopped):
+    with files.reading(WORKDIR):
+      raise checkpoint.Stopped
+
+
+def test_growing(server):
+  files.write(files.path("gs://bucket/a/log.txt"), b"1")
+  growing = files.Growing(files.path("gs://bucket/a"), "log.txt", "other")
+  local = growing.folder
+  (local / "deep").mkdir()
+  (local / "deep" / "b").write_bytes(b"b")
+  growing.copy(after=0)
+  assert server.written == ["a/log.txt", "a/deep/b"]
+  with open(local / "log.txt", "ab") as log:
+    log.write(b"2")
+  growing.copy()  # Too soon.
+  assert server.objects["a/log.txt"] == b"1"
+  growing.close()
+  assert server.written[2:] == ["a/log.txt"]
+  assert server.objects["a/log.txt"] == b"12"
+  assert not local.exists()
+
+
+def test_metrics(server, tmp_path, monkeypatch):
+  """Rows that a kill keeps from the bucket are those that are made again."""
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+  rows = [{"epoch": e, "run": 0, "loss": 1.0} for e in range(1, 4)]
+  writer = results.MetricsWriter(WORKDIR)
+  writer.epochs("a", rows[:1])
+  writer.close()
+  writer = results.MetricsWriter(WORKDIR)
+  writer.epochs("a", rows[:1])
+  writer.epochs("a", rows[1:])
+  assert len(results.read_metrics(WORKDIR)) == 1  # As good as killed here.
+  writer._events.close()
+  writer = results.MetricsWriter(WORKDIR)
+  writer.epochs("a", rows[:2])
+  writer.epochs("a", rows[2:])
+  writer.close()
+  assert [row["epoch"] for row in results.read_metrics(WORKDIR)] == [1, 2, 3]
+  assert len([name for name in server.objects if "tensorboard" in name]) == 1
+
+
+def test_comparing(server, alone, capsys):
+  for name, content in runs.files(alone["device"], "tuned/*/*").items():
+    files.write(files.path(f"{WORKDIR}/{name}"), content)
+  _, info = results.load_tuned(f"{WORKDIR}/tuned/seed_7")
+  assert info["seed"] == 7
+  summary = runs.results(alone["device"]) | {"method": "linear"}  # No queries.
+  results.write_json(f"{WORKDIR}/results.json", summary)
+  assert compare.main(["compare", WORKDIR, "--output=gs://bucket/out"]) == 0
+  assert server.written[-2:] == ["out/compare.csv", "out/compare.png"]
+  assert compare.main(["compare", "gs://bucket/none"]) == 2
+  assert "There is no gs://bucket/none/results.json." in capsys.readouterr().err

@@ -1,0 +1,322 @@
+"""Files of a run, in a folder or in a bucket (`gs://`); the difference is here.
+
+Paths in both are joined, named and listed alike: a folder's is a
+`pathlib.Path`, a bucket's an `epath.Path`. An object in a bucket appears whole
+and at once, but it cannot grow, and folders there cannot get another name.
+"""
+
+from collections.abc import Iterator, Mapping
+from concurrent import futures
+import contextlib
+import errno
+import functools
+import logging
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+import time
+
+from vqt_jax import errors
+
+PathLike = str | os.PathLike
+# What `path` gives; an `epath.Path` is a `PurePath` too.
+Path = pathlib.PurePath
+
+COPY_SECONDS = 60  # Between copies of what grows into a bucket.
+_COPIES_AT_ONCE = 16
+
+# What is wrong with a bucket, told from an exception's type, code and text.
+_DENIED = (
+    r"Forbidden|HttpError 40[13]|Unauthorized|Auth\w*Error|CredentialsError"
+    r"|RefreshError|PERMISSION_DENIED|UNAUTHENTICATED"
+)
+_UNREACHABLE = (
+    r"Client\w*Error|ServerDisconnected|Connection|Timeout|ServiceUnavailable"
+    r"|HttpError (429|5..)|UNAVAILABLE|DEADLINE_EXCEEDED"
+)
+
+
+def path(place: PathLike) -> Path:
+  """The path of a folder or file, here or in a bucket.
+
+  Raises:
+    UserError: it is an address of something else.
+  """
+  text = os.fspath(place)
+  if not re.match(r"\w+:/", text):
+    return pathlib.Path(text)
+  if not re.match(r"gs://[^/]", text):
+    raise errors.UserError(
+        f"Cannot use {text}: expected a folder, or gs://BUCKET/FOLDER."
+    )
+  _prepare_for_buckets()
+  from etils import epath
+
+  return epath.Path(text)
+
+
+@functools.cache
+def _prepare_for_buckets() -> None:
+  import fsspec
+
+  # Orbax writes past gcsfs, and so do other processes: it must look each time.
+  fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+  # They tell of every failure with its traceback, and of every read.
+  logging.getLogger("gcsfs").setLevel(logging.CRITICAL + 1)
+  logging.getLogger("fsspec").setLevel(logging.WARNING)
+
+
+def in_bucket(place: PathLike) -> bool:
+  return os.fspath(place).startswith("gs://")
+
+
+def absolute(place: Path) -> Path:
+  return place if in_bucket(place) else place.absolute()
+
+
+def make_folder(place: Path) -> None:
+  """Makes a folder and those it is in; buckets have none."""
+  if not in_bucket(place):
+    place.mkdir(parents=True, exist_ok=True)
+
+
+def exists(place: Path) -> bool:
+  """Whether there is such a file, or anything in such a folder.
+
+  Raises:
+    UserError: it cannot be told.
+  """
+  with reading(place):
+    return place.exists()
+
+
+def names(folder: Path) -> list[str]:
+  """Names in a folder, sorted; none if there is no such folder.
+
+  Raises:
+    UserError: it cannot be read.
+  """
+  none = FileNotFoundError, NotADirectoryError
+  with reading(folder), contextlib.suppress(*none):
+    return sorted(each.name for each in folder.iterdir())
+  return []
+
+
+def read(file: Path) -> bytes:
+  """All of a file.
+
+  Raises:
+    FileNotFoundError: there is none.
+    UserError: it cannot be read.
+  """
+  with reading(file):
+    return file.read_bytes()
+
+
+@contextlib.contextmanager
+def as_file(file: Path) -> Iterator[pathlib.Path]:
+  """The file itself, or, while this lasts, a copy of one in a bucket.
+
+  Raises:
+    FileNotFoundError: there is none in the bucket.
+    UserError: it cannot be read from there.
+  """
+  if not in_bucket(file):
+    yield file
+    return
+  with tempfile.NamedTemporaryFile(prefix="vqt_jax_") as copy:
+    copy.write(read(file))
+    copy.flush()
+    yield pathlib.Path(copy.name)
+
+
+def write(file: Path, content: bytes) -> None:
+  """Writes a file at once, also its folder: under another name if need be.
+
+  Raises:
+    UserError: it cannot be written; an old file is left as it was.
+  """
+  with writing(file):
+    if in_bucket(file):
+      _write_object(file, content)
+      return
+    temporary = file.with_name(file.name + ".new")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      with open(temporary, "wb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+      os.replace(temporary, file)
+    except OSError:
+      with contextlib.suppress(OSError):
+        temporary.unlink()
+      raise
+
+
+def _write_object(file: Path, content: bytes) -> None:
+  try:
+    file.write_bytes(content)
+  except FileNotFoundError as e:
+    raise errors.UserError(
+        f"Cannot write {file}: there is no such bucket, or you may not see it."
+    ) from e
+
+
+def write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
+  """Writes a folder that appears at once; one that exists is replaced.
+
+  In a bucket, where that cannot be, its files appear in their order: the folder
+  is whole if the last one is there.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  if in_bucket(folder):
+    remove(folder)
+    for name, content in contents.items():
+      write(folder / name, content)
+    return
+  new = folder.with_name(folder.name + ".new")
+  old = folder.with_name(folder.name + ".old")
+  with writing(folder):
+    for left_over in (new, old):
+      remove(left_over)
+    new.mkdir(parents=True)
+    for name, content in contents.items():
+      write(new / name, content)
+    if folder.exists():
+      folder.rename(old)
+    new.rename(folder)
+    remove(old)
+
+
+def remove(folder: Path) -> None:
+  """Removes a folder; what cannot be removed stays."""
+  if not in_bucket(folder):
+    shutil.rmtree(folder, ignore_errors=True)
+    return
+  with contextlib.suppress(errors.UserError), writing(folder):
+    folder.rmtree()
+
+
+@contextlib.contextmanager
+def reading(place: PathLike) -> Iterator[None]:
+  """Turns a failure to read into a `UserError`; a missing file stays one."""
+  try:
+    with _asking_bucket("read", place):
+      yield
+  except FileNotFoundError:
+    raise
+  except OSError as e:
+    raise errors.UserError(f"Cannot read {place}: {e.strerror}.") from e
+
+
+@contextlib.contextmanager
+def writing(place: PathLike) -> Iterator[None]:
+  """Turns a failure to write into a `UserError` that names the place."""
+  try:
+    with _asking_bucket("write", place):
+      yield
+  except OSError as e:
+    full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+    raise errors.UserError(
+        f"Cannot write {place}: {e.strerror or e}."
+        + (" Free some space there." if full else " Choose another place.")
+    ) from e
+
+
+@contextlib.contextmanager
+def _asking_bucket(what: str, place: PathLike) -> Iterator[None]:
+  """Turns every failure into a `UserError`, if the place is in a bucket."""
+  try:
+    yield
+  except Exception as e:  # Each of the libraries on the way has its own.
+    if not in_bucket(place) or isinstance(e, errors.UserError):
+      raise
+    if what == "read" and isinstance(e, FileNotFoundError):
+      raise
+    raise errors.UserError(
+        f"Cannot {what} {place}: {first_line(e)}"
+        f" {advice(e) or 'The same command resumes.'}"
+    ) from e
+
+
+def advice(error: BaseException | None) -> str | None:
+  """What to do if it is a bucket that said no, or nothing; else None."""
+  while error:
+    told = f"{type(error).__name__} {getattr(error, 'code', '')} {error}"
+    if re.search(_DENIED, told):
+      return (
+          "Sign in with `gcloud auth application-default login`, or give this"
+          " machine's service account the role Storage Admin there."
+      )
+    if re.search(_UNREACHABLE, told):
+      return "See that the network is up; the same command resumes."
+    error = error.__cause__ or error.__context__
+  return None
+
+
+def first_line(error: Exception) -> str:
+  """The beginning of what an exception says, as a sentence."""
+  line = str(error).strip().split("\n")[0][:200].rstrip(".")
+  return f"{line or type(error).__name__}."
+
+
+class Growing:
+  """A folder of files that grow, as objects in a bucket cannot.
+
+  It is the place itself, or, if that is in a bucket, a temporary folder from
+  which files are copied there now and then.
+  """
+
+  def __init__(self, place: Path, *names: str):
+    """Begins with those of the named files that are there.
+
+    Raises:
+      UserError: one of them cannot be read.
+    """
+    self._place, self._last = place, time.monotonic()
+    self.folder = place
+    if in_bucket(place):
+      self.folder = pathlib.Path(tempfile.mkdtemp(prefix="vqt_jax_"))
+      for name in names:
+        with contextlib.suppress(FileNotFoundError):
+          (self.folder / name).write_bytes(read(place / name))
+      self._copied = self._states()
+
+  def copy(self, after: float = COPY_SECONDS) -> None:
+    """Copies what has changed, if the last time was long enough ago.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    if not in_bucket(self._place) or time.monotonic() < self._last + after:
+      return
+    states = self._states()
+    changed = [f for f, state in states.items() if self._copied.get(f) != state]
+    with futures.ThreadPoolExecutor(_COPIES_AT_ONCE) as pool:
+      for _ in pool.map(self._copy, changed):
+        pass
+    self._copied, self._last = states, time.monotonic()
+
+  def close(self) -> None:
+    """Copies the rest; if that fails the temporary folder stays.
+
+    Raises:
+      UserError: it fails.
+    """
+    self.copy(after=0)
+    if in_bucket(self._place):
+      shutil.rmtree(self.folder)
+      self.folder = self._place
+
+  def _copy(self, file: pathlib.Path) -> None:
+    write(self._place / file.relative_to(self.folder), file.read_bytes())
+
+  def _states(self) -> dict[pathlib.Path, tuple[int, int]]:
+    """Something of every file that changes when it does."""
+    found = [(f, f.stat()) for f in self.folder.rglob("*") if f.is_file()]
+    return {file: (stat.st_size, stat.st_mtime_ns) for file, stat in found}
