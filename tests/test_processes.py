@@ -64,8 +64,10 @@ def group(
   return status, [p.said() for p in processes]
 
 
-def assert_same_outcome(workdir, alone, devices=4, logs=("log_1.txt",)):
-  """Same choices and accuracies, weights to 1e-6, and everything only once."""
+def assert_same_outcome(
+    workdir, alone, devices=4, logs=("log_1.txt",), atol=1e-6
+):
+  """Same choices and accuracies, weights to `atol`, and all only once."""
   ours, theirs = runs.results(workdir), runs.results(alone)
   assert ours["device"] == f"{devices} x cpu"
   assert ours["test_accuracy"] == theirs["test_accuracy"]
@@ -76,7 +78,7 @@ def assert_same_outcome(workdir, alone, devices=4, logs=("log_1.txt",)):
     b, _ = results.load_tuned(tuned)
     for name, value in runs.flat(a).items():
       np.testing.assert_allclose(
-          value, runs.flat(b)[name], rtol=0, atol=1e-6, err_msg=name
+          value, runs.flat(b)[name], rtol=0, atol=atol, err_msg=name
       )
   ours, theirs = runs.metrics(workdir), runs.metrics(alone)
   assert len(ours) == len(theirs)
@@ -190,7 +192,8 @@ def test_streamed_to_a_backbone_in_two_halves(material, alone, tmp_path):
   """And started by Slurm, as far as they can tell."""
   changes = {"data": "stream", "mesh__data": 2, "mesh__model": 2}
   assert group(material, tmp_path, slurm=True, **changes)[0] == [0, 0]
-  assert_same_outcome(tmp_path, alone["stream"])
+  # Sums over the halves round otherwise; how much depends on the processor.
+  assert_same_outcome(tmp_path, alone["stream"], atol=1e-5)
 
 
 @pytest.mark.parametrize("which", [0, 1])
