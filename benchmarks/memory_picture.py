@@ -2,8 +2,8 @@
 
   python -m benchmarks.memory_picture memory.json comparison.csv picture.png
 
-memory.json is of `benchmarks.tpu_memory --methods --json`; comparison.csv has
-columns `method` and `test_accuracy` (0..1).
+memory.json is of `benchmarks.tpu_memory --methods --json`; comparison.csv is
+the `compare.csv` of a comparison, whose backbone may be another one.
 """
 
 import csv
@@ -16,12 +16,12 @@ GIB = 2**30
 
 
 def points(memory: str, comparison: str) -> list[tuple[str, float, float]]:
-  """Method, GiB (temporary and arguments) and accuracy, if both are known."""
+  """Method, GiB (temporary and arguments) and accuracy in percent, if known."""
   with open(memory) as file:
     rows = {row["step"]: row for row in json.load(file)["rows"]}
   with open(comparison, newline="") as file:
     accuracy = {
-        row["method"]: float(row["test_accuracy"])
+        row["method"]: float(row["accuracy_percent"])
         for row in csv.DictReader(file)
     }
   size = lambda row: (row["temp_bytes"] + row["argument_bytes"]) / GIB
@@ -38,8 +38,8 @@ def main() -> None:
   ax = figure.subplots()
   for name, gib, accuracy in points(memory, comparison):
     fill = "w" if name.endswith("remat") else "C0"
-    ax.scatter(gib, 100 * accuracy, facecolors=fill, edgecolors="C0")
-    ax.annotate(name, (gib, 100 * accuracy), (4, 4), fontsize=8,
+    ax.scatter(gib, accuracy, facecolors=fill, edgecolors="C0")
+    ax.annotate(name, (gib, accuracy), (4, 4), fontsize=8,
                 textcoords="offset points")  # fmt: skip
   ax.set_xscale("log")
   ax.margins(x=0.15)

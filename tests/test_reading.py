@@ -1,5 +1,7 @@
 """Reading with queries: goldens of the official program, and the laws."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,22 +125,28 @@ def _direct(config, params, tokens, queries):
   return x + y @ mlp["Dense_1"]["kernel"] + mlp["Dense_1"]["bias"]
 
 
+@pytest.mark.parametrize("by_parts", [False, True])
 @pytest.mark.parametrize("per_example", [False, True])
 @pytest.mark.parametrize("num_queries", [1, 4])
-def test_absorbed_equals_direct(per_example, num_queries):
+def test_absorbed_equals_direct(per_example, num_queries, by_parts):
   backbone = helpers.tiny_backbone()
   config = backbone.config
   blocks = backbone.params["Transformer"]["encoderblock"]
   params = jax.tree.map(lambda x: x[1], blocks)
   rng = np.random.default_rng(0)
-  tokens = rng.standard_normal((3, 10, 16)).astype(np.float32)
-  shape = (3, num_queries, 16) if per_example else (num_queries, 16)
+  stored = rng.standard_normal((9, 10, 16)).astype(np.float32)
+  rows = np.array([[4, 0], [8, 3], [3, 5]])
+  tokens = stored[rows.reshape(-1)]
+  shape = (6, num_queries, 16) if per_example else (num_queries, 16)
   queries = rng.standard_normal(shape).astype(np.float32)
-  weights = rng.standard_normal((3, num_queries, 16)).astype(np.float32)
+  weights = rng.standard_normal((6, num_queries, 16)).astype(np.float32)
 
   def absorbed(queries):
-    block = vit.Block(config)
-    out = block.apply({"params": params}, tokens, queries, method="read")
+    block = functools.partial(vit.Block(config).apply, {"params": params})
+    if by_parts:
+      out = block(stored, queries, rows=rows, method="read")
+    else:
+      out = block(tokens, queries, method="read")
     return (out * weights).sum(), out
 
   def direct(queries):
@@ -149,6 +157,40 @@ def test_absorbed_equals_direct(per_example, num_queries):
   theirs = jax.grad(direct, has_aux=True)(queries)
   helpers.assert_close(ours[1], theirs[1], 5e-6, "values")
   helpers.assert_close(ours[0], theirs[0], 5e-6, "gradients")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_batch_read_by_parts_is_the_same(monkeypatch, dropout):
+  """Also under a gradient and with several runs at once."""
+  backbone = helpers.tiny_backbone()
+  depth = backbone.config.depth
+  blocks = backbone.params["Transformer"]["encoderblock"]
+  step = readers.query_step(backbone.config)
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+  tokens, rows = draw(depth, 20, 10, 16), rng.permutation(20)[:16]
+  queries = draw(3, depth, *((16,) if dropout else ()), 2, 16)
+
+  @jax.vmap
+  def grad(queries):
+    def loss(queries):
+      out = readers.read(step, blocks, queries, tokens, jnp.asarray(rows))
+      return (out**2).sum(), out
+
+    return jax.grad(loss, has_aux=True)(queries)
+
+  whole = jax.jit(lambda queries: grad(queries))(queries)
+  asked = []
+  by_parts = readers.token_mean.by_parts
+  monkeypatch.setattr(
+      readers.token_mean, "by_parts",
+      lambda *args: asked.append(args[2].shape) or by_parts(*args),
+  )  # fmt: skip
+  monkeypatch.setattr(readers, "CACHE_BYTES", tokens[0, :8].nbytes)
+  parts = jax.jit(lambda queries: grad(queries))(queries)
+  assert set(asked) == {(2, 8)}
+  helpers.assert_close(parts[1], whole[1], 5e-6, "values")
+  helpers.assert_close(parts[0], whole[0], 5e-6, "gradients")
 
 
 def test_the_stream_is_intact():

@@ -124,7 +124,7 @@ def _ticks(ax: Any, units: Any) -> None:
   if decades < 2 and base == 10:
     places = [n * 10**p for p in range(12) for n in (1, 2, 5)]
   else:
-    every = max(1, round(decades / 5))
+    every = max(1, math.ceil(decades / 4.5))  # Labels need their width.
     first = math.floor(math.log(low, base))
     places = [base ** (first + every * i) for i in range(12)]
   ax.set_xticks([place for place in places if low <= place <= high])

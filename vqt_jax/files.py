@@ -17,6 +17,7 @@ import re
 import shutil
 import tempfile
 import time
+import uuid
 
 from vqt_jax import errors
 
@@ -142,7 +143,8 @@ def write(file: Path, content: bytes) -> None:
     if in_bucket(file):
       _write_object(file, content)
       return
-    temporary = file.with_name(file.name + ".new")
+    # A name of its own: other processes may begin runs in the same workdir.
+    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.new")
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
       with open(temporary, "wb") as out:

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from vqt_jax import parallel
+from vqt_jax import token_mean
 from vqt_jax import vit
 
 Step = Callable[[Any, Any, jax.Array, Any], tuple[Any, jax.Array]]
@@ -58,12 +59,14 @@ def query_step(config: vit.ViTConfig, edit: vit.Edit | None = None) -> Step:
   """
   block = vit.Block(config, edit=edit)
 
-  def step(block_params, weights, tokens, carry):
+  def step(block_params, weights, tokens, carry, rows=None):
     params = {"params": block_params}
-    tokens = tokens.astype(config.dtype)  # They may be kept in another one.
+    if rows is None:
+      tokens = tokens.astype(config.dtype)  # They may be kept in another one.
     queries = weights if edit is None else weights[0]
     own = None if edit is None else weights[1]
-    return carry, block.apply(params, tokens, queries, own, method="read")
+    out = block.apply(params, tokens, queries, own, rows, method="read")
+    return carry, out
 
   return step
 
@@ -98,8 +101,7 @@ def read(
   Args:
     step: the reader's step.
     blocks: frozen block parameters, leaves stacked over depth (L, ...).
-    weights: the reader's weights, leaves stacked over depth; from a store,
-      those of four axes are (L, B, ...), an example's own.
+    weights: the reader's weights, leaves stacked over depth.
     tokens: (L, B, N, D), or if `rows` are given (L, n, N, D).
     rows: (B,) int32, the examples to read; each block fetches its own, so that
       a batch is never held for all blocks at once. None: all, in order.
@@ -113,34 +115,24 @@ def read(
   flat = tokens.reshape(depth * count, *tokens.shape[2:])
 
   def fetch(block, mine, index, carry):
+    if parts > 1:
+      return step(block, mine, flat, carry, index.reshape(parts, -1))
     found = jnp.take(flat, index, axis=0, mode="clip")
     return step(block, mine, parallel.constrain(found, "data"), carry)
 
   index = rows + count * jnp.arange(depth, dtype=rows.dtype)[:, None]
   parts = _parts(tokens, rows)
-  if parts == 1:
-    return _scan(fetch, blocks, weights, index)
-  cut = lambda x: jnp.moveaxis(
-      x.reshape(depth, parts, -1, *x.shape[2:]), 1, 0
-  )
-  own, tree = jax.tree.flatten(weights)
-  sliced = [x.ndim == 4 for x in own]
-
-  def part(inputs):
-    index, mine = inputs
-    mine = [m if s else x for m, x, s in zip(mine, own, sliced)]
-    return _scan(fetch, blocks, tree.unflatten(mine), index)
-
-  mine = [cut(x) if s else None for x, s in zip(own, sliced)]
-  outputs = jnp.moveaxis(jax.lax.map(part, (cut(index), mine)), 0, 1)
-  return outputs.reshape(depth, len(rows), *outputs.shape[3:])
+  return _scan(fetch, blocks, weights, index)
 
 
 def _scan(step: Step, blocks: Any, weights: Any, tokens: jax.Array):
   @functools.partial(
       jax.checkpoint,
       prevent_cse=False,
-      policy=jax.checkpoint_policies.dots_saveable,
+      policy=jax.checkpoint_policies.save_from_both_policies(
+          jax.checkpoint_policies.dots_saveable,
+          jax.checkpoint_policies.save_only_these_names(token_mean.KEPT),
+      ),
   )
   def body(carry, inputs):
     return step(*inputs, carry)
@@ -153,10 +145,9 @@ CACHE_BYTES = 8 * 2**20
 
 
 def _parts(tokens: jax.Array, rows: jax.Array) -> int:
-  """In how many parts a batch is read from a store.
+  """In how many parts the tokens of a batch are read from a store.
 
-  Reading goes over a block's tokens four times with little arithmetic. A CPU
-  does all four from its cache, twice as fast, if they fit there.
+  On a CPU, where a part fits in the cache; see `token_mean`.
   """
   if jax.default_backend() != "cpu" or parallel.size("data") > 1:
     return 1

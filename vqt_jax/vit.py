@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqt_jax import parallel
+from vqt_jax import token_mean
 
 EPSILON = 1e-6
 
@@ -233,24 +234,42 @@ class Attention(nn.Module):
     Returns:
       (B, H, T, N), float32, sums to 1 over N.
     """
-    c = self.config
-    u = _dot("...thk,dhk->...htd", self.query(queries), self._kernel("key"))
-    u = (u * c.head_dim**-0.5).astype(c.dtype)
+    u = self._keys_of(queries)
     shape = "bhtd" if u.ndim == 4 else "htd"
     return jax.nn.softmax(_dot(f"bnd,{shape}->bhtn", tokens, u), axis=-1)
 
-  def absorbed(self, queries: jax.Array, tokens: jax.Array) -> jax.Array:
+  def absorbed(
+      self,
+      queries: jax.Array,
+      tokens: jax.Array,
+      rows: jax.Array | None = None,
+  ) -> jax.Array:
     """`self(queries, tokens)` with the projections absorbed; (B, T, D).
 
     With few queries it is cheaper to project the weighted mean of the tokens
     to values than all tokens before it; the value bias is added once.
+
+    Args:
+      queries: (T, D), or (B, T, D).
+      tokens: (B, N, D), or with `rows` (n, N, D).
+      rows: (parts, b), of the B examples to read; see `token_mean.by_parts`.
     """
     c = self.config
-    weights = self.weights(queries, tokens).astype(c.dtype)
-    mean = _dot("bhtn,bnd->bhtd", weights, tokens).astype(c.dtype)
+    if rows is None:
+      weights = self.weights(queries, tokens).astype(c.dtype)
+      mean = _dot("bhtn,bnd->bhtd", weights, tokens)
+    else:
+      mean = token_mean.by_parts(self._keys_of(queries), tokens, rows)
+    mean = mean.astype(c.dtype)
     heads = _dot("bhtd,dhk->bthk", mean, self._kernel("value"))
     heads = heads + self.value.variables["params"]["bias"]
     return self.out(heads.astype(c.dtype))
+
+  def _keys_of(self, queries: jax.Array) -> jax.Array:
+    """What tokens are scored by, `W_k q / sqrt(head_dim)`, (..., H, T, D)."""
+    c = self.config
+    u = _dot("...thk,dhk->...htd", self.query(queries), self._kernel("key"))
+    return (u * c.head_dim**-0.5).astype(c.dtype)
 
   def _kernel(self, name: str) -> jax.Array:
     params = getattr(self, name).variables["params"]
@@ -287,21 +306,28 @@ class Block(nn.Module):
     return z, {name: seen[name] for name in self.collect}
 
   def read(
-      self, tokens: jax.Array, queries: jax.Array, weights: Any = None
+      self,
+      tokens: jax.Array,
+      queries: jax.Array,
+      weights: Any = None,
+      rows: jax.Array | None = None,
   ) -> jax.Array:
     """Passes queries through this block; they see the stream, nobody sees them.
 
     Args:
-      tokens: LN_0(z_m), (B, N, D).
+      tokens: LN_0(z_m), (B, N, D), or with `rows` (n, N, D).
       queries: (T, D) shared by all examples, or (B, T, D). float32.
       weights: of the edit, in this block.
+      rows: (parts, b), of the examples to read, part by part; only of a stream
+        that nothing edits.
 
     Returns:
       The queries' outputs (B, T, D), float32.
     """
-    attend = self.MultiHeadDotProductAttention_0.absorbed
+    attention = self.MultiHeadDotProductAttention_0
+    attend = functools.partial(attention.absorbed, rows=rows)
     if _projections_edited(weights):  # Then they have to be there.
-      attend = self.MultiHeadDotProductAttention_0
+      attend = attention
       queries = jnp.broadcast_to(queries, (len(tokens), *queries.shape[-2:]))
     with self._edited(weights) as edited:
       x = queries + attend(self.LayerNorm_0(queries), tokens)

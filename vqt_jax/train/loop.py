@@ -159,7 +159,9 @@ def train_phase(
     save: (state) -> None; starts a checkpoint of it and of `progress`.
     due: () -> bool; whether it is time for one.
     stop: truthy when asked to stop.
-    report: (epoch, loss per run, accuracy per run, images per second) -> None.
+    report: (epoch, loss per run, accuracy per run, images per second) -> None;
+      the speed is the mean since the first epoch, which compiles: a single one
+      is over on the devices before it is looked at, or after.
 
   Raises:
     UserError: the loss is not finite any more.
@@ -169,11 +171,12 @@ def train_phase(
   measured = False
   pending = []  # Sums on the devices: read late, so that steps queue up.
   clock, first = time.monotonic(), progress.epoch
+  compiled = clock  # When the first epoch was over, from which speed counts.
   pace = Pace()
 
   def settle():
     """Waits for the queued steps; books finished epochs."""
-    nonlocal clock
+    nonlocal clock, compiled
     for epoch, losses, right, count, last in pending:
       losses, right = (x[:count] for x in parallel.to_host((losses, right)))
       pace.measure(count)
@@ -191,11 +194,14 @@ def train_phase(
         progress.epoch, progress.step, progress.sums = epoch + 1, 0, []
         elapsed = time.monotonic() - clock
         progress.seconds += elapsed
+        clock = time.monotonic()
         if epoch > first:
           progress.epoch_seconds.append(elapsed)
-        clock = time.monotonic()
+          epochs_per_second = (epoch - first) / max(clock - compiled, 1e-9)
+        else:
+          epochs_per_second, compiled = 1 / max(elapsed, 1e-9), clock
         seen = phase.source.num_examples * len(phase.runs)
-        report(epoch, loss, accuracy, seen / max(elapsed, 1e-9))
+        report(epoch, loss, accuracy, seen * epochs_per_second)
     pending.clear()
 
   while progress.epoch + len([p for p in pending if p[-1]]) < phase.epochs:
