@@ -3,49 +3,70 @@
   python -m benchmarks.memory_picture memory.json comparison.csv picture.png
 
 memory.json is of `benchmarks.tpu_memory --methods --json`; comparison.csv is
-the `compare.csv` of a comparison, whose backbone may be another one.
+the `compare.csv` of a comparison, whose backbone may be another one. A hollow
+point is the method with its blocks computed again for the gradient.
 """
 
 import csv
 import json
 import sys
 
-from matplotlib import figure as figure_lib
+from vqt_jax import compare_plot
+from vqt_jax import plots
 
 GIB = 2**30
 
 
-def points(memory: str, comparison: str) -> list[tuple[str, float, float]]:
-  """Method, GiB (temporary and arguments) and accuracy in percent, if known."""
-  with open(memory) as file:
-    rows = {row["step"]: row for row in json.load(file)["rows"]}
-  with open(comparison, newline="") as file:
-    accuracy = {
-        row["method"]: float(row["accuracy_percent"])
-        for row in csv.DictReader(file)
-    }
+def points(
+    memory: str, comparison: str
+) -> list[tuple[str, float, float, float | None]]:
+  """Method, accuracy in percent, GiB (temporary and arguments), with remat.
+
+  The most accurate first; those of which both files know.
+  """
   size = lambda row: (row["temp_bytes"] + row["argument_bytes"]) / GIB
+  with open(memory) as file:
+    steps = json.load(file)["rows"]
+  fits = {row["step"]: size(row) for row in steps if not row["exceeds"]}
+  plain = {name.split(",")[0]: name for name in fits if "remat" not in name}
+  again = {name.split(",")[0]: name for name in fits if "remat" in name}
+  with open(comparison, newline="") as file:
+    rows = [(r["method"], float(r["accuracy_percent"]))
+            for r in csv.DictReader(file)]  # fmt: skip
   return [
-      (name, size(row), accuracy[name.split(",")[0]])
-      for name, row in rows.items()
-      if name.split(",")[0] in accuracy and not row["exceeds"]
+      (name, accuracy, fits[plain[name]], fits.get(again.get(name)))
+      for name, accuracy in sorted(rows, key=lambda row: -row[1])
+      if name in plain
   ]
 
 
 def main() -> None:
   memory, comparison, picture = sys.argv[1:]
-  figure = figure_lib.Figure(figsize=(8, 5), layout="constrained", dpi=150)
+  found = points(memory, comparison)
+  figure = plots.figure_of(9, 5)
   ax = figure.subplots()
-  for name, gib, accuracy in points(memory, comparison):
-    fill = "w" if name.endswith("remat") else "C0"
-    ax.scatter(gib, accuracy, facecolors=fill, edgecolors="C0")
-    ax.annotate(name, (gib, accuracy), (4, 4), fontsize=8,
-                textcoords="offset points")  # fmt: skip
+  for number, (name, accuracy, gib, remat) in enumerate(found, start=1):
+    kind = compare_plot.kind(name)
+    colour, mark = compare_plot.KINDS[kind], compare_plot.MARKS[kind]
+    label = f"{number}  {plots.METHODS.get(name, name)}"
+    if remat:
+      ax.plot([remat, gib], [accuracy] * 2, color=plots.FAINT, lw=0.6)
+      ax.plot(remat, accuracy, mark, mfc="white", mec=colour)
+    ax.plot(gib, accuracy, mark, color=colour, label=label, ls="")
   ax.set_xscale("log")
-  ax.margins(x=0.15)
-  ax.set_xlabel("memory of a training step, GiB a chip")
-  ax.set_ylabel("test accuracy, %")
-  figure.savefig(picture)
+  ticks = (0.25, 0.5, 1, 2, 4, 8, 16)
+  ax.set_xticks(ticks, map("{:g}".format, ticks))
+  ax.minorticks_off()
+  ax.grid()
+  ax.set_title("Test accuracy, %, against memory of a training step, GiB a chip",
+               loc="left")  # fmt: skip
+  figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+  figure.draw_without_rendering()
+  sizes = [gib for _, _, gib, _ in found]
+  runs = [{"test_accuracy": {"mean": a, "std": 0}} for _, a, _, _ in found]
+  compare_plot.number(ax, runs, sizes)
+  figure.set_layout_engine("none")
+  plots.save(figure, picture)
 
 
 if __name__ == "__main__":

@@ -265,7 +265,7 @@ def test_numbers_in_the_picture_do_not_overlap(tmp_path):
   values = [1000 + i for i in range(13)]
   compare_plot._against(ax, outcomes, values, "", compare_plot.UNITS)
   figure.draw_without_rendering()
-  compare_plot._number(ax, outcomes, values)
+  compare_plot.number(ax, outcomes, values)
   figure.draw_without_rendering()
   extent = matplotlib.text.Text.get_window_extent  # Without its line.
   boxes = [extent(text) for text in ax.texts]

@@ -60,6 +60,21 @@ def test_json_is_replaced_at_once_and_holds_plain_numbers(tmp_path):
   assert os.listdir(path.parent) == ["a.json"]
 
 
+def test_two_processes_may_write_the_same_file(tmp_path, monkeypatch):
+  """As those do that begin runs in one new workdir at the same time."""
+  path, replace = tmp_path / "config.json", os.replace
+
+  def meanwhile(*args):
+    monkeypatch.setattr(os, "replace", replace)
+    results.write_json(path, "theirs")
+    replace(*args)
+
+  monkeypatch.setattr(os, "replace", meanwhile)
+  results.write_json(path, "ours")
+  assert results.read_json(path) == "ours"
+  assert os.listdir(tmp_path) == ["config.json"]
+
+
 def test_json_that_cannot_be_read(tmp_path):
   with pytest.raises(errors.UserError, match="There is no .*a.json"):
     results.read_json(tmp_path / "a.json")

@@ -43,7 +43,7 @@ def draw(summary: Mapping[str, Any], path: str | os.PathLike) -> None:
   figure.get_layout_engine().set(wspace=0.06)
   figure.draw_without_rendering()  # Where points are is known from here on.
   for ax, values in ((middle, sizes), (right, peaks)):
-    _number(ax, runs, values)
+    number(ax, runs, values)
   figure.set_layout_engine("none")
   plots.save(figure, path)
 
@@ -141,7 +141,7 @@ def _short(value: float, units: Any) -> str:
   return f"{value:g}"
 
 
-def _number(
+def number(
     ax: Any, runs: Sequence[Mapping[str, Any]], values: Sequence[float | None]
 ) -> None:
   """Writes the runs' numbers beside their points, where there is room."""
