@@ -216,13 +216,14 @@ def show(config, clock, ours, theirs, results) -> None:
   )  # fmt: skip
   for column in table.columns[1:]:
     column.justify = "right"
+
+  def add(name, a, b):
+    seconds = [f"{x:,.1f}" if x else "" for x in (a, b)]
+    table.add_row(name, *seconds, f"{b / a:.1f}" if a and b else "")
+
   for name in dict.fromkeys([*ours, *theirs]):
-    a, b = ours.get(name, 0), theirs.get(name, 0)
-    ratio = f"{b / a:.1f}" if a and b else ""
-    table.add_row(name, f"{a:,.1f}", f"{b:,.1f}", ratio)
-  a, b = sum(ours.values()), sum(theirs.values())
-  ratio = f"{b / a:.1f}" if b else ""
-  table.add_row("all", f"{a:,.1f}", f"{b:,.1f}", ratio)
+    add(name, ours.get(name, 0), theirs.get(name, 0))
+  add("all", sum(ours.values()), sum(theirs.values()))
   out = rich_console.Console(width=100)
   out.print(table)
   inside = sum(map(sum, clock.calls.values()))
