@@ -58,8 +58,8 @@ def main() -> None:
   ax.set_xticks(ticks, map("{:g}".format, ticks))
   ax.minorticks_off()
   ax.grid()
-  ax.set_title("Test accuracy, %, against memory of a training step, GiB a chip",
-               loc="left")  # fmt: skip
+  title = "Test accuracy, %, against memory of a training step, GiB a chip"
+  ax.set_title(title, loc="left")
   figure.legend(loc="outside right upper", frameon=False, fontsize=9)
   figure.draw_without_rendering()
   sizes = [gib for _, _, gib, _ in found]

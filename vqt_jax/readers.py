@@ -61,7 +61,7 @@ def query_step(config: vit.ViTConfig, edit: vit.Edit | None = None) -> Step:
 
   def step(block_params, weights, tokens, carry, rows=None):
     params = {"params": block_params}
-    if rows is None:
+    if rows is None:  # Else each part is cast when it is fetched.
       tokens = tokens.astype(config.dtype)  # They may be kept in another one.
     queries = weights if edit is None else weights[0]
     own = None if edit is None else weights[1]

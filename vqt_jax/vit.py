@@ -171,7 +171,7 @@ def _layer_norm() -> nn.LayerNorm:
   return nn.LayerNorm(epsilon=EPSILON, dtype=jnp.float32)
 
 
-_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+_dot = token_mean.dot
 
 
 class Mlp(nn.Module):
