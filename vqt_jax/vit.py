@@ -268,7 +268,8 @@ class Attention(nn.Module):
   def _keys_of(self, queries: jax.Array) -> jax.Array:
     """What tokens are scored by, `W_k q / sqrt(head_dim)`, (..., H, T, D)."""
     c = self.config
-    u = _dot("...thk,dhk->...htd", self.query(queries), self._kernel("key"))
+    # The kernel first: so a CPU's product has D last, and no copy turns it.
+    u = _dot("dhk,...thk->...htd", self._kernel("key"), self.query(queries))
     return (u * c.head_dim**-0.5).astype(c.dtype)
 
   def _kernel(self, name: str) -> jax.Array:
