@@ -79,8 +79,8 @@ def quiet(path: str | os.PathLike) -> Iterator[TextIO]:
 def last_words(screen: TextIO, words: str) -> Iterator[None]:
   """Has something said if the process dies meanwhile, even in C++ code.
 
-  A small process of its own waits for this one's end; where in Python this one
-  was is written to standard error.
+  A small process of its own waits for this one's end; where in Python the thread
+  was that died of it is written to standard error.
 
   Args:
     screen: where it is said.
@@ -92,7 +92,8 @@ def last_words(screen: TextIO, words: str) -> Iterator[None]:
       stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=screen,
       start_new_session=True,
   ) as other:  # fmt: skip
-    faulthandler.enable(2)
+    # Other threads may be running, and to look at one of these can crash.
+    faulthandler.enable(2, all_threads=False)
     try:
       yield
     finally:
