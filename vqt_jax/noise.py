@@ -79,8 +79,8 @@ def quiet(path: str | os.PathLike) -> Iterator[TextIO]:
 def last_words(screen: TextIO, words: str) -> Iterator[None]:
   """Has something said if the process dies meanwhile, even in C++ code.
 
-  A small process of its own waits for this one's end; where in Python the thread
-  was that died of it is written to standard error.
+  A small process of its own waits for this one's end; where in Python the
+  thread was that died of it is written to standard error.
 
   Args:
     screen: where it is said.

@@ -124,8 +124,8 @@ def connect(
       return False  # There is libtpu, but no TPU; or JAX is in use already.
     if nobody:
       raise errors.UserError(
-          "There is no cluster that tells the address of the first process. Give"
-          " --coordinator=HOST:PORT, --num_processes and --process_id, or"
+          "There is no cluster that tells the address of the first process."
+          " Give --coordinator=HOST:PORT, --num_processes and --process_id, or"
           " --coordinator=none to run alone."
       ) from e
     raise errors.UserError(
