@@ -268,7 +268,7 @@ class Attention(nn.Module):
   def _keys_of(self, queries: jax.Array) -> jax.Array:
     """What tokens are scored by, `W_k q / sqrt(head_dim)`, (..., H, T, D)."""
     c = self.config
-    # The kernel first: so a CPU's product has D last, and no copy turns it.
+    # The kernel first: so a CPU's product has D last, as its reader does.
     u = _dot("dhk,...thk->...htd", self._kernel("key"), self.query(queries))
     return (u * c.head_dim**-0.5).astype(c.dtype)
 
