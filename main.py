@@ -51,6 +51,7 @@ USAGE = "Usage: python main.py --config FILE --workdir DIR (--help tells more)."
 
 def main(argv: Sequence[str]) -> int:
   """Runs a command line; returns the exit status."""
+  parallel.ask_for_determinism()
   try:
     values = parse(list(argv))
     if values.help:

@@ -10,6 +10,7 @@ import pytest
 
 import main
 from vqt_jax import errors
+from vqt_jax import parallel
 
 CONFIG = "--config=configs/vtab_cifar.py"
 ROOT = os.path.dirname(os.path.abspath(main.__file__))
@@ -35,6 +36,15 @@ def test_debug_shows_where_an_error_comes_from(capsys):
 def test_help(capsys):
   assert main.main(["main.py", "--help"]) == 0
   assert "--config.FIELD=VALUE" in capsys.readouterr().out
+
+
+def test_gpus_are_asked_for_the_same_bits_each_time(monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=false")
+  for _ in range(2):
+    assert main.main(["main.py", "--help"]) == 0
+    ours, theirs = os.environ["XLA_FLAGS"].rsplit(" ", 1)
+    assert ours == parallel.GPU_FLAGS
+    assert theirs == "--xla_gpu_deterministic_ops=false"  # The last one wins.
 
 
 @pytest.fixture

@@ -85,6 +85,10 @@ def _of_equation(equation) -> int:
     out_features = kernel[params["dimension_numbers"].rhs_spec[0]]
     inner = math.prod(kernel) // out_features
     return 2 * inner * math.prod(equation.outvars[0].aval.shape)
+  if name.startswith("dot_product_attention_"):  # cuDNN's.
+    batch, tokens, heads, size = equation.invars[0].aval.shape
+    products = 2 if "_fwd_" in name else 5  # Scores are computed again.
+    return products * 2 * batch * heads * tokens**2 * size
   counts = [
       _of_jaxpr(getattr(inner, "jaxpr", inner))
       for value in params.values()

@@ -32,11 +32,29 @@ MODEL_RULES = (
     (r"/encoderblock/.*/Dense_1/kernel$", P(None, "model")),
 )
 
+# For the same bits each time. Without the second, products would be Triton's
+# with parameters that nobody tried.
+GPU_FLAGS = (
+    "--xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false"
+)
+
 # Seconds to wait for a process: until it comes, until it ends, and, while it
 # gives signs of life, until it does its part (it may hang in a file system).
 CONNECT_SECONDS = 300
 LEAVE_SECONDS = 30
 HUNG_SECONDS = 1800
+
+
+def ask_for_determinism() -> None:
+  """Has XLA make GPU programs that give the same bits each time.
+
+  To be called before JAX finds its devices. What is fastest is then not found
+  by trying, which is most of what compiling for a GPU takes otherwise. Flags
+  that are in the environment's XLA_FLAGS win.
+  """
+  given = os.environ.get("XLA_FLAGS", "")
+  if GPU_FLAGS not in given:
+    os.environ["XLA_FLAGS"] = f"{GPU_FLAGS} {given}".strip()
 
 
 def platform() -> dict[str, str | None] | None:
@@ -276,6 +294,21 @@ def constrain(x: Any, *spec: str | None) -> Any:
 def size(axis: str) -> int:
   """Devices along an axis of the mesh that is set; 1 if none is."""
   return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
+
+
+def auto_size(axis: str) -> int:
+  """As `size`, but 1 inside a `shard_map` over it: arrays are parts there."""
+  by_hand = axis in jax.sharding.get_abstract_mesh().manual_axes
+  return 1 if by_hand else size(axis)
+
+
+def backend() -> str:
+  """The platform that compiled code is for: "cpu", "gpu" or "tpu".
+
+  That of the mesh that is set, which need not be here; else of this machine.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device else jax.default_backend()
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -149,7 +149,7 @@ def _parts(tokens: jax.Array, rows: jax.Array) -> int:
 
   On a CPU, where a part fits in the cache; see `token_mean`.
   """
-  if jax.default_backend() != "cpu" or parallel.size("data") > 1:
+  if parallel.backend() != "cpu" or parallel.size("data") > 1:
     return 1
   count = len(rows)
   size = count * math.prod(tokens.shape[2:]) * tokens.dtype.itemsize

@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vqt_jax import fused_attention
 from vqt_jax import parallel
 from vqt_jax import token_mean
 
@@ -206,9 +207,11 @@ class Attention(nn.Module):
     """Attends, with one head (of each `model` shard) at a time.
 
     So the scores (B, N, N), float32 and the largest array of a frozen forward
-    pass, exist for one head only.
+    pass, exist for one head only; or where there is fused attention, never.
     """
     q, k, v = self.query(queries), self.key(tokens), self.value(tokens)
+    if fused_attention.takes(q, k):
+      return self.out(fused_attention.attend(q, k, v))
     shards = math.gcd(parallel.size("model"), self.config.num_heads)
 
     def by_head(x):
