@@ -1,6 +1,7 @@
 """A bucket in memory, and a server of it that speaks Google's JSON API.
 
-As much of it as gcsfs, TensorStore and google-cloud-storage ask for here.
+As much of it as gcsfs, TensorStore, google-cloud-storage and TensorFlow ask for
+here.
 """
 
 import base64
@@ -12,9 +13,13 @@ import itertools
 import json
 import pathlib
 import re
+import socketserver
+import ssl
 import sys
 import threading
 import urllib.parse
+
+import trustme
 
 
 class Refused(Exception):
@@ -29,6 +34,7 @@ class Server(http.server.ThreadingHTTPServer):
     before_change: called with the name of each object before it is written; may
       raise `Refused`.
     written: names of the objects written, in order.
+    refused: how the paths begin that nobody may ask for; "": none.
   """
 
   daemon_threads = True
@@ -40,6 +46,7 @@ class Server(http.server.ThreadingHTTPServer):
     self.generations: dict[str, int] = {}
     self.before_change = lambda name: None
     self.written: list[str] = []
+    self.refused = ""
     self.uploads: dict[str, tuple[str, bytearray]] = {}
     self.lock = threading.RLock()
     self.counter = itertools.count(1)
@@ -76,6 +83,45 @@ def serve() -> Iterator[Server]:
     server.shutdown()
 
 
+@contextlib.contextmanager
+def serve_tensorflow(
+    server: Server, folder: pathlib.Path
+) -> Iterator[dict[str, str]]:
+  """Leads TensorFlow to a server as well; yields the environment for that.
+
+  It asks Google's addresses and no others, through a proxy if there is one.
+
+  Args:
+    server: of the bucket.
+    folder: gets the certificate of who signs for these addresses here.
+  """
+  authority = trustme.CA()
+  authority.cert_pem.write_to_path(folder / "authority.pem")
+  context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+  authority.issue_cert("*.googleapis.com").configure_cert(context)
+
+  class Tunnel(socketserver.StreamRequestHandler):
+
+    def handle(self):
+      while self.rfile.readline().strip():
+        pass
+      self.wfile.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+      with contextlib.suppress(ConnectionError, ssl.SSLError):
+        with context.wrap_socket(self.connection, server_side=True) as secure:
+          _Handler(secure, self.client_address, server)
+
+  with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Tunnel) as proxy:
+    proxy.daemon_threads = True
+    threading.Thread(
+        target=proxy.serve_forever, args=(0.01,), daemon=True
+    ).start()
+    yield {
+        "https_proxy": f"http://127.0.0.1:{proxy.server_address[1]}",
+        "CURL_CA_BUNDLE": str(folder / "authority.pem"),
+    }
+    proxy.shutdown()
+
+
 class _Handler(http.server.BaseHTTPRequestHandler):
   """One connection."""
 
@@ -94,6 +140,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     )
     server = self.server
     with server.lock:
+      if server.refused and url.path.startswith(server.refused):
+        return self._error(403, "not for you")
+      if self.headers["Host"].startswith("storage.googleapis.com"):
+        name = urllib.parse.unquote(url.path).removeprefix(f"/{server.bucket}/")
+        if name not in server.objects:
+          return self._error(404, f"No such object: {server.bucket}/{name}")
+        return self._content(name)
       if not match or match[2] != server.bucket:
         return self._error(404, "The specified bucket does not exist.")
       if url.path.startswith("/upload/"):

@@ -246,3 +246,64 @@ def test_comparing(server, alone, capsys):
   assert server.written[-2:] == ["out/compare.csv", "out/compare.png"]
   assert compare.main(["compare", "gs://bucket/none"]) == 2
   assert "There is no gs://bucket/none/results.json." in capsys.readouterr().err
+
+
+@pytest.fixture
+def data(server, material, tmp_path):
+  """The material's data set in the bucket; where TensorFlow finds it."""
+  for name, content in runs.files(material / "squares").items():
+    server.objects[f"data/squares/{name}"] = content
+    server.generations[f"data/squares/{name}"] = 1
+  with bucket.serve_tensorflow(server, tmp_path) as environment:
+    yield {**server.environment, **environment}
+
+
+def read_data(environment, material, workdir, **changes):
+  changes = {"data_dir": "gs://bucket/data", **changes}
+  argv = runs.command(material, workdir, **changes)
+  process = runs.Process(argv, environment=environment)
+  status, said = process.wait(), process.said()
+  assert "Traceback" not in said
+  return status, said.splitlines()
+
+
+def test_data(server, data, material, alone, tmp_path):
+  status, said = read_data(data, material, tmp_path / "run")
+  assert status == 0, said
+  assert runs.bits(tmp_path / "run") == runs.bits(alone["device"])
+  assert not server.written
+
+
+def test_data_that_is_cut(server, data, material, tmp_path):
+  [name] = [name for name in server.objects if "squares-train" in name]
+  server.objects[name] = server.objects[name][:-20]
+  status, said = read_data(data, material, tmp_path / "run")
+  assert status == 2 and "cannot be read (DataLossError: " in said[-1]
+  assert "may be damaged" in said[-1]
+
+
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("/bucket/", "that you may read the folder; the same command resumes."),
+        ("/storage/", "gcloud auth application-default login"),
+    ],
+)
+def test_data_that_may_not_be_read(
+    server, data, material, tmp_path, path, message
+):
+  """Of TensorFlow's requests for records, and the others' for all else."""
+  server.refused = path
+  status, said = read_data(data, material, tmp_path / "run")
+  assert status == 2 and "cannot be read" in said[-1]
+  assert message in said[-1]
+
+
+def test_data_in_no_bucket(data, material, tmp_path):
+  place = "gs://bukcet/data"
+  status, said = read_data(
+      data, material, tmp_path / "run", data_dir=place, task="mnist"
+  )
+  assert status == 2
+  assert said[-1].startswith(f"error: The data folder {place} cannot be read: ")
+  assert "no such bucket" in said[-1]

@@ -5,7 +5,8 @@ and a dataset that is not there ends in one message with the command that
 prepares it. (Left alone, TFDS would try the network for minutes.)
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+import contextlib
 import difflib
 import json
 import os
@@ -16,6 +17,7 @@ from etils import epath
 from google.protobuf import json_format
 
 from vqt_jax import errors
+from vqt_jax import files
 from vqt_jax.data import vtab
 from vqt_jax.data.task import SPLITS
 from vqt_jax.data.task import Task
@@ -41,18 +43,22 @@ def find_builder(request: str, data_dir: str | None) -> Any:
     data_dir: TFDS folder, or None for TFDS's own.
 
   Raises:
-    UserError: neither TFDS nor the folder has such a dataset.
+    UserError: neither TFDS nor the folder has such a dataset, or the folder
+      cannot be read.
   """
   if request.partition(":")[0] == DIGITS:
     # Registers the builder.
     from vqt_jax.data import digits  # pylint: disable=g-import-not-at-top
 
-    digits.prepare(data_dir)
+    with _reading(data_dir):
+      digits.prepare(data_dir)
   try:
-    with quiet():
+    with quiet(), _reading(data_dir):
       return tfds.builder(request, data_dir=_expand(data_dir))
   except tfds.core.DatasetNotFoundError as error:
     raise errors.UserError(_unknown(request, data_dir)) from error
+  except errors.UserError:
+    raise
   except (json_format.Error, json.JSONDecodeError, OSError) as error:
     raise errors.UserError(_damaged(request, data_dir, error)) from error
   except (ValueError, AssertionError) as error:
@@ -68,7 +74,7 @@ def find_builder(request: str, data_dir: str | None) -> Any:
 def is_prepared(task: Task) -> bool:
   """Whether the task's dataset is there; raises as `find_builder`."""
   builder = find_builder(task.builder, task.data_dir)
-  with quiet():
+  with quiet(), _reading(task.data_dir):
     return builder.is_prepared()
 
 
@@ -79,7 +85,7 @@ def open_builder(task: Task) -> Any:
     UserError: it is not prepared; says how to do it.
   """
   builder = find_builder(task.builder, task.data_dir)
-  with quiet():
+  with quiet(), _reading(task.data_dir):
     if builder.is_prepared():
       return builder
   raise errors.UserError(
@@ -164,7 +170,8 @@ def fingerprint(task: Task, split: str) -> dict[str, Any]:
   files = []
   for part in builder.info.splits[task.splits[split]].file_instructions:
     path = epath.Path(part.filename)
-    stat = path.stat()
+    with _reading(task.data_dir):
+      stat = path.stat()
     rows = [part.skip, part.take]
     files.append([path.name, stat.length, stat.mtime, *rows])
   return {
@@ -199,6 +206,25 @@ def nearest_names(name: str, data_dir: str | None, count: int = 5) -> list[str]:
   known = {*vtab.VTAB, *vtab.OFFICIAL_NAMES, DIGITS, *_folders(data_dir)}
   known.update(tfds.list_builders(with_community_datasets=False))
   return difflib.get_close_matches(name, sorted(known), n=count, cutoff=0.5)
+
+
+@contextlib.contextmanager
+def _reading(data_dir: str | None) -> Iterator[None]:
+  """Turns a bucket's refusals into a `UserError`."""
+  try:
+    yield
+  except Exception as e:  # Each of the libraries on the way has its own.
+    if not data_dir or not files.in_bucket(data_dir):
+      raise
+    why, how = files.first_line(e), files.advice(e)
+    if isinstance(e, FileNotFoundError):
+      why = "there is no such bucket, or a file is missing."
+      how = "Check data_dir."
+    if not how:
+      raise
+    raise errors.UserError(
+        f"The data folder {data_dir} cannot be read: {why} {how}"
+    ) from e
 
 
 def _expand(data_dir: str | None) -> str | None:

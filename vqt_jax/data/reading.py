@@ -134,11 +134,34 @@ def read(
       _check_labels(task, batch["label"])
       yield _pad(batch, rows.local)
   except tf.errors.OpError as error:
+    advice = (
+        "It may be damaged: delete that folder and prepare it again with:"
+        f" {prepared.prepare_command(task)}"
+    )
+    if _refused(error):
+      advice = (
+          "See that the network is up, and that you may read the folder; the"
+          " same command resumes."
+      )
     raise errors.UserError(
         f"Dataset {task.dataset!r} in {builder.data_path} cannot be read"
-        f" ({_reason(error)}). It may be damaged: delete that folder and"
-        f" prepare it again with: {prepared.prepare_command(task)}"
+        f" ({_reason(error)}). {advice}"
     ) from error
+
+
+def _refused(error: Any) -> bool:
+  """Whether the files may be well, and only where they lie says no."""
+  return isinstance(
+      error,
+      (
+          tf.errors.AbortedError,
+          tf.errors.DeadlineExceededError,
+          tf.errors.FailedPreconditionError,
+          tf.errors.PermissionDeniedError,
+          tf.errors.UnauthenticatedError,
+          tf.errors.UnavailableError,
+      ),
+  )
 
 
 def _reason(error: Any) -> str:
