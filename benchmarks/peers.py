@@ -4,11 +4,13 @@
   python -m benchmarks.peers --batch_size=64 --dtype=bfloat16
   python -m benchmarks.peers --batch_size=8 --steps=1 --repeats=3   (a CPU)
 
-PyTorch runs Hugging Face's ViT with its fused attention; LoRA is PEFT's; VQT is
-written in PyTorch twice, as the authors' program runs it and with the stream
-cut off from autograd (`peers_torch.py`). All have random weights, 100 classes,
-Adam, images that lie on the device, and a process of their own. `--compile`
-adds a row of each with `torch.compile`.
+PyTorch runs Hugging Face's ViT with its fused attention, step by step; LoRA is
+PEFT's; VQT is written in PyTorch twice, with the data flow of the authors'
+program and with the stream cut off from autograd (`peers_torch.py`). All have
+random weights, 100 classes, Adam, images that lie on the device (here those of
+all `steps`, there of one), and a process of their own. `--compile` adds a row
+of each with `torch.compile`. `--check` compares both VQTs' logits with ours, of
+the same weights.
 
 Columns:
   ms     median over `repeats` of a step, of `steps` in a row
@@ -19,6 +21,7 @@ Columns:
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import resource
@@ -36,6 +39,7 @@ from rich import table as rich_table
 from benchmarks import cases
 import vqt_jax
 from vqt_jax import parallel
+from vqt_jax import vit
 
 MIB = 2**20
 TORCH = ("linear probe", "VQT", "VQT, stream cut off", "LoRA", "fine-tuning")
@@ -46,9 +50,7 @@ BASE = "vqt_jax: vqt"
 
 def measure_ours(name: str, options: argparse.Namespace) -> dict[str, Any]:
   """Seconds of a step, of each repeat, and peak memory."""
-  config = cases.vit_config(
-      options.variant, options.image_size, options.dtype
-  )
+  config = _config(options)
   parallel.ask_for_determinism()  # As main.py does.
   method, *how = name.split(", ")
   tuner = vqt_jax.make_tuner(method, config, cases.NUM_CLASSES)
@@ -83,17 +85,24 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
   else:
     from benchmarks import peers_torch
 
-    config = cases.vit_config(
-        options.variant, options.image_size, options.dtype
-    )
     before = _resident()
     figures = peers_torch.measure(
-        case, config, options.batch_size, options.steps, options.repeats,
+        case,
+        _config(options),
+        options.batch_size,
+        options.steps,
+        options.repeats,
         library == "torch.compile",
-    )  # fmt: skip
+    )
   if figures["peak"] is None:
     figures["peak"] = _resident() - before
   return {"name": name, **figures}
+
+
+def _config(options: argparse.Namespace) -> vit.ViTConfig:
+  """Of the backbone; its GELU is that of Hugging Face's ViT."""
+  config = cases.vit_config(options.variant, options.image_size, options.dtype)
+  return dataclasses.replace(config, gelu="exact")
 
 
 def _resident() -> int:
@@ -133,10 +142,16 @@ def main() -> None:
   parser.add_argument("--steps", type=int, default=8, help="in a row")
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--compile", action="store_true", help="torch.compile")
+  parser.add_argument("--check", action="store_true", help="no timing")
   parser.add_argument("--only", default="", help="part of the rows' names")
   parser.add_argument("--row", default="", help="measures one, prints json")
   parser.add_argument("--json", default="", help="file for all figures")
   options = parser.parse_args()
+  if options.check:
+    from benchmarks import peers_torch
+
+    peers_torch.check(_config(options), options.batch_size)
+    return
   if options.row:
     print(json.dumps(measure(options.row, options)))
     return
@@ -172,7 +187,8 @@ def _in_own_process(name: str) -> list[dict[str, Any]]:
       check=False,
   )
   if done.returncode:
-    print(f"{name}: {done.stderr.strip().splitlines()[-1]}", flush=True)
+    lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+    print(f"{name}: {lines[-1]}", flush=True)
     return []
   print(f"{name}: done", file=sys.stderr, flush=True)
   return [json.loads(done.stdout.splitlines()[-1])]

@@ -5,15 +5,19 @@ random weights; LoRA is PEFT's.
 """
 
 from collections.abc import Callable
+import dataclasses
 import time
 from typing import Any
 
+import jax
+import numpy as np
 import peft
 import torch
 from torch.nn import functional as F
 import transformers
 
 from benchmarks import cases
+import vqt_jax
 from vqt_jax import vit as vit_lib
 
 
@@ -122,6 +126,75 @@ def _model(name: str, config: vit_lib.ViTConfig) -> torch.nn.Module:
   return Vqt(vit, config, cut_off=name != "VQT")
 
 
+def check(config: vit_lib.ViTConfig, batch_size: int) -> None:
+  """Prints how far logits are from those of `vqt_jax`, of the same weights."""
+  tuner = vqt_jax.make_tuner("vqt", config, cases.NUM_CLASSES, num_queries=1)
+  tuner = dataclasses.replace(tuner, normalize=True)
+  params = vit_lib.init_params(config, jax.random.key(1))
+  params = jax.tree.map(  # Biases and the class token are 0 in the beginning.
+      lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape),
+      params,
+  )
+  variables = tuner.init(jax.random.key(2))
+  shape = (batch_size, *config.image_size, 3)
+  images = jax.random.uniform(jax.random.key(3), shape, minval=-1)
+  stream = tuner.stream({**variables, "backbone": params}, images)
+  everything = {**variables, "backbone": params}
+  ours = np.asarray(tuner(everything, stream.tokens, stream.final).logits)
+
+  model = _model("VQT", config).eval()
+  _load(model, params, variables, config)
+  found = torch.tensor(np.moveaxis(np.asarray(images), 3, 1))
+  for model.cut_off in (False, True):
+    theirs = model(found).detach().numpy()
+    print(
+        f"cut off {model.cut_off}: at most {np.abs(theirs - ours).max():.1e}"
+        f" from ours, which are up to {np.abs(ours).max():.1f}"
+    )
+
+
+def _load(model, params, variables, config) -> None:
+  """Copies a backbone's weights, queries and head."""
+  width, state = config.width, {}
+
+  def put(name, value, transposed=False):
+    value = np.asarray(value)
+    state[name] = torch.tensor(value.T.copy() if transposed else value)
+
+  def dense(name, leaf, shape):
+    put(f"{name}.weight", np.reshape(leaf["kernel"], shape), True)
+    put(f"{name}.bias", np.reshape(leaf["bias"], -1))
+
+  def norm(name, leaf):
+    put(f"{name}.weight", leaf["scale"])
+    put(f"{name}.bias", leaf["bias"])
+
+  first, encoder = "vit.embeddings", params["Transformer"]
+  kernel = np.transpose(params["embedding"]["kernel"], (3, 2, 0, 1))
+  put(f"{first}.patch_embeddings.projection.weight", kernel)
+  put(f"{first}.patch_embeddings.projection.bias", params["embedding"]["bias"])
+  put(f"{first}.cls_token", params["cls"])
+  none = np.zeros((1, 1, width), np.float32)  # The class token has it already.
+  positions = np.concatenate([none, params["pos_embedding"]], 1)
+  put(f"{first}.position_embeddings", positions)
+  norm("vit.layernorm", encoder["encoder_norm"])
+  for i in range(config.depth):
+    name = f"vit.layers.{i}"
+    block = jax.tree.map(lambda x, i=i: x[i], encoder["encoderblock"])
+    norm(f"{name}.layernorm_before", block["LayerNorm_0"])
+    norm(f"{name}.layernorm_after", block["LayerNorm_1"])
+    attention = block["MultiHeadDotProductAttention_0"]
+    for part in ("query", "key", "value", "out"):
+      to = f"{name}.attention.{part[0]}_proj"
+      dense(to, attention[part], (width, width))
+    for part, leaf in enumerate(("Dense_0", "Dense_1"), 1):
+      of = block["MlpBlock_0"][leaf]
+      dense(f"{name}.mlp.fc{part}", of, of["kernel"].shape)
+  put("queries", np.reshape(variables["tuner"]["queries"], (-1, 1, 1, width)))
+  dense("head", variables["head"], variables["head"]["kernel"].shape)
+  model.load_state_dict(state)
+
+
 class Final(torch.nn.Module):
   """A head on the class token."""
 
@@ -137,8 +210,8 @@ class Final(torch.nn.Module):
 class Vqt(torch.nn.Module):
   """VQT with one query a block, without dropout in the frozen stream.
 
-  As the authors' program runs it queries travel through a block with the
-  stream, so that autograd keeps the whole backbone and goes through it, for
+  With the data flow of the authors' program queries travel through a block with
+  the stream, so that autograd keeps the whole backbone and goes through it, for
   gradients that are zero. With `cut_off` it sees neither.
   """
 

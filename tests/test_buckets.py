@@ -306,4 +306,4 @@ def test_data_in_no_bucket(data, material, tmp_path):
   )
   assert status == 2
   assert said[-1].startswith(f"error: The data folder {place} cannot be read: ")
-  assert "no such bucket" in said[-1]
+  assert "No such bucket" in said[-1]

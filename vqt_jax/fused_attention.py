@@ -18,16 +18,24 @@ AXES = ("data", None, "model", None)  # Of the mesh, for (B, N, H, K).
 
 
 def takes(q: jax.Array, k: jax.Array) -> bool:
-  """Whether `attend` can do this: among N tokens (B, N, H, K), in two bytes."""
-  head_dim = q.shape[3]
-  return (
-      is_available()
-      and q.dtype.itemsize == 2
-      and q.shape == k.shape
-      and head_dim % 8 == 0
-      and head_dim <= 128
-      and q.shape[0] % parallel.auto_size("data") == 0
+  """Whether `attend` can be used: as many queries (B, N, H, K) as keys.
+
+  Also, what JAX asks for: bfloat16 or float16, and a head size that is a
+  multiple of 8 and not too large for the GPU; and a mesh that cuts evenly.
+  """
+  even = all(
+      size % parallel.auto_size(axis) == 0
+      for size, axis in zip(q.shape, AXES)
+      if axis
   )
+  if not (is_available() and even and q.shape == k.shape):
+    return False
+  shape = jax.ShapeDtypeStruct(q.shape, q.dtype)
+  try:
+    jax.eval_shape(lambda *x: jax.vjp(_even, *x)[0], shape, shape, shape)
+  except (NotImplementedError, RuntimeError):  # RuntimeError: no cuDNN.
+    return False
+  return True
 
 
 def is_available() -> bool:
@@ -62,24 +70,30 @@ def _attend(q, k, v):
 
 
 def _forward(q, k, v):
-  return jax.vjp(_even, *_together(q, k, v))
+  q, k, v = _together(q, k, v)
+  out, gradient = jax.vjp(_even, q, k, v)
+  return out, (gradient, q)
 
 
-def _backward(gradient, cotangent):
-  kept = next(x for x in jax.tree.leaves(gradient) if x.ndim == 4)
-  return gradient(_together(cotangent, kept)[0])
+def _backward(kept, cotangent):
+  gradient, q = kept
+  return gradient(_together(cotangent, q)[0])
 
 
 _attend.defvjp(_forward, _backward)
 
 
 def _even(q, k, v):
-  """The same with an even number of tokens: JAX asks for it in a gradient."""
+  """The same with an even number of tokens: JAX asks for it in a gradient.
+
+  (For a bias that is not there: `check_is_flash_attention` in its
+  cudnn/fused_attention_stablehlo.py.)
+  """
   count = q.shape[1]
   if count % 2 == 0:
     return _cudnn(q, k, v)
   pad = lambda x: jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0)))
-  lengths = jnp.where(_any(q), count, count)  # See `_together`.
+  lengths = jnp.where(_any(q), jnp.int32(count), count)  # See `_together`.
   out = _cudnn(
       pad(q), pad(k), pad(v), query_seq_lengths=lengths,
       key_value_seq_lengths=lengths,
@@ -90,7 +104,8 @@ def _even(q, k, v):
 def _together(*arrays: jax.Array) -> list[jax.Array]:
   """The same arrays (B, ...), each of which `vmap` batches if it does any.
 
-  JAX's rule for cuDNN's attention takes no others; compilers see through it.
+  The rule of JAX 0.10 for cuDNN's attention takes no others; compilers see
+  through it.
   """
   any_ = functools.reduce(jnp.logical_or, map(_any, arrays))
   any_ = any_[:, None, None, None]

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 import contextlib
 import faulthandler
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -32,8 +33,8 @@ MODEL_RULES = (
     (r"/encoderblock/.*/Dense_1/kernel$", P(None, "model")),
 )
 
-# For the same bits each time. Without the second, products would be Triton's
-# with parameters that nobody tried.
+# For the same bits each time; and cuBLAS's products, as Triton's would have
+# parameters that nobody tried.
 GPU_FLAGS = (
     "--xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false"
 )
@@ -49,11 +50,17 @@ def ask_for_determinism() -> None:
   """Has XLA make GPU programs that give the same bits each time.
 
   To be called before JAX finds its devices. What is fastest is then not found
-  by trying, which is most of what compiling for a GPU takes otherwise. Flags
-  that are in the environment's XLA_FLAGS win.
+  by trying, which is most of what compiling for a GPU takes otherwise. What the
+  environment's XLA_FLAGS say wins; a file of flags is left alone. Without JAX's
+  support of GPUs nothing is done.
   """
-  given = os.environ.get("XLA_FLAGS", "")
-  if GPU_FLAGS not in given:
+  plugins = importlib.metadata.entry_points(group="jax_plugins")
+  given = os.environ.get("XLA_FLAGS", "").strip()
+  if (
+      any(re.match("xla_(cuda|rocm)", plugin.name) for plugin in plugins)
+      and re.match("-|$", given)
+      and GPU_FLAGS not in given
+  ):
     os.environ["XLA_FLAGS"] = f"{GPU_FLAGS} {given}".strip()
 
 

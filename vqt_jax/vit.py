@@ -207,7 +207,7 @@ class Attention(nn.Module):
     """Attends, with one head (of each `model` shard) at a time.
 
     So the scores (B, N, N), float32 and the largest array of a frozen forward
-    pass, exist for one head only; or where there is fused attention, never.
+    pass, exist for one head only; or, where fused attention takes them, never.
     """
     q, k, v = self.query(queries), self.key(tokens), self.value(tokens)
     if fused_attention.takes(q, k):

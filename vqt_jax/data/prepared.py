@@ -28,6 +28,9 @@ from vqt_jax.data.tensorflow_lazy import tfds
 # The project's own dataset; see `digits.py`.
 DIGITS = "digits"
 
+# Packages whose failures are a bucket's.
+_CLIENTS = ("aiohttp", "gcsfs", "google")
+
 # Sizes other than the table's that are as good: the builder skips one broken
 # image of SUN397, which is in none of VTAB-1k's slices.
 _ALSO_RIGHT = {("sun397", "train"): 76127}
@@ -125,12 +128,15 @@ def expected_examples(task: Task, split: str) -> int:
   if not task.sizes:
     return num_examples(task, split)
   # TFDS computes slices of files; it does not look for these.
-  files = tfds.core.ShardedFileTemplate(
+  template = tfds.core.ShardedFileTemplate(
       data_dir="", dataset_name=task.name, filetype_suffix="tfrecord"
   )
   whole = [
       tfds.core.SplitInfo(
-          name=name, shard_lengths=[size], num_bytes=0, filename_template=files
+          name=name,
+          shard_lengths=[size],
+          num_bytes=0,
+          filename_template=template,
       )
       for name, size in task.sizes.items()
   ]
@@ -167,18 +173,18 @@ def fingerprint(task: Task, split: str) -> dict[str, Any]:
   Files are known by name, size and time of change; labels play no part.
   """
   builder = open_builder(task)
-  files = []
+  parts = []
   for part in builder.info.splits[task.splits[split]].file_instructions:
     path = epath.Path(part.filename)
     with _reading(task.data_dir):
       stat = path.stat()
     rows = [part.skip, part.take]
-    files.append([path.name, stat.length, stat.mtime, *rows])
+    parts.append([path.name, stat.length, stat.mtime, *rows])
   return {
       "dataset": builder.info.full_name,
       "image_key": task.image_key,
       "pixel_scale": task.pixel_scale,
-      "files": files,
+      "files": parts,
   }
 
 
@@ -210,20 +216,22 @@ def nearest_names(name: str, data_dir: str | None, count: int = 5) -> list[str]:
 
 @contextlib.contextmanager
 def _reading(data_dir: str | None) -> Iterator[None]:
-  """Turns a bucket's refusals into a `UserError`."""
+  """Turns what a bucket and those who ask it say into a `UserError`."""
   try:
     yield
+  except errors.UserError:
+    raise
   except Exception as e:  # Each of the libraries on the way has its own.
     if not data_dir or not files.in_bucket(data_dir):
       raise
-    why, how = files.first_line(e), files.advice(e)
+    advice = files.advice(e)
     if isinstance(e, FileNotFoundError):
-      why = "there is no such bucket, or a file is missing."
-      how = "Check data_dir."
-    if not how:
+      advice = "No such bucket, or nothing of that name in it."
+    elif not advice and type(e).__module__.split(".")[0] not in _CLIENTS:
       raise
     raise errors.UserError(
-        f"The data folder {data_dir} cannot be read: {why} {how}"
+        f"The data folder {data_dir} cannot be read: {files.first_line(e)}"
+        f" {advice or 'Check data_dir.'}"
     ) from e
 
 
@@ -236,9 +244,10 @@ def _folders(data_dir: str | None) -> list[str]:
   if not data_dir:
     return []
   folder = epath.Path(_expand(data_dir))
-  if not folder.is_dir():
-    return []
-  return [path.name for path in folder.iterdir() if path.is_dir()]
+  with _reading(data_dir):
+    if not folder.is_dir():
+      return []
+    return [path.name for path in folder.iterdir() if path.is_dir()]
 
 
 def _unknown(request: str, data_dir: str | None) -> str:

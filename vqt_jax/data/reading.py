@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from vqt_jax import errors
+from vqt_jax import files
 from vqt_jax.data import images
 from vqt_jax.data import prepared
 from vqt_jax.data.task import Task
@@ -138,7 +139,7 @@ def read(
         "It may be damaged: delete that folder and prepare it again with:"
         f" {prepared.prepare_command(task)}"
     )
-    if _refused(error):
+    if files.in_bucket(builder.data_path) and _refused(error):
       advice = (
           "See that the network is up, and that you may read the folder; the"
           " same command resumes."
@@ -150,13 +151,12 @@ def read(
 
 
 def _refused(error: Any) -> bool:
-  """Whether the files may be well, and only where they lie says no."""
+  """Whether the files may be well, and only their bucket says no."""
   return isinstance(
       error,
       (
           tf.errors.AbortedError,
           tf.errors.DeadlineExceededError,
-          tf.errors.FailedPreconditionError,
           tf.errors.PermissionDeniedError,
           tf.errors.UnauthenticatedError,
           tf.errors.UnavailableError,
