@@ -47,8 +47,7 @@ def _mesh(data, model):
   return jax.set_mesh(parallel.make_mesh(data, model, devices))
 
 
-@pytest.mark.parametrize("tokens", [6, 7])
-@pytest.mark.parametrize("mesh", [(1, 1), (4, 2)])
+@pytest.mark.parametrize("tokens, mesh", [(6, (1, 1)), (7, (4, 2))])
 def test_value_and_gradient(cudnn, tokens, mesh):
   shape = (8, tokens, 4, 8)
   q, k, v, c = (
