@@ -13,6 +13,7 @@ from vqt_jax import tuner as tuner_lib
 from vqt_jax.train import best
 from vqt_jax.train import loop
 from vqt_jax.train import packing
+from vqt_jax.train import protocol
 from vqt_jax.train import step as step_lib
 
 TOO_HIGH = 3e38 * 256 / 12  # As a peak rate: the largest float32.
@@ -229,3 +230,22 @@ def test_killed_in_every_kind_of_stage(material, tmp_path):
   assert runs.bits(workdir) == runs.bits(whole)
   found, expected = runs.results(workdir), runs.results(whole)
   assert _untimed(found) == _untimed(expected)
+
+
+@pytest.mark.parametrize(
+    "rates, chosen, end",
+    [
+        ((4.0, 1.0, 0.1), 0, "; the largest lr that was tried"),
+        ((4.0, 1.0, 0.1), 1, ""),
+        ((4.0, 1.0, 0.1), 2, "; the smallest lr that was tried"),
+        ((4.0, 0.1), 0, ""),  # Not a search of any width.
+    ],
+)
+def test_a_choice_at_an_end_of_the_grid_is_told(rates, chosen, end):
+  found = {
+      "chosen": chosen,
+      "runs": [{"lr": rate, "weight_decay": 0.0} for rate in rates],
+      "val_accuracy": [0.5] * len(rates),
+      "diverged": [],
+  }
+  assert protocol._choice(found).endswith(f" within 0.5{end})")

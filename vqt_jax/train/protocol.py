@@ -236,5 +236,14 @@ def _choice(found: dict[str, Any]) -> str:
   return (
       f"lr {run['lr']:g}, weight decay {run['weight_decay']:g} (val"
       f" {100 * top:.1f} %; of {len(accuracy) - 1} others {near} within"
-      f" 0.5{lost})"
+      f" 0.5{lost}{_at_an_end(run, found['runs'])})"
   )
+
+
+def _at_an_end(run: dict[str, Any], runs: Sequence[dict[str, Any]]) -> str:
+  """Says so where a better rate may lie outside of the grid."""
+  rates = sorted({each["lr"] for each in runs})
+  if len(rates) < 3 or run["lr"] not in (rates[0], rates[-1]):
+    return ""
+  which = "smallest" if run["lr"] == rates[0] else "largest"
+  return f"; the {which} lr that was tried"
