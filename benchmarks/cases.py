@@ -8,6 +8,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import re
+import time
 from typing import Any
 
 import jax
@@ -54,6 +55,18 @@ class Case:
   def arrays(self) -> tuple[Any, ...]:
     """All arguments, random."""
     return *self.static, *jax.jit(self.build)()
+
+  def seconds(self, arrays: list[Any]) -> float:
+    """Time of a call, waited for.
+
+    Args:
+      arrays: of `arrays`; the state that is donated gives way to the new one.
+    """
+    start = time.perf_counter()
+    out = jax.block_until_ready(self.function(*arrays))
+    taken = time.perf_counter() - start
+    arrays[len(self.static)] = out[0]
+    return taken
 
   def shapes(self, mesh: jax.sharding.Mesh | None = None) -> tuple[Any, ...]:
     """All arguments as shapes; on a mesh, placed as `train.store` does."""

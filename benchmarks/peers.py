@@ -28,7 +28,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from typing import Any
 
 import jax
@@ -59,17 +58,13 @@ def measure_ours(name: str, options: argparse.Namespace) -> dict[str, Any]:
       tuner, options.batch_size, stored=stored, runs=runs,
       steps=options.steps, rows=1000 if stored else 0,
   )  # fmt: skip
-  args, seconds = list(case.arrays()), []
-  for _ in range(1 + options.repeats):
-    start = time.perf_counter()
-    out = jax.block_until_ready(case.function(*args))
-    seconds.append((time.perf_counter() - start) / options.steps)
-    args[len(case.static)] = out[0]  # The state was donated.
+  arrays = list(case.arrays())
+  first, *seconds = (case.seconds(arrays) for _ in range(1 + options.repeats))
   device = jax.devices()[0]
   stats = device.memory_stats() or {}
   return {
-      "seconds": [each / runs for each in seconds[1:]],
-      "first": seconds[0] * options.steps,
+      "seconds": [each / (options.steps * runs) for each in seconds],
+      "first": first,
       "peak": stats.get("peak_bytes_in_use"),
       "versions": f"jax {jax.__version__}",
       "device": device.device_kind,

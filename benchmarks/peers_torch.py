@@ -93,7 +93,7 @@ def measure(
   }  # fmt: skip
 
 
-def backbone(config: vit_lib.ViTConfig) -> torch.nn.Module:
+def _backbone(config: vit_lib.ViTConfig) -> torch.nn.Module:
   return transformers.ViTModel(
       transformers.ViTConfig(
           hidden_size=config.width,
@@ -112,7 +112,7 @@ def backbone(config: vit_lib.ViTConfig) -> torch.nn.Module:
 
 
 def _model(name: str, config: vit_lib.ViTConfig) -> torch.nn.Module:
-  vit = backbone(config)
+  vit = _backbone(config)
   if name == "fine-tuning":
     return Final(vit, config)
   vit.requires_grad_(False)

@@ -1,6 +1,7 @@
 """cuDNN's attention, with XLA's own in its place: no GPU takes part."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -169,11 +170,15 @@ def test_steps_lower_for_gpus(monkeypatch, method):
   assert by_products <= fused < 1.01 * by_products
 
 
-def test_backend_is_that_of_the_mesh():
+def test_backend_is_that_of_the_mesh(monkeypatch):
   assert parallel.backend() == "cpu"
   assert not fused_attention.is_available()
   with _mesh(2, 1):
     assert parallel.backend() == "cpu"
+  device = types.SimpleNamespace(platform="tpu")  # As of a slice in a plan.
+  mesh = types.SimpleNamespace(abstract_device=device)
+  monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
+  assert parallel.backend() == "tpu"
 
 
 def test_frozen_backbone_uses_it(cudnn):

@@ -33,8 +33,8 @@ def takes(q: jax.Array, k: jax.Array) -> bool:
   shape = jax.ShapeDtypeStruct(q.shape, q.dtype)
   try:
     jax.eval_shape(lambda *x: jax.vjp(_even, *x)[0], shape, shape, shape)
-  except (NotImplementedError, RuntimeError):  # RuntimeError: no cuDNN.
-    return False
+  except (NotImplementedError, RuntimeError):
+    return False  # It does not take these sizes, or finds no cuDNN.
   return True
 
 
