@@ -29,6 +29,7 @@ COMMAND = (
     "--config.lr=1.0,0.25",
     "--config.weight_decay=0.0",
     "--config.seeds=1,2",
+    "--config.keep_fraction=0.5",
     "--config.checkpoint_seconds=0",
 )
 

@@ -31,6 +31,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.image_size = 28
   config.epochs = 30
   config.warmup_epochs = 3
-  config.reader_lr = (4.0, 1.0, 0.25, 0.05, 0.01)
+  config.reader_lr = (2.0, 0.5, 0.1, 0.02)
   config.weight_decay = (1e-3, 1e-4, 0.0)
   return config
