@@ -22,6 +22,7 @@ Columns:
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -48,10 +49,9 @@ COLUMNS = (
 @contextlib.contextmanager
 def unrolled_loops():
   """Lets scans be traced as straight code, each step of which is counted."""
-  scan = jax.lax.scan
-  with mock.patch.object(
-      jax.lax, "scan", lambda *args, **kw: scan(*args, **{**kw, "unroll": True})
-  ):
+  scan = functools.partial(jax.lax.scan, unroll=True)
+  over = lambda f, xs: scan(lambda _, x: (None, f(x)), None, xs)[1]
+  with mock.patch.multiple(jax.lax, scan=scan, map=over):
     yield
 
 

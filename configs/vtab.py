@@ -16,7 +16,7 @@ Arguments:
   init         another checkpoint, which must then be of that variant, if given
   image_size   pixels
   data_dir     folder of the prepared TFDS datasets
-  preset       "authors": their program in every respect
+  preset       "authors": their program in all but its weights
 
 Of a dataset that is no VTAB task, 800 + 200 training images and the test split
 are used; `--config.splits.train=...` and the like change that.

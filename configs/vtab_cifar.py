@@ -8,7 +8,7 @@ the 10,000 test images.
 
   python main.py --config configs/vtab_cifar.py --workdir runs/cifar
 
-The authors' program in every respect (noisy stream, legacy resize, ...):
+The authors' program but for its weights (noisy stream, legacy resize, ...):
 
   python main.py --config configs/vtab_cifar.py --workdir runs/cifar_authors \\
       --config.preset=authors

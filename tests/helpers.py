@@ -3,6 +3,7 @@
 import pathlib
 
 import jax
+import matplotlib.image
 import numpy as np
 
 import vqt_jax
@@ -52,6 +53,12 @@ def tiny_examples(backbone, count: int, classes: int, seed: int = 1):
       "image": rng.uniform(-1, 1, shape).astype(np.float32),
       "label": rng.integers(0, classes, count).astype(np.int32),
   }
+
+
+def colours(path) -> int:
+  """How many a picture has."""
+  pixels = (255 * matplotlib.image.imread(path)).astype(np.uint8)
+  return len(np.unique(pixels.view(np.uint32)))
 
 
 def assert_close(actual, expected, tolerance: float = TOLERANCE, name=""):

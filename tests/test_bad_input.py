@@ -385,7 +385,7 @@ def test_bad_input(case, material, killed, tmp_path, monkeypatch, capfd):
   after = contents(tmp_path)
   assert {path: after.get(path) for path in before} == before
   new = {pathlib.Path(path).name for path in set(after) - set(before)}
-  assert new <= {"config.json", "metrics.jsonl"}
+  assert new <= {"backbone.json", "config.json", "metrics.jsonl"}
 
 
 def test_there_are_enough_of_them():

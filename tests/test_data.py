@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -194,6 +195,18 @@ def test_folder_without_metadata(tmp_path):
   (tmp_path / "mine").mkdir()
   with pytest.raises(errors.UserError, match="mine/.*dataset_info.json"):
     lookup.make_task("mine", data_dir=str(tmp_path))
+
+
+def test_formats_that_tensorflow_does_not_read(data_dir, tmp_path):
+  shutil.copytree(data_dir, tmp_path / "data")
+  info = next((tmp_path / "data").rglob("dataset_info.json"))
+  text = info.read_text()
+  assert '"tfrecord"' in text
+  info.write_text(text.replace('"tfrecord"', '"array_record"'))
+  name = info.parent.parent.name
+  task = lookup.make_task(name, data_dir=str(tmp_path / "data"))
+  with pytest.raises(errors.UserError, match="lies there as ArrayRecord"):
+    prepared.check_prepared(task)
 
 
 def test_damaged_files(tmp_path):

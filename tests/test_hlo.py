@@ -82,6 +82,30 @@ def test_communication_of_a_known_text():
   }
 
 
+def test_what_is_started_names_what_comes_out_behind_what_goes_in():
+  line = (
+      "  %s = ((f32[2,8], f32[4]), (f32[8,8], f32[16])) all-gather-start(%a,"
+      " %b), replica_groups={{0,1,2,3}}, dimensions={0}"
+  )
+  assert hlo._operation(line).size == 4 * (64 + 16)
+  line = (
+      "  %s = (f32[64], f32[16], u32[], u32[]) reduce-scatter-start(%a),"
+      " replica_groups={{0,1,2,3}}"
+  )
+  assert hlo._operation(line).size == 4 * 16
+
+
+def test_memory_that_is_only_set_aside_is_no_traffic():
+  text = """\
+ENTRY %main (a: f32[64]) -> f32[64] {
+  %a = f32[64]{0} parameter(0)
+  %b = f32[1024]{0} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %c = f32[64]{0} copy(%a)
+}
+"""
+  assert hlo.traffic(text) == 2 * 4 * 64
+
+
 def text_of(function, *shapes):
   shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
   return jax.jit(function).lower(*shapes).compile()

@@ -162,6 +162,20 @@ def test_slices_that_are_not(material, tmp_path, capfd, where, words):
   assert text.startswith("error: ") and words in text
 
 
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"methods": "linear,vqt"}, "is for one method: add e.g. --config.me"),
+        ({"mesh__model": 4}, "mesh model=4 cannot share the 2 attention heads"),
+    ],
+)
+def test_what_a_run_refuses_has_no_plan(material, tmp_path, changes, words):
+  argv = runs.command(material, tmp_path, **changes)
+  config = config_lib.resolve(main.parse(argv).config)
+  with pytest.raises(ValueError, match=words):
+    plan.make_job(config, "here")
+
+
 def test_all_tasks_have_no_plan():
   config = config_lib.default_config()
   config.task = "all"

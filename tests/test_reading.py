@@ -303,30 +303,3 @@ def test_unknown_method_and_sizes():
     vqt_jax.make_tuner("vpq", config, 3)
   with pytest.raises(vqt_jax.UserError, match="num_queries=0"):
     vqt_jax.make_tuner("vqt", config, 3, num_queries=0)
-
-
-@pytest.mark.parametrize("own", [False, True])
-def test_reading_in_parts_is_reading_at_once(monkeypatch, own):
-  """A batch that is too large for a cache: values and gradients."""
-  backbone = helpers.tiny_backbone()
-  config = backbone.config
-  blocks = backbone.params["Transformer"]["encoderblock"]
-  shape = (config.depth, 20, config.num_tokens, config.width)
-  tokens = jax.random.normal(jax.random.key(1), shape)
-  rows = np.random.default_rng(0).permutation(20)[:16].astype(np.int32)
-  shape = (config.depth, *[16] * own, 2, config.width)
-  queries = jax.random.normal(jax.random.key(2), shape)
-  step = readers.query_step(config)
-
-  def read(queries):
-    outputs = readers.read(step, blocks, queries, tokens, rows)
-    return jnp.sum(outputs**2), outputs
-
-  both = jax.value_and_grad(read, has_aux=True)
-  (_, whole), whole_grad = both(queries)
-  of_part = 8 * config.num_tokens * config.width * 4
-  monkeypatch.setattr(readers, "CACHE_BYTES", of_part)
-  assert readers._parts(tokens, rows) == 2
-  (_, parts), parts_grad = both(queries)
-  helpers.assert_close(parts, whole, 1e-6)
-  helpers.assert_close(parts_grad, whole_grad, 1e-6)

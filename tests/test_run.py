@@ -1,6 +1,8 @@
 """Whole runs through `main.py`, in this process, on eight fake devices."""
 
 import functools
+import shutil
+import signal
 
 import jax
 import numpy as np
@@ -129,6 +131,34 @@ def test_accuracies_are_those_of_the_shipped_weights(run, task, changes):
   workdir = run(**changes)
   test = runs.results(workdir)["test_accuracy"]
   assert test["per_seed"] == recount(workdir, task)
+
+
+def test_weights_that_have_changed_are_not_taken_for_the_same(
+    material, tmp_path, capfd
+):
+  """Neither by what was trained on them, nor by a run that is resumed."""
+  init = tmp_path / "vit.npz"
+  shutil.copy(material / "vit.npz", init)
+  weights = dict(np.load(init))
+  workdir = tmp_path / "run"
+  argv = runs.command(material, workdir, init=init, epochs=2, lr=0.1, seeds=7)
+  signals = {"vqt_jax.train.step:train_steps": (1, signal.SIGTERM)}
+  assert runs.Process(argv, signals=signals).wait() == 0
+  name = next(n for n in weights if weights[n].ndim > 1 and "embed" not in n)
+  np.savez(init, **weights | {name: 2 * weights[name]})
+  assert main.main(argv) == 2
+  assert "was begun with other weights" in capfd.readouterr().err
+  np.savez(init, **weights)
+  assert main.main(argv) == 0
+  assert "resume " in capfd.readouterr().err
+
+  folder = workdir / "tuned" / "seed_7"
+  model = tuned.load(folder)
+  np.savez(init, **weights | {name: 2 * weights[name]})
+  with pytest.raises(vqt_jax.UserError, match="other weights than .*source="):
+    tuned.load(folder)
+  again = tuned.load(folder, source=str(material / "vit.npz"))
+  assert again.backbone.identity == model.backbone.identity
 
 
 def test_of_selected_features_only_the_rows_in_use_are_shipped(run):

@@ -15,6 +15,7 @@ from vqt_jax import tuner as tuner_lib
 from vqt_jax.train import loop
 from vqt_jax.train import optim
 from vqt_jax.train import selection
+from vqt_jax.train import stages
 from vqt_jax.train import step as step_lib
 
 CASES = {
@@ -54,6 +55,32 @@ def _choose(name):
 def test_choice_of_the_official_program(name):
   ours, theirs = _choose(name)
   assert ours == theirs
+
+
+def test_all_features_are_judged_with_the_head_that_is_shipped():
+  """Not with a new one on queries that are good from the start."""
+  asked = []
+
+  class Stages:
+
+    def run(self, stage):
+      asked.append(stage)
+      share = {"keep_all": [0.7], "keep_selected": [0.6, 0.5]}.get(stage.name)
+      kernel = np.ones((1, 4, 2), np.float32)
+      return stages.Outcome(
+          [], 1.0, [], share if stage.judge else None,
+          {"tuner": {}, "head": {"kernel": kernel}},
+      )  # fmt: skip
+
+  tuner = vqt_jax.make_tuner("vqt", helpers.tiny_config(), 2)
+  accuracy, _ = selection.compare(
+      Stages(), "keep_", "keep", tuner, loop.Run(0.1, 0.0, 1), (1.0, 0.5, 0.25),
+      judge=("val", None), split="train",
+  )  # fmt: skip
+  assert accuracy == [0.7, 0.6, 0.5]
+  assert [stage.name for stage in asked] == [
+      "keep_all", "keep_scores", "keep_selected"
+  ]  # fmt: skip
 
 
 def test_a_tie_of_equal_rates_goes_to_the_smaller_decay():

@@ -295,6 +295,21 @@ def test_two_downloads_at_once(server, tmp_path):
   assert not leftovers(tmp_path)
 
 
+def test_a_part_that_goes_while_one_waits_for_it(tmp_path, monkeypatch):
+  """The other process has completed it, or has thrown it away."""
+  part, asked = tmp_path / "x.part", []
+
+  def wait(file, how):
+    asked.append(how)
+    if len(asked) == 1:
+      part.unlink()
+
+  monkeypatch.setattr(download.fcntl, "flock", wait)
+  with download._locked(part) as out:
+    out.write(b"x")
+  assert len(asked) == 2 and part.read_bytes() == b"x"
+
+
 @pytest.mark.parametrize(
     "address",
     ["gs://bucket/d/x.npz", "https://storage.googleapis.com/bucket/d/x.npz"],

@@ -1,5 +1,8 @@
 """Training steps: official trajectories, and the laws of running together."""
 
+import dataclasses
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -218,6 +221,41 @@ def test_sharded_equals_single(data, model, how, method):
   sharded = Case(method, mesh=mesh, target_size=48).train(how)
   assert_trees_close(sharded["trained"], single["trained"], 2e-5)
   np.testing.assert_array_equal(sharded["eval"], single["eval"])
+
+
+def test_rows_that_fill_up_a_batch_change_nothing(monkeypatch):
+  """Masks of dropout are of the examples, however many follow."""
+  case = Case()
+  padded = case.source("device")
+  expected = case.train("device")
+
+  def longer(epoch, start):
+    for data, order, mask in padded.epoch(epoch, start):
+      pad = lambda x, **kw: np.pad(np.asarray(x), [(0, 0), (0, 3)], **kw)
+      yield data, pad(order), pad(mask)
+
+  monkeypatch.setattr(
+      case, "source", lambda _: types.SimpleNamespace(epoch=longer)
+  )
+  found = case.train()
+  assert_trees_close(found["trained"], expected["trained"], 2e-5)
+  np.testing.assert_array_equal(found["eval"], expected["eval"])
+
+
+def test_devices_of_a_process_follow_one_another():
+  """On a TPU's links, in whose order JAX has them, hosts take turns."""
+
+  @dataclasses.dataclass(frozen=True)
+  class Device:
+    process_index: int
+    id: int
+    platform: str = "tpu"
+
+  devices = [Device(p, i) for i in range(4) for p in (1, 0, 3, 2)]
+  for model in (1, 2):
+    mesh = parallel.make_mesh(-1, model, devices)
+    order = [device.process_index for device in mesh.devices.flat]
+    assert order == sorted(order) and mesh.shape["model"] == model
 
 
 def test_editors_sharded_equal_single():

@@ -1,7 +1,9 @@
 """Features on the host and in files: found again, refused, mended, resumed."""
 
 import fcntl
+import functools
 import io
+import itertools
 import os
 import shutil
 import signal
@@ -23,6 +25,7 @@ from vqt_jax import tuner
 from vqt_jax.train import disk
 from vqt_jax.train import examples as examples_lib
 from vqt_jax.train import places
+from vqt_jax.train import run as run_lib
 from vqt_jax.train import sources
 from vqt_jax.train import store
 
@@ -175,28 +178,50 @@ def test_a_file_that_cannot_be_read_is_left_alone(tmp_path, monkeypatch):
   assert file.path.exists()
 
 
-def test_two_runs_that_extract_the_same(tmp_path, monkeypatch):
-  """One waits until the other is done, and leaves nothing behind."""
+@pytest.mark.parametrize("end", ["done", "given up", "given up, and a third"])
+def test_two_runs_that_extract_the_same(tmp_path, monkeypatch, end):
+  """One waits until the other is done, or takes over; nothing stays behind."""
   case = Case(tokens=False)
   file, waits = case.file(tmp_path), []
   part = file.path.with_name(file.path.name + ".part")
+  case.file(tmp_path / "other").write(case.stream, BATCH)
   with open(part, "ab") as other:
     fcntl.flock(other, fcntl.LOCK_EX)
 
     def sleep(seconds):
       waits.append(seconds)
-      case.file(tmp_path / "other").write(case.stream, BATCH)
-      (tmp_path / "other" / file.path.name).rename(file.path)
-      part.unlink()
+      if end == "done":
+        part.rename(file.path)
+        shutil.copy(tmp_path / "other" / file.path.name, file.path)
+      else:
+        part.unlink()
+      if "third" in end:
+        part.write_bytes(b"half")
       fcntl.flock(other, fcntl.LOCK_UN)
 
     monkeypatch.setattr(disk.time, "sleep", sleep)
     case.started = []
     file.write(case.stream, BATCH)
-  assert len(waits) == 1 and case.started == [0]  # The other one's.
-  file.write(case.stream, BATCH)
-  assert case.started == [0]
+  assert len(waits) == 1
+  assert case.started == ([] if end == "done" else [0])
   assert file.open() and not part.exists()
+  file.write(case.stream, BATCH)
+  assert len(case.started) < 2
+
+
+def test_images_that_cannot_be_read_cost_nothing(tmp_path):
+  """What was extracted before stays; only what cannot be written goes."""
+  case = Case(tokens=False)
+  file = case.file(tmp_path)
+
+  def broken(start):
+    yield from itertools.islice(case.stream(start), 2)
+    raise errors.UserError("The bucket is gone.")
+
+  with pytest.raises(errors.UserError, match="bucket"):
+    file.write(broken, BATCH)
+  file.write(case.stream, BATCH)
+  assert case.started == [0, 16] and file.open()
 
 
 def test_a_file_that_is_there_needs_no_more_room(material, tmp_path):
@@ -245,6 +270,7 @@ def run(material, tmp_path_factory):
 
 
 def test_runs_share_features_and_mend_them(run, tmp_path, capfd):
+  run = functools.partial(run, epochs=2, lr=0.1, seeds=7)
   first, said = run(capfd, tmp_path, features="disk")
   (path,) = tmp_path.iterdir()
   assert "48 images x 1.0 KiB = 48.0 KiB in float32, kept in a file" in said
@@ -261,33 +287,56 @@ def test_runs_share_features_and_mend_them(run, tmp_path, capfd):
   assert list(tmp_path.iterdir()) == [path]
 
 
-def test_other_inputs_have_other_features(run, material, tmp_path, capfd):
-  data = next((material / "squares" / "1.0.0").glob("*train*"))
-  later = data.stat().st_mtime + 10
-  quick = {"epochs": 2, "lr": 0.1, "seeds": 7, "method": "linear"}
-  for changes in (
-      {}, {"value_range": "0..1"}, {"resize": "legacy"}, {"image_width": 12},
-      {"gelu": "exact"}, {"feature_dtype": "bfloat16"},
-      {"splits__train": "train[1:33]"},
-  ):  # fmt: skip
-    said = run(capfd, tmp_path, **quick, **changes)[1]
-    assert "found in" not in said, changes
-  before = data.stat().st_mtime
-  os.utime(data, (later, later))
+def test_other_inputs_have_other_features(material, tmp_path):
+  record = next((material / "squares" / "1.0.0").glob("*train*"))
+  before = record.stat().st_mtime
+  quiet = console_lib.Console(io.StringIO())
+
+  def path(**changes):
+    argv = runs.command(material, tmp_path, store_dir=tmp_path, **changes)
+    config = config_lib.resolve(main.parse(argv).config)
+    job = run_lib._prepare(config, tmp_path / "run", quiet)
+    examples = examples_lib.Examples(
+        config, quiet, job.task, job.backbone, job.tuner, job.params, job.mesh
+    )
+    return examples._files("train")[0].path
+
+  paths = [
+      path(**changes)
+      for changes in (
+          {}, {"value_range": "0..1"}, {"resize": "legacy"},
+          {"image_width": 12}, {"gelu": "exact"},
+          {"feature_dtype": "bfloat16"}, {"splits__train": "train[1:33]"},
+          {"method": "linear"},
+      )  # fmt: skip
+  ]
+  os.utime(record, (before + 10, before + 10))
   try:
-    assert "found in" not in run(capfd, tmp_path, **quick)[1]
+    paths.append(path())
   finally:
-    os.utime(data, (before, before))
-  assert len(set(tmp_path.iterdir())) == 8
-  assert "found in" in run(capfd, tmp_path, **quick)[1]
+    os.utime(record, (before, before))
+  assert len(set(paths)) == 9
+  assert path() == path(epochs=2) == paths[0]
 
 
 def test_weights_decide_too():
   a, b = helpers.tiny_backbone(), helpers.tiny_backbone()
-  assert a.digest() == b.digest() == helpers.tiny_backbone().digest()
   bias = b.params["Transformer"]["encoder_norm"]["bias"]
   bias[0] = np.nextafter(bias[0], np.float32(1))
-  assert a.digest() != b.digest()
+  assert a.digest == helpers.tiny_backbone().digest != b.digest
+
+
+def test_a_folder_that_nobody_may_look_into_has_no_room(monkeypatch, tmp_path):
+  """It is the default one, say, and features are to stay in memory."""
+
+  def refused(path):
+    raise PermissionError(13, "Permission denied")
+
+  mesh = parallel.make_mesh()
+  assert places.room(tmp_path / "not" / "there", mesh)["disk"] > 0
+  monkeypatch.setattr(places.pathlib.Path, "exists", refused)
+  room = places.room(tmp_path / "features", mesh)
+  assert room["disk"] == 0 and room["device"] > 0
 
 
 def test_killed_while_extracting(material, tmp_path):

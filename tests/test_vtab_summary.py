@@ -64,7 +64,9 @@ def results(names=tuple(vtab.VTAB), method="vqt"):
         },
         "chosen": {"lr": 0.1, "weight_decay": 0.0},
         "trained_parameters": 12345,
-        "seconds": {"training": 2.0, "test": 1.0, "process": 4.0},
+        "seconds": {
+            "training": 2.0, "epoch": None, "test": 1.0, "process": 4.0,
+        },  # fmt: skip
     }
   return found
 

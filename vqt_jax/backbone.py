@@ -43,10 +43,22 @@ class Backbone:
     """Images (B, height, width, 3), scaled to `value_range` -> the stream."""
     return _apply(self.config, self.params, images, ("tokens", "blocks"))
 
+  @functools.cached_property
   def digest(self) -> str:
     """SHA-256 of all weights and their names, in hexadecimal."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
-      digest.update(jax.tree_util.keystr(path).encode())
-      digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
+    return _digest(self.params)
+
+  @functools.cached_property
+  def identity(self) -> str:
+    """The same without positions: another SciPy may resize these otherwise."""
+    params = dict(self.params)
+    params.pop("pos_embedding", None)
+    return _digest(params)
+
+
+def _digest(params: Any) -> str:
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    digest.update(jax.tree_util.keystr(path).encode())
+    digest.update(np.ascontiguousarray(leaf).tobytes())
+  return digest.hexdigest()

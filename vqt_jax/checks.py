@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vqt_jax import errors
+from vqt_jax import readers
 from vqt_jax import tuner
 from vqt_jax import vit
 from vqt_jax.backbone import VALUE_RANGES
@@ -49,7 +50,7 @@ BOUNDS = {
     "eval_batch_size": (1, math.inf),
     "settings": (0, math.inf),
     "lr": (0, math.inf),
-    "reader_lr": (0, math.inf),
+    **{f"reader_lr.{name}": (0, math.inf) for name in readers.READERS},
     "weight_decay": (0, math.inf),
     "search_seed": (0, 2**32 - 1),
     "seeds": (0, 2**32 - 1),
@@ -137,10 +138,11 @@ def _check_combinations(config: ConfigDict) -> None:
     raise errors.UserError(
         "config.mesh.data=0: expected a number of devices, or -1 for all."
     )
-  for name in ("lr", "reader_lr"):
-    if not all(config[name]) and len(config[name]) > 1:
+  for name, rates in flatten(config).items():
+    is_rate = name == "lr" or name.startswith("reader_lr.")
+    if is_rate and not all(rates) and len(rates) > 1:
       raise errors.UserError(
-          f"config.{name}={config[name]}: with a rate of 0 nothing is trained."
+          f"config.{name}={rates}: with a rate of 0 nothing is trained."
       )
   if not all(config.keep_fraction) and len(config.keep_fraction) > 1:
     raise errors.UserError(

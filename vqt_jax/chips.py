@@ -123,6 +123,6 @@ def _trouble(where: str, error: RuntimeError) -> str:
   package = wanted[0].split(";")[0].strip()
   return (
       "libtpu, which holds the compiler for TPUs, is not installed. Get it"
-      f' with: pip install --no-deps --target libtpu "{package}" and put'
-      " PYTHONPATH=libtpu before this command."
+      f' with: pip install --no-deps --target /tmp/libtpu "{package}" and put'
+      " PYTHONPATH=/tmp/libtpu before this command."
   )

@@ -45,16 +45,30 @@ def summarize(outcomes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
   Returns:
     `task`, `backbone` and `device` (of all, with commas between different
-    ones), and `runs`: name -> what a table needs of it.
+    ones), and `runs`: name -> what a table needs of it; `details` tells it from
+    others of its method.
   """
   runs = {name: _entry(results) for name, results in outcomes.items()}
   about = {
       key: ", ".join(dict.fromkeys(run[key] for run in runs.values()))
       for key in ABOUT
   }
+  for name, run in runs.items():
+    run["details"] = _details(name, runs)
   rank = lambda name: -runs[name]["test_accuracy"]["mean"]
   ranked = sorted(runs, key=rank)
   return {**about, "runs": {name: runs[name] for name in ranked}}
+
+
+def _details(name: str, runs: Mapping[str, Mapping[str, Any]]) -> str:
+  looks = lambda run: (run["method"], run["num_queries"], run["task"])
+  run, others = runs[name], [runs[other] for other in runs if other != name]
+  details = f", T={run['num_queries']}" if run["num_queries"] else ""
+  if any(other["task"] != run["task"] for other in others):
+    details += f", {run['task']}"
+  if any(looks(other) == looks(run) for other in others):
+    details += f", {name}"
+  return details
 
 
 def _entry(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,7 +113,7 @@ def show(console: console_lib.Console, summary: Mapping[str, Any]) -> None:
   for run in summary["runs"].values():
     test = run["test_accuracy"]
     rows.append([
-        label(run, summary),
+        run["method"] + run["details"],
         f"{100 * test['mean']:.2f} +- {100 * test['std']:.2f} %",
         f"{run['trained_parameters']:,}",
         _told(run["tuned_bytes"], places.size),
@@ -117,14 +131,6 @@ def show(console: console_lib.Console, summary: Mapping[str, Any]) -> None:
 
 def _told(value: Any, write: Any) -> str:
   return "unknown" if value is None else write(value)
-
-
-def label(run: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-  """A run's method, and what else tells it from the others."""
-  name = run["method"]
-  if run["num_queries"]:
-    name += f", T={run['num_queries']}"
-  return name + (f", {run['task']}" if "," in summary["task"] else "")
 
 
 def write(
@@ -149,13 +155,13 @@ def write(
   table = to_csv(summary).encode()
   files.write(output / "compare.csv", table)
   compare_plot.draw(summary, output / "compare.png")
+  show(console, summary)
   written = ["compare.csv", "compare.png"]
   for name, run in summary["runs"].items():
     if run["method"] == "vqt":
       written.append(f"attention_{name}.png")
       if not files.exists(output / written[-1]):
         attention.draw(workdirs[name], output / written[-1])
-  show(console, summary)
   console.note("   ".join([str(output / written[0]), *written[1:]]), "results")
 
 

@@ -33,7 +33,7 @@ def draw(summary: Mapping[str, Any], path: str | os.PathLike) -> None:
   runs = list(summary["runs"].values())
   figure = plots.figure_of(14, 2.2 + max(2.6, 0.36 * len(runs)))
   left, middle, right = figure.subplots(1, 3, width_ratios=(1.15, 1, 1))
-  _ranking(left, runs, "," in summary["task"])
+  _ranking(left, runs)
   sizes = [run["trained_parameters"] for run in runs]
   _against(middle, runs, sizes, "Trained parameters", UNITS)
   peaks = [run["peak_bytes"] for run in runs]
@@ -55,7 +55,7 @@ def kind(method: str) -> str:
   return "both" if "+" in method else "editor"
 
 
-def _ranking(ax: Any, runs: Sequence[Mapping[str, Any]], tasks: bool) -> None:
+def _ranking(ax: Any, runs: Sequence[Mapping[str, Any]]) -> None:
   """A row per run: its number and name, every seed, mean and deviation."""
   names = []
   for y, run in enumerate(runs):
@@ -72,8 +72,7 @@ def _ranking(ax: Any, runs: Sequence[Mapping[str, Any]], tasks: bool) -> None:
         va="center", color=plots.INK, fontsize=9, annotation_clip=False,
     )  # fmt: skip
     name = plots.METHODS.get(run["method"], run["method"])
-    name += f", T={run['num_queries']}" if run["num_queries"] else ""
-    names.append(f"{name}{', ' + run['task'] if tasks else ''}  {y + 1}")
+    names.append(f"{name}{run['details']}  {y + 1}")
   ax.set_yticks(range(len(runs)), names)
   ax.tick_params(axis="y", length=0)
   ax.set_ylim(len(runs) - 0.4, -0.6)

@@ -99,4 +99,7 @@ def _of_equation(equation) -> int:
     raise ValueError("A matrix product sits in a loop of unknown length.")
   if name == "cond":
     return max(counts)
+  if name == "shard_map":  # Its shapes are those of a device's part.
+    axes = params["newly_manual_axes"]
+    return sum(counts) * math.prod(params["mesh"].shape[x] for x in axes)
   return sum(counts) * (params["length"] if name == "scan" else 1)

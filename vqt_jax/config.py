@@ -39,7 +39,7 @@ def default_config() -> ConfigDict:
   c.splits = ConfigDict({
       "train": "",  # searched on; "": "train[:800]"
       "val": "",  # the setting is chosen by it; "": "train[800:1000]"
-      "trainval": "",  # of the final runs; "": train and val
+      "trainval": "",  # of the final runs; "": train and val, read with them
       "test": "",  # reported; "": "test"
   })
   c.image_key = ""  # feature that holds the image; "": as the dataset says
@@ -89,7 +89,9 @@ def default_config() -> ConfigDict:
   c.optimizer = ""  # "adam", "sgd" (momentum 0.9; coupled L2), or "adamw";
   # "": as published for the method
   c.lr = (0.0,)  # peak rates per 256 images of batch; 0: as published
-  c.reader_lr = (0.0,)  # the same of readers alone, if lr is 0
+  c.reader_lr = ConfigDict({  # the same of a reader alone, if lr is 0
+      name: (0.0,) for name in readers.READERS
+  })
   c.weight_decay = (1e-2, 1e-3, 1e-4, 0.0)  # not on biases
 
   # Runs. Several (lr, weight_decay) are tried on train and compared on val;
@@ -116,7 +118,8 @@ def default_config() -> ConfigDict:
       "folds": 5,  # of trainval
   })
 
-  # How it is computed; results do not depend on it beyond rounding.
+  # How it is computed; results do not depend on it beyond rounding, but for
+  # what is streamed: its examples come in another order.
   c.features = ""  # frozen features are kept on "device", "host" or "disk";
   # "live": the backbone runs in every step; "": decided from their size
   c.feature_dtype = ""  # of kept features; "": as dtype
@@ -131,7 +134,7 @@ def default_config() -> ConfigDict:
   })
   c.checkpoint_seconds = 60.0  # seconds between saves of a run
 
-  c.preset = ""  # "authors": their program in every respect, see `resolve`
+  c.preset = ""  # "authors": their program but for its weights, see `resolve`
   return c.lock()
 
 
@@ -225,8 +228,10 @@ def resolve(
       if name not in keep:
         config[name] = value
     config.preset = ""
-  for name in ("lr", "reader_lr", "weight_decay", "keep_fraction"):
+  for name in ("lr", "weight_decay", "keep_fraction"):
     config[name] = tuple(map(float, config[name]))
+  for name, rates in config.reader_lr.items():
+    config.reader_lr[name] = tuple(map(float, rates))
   if config.methods:  # The rest is each method's own.
     if "method" in keep:
       raise errors.UserError(
@@ -276,8 +281,9 @@ def recipe(method: str) -> dict[str, Any]:
 def _follow_recipe(config: ConfigDict) -> None:
   """Writes out what is empty because it is as published for the method."""
   if config.lr == (0.0,) and config.method in readers.READERS:
-    config.lr = config.reader_lr
-  config.reader_lr = (0.0,)
+    config.lr = config.reader_lr[config.method]
+  for name in readers.READERS:
+    config.reader_lr[name] = (0.0,)
   for name, value in recipe(config.method).items():
     if config[name] in ("", (0.0,), 0.0):
       config[name] = value

@@ -17,6 +17,7 @@ import re
 import shutil
 import tempfile
 import time
+from typing import IO
 import uuid
 
 from vqt_jax import errors
@@ -91,6 +92,13 @@ def exists(place: Path) -> bool:
   """
   with reading(place):
     return place.exists()
+
+
+def is_at(file: IO[bytes], place: pathlib.Path) -> bool:
+  """Whether an open file still has that name; while one waits it may change."""
+  with contextlib.suppress(FileNotFoundError):
+    return os.path.samestat(os.fstat(file.fileno()), place.stat())
+  return False
 
 
 def names(folder: Path) -> list[str]:

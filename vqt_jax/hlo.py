@@ -18,6 +18,8 @@ COLLECTIVES = (
     "collective-permute",
     "ragged-all-to-all",
 )
+# Targets of custom calls that move nothing.
+_PLACES = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast)"')
 # Names of values that are there already, or loops whose bodies count instead.
 _FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while",
@@ -66,16 +68,11 @@ def collectives(text: str) -> list[Collective]:
     kind = op.kind.removesuffix("-start")
     if kind not in COLLECTIVES:
       continue
-    sizes = [x.size for x in op.shapes]
-    # What was started names what goes in as well as what comes out.
-    size = sum(sizes)
-    if op.kind.endswith("-start") and kind != "all-reduce":
-      size = max(sizes)
     found.append(
         Collective(
             kind,
-            size,
-            tuple(sorted({x.dtype for x in op.shapes})),
+            sum(x.size for x in op.results),
+            tuple(sorted({x.dtype for x in op.results})),
             _group(op.text),
             times,
             loops,
@@ -116,7 +113,19 @@ class _Operation:
 
   @property
   def size(self) -> int:
-    return sum(x.size for x in self.shapes if x.main)
+    return sum(x.size for x in self.results if x.main)
+
+  @property
+  def results(self) -> tuple[_Shape, ...]:
+    """What comes out; communication that is started names what goes in first.
+
+    (And numbers of its own behind: `u32[]`. An all-reduce is in place.)
+    """
+    kind = self.kind.removesuffix("-start")
+    if kind == self.kind or kind not in COLLECTIVES or kind == "all-reduce":
+      return self.shapes
+    both = [x for x in self.shapes if (x.dtype, x.size) != ("u32", 4)]
+    return tuple(both[len(both) // 2 :])
 
   def refers(self, what: str) -> str:
     """The computation it names as e.g. its "body"."""
@@ -174,7 +183,7 @@ class _Program:
 
   def moved(self, op: _Operation) -> int:
     """Bytes of the main memory that one operation reads and writes."""
-    if op.kind in _FREE or op.kind.endswith("-done"):
+    if op.kind in _FREE or op.kind.endswith("-done") or _PLACES.search(op.text):
       return 0
     within = self._within(op)
     read = sum(

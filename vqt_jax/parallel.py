@@ -76,7 +76,11 @@ def platform() -> dict[str, str | None] | None:
     Arguments for `jax.distributed.initialize`; None: it is alone.
   """
   several = lambda name: int(os.environ.get(name) or 1) > 1
-  installed = importlib.util.find_spec
+
+  def installed(name):
+    found = importlib.util.find_spec(name)
+    return found and found.origin  # A mere folder of that name has none.
+
   if several("SLURM_STEP_NUM_TASKS"):
     return {"cluster_detection_method": "slurm"}
   if several("OMPI_COMM_WORLD_SIZE"):
@@ -142,11 +146,12 @@ def connect(
         heartbeat_timeout_seconds=lost_after,
         shutdown_timeout_seconds=LEAVE_SECONDS,
     )
-  except (RuntimeError, ValueError) as e:
+  except (OSError, RuntimeError, ValueError) as e:
     nobody = "coordinator_address should be" in str(e)
-    late = "before any JAX calls" in str(e)
-    if "tpu" in given.get("cluster_detection_method", "") and (nobody or late):
-      return False  # There is libtpu, but no TPU; or JAX is in use already.
+    # There is libtpu, but no TPU and nobody to ask for one; or JAX is in use.
+    alone = nobody or isinstance(e, OSError) or "before any JAX" in str(e)
+    if alone and "tpu" in given.get("cluster_detection_method", ""):
+      return False
     if nobody:
       raise errors.UserError(
           "There is no cluster that tells the address of the first process."
@@ -209,6 +214,10 @@ def make_mesh(
 ) -> jax.sharding.Mesh:
   """A `data` x `model` mesh over all devices of all processes.
 
+  Those of a process follow one another, and so do processes: process p's are
+  rows p*B/P .. (p+1)*B/P - 1 of a batch. (JAX's own order is that of a TPU's
+  links, in which hosts take turns.)
+
   Args:
     data: devices that share the batch; -1: all that `model` leaves.
     model: devices that share one copy of the backbone.
@@ -233,9 +242,11 @@ def make_mesh(
         f" {processes} processes: data must be a multiple of their"
         " number, so that each reads examples of its own."
     )
-  auto = (jax.sharding.AxisType.Auto,) * 2
-  return jax.make_mesh(
-      (wanted, model), ("data", "model"), axis_types=auto, devices=devices
+  order = sorted(devices, key=lambda each: (each.process_index, each.id))
+  return jax.sharding.Mesh(
+      np.array(order).reshape(wanted, model),
+      ("data", "model"),
+      axis_types=(jax.sharding.AxisType.Auto,) * 2,
   )
 
 

@@ -88,6 +88,11 @@ def make_job(config: ml_collections.ConfigDict, where: str) -> programs.Job:
     raise errors.UserError(
         "A plan is for one task: name it, e.g. --config.task=cifar100."
     )
+  if config.methods:
+    raise errors.UserError(
+        "A plan is for one method: add e.g. --config.methods= --config.method="
+        f"{config.methods.split(',')[-1]}."
+    )
   chip, devices = chips.find(where)
   platform = devices[0].platform
   dtype = "float32" if platform == "cpu" else "bfloat16"
@@ -108,6 +113,7 @@ def make_job(config: ml_collections.ConfigDict, where: str) -> programs.Job:
       config.method, vit_config, task.num_classes, **config_lib.of_tuner(config)
   )
   mesh = parallel.make_mesh(config.mesh.data, config.mesh.model, devices)
+  parallel.check_heads(mesh, vit_config.num_heads)
   job = programs.Job(
       config=config,
       tuner=tuner,
@@ -345,6 +351,13 @@ def _batch_line(job, fits: int | None, fails: int | None) -> str:
   return f"{fits:,} images fit, {fails:,} do not"
 
 
+def _model(job) -> str:
+  """The smallest number of devices that can share a backbone."""
+  heads = job.tuner.config.num_heads
+  parts = next(n for n in range(2, max(heads, 2) + 1) if heads % n == 0)
+  return f"--config.mesh.model={parts}"
+
+
 def _advice(job, found: Sequence[Needs], batch: int | None) -> str:
   """What to change; the largest part of the memory tells."""
   worst = max(found, key=lambda needs: needs.total or 2**63)
@@ -352,7 +365,7 @@ def _advice(job, found: Sequence[Needs], batch: int | None) -> str:
   parts = worst.memory or {"temporary": 1}
   largest = max(parts, key=parts.get)
   if largest == "weights":
-    advice = "spread the backbone: --config.mesh.model=2, or more"
+    advice = f"spread the backbone: {_model(job)}, or more"
   elif largest == "data" and job.place == "device":
     advice = "keep features elsewhere: --config.features=host"
   elif largest == "data" and job.place == "images":
@@ -365,7 +378,7 @@ def _advice(job, found: Sequence[Needs], batch: int | None) -> str:
   elif batch and batch < job.config.batch_size:
     advice = f"take a smaller batch: --config.batch_size={batch}"
   else:
-    advice = "take a larger slice, or --config.mesh.model=2"
+    advice = f"take a larger slice, or {_model(job)}"
   needs = f"{_mib(worst.total)} MiB" if worst.total else "more than there is"
   return (
       f"it does not fit: {name} needs {needs} of {_mib(job.chip.memory)} MiB a"

@@ -41,7 +41,13 @@ class Tuned:
     return tuner_lib.apply(self.backbone, self.tuner, self.variables, images)
 
   def attention(self, images: jax.Array) -> np.ndarray:
-    """What queries attend to: (L, B, H, T, N), sums to 1 over the tokens."""
+    """What queries attend to: (L, B, H, T, N), sums to 1 over the tokens.
+
+    Raises:
+      UserError: the method has no queries.
+    """
+    if not self.tuner.has_queries:
+      raise errors.UserError(f"{self.tuner.method} has no queries that look.")
     everything = {**self.variables, "backbone": self.backbone.params}
     tokens = self.tuner.stream(everything, images).tokens
     queries = self.variables["tuner"]["queries"]
@@ -123,24 +129,35 @@ def save(
               "pool_type": c.pool_type,
               "gelu": c.gelu,
               "value_range": backbone.value_range,
+              "sha256": backbone.identity,
           },
           **info,
       },
   )
 
 
-def load(directory: str | os.PathLike[str]) -> Tuned:
+def load(
+    directory: str | os.PathLike[str], source: str | None = None
+) -> Tuned:
   """Reads what `save` wrote, and loads its backbone again.
 
+  Args:
+    directory: a folder, or `gs://BUCKET/FOLDER`.
+    source: where the backbone is now, as `load_backbone` takes it; None: where
+      training loaded it.
+
   Raises:
-    UserError: a file is missing or damaged, or the backbone is gone.
+    UserError: a file is missing or damaged, or the backbone is gone, or has
+      other weights by now.
   """
   variables, info = results.load_tuned(directory)
   variables = {"tuner": {}, **variables}  # An empty one leaves no trace.
   try:
     given = dict(info["backbone"])
     given.pop("variant")
-    backbone = checkpoints.load_backbone(given.pop("source"), **given)
+    trained_on = given.pop("sha256", None)
+    source = source or given["source"]
+    backbone = checkpoints.load_backbone(**given | {"source": source})
     options = ("method", "num_classes", "num_queries", "normalize", "combine")
     later = [name for name in ("target_size",) if name in info]
     tuner = tuner_lib.make_tuner(
@@ -153,6 +170,11 @@ def load(directory: str | os.PathLike[str]) -> Tuned:
         f"{directory}/info.json does not describe a tuned model: {e!r}. Was it"
         " written by this program?"
     ) from e
+  if trained_on not in (None, backbone.identity):
+    raise errors.UserError(
+        f"{directory} was trained on other weights than {source} has now. Name"
+        " those it was trained on: load(directory, source=...)."
+    )
   features = variables["head"].pop("features", None)
   if features is not None:
     rows = variables["head"]["kernel"]

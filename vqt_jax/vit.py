@@ -534,6 +534,7 @@ def init_params(config: ViTConfig, key: jax.Array) -> Any:
   return ViT(config).init(key, images)["params"]
 
 
+@functools.cache
 def param_shapes(config: ViTConfig) -> Any:
   """Shapes and dtypes of the parameters, without computing any."""
   init = functools.partial(init_params, config)

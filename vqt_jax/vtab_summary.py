@@ -44,7 +44,7 @@ def summarize(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
       "means": means({n: t["test_accuracy"]["mean"] for n, t in tasks.items()}),
       "seconds": {
           key: sum(task["seconds"][key] for task in tasks.values())
-          for key in about["seconds"]
+          for key in ("training", "test", "process")
       },
   }
 

@@ -153,7 +153,10 @@ def _not_a_zip(path: pathlib.Path) -> str:
     return (
         "is a single NumPy array; expected an npz with one array a parameter."
     )
-  return "is not an npz file; expected a Big Vision checkpoint."
+  return (
+      "is not an npz file; expected a Big Vision checkpoint (weights of timm or"
+      " Hugging Face are not read)."
+  )
 
 
 def _read_zarr(folder: pathlib.Path, names: list[str]) -> dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ import pathlib
 import time
 from typing import Any, NamedTuple
 
+from vqt_jax import files
 from vqt_jax.errors import UserError
 
 # Called with (bytes so far, bytes in all or None) while a file comes in.
@@ -169,14 +170,17 @@ def _chunks(
 @contextlib.contextmanager
 def _locked(part: pathlib.Path) -> Iterator[Any]:
   """Opens a part for appending; one process at a time."""
-  try:
-    part.parent.mkdir(parents=True, exist_ok=True)
-    out = part.open("ab", buffering=0)
-  except OSError as error:
-    raise _unwritable(part.parent, error) from error
-  with out:
-    fcntl.flock(out, fcntl.LOCK_EX)
-    yield out
+  while True:
+    try:
+      part.parent.mkdir(parents=True, exist_ok=True)
+      out = part.open("ab", buffering=0)
+    except OSError as error:
+      raise _unwritable(part.parent, error) from error
+    with out:
+      fcntl.flock(out, fcntl.LOCK_EX)
+      if files.is_at(out, part):  # Else it was completed, or given up.
+        yield out
+        return
 
 
 def _write(out: Any, chunk: bytes) -> int:

@@ -3,7 +3,6 @@
 import collections
 from collections.abc import Iterable, Mapping
 import dataclasses
-import functools
 import math
 import re
 from typing import Any
@@ -206,7 +205,6 @@ def expected_shapes(
   }
 
 
-@functools.lru_cache(maxsize=8)
 def _stacked_shapes(config: vit.ViTConfig) -> dict[str, tuple[int, ...]]:
   tree = vit.param_shapes(config)
   return {name: leaf.shape for name, leaf in layouts.flatten(tree).items()}

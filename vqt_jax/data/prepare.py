@@ -203,6 +203,7 @@ def _generate(
       OSError,
       AssertionError,
       ImportError,
+      ValueError,  # A version that this TFDS can read, but not make.
   ) as error:
     raise errors.UserError(
         f"Preparing {builder.name!r} failed: {_one_line(error)} Files that"

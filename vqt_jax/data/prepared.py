@@ -64,7 +64,7 @@ def find_builder(request: str, data_dir: str | None) -> Any:
     raise
   except (json_format.Error, json.JSONDecodeError, OSError) as error:
     raise errors.UserError(_damaged(request, data_dir, error)) from error
-  except (ValueError, AssertionError) as error:
+  except (ValueError, AssertionError, ImportError) as error:
     raise errors.UserError(_unusable(request, error)) from error
   except tf.errors.OpError as error:
     raise errors.UserError(
@@ -89,8 +89,15 @@ def open_builder(task: Task) -> Any:
   """
   builder = find_builder(task.builder, task.data_dir)
   with quiet(), _reading(task.data_dir):
-    if builder.is_prepared():
-      return builder
+    prepared = builder.is_prepared()
+  if prepared and builder.info.file_format.value == "array_record":
+    raise errors.UserError(
+        f"Dataset {task.dataset!r} in {os.fspath(builder.data_path)} lies there"
+        " as ArrayRecord, which TFDS does not read with TensorFlow. Prepare it"
+        " as TFRecord, in another data_dir."
+    )
+  if prepared:
+    return builder
   raise errors.UserError(
       f"Dataset {task.dataset!r} is not prepared in"
       f" {os.fspath(builder.data_path)}. Prepare it once with:"

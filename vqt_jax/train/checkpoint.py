@@ -28,7 +28,7 @@ class Checkpointer:
   """Saves state and progress asynchronously; the last complete save wins.
 
   A save holds every array of the training state (random keys included) and a
-  json-able `progress`: phase, epoch, history, results so far.
+  json-able `progress`: a stage, and where it stands.
 
   Every method may raise a `UserError`: files cannot be written (an earlier save
   may be meant), or read.

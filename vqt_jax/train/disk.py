@@ -129,13 +129,13 @@ class File:
       progress: told how many images are done.
 
     Raises:
-      UserError: it cannot be written; nothing half-written stays then.
+      UserError: it cannot be written; nothing half-written stays then. Or the
+        stream's own; what is written is gone on with the next time.
     """
     part = self._part
     with self._locked(part) as file:
       if not parallel.any_process(not self.path.exists()):
-        if not file.tell():  # Another run was faster, and this is a new one.
-          part.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)  # Another run was faster.
         return
       with _writing(part):
         done = self._whole_records(file)
@@ -156,21 +156,22 @@ class File:
 
   @contextlib.contextmanager
   def _locked(self, part: pathlib.Path) -> Iterator[BinaryIO]:
-    """The unfinished file; one run at a time. Goes away if writing fails."""
-    with _writing(part):
-      part.parent.mkdir(parents=True, exist_ok=True)
-      file = open(part, "ab")
-    try:
+    """The unfinished file; one run at a time."""
+    while True:
+      with parallel.together(), files.writing(part):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        file = open(part, "ab")
       with file:
         # All processes or none: of two runs each might lock what the other
         # waits for.
         while parallel.any_process(not _lock(file)):
           fcntl.flock(file, fcntl.LOCK_UN)
           time.sleep(random.uniform(0.5, 1.5))
+        # Whoever had it may have made the whole file of it, or given up.
+        if parallel.any_process(not files.is_at(file, part)):
+          continue
         yield file
-    except errors.UserError:
-      part.unlink(missing_ok=True)
-      raise
+        return
 
   @property
   def _record(self) -> np.dtype:
@@ -229,6 +230,10 @@ def _lock(file: BinaryIO) -> bool:
 
 @contextlib.contextmanager
 def _writing(path: pathlib.Path) -> Iterator[None]:
-  """What cannot be written on one process is an error on all."""
-  with parallel.together(), files.writing(path):
-    yield
+  """What cannot be written on one process is an error on all, and goes away."""
+  try:
+    with parallel.together(), files.writing(path):
+      yield
+  except errors.UserError:
+    path.unlink(missing_ok=True)
+    raise

@@ -284,7 +284,7 @@ class Examples:
   def _made_from(self, base: str) -> dict[str, Any]:
     """All that decides the features of a split."""
     return {
-        "weights": self.backbone.digest(),
+        "weights": self.backbone.digest,
         "vit": dataclasses.asdict(self.backbone.config),
         "decoding": self._decoding,
         "data": data.fingerprint(self.task, base),

@@ -171,12 +171,13 @@ def train_phase(
   measured = False
   pending = []  # Sums on the devices: read late, so that steps queue up.
   clock, first = time.monotonic(), progress.epoch
+  booked = clock  # Until when `progress.seconds` counts.
   compiled = clock  # When the first epoch was over, from which speed counts.
   pace = Pace()
 
   def settle():
     """Waits for the queued steps; books finished epochs."""
-    nonlocal clock, compiled
+    nonlocal clock, booked, compiled
     for epoch, losses, right, count, last in pending:
       losses, right = (x[:count] for x in parallel.to_host((losses, right)))
       pace.measure(count)
@@ -193,8 +194,7 @@ def train_phase(
         )
         progress.epoch, progress.step, progress.sums = epoch + 1, 0, []
         elapsed = time.monotonic() - clock
-        progress.seconds += elapsed
-        clock = time.monotonic()
+        clock += elapsed
         if epoch > first:
           progress.epoch_seconds.append(elapsed)
           epochs_per_second = (epoch - first) / max(clock - compiled, 1e-9)
@@ -203,6 +203,9 @@ def train_phase(
         seen = phase.source.num_examples * len(phase.runs)
         report(epoch, loss, accuracy, seen * epochs_per_second)
     pending.clear()
+    now = time.monotonic()
+    progress.seconds += now - booked
+    booked = now
 
   while progress.epoch + len([p for p in pending if p[-1]]) < phase.epochs:
     epoch = progress.epoch + len([p for p in pending if p[-1]])

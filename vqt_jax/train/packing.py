@@ -55,6 +55,13 @@ def _stream_numbers(tuner: tuner_lib.Tuner, remat: bool) -> int:
   return c.depth * tokens * 2 * c.width + tokens * of_token
 
 
+def held_at_once(tuner: tuner_lib.Tuner) -> int:
+  """The number of runs, at least one, whose weights fit on each device."""
+  numbers = sum(math.prod(x.shape) for x in jax.tree.leaves(tuner.shapes()))
+  room = parallel.smallest(MEMORY_SHARE * memory.device_memory())
+  return max(1, int(room / (4 * numbers)))
+
+
 def runs_at_once(
     tuner: tuner_lib.Tuner,
     batch_size: int,

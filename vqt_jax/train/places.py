@@ -29,18 +29,26 @@ def room(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> dict[str, int]:
     folder: where files of features go; it may not be there yet.
     mesh: devices that share the data.
   """
-  while not folder.exists():
-    folder = folder.parent
   mine = {
       "device": DEVICE_SHARE * memory.device_memory(),
       "host": HOST_SHARE * memory.host_memory(),
-      "disk": DISK_SHARE * shutil.disk_usage(folder).free,
+      "disk": DISK_SHARE * _free(folder),
   }
   parts = {"device": mesh.shape["data"], "host": jax.process_count()}
   return {
       place: int(parallel.smallest(size)) * parts.get(place, 1)
       for place, size in mine.items()
   }
+
+
+def _free(folder: pathlib.Path) -> int:
+  """Bytes on the disk of a folder, or of the first one above that is there."""
+  try:
+    while not folder.exists():
+      folder = folder.parent
+    return shutil.disk_usage(folder).free
+  except OSError:  # One that we may not look into: nobody has asked for it.
+    return 0
 
 
 def choose(

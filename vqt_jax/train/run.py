@@ -59,8 +59,10 @@ def train(
   with parallel.together():
     if parallel.is_first():
       results_lib.open_workdir(config, workdir)
-  if files.exists(workdir / outcome.RESULTS):
-    results = outcome.read(workdir)
+    finished = files.exists(workdir / outcome.RESULTS)
+  if parallel.any_process(finished):
+    with parallel.together():
+      results = outcome.read(workdir)
     console.note("this run is finished already; it is not done again")
     outcome.show(console, workdir, results)
     return results

@@ -35,6 +35,9 @@ def compare(
 ) -> tuple[list[float], float]:
   """Trains a run, then new heads on each of some fractions of its features.
 
+  All of them, a fraction of 1, are judged with the run's own head: that is what
+  a run without a selection gives.
+
   Args:
     stages: does the work.
     prefix: of the stages' names.
@@ -48,16 +51,21 @@ def compare(
   Returns:
     Accuracy of each fraction; seconds of training.
   """
+  fewer = [fraction for fraction in fractions if fraction < 1]
   out = stages.run(
       stages_lib.Stage(
-          f"{prefix}all", label, tuner, (run,), "setting", least=0, **examples
-      )
+          f"{prefix}all", label, tuner, (run,), "setting", least=0,
+          judge=judge if len(fewer) < len(fractions) else None, **examples,
+      )  # fmt: skip
   )
   _, selected, seconds = select(
-      stages, prefix, tuner, (run,), out.variables, fractions, judge=judge,
+      stages, prefix, tuner, (run,), out.variables, fewer, judge=judge,
       **examples,
   )  # fmt: skip
-  return selected.accuracy, out.seconds + seconds
+  accuracy = dict(zip(fewer, selected.accuracy))
+  if out.accuracy:
+    accuracy[1.0] = out.accuracy[0]
+  return [accuracy[f] for f in fractions], out.seconds + seconds
 
 
 def select(

@@ -24,6 +24,7 @@ from vqt_jax import errors
 from vqt_jax import files
 from vqt_jax import head as head_lib
 from vqt_jax import parallel
+from vqt_jax import results as results_lib
 from vqt_jax import tuner as tuner_lib
 from vqt_jax.train import checkpoint
 from vqt_jax.train import loop
@@ -136,6 +137,23 @@ class Stages:
           name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX)
       }
     self._saved = saver.progress(Saved) or Saved()
+    with parallel.together():
+      if parallel.is_first():
+        self._check_weights()
+
+  def _check_weights(self) -> None:
+    """Notes down the backbone's, or that they are those that it began with."""
+    path = self._folder / "backbone.json"
+    found = {"sha256": self._job.backbone.identity}
+    begun = (self._done or self._saved.stage) and files.exists(path)
+    if not begun:
+      results_lib.write_json(path, found)
+    elif results_lib.read_json(path) != found:
+      raise errors.UserError(
+          f"The run in {self._job.workdir} was begun with other weights: what"
+          " config.init names has changed since. Choose another --workdir, or"
+          " bring the old weights back to resume."
+      )
 
   def run(self, stage: Stage) -> Outcome:
     """Does a stage, in as many packs of runs as memory asks for."""
@@ -159,8 +177,9 @@ class Stages:
 
   def _pack(self, stage: Stage) -> Outcome:
     path = self._folder / f"{stage.name}{SUFFIX}"
-    if stage.name in self._done:
-      outcome = _read(path, stage)
+    if parallel.any_process(stage.name in self._done):
+      with parallel.together():
+        outcome = _read(path, stage)
       self._peak.include(outcome.peak_bytes)
       self._log(stage, _rows(stage, outcome.history))
       return outcome
@@ -261,6 +280,8 @@ class Stages:
   ) -> list[list[float]]:
     """Accuracy of every run of several tuners, in one pass of the backbone.
 
+    In several, if the devices cannot hold what all of them have trained.
+
     Args:
       split: each of its images counts exactly once.
       rows: of the split; None: all.
@@ -268,6 +289,22 @@ class Stages:
         the first.
       label: for people.
     """
+    size = min(packing.held_at_once(tuner) for tuner, _ in ready)
+    if sum(len(runs.normalize) for _, runs in ready) <= size:
+      return self._pass(split, rows, ready, label)
+    part = lambda runs, i: jax.tree.map(lambda x: x[i : i + size], runs)
+    return [
+        [
+            accuracy
+            for start in range(0, len(runs.normalize), size)
+            for accuracy in self._pass(
+                split, rows, [(tuner, part(runs, start))], label
+            )[0]
+        ]
+        for tuner, runs in ready
+    ]
+
+  def _pass(self, split, rows, ready, label) -> list[list[float]]:
     job = self._job
     tuners, runs = zip(*ready)
     runs = parallel.replicate(runs, job.mesh)
@@ -334,8 +371,6 @@ def _variables(state: step_lib.State, stage: Stage) -> Any:
 
 def _joined(parts: Sequence[Outcome], starts: Sequence[int]) -> Outcome:
   """Packs of a stage as one."""
-  if len(parts) == 1:
-    return parts[0]
   together = lambda *lists: [x for each in lists for x in each]
   return Outcome(
       history=[

@@ -208,8 +208,10 @@ def run_step(
         embed_key, recipe.embedding_dropout, shape
     )
   if tuner.has_queries and recipe.query_dropout:
-    shape = (config.depth, size, tuner.num_queries, config.width)
-    batch["query_mask"] = _keep_mask(query_key, settings.query_dropout, shape)
+    # Examples first: those that fill up a batch then change no other's mask.
+    shape = (size, config.depth, tuner.num_queries, config.width)
+    mask = _keep_mask(query_key, settings.query_dropout, shape)
+    batch["query_mask"] = jnp.moveaxis(mask, 0, 1)
   if not tuner.editor:
     seen = _stream(tuner, frozen, batch, recipe.remat)
   count = jnp.maximum(batch["mask"].sum(), 1)
