@@ -197,6 +197,25 @@ def test_folder_without_metadata(tmp_path):
     lookup.make_task("mine", data_dir=str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "train, val, trainval, same",
+    [
+        ("train[:9]", "train[9:]", "train", True),
+        ("train[:9]", "train[9:12]", "train[:12]", True),
+        ("train[9:]", "train[:9]", "train", False),  # Another order.
+        ("train[:9]", "train[10:]", "train", False),
+        ("train", "test", "train+test", True),
+        ("train[:9]+test", "train[9:]", "train+test", False),
+    ],
+)
+def test_splits_that_are_parts_of_another(
+    data_dir, train, val, trainval, same
+):
+  splits = {"train": train, "val": val, "trainval": trainval}
+  task = lookup.make_task("numbered", data_dir=str(data_dir), splits=splits)
+  assert data.are_rows_of(task, ("train", "val"), "trainval") == same
+
+
 def test_formats_that_tensorflow_does_not_read(data_dir, tmp_path):
   shutil.copytree(data_dir, tmp_path / "data")
   info = next((tmp_path / "data").rglob("dataset_info.json"))

@@ -39,7 +39,7 @@ def default_config() -> ConfigDict:
   c.splits = ConfigDict({
       "train": "",  # searched on; "": "train[:800]"
       "val": "",  # the setting is chosen by it; "": "train[800:1000]"
-      "trainval": "",  # of the final runs; "": train and val, read with them
+      "trainval": "",  # of the final runs; "": train and val
       "test": "",  # reported; "": "test"
   })
   c.image_key = ""  # feature that holds the image; "": as the dataset says

@@ -8,6 +8,7 @@ from vqt_jax.data.pipeline import batches
 from vqt_jax.data.pipeline import load_arrays
 from vqt_jax.data.pipeline import load_labels
 from vqt_jax.data.pipeline import train_batches
+from vqt_jax.data.prepared import are_rows_of
 from vqt_jax.data.prepared import check_prepared
 from vqt_jax.data.prepared import expected_examples
 from vqt_jax.data.prepared import fingerprint
@@ -23,6 +24,7 @@ __all__ = [
     "SPLITS",
     "VTAB",
     "Task",
+    "are_rows_of",
     "batches",
     "check_prepared",
     "expected_examples",

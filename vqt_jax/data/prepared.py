@@ -174,6 +174,27 @@ def split_size(builder: Any, task: Task, split: str) -> int:
   return count
 
 
+def are_rows_of(task: Task, parts: Iterable[str], whole: str) -> bool:
+  """Whether some splits, one after another, are another one, row by row."""
+  splits = open_builder(task).info.splits
+
+  def rows(names):
+    """Ranges of each file; one that goes on where the last ended joins it."""
+    ranges = []
+    for name in names:
+      for part in splits[task.splits[name]].file_instructions:
+        end = part.skip + part.take
+        if part.take < 0:
+          end = part.examples_in_shard
+        if ranges and ranges[-1][::2] == [part.filename, part.skip]:
+          ranges[-1][2] = end
+        else:
+          ranges.append([part.filename, part.skip, end])
+    return ranges
+
+  return rows(parts) == rows([whole])
+
+
 def fingerprint(task: Task, split: str) -> dict[str, Any]:
   """What decides the images of a split, json-able: files, and rows of them.
 

@@ -45,6 +45,7 @@ class Examples:
   params: Any
   mesh: jax.sharding.Mesh
   _held: tuple[str, Any] | None = None
+  _bases: dict[str, str] = dataclasses.field(default_factory=dict)
   _counts: dict[str, int] = dataclasses.field(default_factory=dict)
   _places: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
 
@@ -157,7 +158,9 @@ class Examples:
     )
 
   def _base(self, split: str) -> str:
-    return base_of(self.task, split)
+    if split not in self._bases:
+      self._bases[split] = base_of(self.task, split)
+    return self._bases[split]
 
   @functools.cached_property
   def _room(self) -> dict[str, int]:
@@ -320,7 +323,11 @@ def base_of(task: data.Task, split: str) -> str:
   """The split that is loaded for another: "trainval" where it holds both."""
   splits = task.splits
   both = f"{splits['train']}+{splits['val']}"
-  return "trainval" if splits["trainval"] == both else split
+  if splits["trainval"] != both and not data.are_rows_of(
+      task, ("train", "val"), "trainval"
+  ):
+    return split
+  return "trainval"
 
 
 def _rows(start: int, size: int, count: int) -> np.ndarray:
