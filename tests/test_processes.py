@@ -202,6 +202,10 @@ def test_libtpu_without_a_tpu_is_no_cluster(monkeypatch, error):
   assert not parallel.connect(None)
   with pytest.raises(errors.UserError, match="cluster|Cannot join"):
     parallel.connect("auto")
+  monkeypatch.setattr(parallel, "_tpu_devices", lambda: ["/dev/accel0"])
+  if isinstance(error, OSError):  # One of a pod must not run on alone.
+    with pytest.raises(errors.UserError, match="Cannot join the other proce"):
+      parallel.connect(None)
 
 
 def test_a_cluster_that_is_not_there(material, tmp_path):

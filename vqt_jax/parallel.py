@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 import contextlib
 import faulthandler
+import glob
 import importlib.metadata
 import importlib.util
 import os
@@ -149,7 +150,8 @@ def connect(
   except (OSError, RuntimeError, ValueError) as e:
     nobody = "coordinator_address should be" in str(e)
     # There is libtpu, but no TPU and nobody to ask for one; or JAX is in use.
-    alone = nobody or isinstance(e, OSError) or "before any JAX" in str(e)
+    unasked = isinstance(e, OSError) and not _tpu_devices()
+    alone = nobody or unasked or "before any JAX" in str(e)
     if alone and "tpu" in given.get("cluster_detection_method", ""):
       return False
     if nobody:
@@ -163,6 +165,11 @@ def connect(
         f" {coordinator or 'as the platform tells'}): {e}"
     ) from e
   return True
+
+
+def _tpu_devices() -> list[str]:
+  """Device files of TPUs, whether or not anybody can use them."""
+  return [*glob.glob("/dev/accel*"), *glob.glob("/dev/vfio/[0-9]*")]
 
 
 def is_connected() -> bool:
