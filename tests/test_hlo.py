@@ -106,6 +106,19 @@ ENTRY %main (a: f32[64]) -> f32[64] {
   assert hlo.traffic(text) == 2 * 4 * 64
 
 
+def test_products_are_those_of_all_devices():
+  mesh = parallel.make_mesh(4, 2)
+  product = lambda x, y: x @ y
+  rows = jax.sharding.PartitionSpec("data")
+  of_parts = jax.shard_map(
+      product, mesh=mesh, in_specs=(rows, jax.sharding.PartitionSpec()),
+      out_specs=rows, axis_names={"data"},
+  )  # fmt: skip
+  x, y = jnp.ones((8, 16)), jnp.ones((16, 32))
+  for function in (product, of_parts):
+    assert compiled.matmuls(jax.jit(function), x, y) == 2 * 8 * 16 * 32
+
+
 def text_of(function, *shapes):
   shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
   return jax.jit(function).lower(*shapes).compile()

@@ -131,6 +131,11 @@ def test_prepare_trusts_other_files_only_when_told(
   assert "train 2" in capsys.readouterr().out
 
 
+def test_a_version_that_cannot_be_made_any_more(tmp_path, parsed_flags, capsys):
+  assert run_prepare("clevr:3.0.0", data_dir=str(tmp_path)) == 2
+  assert "Preparing 'clevr' failed: " in capsys.readouterr().err
+
+
 def test_prepare_explains_what_is_missing(
     tmp_path, parsed_flags, monkeypatch, capsys
 ):

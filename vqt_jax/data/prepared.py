@@ -85,24 +85,24 @@ def open_builder(task: Task) -> Any:
   """The prepared builder of a task.
 
   Raises:
-    UserError: it is not prepared; says how to do it.
+    UserError: it is not prepared, or in a format that cannot be read.
   """
   builder = find_builder(task.builder, task.data_dir)
   with quiet(), _reading(task.data_dir):
     prepared = builder.is_prepared()
-  if prepared and builder.info.file_format.value == "array_record":
+  if not prepared:
+    raise errors.UserError(
+        f"Dataset {task.dataset!r} is not prepared in"
+        f" {os.fspath(builder.data_path)}. Prepare it once with:"
+        f" {prepare_command(task)}"
+    )
+  if builder.info.file_format.value == "array_record":
     raise errors.UserError(
         f"Dataset {task.dataset!r} in {os.fspath(builder.data_path)} lies there"
         " as ArrayRecord, which TFDS does not read with TensorFlow. Prepare it"
         " as TFRecord, in another data_dir."
     )
-  if prepared:
-    return builder
-  raise errors.UserError(
-      f"Dataset {task.dataset!r} is not prepared in"
-      f" {os.fspath(builder.data_path)}. Prepare it once with:"
-      f" {prepare_command(task)}"
-  )
+  return builder
 
 
 def prepare_command(*tasks: Task) -> str:

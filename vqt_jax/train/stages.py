@@ -127,6 +127,9 @@ class Stages:
       metrics: a `MetricsWriter`.
       stop: a `StopSignal`.
       peak: a `memory.Peak`.
+
+    Raises:
+      UserError: it was begun with other weights of the backbone.
     """
     self._job, self._examples, self._saver = job, examples, saver
     self._metrics, self._stop, self._peak = metrics, stop, peak
@@ -292,19 +295,17 @@ class Stages:
     size = min(packing.held_at_once(tuner) for tuner, _ in ready)
     if sum(len(runs.normalize) for _, runs in ready) <= size:
       return self._pass(split, rows, ready, label)
-    part = lambda runs, i: jax.tree.map(lambda x: x[i : i + size], runs)
-    return [
-        [
-            accuracy
-            for start in range(0, len(runs.normalize), size)
-            for accuracy in self._pass(
-                split, rows, [(tuner, part(runs, start))], label
-            )[0]
-        ]
-        for tuner, runs in ready
-    ]
+    found = []
+    for tuner, runs in ready:
+      accuracy = []
+      for start in range(0, len(runs.normalize), size):
+        some = jax.tree.map(lambda x, i=start: x[i : i + size], runs)
+        accuracy += self._pass(split, rows, [(tuner, some)], label)[0]
+      found.append(accuracy)
+    return found
 
   def _pass(self, split, rows, ready, label) -> list[list[float]]:
+    """What `evaluate` gives, in one pass of the backbone."""
     job = self._job
     tuners, runs = zip(*ready)
     runs = parallel.replicate(runs, job.mesh)
