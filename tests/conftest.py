@@ -28,14 +28,19 @@ def material(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def alone(material, tmp_path_factory):
-  """Workdirs of runs that are left alone, with one process and device each."""
+  """Workdirs of runs that are left alone, with one process and device each.
+
+  By where their examples are: features that are kept, or images on the device
+  or read in every epoch.
+  """
   from tests import runs
 
   started = {}
-  for data in ("device", "stream"):
-    workdir = tmp_path_factory.mktemp(data)
-    argv = runs.command(material, workdir, data=data)
-    started[data] = workdir, runs.Process(argv)
+  for name in ("kept", "device", "stream"):
+    workdir = tmp_path_factory.mktemp(name)
+    changes = {} if name == "kept" else {"data": name}
+    argv = runs.command(material, workdir, **changes)
+    started[name] = workdir, runs.Process(argv)
   for _, process in started.values():
     assert process.wait() == 0, process.said()
-  return {data: workdir for data, (workdir, _) in started.items()}
+  return {name: workdir for name, (workdir, _) in started.items()}

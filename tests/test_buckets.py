@@ -50,9 +50,12 @@ def test_killed(server, material, alone, tmp_path):
   process, saves = start(server, material), []
 
   def kill(name):
-    searched = "runs/a/stages/search.safetensors" in server.objects
-    if searched and re.fullmatch(r"\S+/checkpoints/\d+/commit_\S+", name):
-      saves.append(name.rpartition("/")[0])
+    save, _, last = name.rpartition("/")
+    if not re.fullmatch(r"\S+/checkpoints/\d+", save):
+      return
+    progress = server.objects.get(f"{save}/progress/metadata", b"")
+    if last.startswith("commit_") and b'"stage": "seeds"' in progress:
+      saves.append(save)
       if len(saves) == 2:
         os.kill(process.pid, signal.SIGKILL)
         raise bucket.Refused(500)
@@ -76,7 +79,7 @@ def test_killed(server, material, alone, tmp_path):
   assert not any(line.startswith("search ") for line in said)
   assert any(f"{WORKDIR}/results.json" in line for line in said)
   run = server.copy_to(tmp_path) / "runs" / "a"
-  assert runs.bits(run) == runs.bits(alone["device"])
+  assert runs.bits(run) == runs.bits(alone["kept"])
   assert {path.name for path in run.iterdir()} == {
       path.name for path in alone["device"].iterdir()
   }
@@ -270,7 +273,7 @@ def read_data(environment, material, workdir, **changes):
 def test_data(server, data, material, alone, tmp_path):
   status, said = read_data(data, material, tmp_path / "run")
   assert status == 0, said
-  assert runs.bits(tmp_path / "run") == runs.bits(alone["device"])
+  assert runs.bits(tmp_path / "run") == runs.bits(alone["kept"])
   assert not server.written
 
 

@@ -125,10 +125,10 @@ def _direct(config, params, tokens, queries):
   return x + y @ mlp["Dense_1"]["kernel"] + mlp["Dense_1"]["bias"]
 
 
-@pytest.mark.parametrize("by_parts", [False, True])
+@pytest.mark.parametrize("how", ["absorbed", "by parts", "projected"])
 @pytest.mark.parametrize("per_example", [False, True])
 @pytest.mark.parametrize("num_queries", [1, 4])
-def test_absorbed_equals_direct(per_example, num_queries, by_parts):
+def test_reading_equals_direct(per_example, num_queries, how):
   backbone = helpers.tiny_backbone()
   config = backbone.config
   blocks = backbone.params["Transformer"]["encoderblock"]
@@ -141,26 +141,28 @@ def test_absorbed_equals_direct(per_example, num_queries, by_parts):
   queries = rng.standard_normal(shape).astype(np.float32)
   weights = rng.standard_normal((6, num_queries, 16)).astype(np.float32)
 
-  def absorbed(queries):
+  def read(queries):
     block = functools.partial(vit.Block(config).apply, {"params": params})
-    if by_parts:
-      out = block(stored, queries, rows=rows, method="read")
-    else:
+    if how == "absorbed":
       out = block(tokens, queries, method="read")
+    else:
+      kept = stored if how == "by parts" else block(stored, method="project")
+      out = block(kept, queries, rows=rows, method="read")
     return (out * weights).sum(), out
 
   def direct(queries):
     out = _direct(config, params, tokens, queries)
     return (out * weights).sum(), out
 
-  ours = jax.grad(absorbed, has_aux=True)(queries)
+  ours = jax.grad(read, has_aux=True)(queries)
   theirs = jax.grad(direct, has_aux=True)(queries)
   helpers.assert_close(ours[1], theirs[1], 5e-6, "values")
   helpers.assert_close(ours[0], theirs[0], 5e-6, "gradients")
 
 
+@pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_a_batch_read_by_parts_is_the_same(monkeypatch, dropout):
+def test_a_batch_read_by_parts_is_the_same(monkeypatch, dropout, projected):
   """Also under a gradient and with several runs at once."""
   backbone = helpers.tiny_backbone()
   depth = backbone.config.depth
@@ -180,6 +182,10 @@ def test_a_batch_read_by_parts_is_the_same(monkeypatch, dropout):
     return jax.grad(loss, has_aux=True)(queries)
 
   whole = jax.jit(lambda queries: grad(queries))(queries)
+  if projected:
+    apply = vit.Block(backbone.config).apply
+    block = functools.partial(apply, method="project")
+    tokens = jax.vmap(lambda p, x: block({"params": p}, x))(blocks, tokens)
   asked = []
   by_parts = readers.token_mean.by_parts
   monkeypatch.setattr(

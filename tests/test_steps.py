@@ -1,6 +1,7 @@
 """Training steps: official trajectories, and the laws of running together."""
 
 import dataclasses
+import itertools
 import types
 
 import jax
@@ -104,7 +105,10 @@ class Case:
     self.frozen = tuner_lib.partition(self.params, variables)[1]
 
   def source(self, how):
-    """All examples: "live", or features on the "device" or the "host"."""
+    """All examples: "live", or features kept in one of three ways.
+
+    On the "device", there as keys and values ("projected"), or on the "host".
+    """
     rows = np.arange(21)
     if how == "live":
       held = store.resident(self.examples, self.mesh, "float32")
@@ -120,6 +124,9 @@ class Case:
     if how == "host":
       kept = store.on_host(layout, parts, 21)
       return sources.Stored(kept, label, rows, 8, 0)
+    if how == "projected":
+      layout = dataclasses.replace(layout, projected=True)
+      parts = store.project(layout, self.params, parts)
     held = store.on_devices(layout, parts, label)
     return sources.Resident(held, rows, 8, 0, self.mesh)
 
@@ -177,24 +184,30 @@ def assert_trees_close(a, b, tolerance):
     helpers.assert_close(x, y, tolerance, name)
 
 
-@pytest.mark.parametrize("how", ["device", "host"])
-@pytest.mark.parametrize("method", ["vqt", "head2toe", "linear"])
+@pytest.mark.parametrize(
+    "method, how",
+    [
+        *itertools.product(["vqt", "head2toe", "linear"], ["device", "host"]),
+        ("vqt", "projected"),
+    ],
+)
 def test_stored_equals_live(method, how):
   case = Case(method, target_size=48)  # Of 10 tokens, 3 times 3.
   stored, live = case.train(how), case.train("live")
   assert_trees_close(stored, live, 1e-5)
 
 
-def test_together_equals_alone():
+@pytest.mark.parametrize("how", ["device", "projected"])
+def test_together_equals_alone(how):
   case = Case(num_queries=2)
   lr, decay, seeds = (0.1, 0.01, 0.1), (1e-3, 0.0, 0.1), (3, 3, 5)
   normalize, dropout = (True, False, True), (0.2, 0.5, 0.0)
   shape = (3, case.tuner.num_features)
   kept = np.random.default_rng(0).integers(0, 2, shape).astype(np.float32)
-  together = case.train("device", seeds, lr, decay, 3, normalize, dropout, kept)
+  together = case.train(how, seeds, lr, decay, 3, normalize, dropout, kept)
   for i in range(3):
     one = slice(i, i + 1)
-    alone = case.train("device", seeds[one], lr[one], decay[one], 3,
+    alone = case.train(how, seeds[one], lr[one], decay[one], 3,
                        normalize[one], dropout[one], kept[one])  # fmt: skip
     run = slice(i, i + 1)
     mine = {

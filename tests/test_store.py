@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -254,6 +255,46 @@ def test_a_file_that_is_there_needs_no_more_room(material, tmp_path):
   assert linear.features.tokens is None  # Not read either.
   path.unlink()
   assert isinstance(examples("vqt", 0).source("train"), sources.Streamed)
+
+
+def test_keys_and_values_where_a_cpu_has_room(material, tmp_path):
+  """Of features from a file, too; with room for tokens alone, those."""
+  argv = runs.command(
+      material, tmp_path, store_dir=tmp_path / "store", batch_size=16,
+      features="device",
+  )  # fmt: skip
+  config = main.parse(argv).config
+  backbone = checkpoints.load_backbone(config.init, image_size=(8, 8))
+  task = data.make_task(
+      "squares", data_dir=config.data_dir, splits=config.splits
+  )
+
+  def held(room, devices=1, method="vqt", **changes):
+    mesh = parallel.make_mesh(devices, 1, jax.devices()[:devices])
+    said = io.StringIO()
+    mine = config.copy_and_resolve_references()
+    mine.update(changes)
+    made = examples_lib.Examples(
+        mine, console_lib.Console(said), task, backbone,
+        tuner.make_tuner(method, backbone.config, 3),
+        parallel.place_backbone(backbone.params, mesh, "float32"), mesh,
+    )  # fmt: skip
+    made._room = {"device": room, "host": 0, "disk": 10**9}
+    tokens = made.source("train").data.get("tokens")
+    projected = tokens is not None and tokens.ndim == 6
+    assert projected == ("as keys and values" in said.getvalue())
+    return projected, said.getvalue()
+
+  size = 1000 * 2 * 4 * 3 * 10 * 16
+  assert held(size)[0]
+  found, said = held(size)
+  assert found and "found in" in said
+  assert held(size, store_dir="")[0]
+  for changes in (
+      {"room": 1000}, {"devices": 8}, {"feature_dtype": "bfloat16"},
+      {"method": "head2toe"}, {"method": "linear"},
+  ):  # fmt: skip
+    assert not held(**{"room": size} | changes)[0], changes
 
 
 @pytest.fixture(scope="module")

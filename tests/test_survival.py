@@ -62,7 +62,7 @@ def test_killed_again_and_again(material, alone, tmp_path):
   assert not (tmp_path / "results.json").exists()
   status, said = go(material, tmp_path)
   assert status == 0 and "seeds    " not in said
-  assert runs.bits(tmp_path) == runs.bits(alone["device"])
+  assert runs.bits(tmp_path) == runs.bits(alone["kept"])
   assert saves(tmp_path) == list((tmp_path / "checkpoints").iterdir())
 
 
@@ -78,7 +78,7 @@ def test_asked_to_stop(material, alone, tmp_path):
   assert "resume   search after epoch 0" in said
   status, said = go(material, tmp_path)
   assert status == 0 and "seeds    " not in said
-  assert runs.bits(tmp_path) == runs.bits(alone["device"])
+  assert runs.bits(tmp_path) == runs.bits(alone["kept"])
 
 
 def test_interrupted_within_an_epoch(material, alone, tmp_path):
@@ -124,7 +124,7 @@ def test_a_full_disk(material, alone, tmp_path):
       assert status == 2 and not any("Traceback" in line for line in said)
       assert said[-1].startswith(f"error: Cannot write {tmp_path / what}: File")
   assert status == 0
-  assert runs.bits(tmp_path) == runs.bits(alone["device"])
+  assert runs.bits(tmp_path) == runs.bits(alone["kept"])
 
 
 def test_writes_that_outlive_their_save(monkeypatch):
@@ -159,7 +159,7 @@ def test_a_damaged_save(material, alone, tmp_path):
   assert runs.files(tmp_path / "checkpoints") == before
   shutil.rmtree(last)
   assert go(material, tmp_path)[0] == 0
-  assert runs.bits(tmp_path) == runs.bits(alone["device"])
+  assert runs.bits(tmp_path) == runs.bits(alone["kept"])
 
 
 @pytest.mark.parametrize("devices", [1, 8])

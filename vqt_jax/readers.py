@@ -102,7 +102,8 @@ def read(
     step: the reader's step.
     blocks: frozen block parameters, leaves stacked over depth (L, ...).
     weights: the reader's weights, leaves stacked over depth.
-    tokens: (L, B, N, D), or if `rows` are given (L, n, N, D).
+    tokens: (L, B, N, D), or if `rows` are given (L, n, N, D) or keys and
+      values (L, n, 2, H, N, K).
     rows: (B,) int32, the examples to read; each block fetches its own, so that
       a batch is never held for all blocks at once. None: all, in order.
 
@@ -115,7 +116,7 @@ def read(
   flat = tokens.reshape(depth * count, *tokens.shape[2:])
 
   def fetch(block, mine, index, carry):
-    if parts > 1:
+    if parts > 1 or tokens.ndim > 4:
       return step(block, mine, flat, carry, index.reshape(parts, -1))
     found = jnp.take(flat, index, axis=0, mode="clip")
     return step(block, mine, parallel.constrain(found, "data"), carry)

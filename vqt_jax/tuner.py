@@ -243,7 +243,8 @@ class Tuner:
       final: the backbone's pooled output (B, D).
       query_mask: (L, B, T, D), multiplies the queries (dropout), or None.
       normalize: () bool in the place of `self.normalize` (vqt), or None.
-      rows: (B,) int32, if `tokens` are a store (L, n, N, D) of more examples.
+      rows: (B,) int32, if `tokens` are a store of more examples: (L, n, N, D),
+        or with queries (vqt) their keys and values (L, n, 2, H, N, K).
 
     Returns:
       Logits, features and what the queries read.

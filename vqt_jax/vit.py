@@ -264,9 +264,34 @@ class Attention(nn.Module):
     else:
       mean = token_mean.by_parts(self._keys_of(queries), tokens, rows)
     mean = mean.astype(c.dtype)
-    heads = _dot("bhtd,dhk->bthk", mean, self._kernel("value"))
+    # The kernel first: so a CPU's product has D last, as its reader does.
+    return self._out_of(_dot("dhk,bhtd->bthk", self._kernel("value"), mean))
+
+  def projected(
+      self, queries: jax.Array, projections: jax.Array, rows: jax.Array
+  ) -> jax.Array:
+    """As `absorbed`, of stored `project(tokens)` (n, 2, H, N, K)."""
+    c = self.config
+    q = jnp.swapaxes(self.query(queries), -2, -3) * c.head_dim**-0.5
+    heads = token_mean.by_parts(q.astype(c.dtype), projections, rows)
+    return self._out_of(jnp.swapaxes(heads, 1, 2))
+
+  def project(self, tokens: jax.Array) -> jax.Array:
+    """Keys and values (B, 2, H, N, K) of tokens (B, N, D), without biases.
+
+    That of the keys makes no difference; that of the values is added to what is
+    read of them.
+    """
+    both = [
+        _dot("bnd,dhk->bhnk", tokens, self._kernel(name))
+        for name in ("key", "value")
+    ]
+    return jnp.stack(both, axis=1).astype(self.config.dtype)
+
+  def _out_of(self, heads: jax.Array) -> jax.Array:
+    """What heads read (B, T, H, K), to (B, T, D)."""
     heads = heads + self.value.variables["params"]["bias"]
-    return self.out(heads.astype(c.dtype))
+    return self.out(heads.astype(self.config.dtype))
 
   def _keys_of(self, queries: jax.Array) -> jax.Array:
     """What tokens are scored by, `W_k q / sqrt(head_dim)`, (..., H, T, D)."""
@@ -319,7 +344,8 @@ class Block(nn.Module):
     """Passes queries through this block; they see the stream, nobody sees them.
 
     Args:
-      tokens: LN_0(z_m), (B, N, D), or with `rows` (n, N, D).
+      tokens: LN_0(z_m), (B, N, D), or with `rows` (n, N, D) or what `project`
+        makes of them, (n, 2, H, N, K).
       queries: (T, D) shared by all examples, or (B, T, D). float32.
       weights: of the edit, in this block.
       rows: (parts, b), of the examples to read, part by part; only of a stream
@@ -329,13 +355,20 @@ class Block(nn.Module):
       The queries' outputs (B, T, D), float32.
     """
     attention = self.MultiHeadDotProductAttention_0
-    attend = functools.partial(attention.absorbed, rows=rows)
+    attend = functools.partial(
+        attention.absorbed if tokens.ndim == 3 else attention.projected,
+        rows=rows,
+    )
     if _projections_edited(weights):  # Then they have to be there.
       attend = attention
       queries = jnp.broadcast_to(queries, (len(tokens), *queries.shape[-2:]))
     with self._edited(weights) as edited:
       x = queries + attend(self.LayerNorm_0(queries), tokens)
       return x + edited("MlpBlock_0", x, self.MlpBlock_0(self.LayerNorm_1(x)))
+
+  def project(self, tokens: jax.Array) -> jax.Array:
+    """Keys and values (B, 2, H, N, K) of LN_0(z_m) (B, N, D)."""
+    return self.MultiHeadDotProductAttention_0.project(tokens)
 
   def attention(
       self, tokens: jax.Array, queries: jax.Array, weights: Any = None

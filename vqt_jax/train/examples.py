@@ -1,6 +1,6 @@
 """Where the examples of each split live, decided from their size."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import functools
 import pathlib
@@ -198,40 +198,62 @@ class Examples:
     if place == "images":
       return self._load_images(base, why)
     count, layout = self.count(base), self._layout
-    self.console.note(self._plan(count, place, why), "store")
+    if place == "device":
+      layout = self._layout_there(count)
+    self.console.note(_plan(layout, count, place, why), "store")
     with parallel.together():
       label = data.load_labels(self.task, base)
     if place == "disk" or self.config.store_dir:
-      return self._place_kept(self._on_disk(base), label, place)
+      return self._place_kept(self._on_disk(base), label, place, layout)
     with self.console.phase("extract", count, "image") as line:
       parts = self._stream(base)
       if place == "host":
         kept = store.on_host(layout, parts, count, line.update)
         return self._stored(kept, label)
-      return jax.block_until_ready(
-          store.on_devices(layout, parts, label, line.update)
-      )
+      return self._on_devices(layout, parts, label, line.update)
 
-  def _plan(self, count: int, place: str, why: str) -> str:
-    """What will be kept, how large it is, where, and why there."""
-    size, each = places.size, self._layout.bytes_per_image
-    what = "of final features"
-    if self._layout.tokens:
-      what = f"in {self._layout.dtype}"
-    return (
-        f"{count:,} images x {size(each)} = {size(count * each)} {what}, kept"
-        f" {places.FEATURES[place]}, {why}"
-    )
+  def _layout_there(self, count: int) -> store.Layout:
+    """Of features in device memory: on one CPU projected, if that has room.
+
+    But not if they are to be kept in less than the backbone computes with.
+    """
+    layout = self._layout
+    projected = dataclasses.replace(layout, projected=True)
+    if (
+        self.tuner.has_queries
+        and layout.dtype == layout.config.dtype
+        and jax.default_backend() == "cpu"
+        and self.mesh.size == 1
+        and count * projected.bytes_per_image <= self._room["device"]
+    ):
+      return projected
+    return layout
+
+  def _on_devices(
+      self,
+      layout: store.Layout,
+      parts: Iterable[store.Part],
+      label: np.ndarray,
+      progress: Callable[[int], None] = lambda done: None,
+  ) -> dict[str, jax.Array]:
+    if layout.projected:
+      parts = store.project(layout, self.params, parts)
+    held = store.on_devices(layout, parts, label, progress)
+    return jax.block_until_ready(held)
 
   def _place_kept(
-      self, kept: store.HostStore, label: np.ndarray, place: str
+      self,
+      kept: store.HostStore,
+      label: np.ndarray,
+      place: str,
+      layout: store.Layout,
   ) -> Any:
-    """Features from a file to where they are used."""
+    """Features from a file to where they are used, as `layout` there."""
     if place == "device":
       starts = range(0, len(label), self._batch_size)
       rows = (_rows(s, self._batch_size, len(label)) for s in starts)
       parts = sources.ahead(kept.send, rows)
-      return store.on_devices(self._layout, parts, label)
+      return self._on_devices(layout, parts, label)
     if place == "host" and kept.tokens is not None:
       kept = dataclasses.replace(kept, tokens=np.array(kept.tokens))
     return self._stored(kept, label)
@@ -328,6 +350,20 @@ def base_of(task: data.Task, split: str) -> str:
   ):
     return split
   return "trainval"
+
+
+def _plan(layout: store.Layout, count: int, place: str, why: str) -> str:
+  """What will be kept, how large it is, where, and why there."""
+  size, each = places.size, layout.bytes_per_image
+  what = "of final features"
+  if layout.tokens:
+    what = f"in {layout.dtype}"
+  if layout.projected:
+    what += " as keys and values"
+  return (
+      f"{count:,} images x {size(each)} = {size(count * each)} {what}, kept"
+      f" {places.FEATURES[place]}, {why}"
+  )
 
 
 def _rows(start: int, size: int, count: int) -> np.ndarray:

@@ -7,6 +7,10 @@ host, in memory or in a file, row by row, (n, L, N, D), so that an image is one
 piece. With several devices a store is cut over D: each holds its part of any
 row, putting a batch together is one exchange of that batch, and a process
 needs nothing but the columns of its own devices.
+
+On one CPU, where arithmetic is dear and memory is not, the tokens' keys and
+values may lie in their place, (L, n, 2, H, N, K): twice the size, but queries
+are then scored with K numbers a token and head instead of D.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,6 +42,7 @@ class Layout:
     dtype: of the tokens.
     mesh: tokens are cut over its `data` axis.
     window: successive tokens of which only the mean is kept.
+    projected: whether the devices hold keys and values in place of tokens.
   """
 
   config: vit.ViTConfig
@@ -45,12 +50,21 @@ class Layout:
   dtype: str
   mesh: jax.sharding.Mesh
   window: int = 1
+  projected: bool = False
 
   @property
   def row(self) -> tuple[int, int, int]:
     """Shape (L, N, D) of one image's tokens, or of their means."""
     c = self.config
     return c.depth, c.num_tokens // self.window, c.width
+
+  @property
+  def held_row(self) -> tuple[int, ...]:
+    """Shape of one block's share of it on the devices."""
+    c = self.config
+    if self.projected:
+      return 2, c.num_heads, c.num_tokens, c.head_dim
+    return self.row[1:]
 
   @property
   def columns(self) -> int:
@@ -62,8 +76,8 @@ class Layout:
 
   @property
   def bytes_per_image(self) -> int:
-    """L * N * D numbers if tokens are kept, and the final feature."""
-    numbers = np.prod(self.row) if self.tokens else 0
+    """L * N * D numbers, or twice, if tokens are kept; the final feature."""
+    numbers = self.row[0] * np.prod(self.held_row) if self.tokens else 0
     size = numbers * jnp.dtype(self.dtype).itemsize + self.row[-1] * 4
     return int(size)
 
@@ -80,7 +94,7 @@ class Layout:
     sharding = self.sharding(name)
     if self.row[-1] % self.mesh.shape["data"]:
       sharding = parallel.batch_sharding(self.mesh, 1)
-    return parallel.in_order(sharding, 4)
+    return parallel.in_order(sharding, 2 + len(self.held_row))
 
 
 def layout_of(
@@ -142,6 +156,29 @@ def runner(layout: Layout) -> Callable[[Any, jax.Array], Part]:
   return jax.jit(run, out_shardings=shardings)
 
 
+def project(layout: Layout, params: Any, parts: Iterable[Part]):
+  """Puts keys and values (L, b, 2, H, N, K) in the place of parts' tokens."""
+  run = projector(layout)
+  for part in parts:
+    yield {**part, "tokens": run(params, part["tokens"])}
+
+
+@functools.cache
+def projector(layout: Layout) -> Callable[[Any, jax.Array], jax.Array]:
+  """The compiled (params, tokens (L, b, N, D)) -> their keys and values."""
+  block = vit.Block(layout.config)
+
+  def of_block(_, inputs):
+    params, tokens = inputs
+    return None, block.apply({"params": params}, tokens, method="project")
+
+  def run(params, tokens):
+    blocks = params["Transformer"]["encoderblock"]
+    return jax.lax.scan(of_block, None, (blocks, tokens))[1]
+
+  return jax.jit(run)
+
+
 def on_devices(
     layout: Layout,
     parts: Iterable[Part],
@@ -152,13 +189,14 @@ def on_devices(
 
   Args:
     layout: of the store.
-    parts: of all images, of one size; the last one may be filled up.
+    parts: of all images, of one size; the last one may be filled up. Of a
+      layout that is projected, what `project` gives.
     label: (n,) int32.
     progress: told how many images are done.
 
   Returns:
-    {"tokens": (L, m, N, D) if kept, "final": (m, D), "label": (m,)}, m >= n;
-    rows from n on are never used.
+    {"tokens": (L, m, N, D), or (L, m, 2, H, N, K), if kept, "final": (m, D),
+    "label": (m,)}, m >= n; rows from n on are never used.
   """
   store, start = {}, 0
   for part in parts:
@@ -175,7 +213,7 @@ def on_devices(
 
 def held_shapes(layout: Layout, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
   """What `on_devices` gives for so many rows, in its place."""
-  depth, tokens, width = layout.row
+  depth, _, width = layout.row
   shape = lambda name, *rest: jax.ShapeDtypeStruct(
       *rest, sharding=layout.held_sharding(name)
   )
@@ -185,7 +223,7 @@ def held_shapes(layout: Layout, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
   }
   if layout.tokens:
     dtype = jnp.dtype(layout.dtype)
-    all_tokens = (depth, rows, tokens, width)
+    all_tokens = (depth, rows, *layout.held_row)
     shapes["tokens"] = shape("tokens", all_tokens, dtype)
   return shapes
 
