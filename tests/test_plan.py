@@ -12,6 +12,7 @@ from tests import runs
 from vqt_jax import chips
 from vqt_jax import config as config_lib
 from vqt_jax import memory
+from vqt_jax import parallel
 from vqt_jax import plan
 from vqt_jax import programs
 from vqt_jax import train as train_lib
@@ -64,6 +65,19 @@ def test_weights_count_as_far_as_a_device_holds_them(material, tmp_path):
                      mesh__model=model)  # fmt: skip
     parts.append(plan.measure(programs.extraction(job), job.mesh).memory)
   assert parts[1]["weights"] < 0.7 * parts[0]["weights"]
+
+
+def test_keys_and_values_of_one_cpu(material, tmp_path):
+  """As the run itself would hold them."""
+  _, job = planned(material, tmp_path)
+  one = dataclasses.replace(
+      job, mesh=parallel.make_mesh(1, 1, jax.devices()[:1])
+  )
+  small = dataclasses.replace(one, room=9)
+  for each, ndim in ((job, 4), (one, 6), (small, 4)):
+    data = programs.search(each).data
+    assert data["tokens"].ndim == ndim
+  assert plan.measure(programs.search(one), one.mesh).memory
 
 
 @pytest.mark.parametrize(

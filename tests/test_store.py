@@ -285,13 +285,14 @@ def test_keys_and_values_where_a_cpu_has_room(material, tmp_path):
     assert projected == ("as keys and values" in said.getvalue())
     return projected, said.getvalue()
 
-  size = 1000 * 2 * 4 * 3 * 10 * 16
+  size = 48 * 4 * (2 * 3 * 5 * 16 + 16)
   assert held(size)[0]
   found, said = held(size)
+  assert "48 images x 1.9 KiB = 93.0 KiB in float32 as keys" in said
   assert found and "found in" in said
   assert held(size, store_dir="")[0]
   for changes in (
-      {"room": 1000}, {"devices": 8}, {"feature_dtype": "bfloat16"},
+      {"room": size - 1}, {"devices": 8}, {"feature_dtype": "bfloat16"},
       {"method": "head2toe"}, {"method": "linear"},
   ):  # fmt: skip
     assert not held(**{"room": size} | changes)[0], changes

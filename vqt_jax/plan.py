@@ -123,6 +123,7 @@ def make_job(config: ml_collections.ConfigDict, where: str) -> programs.Job:
       base={x: examples.base_of(task, x) for x in data.SPLITS},
       place="",
       why="",
+      room=0,
   )
   room = _room(job, where)
   count = job.counts[job.base["trainval"]]
@@ -132,7 +133,7 @@ def make_job(config: ml_collections.ConfigDict, where: str) -> programs.Job:
   )  # fmt: skip
   if place == "stream":
     examples.check_batch(config.batch_size, mesh)
-  return dataclasses.replace(job, place=place, why=why)
+  return dataclasses.replace(job, place=place, why=why, room=room["device"])
 
 
 def _room(job: programs.Job, where: str) -> dict[str, int]:
@@ -255,10 +256,12 @@ def _describe(job: programs.Job, where: str) -> list[str]:
   c, shape = job.tuner.config, job.mesh.shape
   size = "x".join(map(str, dict.fromkeys(c.image_size)))
   count = job.counts[job.base["trainval"]]
-  each = job.layout.bytes_per_image
+  layout = job.held("trainval")
+  each = layout.bytes_per_image
   kept = (
       f"{count:,} images x {places.size(each)} = {places.size(count * each)} of"
-      f" features, kept {places.FEATURES[job.place]}"
+      f" {'keys and values' if layout.projected else 'features'}, kept"
+      f" {places.FEATURES[job.place]}"
       if job.stored
       else f"{count:,} images, through the backbone every step"
   )

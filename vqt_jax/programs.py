@@ -44,6 +44,7 @@ class Job:
     place: where the training images' features, or they themselves, live; see
       `places.choose`.
     why: they live there.
+    room: bytes that they may take in the devices' memory.
   """
 
   config: ml_collections.ConfigDict
@@ -54,10 +55,18 @@ class Job:
   base: dict[str, str]
   place: str
   why: str
+  room: int
 
   @property
   def layout(self) -> store.Layout:
     return store.layout_of(self.config, self.tuner, self.mesh)
+
+  def held(self, split: str) -> store.Layout:
+    """Of the features of a split where they are used."""
+    if self.place != "device":
+      return self.layout
+    count = self.counts[self.base[split]]
+    return store.held_layout(self.layout, self.tuner, count, self.room)
 
   @property
   def stored(self) -> bool:
@@ -269,7 +278,7 @@ def _resident(job: Job, split: str) -> Shapes | None:
   c, count = job.tuner.config, job.counts[job.base[split]]
   if job.place == "device":
     size = job.eval_batch_size
-    return store.held_shapes(job.layout, -(-count // size) * size)
+    return store.held_shapes(job.held(split), -(-count // size) * size)
   if job.place == "images":
     return store.resident_shapes(count, c.image_size, job.mesh, c.dtype)
   return None

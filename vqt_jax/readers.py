@@ -6,10 +6,11 @@ A reader is one pure step per block,
 
 with one block's frozen parameters, the reader's own weights of that block, the
 block's tokens LN_0(z_m) (B, N, D), and whatever it passes upward. `read` scans
-it over depth. Tokens come from the backbone or from a store; a reader cannot
-tell, and unless an editor has changed them no gradient reaches what produced
-them. In a block that an editor changes a reader's tokens pass through what the
-editor put there, as any others would; its weights then come with the reader's.
+it over depth. Tokens come from the backbone or from a store (which for
+`query_step` may hold their keys and values), and unless an editor has changed
+them no gradient reaches what produced them. In a block that an editor changes a
+reader's tokens pass through what the editor put there, as any others would; its
+weights then come with the reader's.
 """
 
 from collections.abc import Callable
@@ -148,12 +149,14 @@ CACHE_BYTES = 8 * 2**20
 def _parts(tokens: jax.Array, rows: jax.Array) -> int:
   """In how many parts the tokens of a batch are read from a store.
 
-  On a CPU, where a part fits in the cache; see `token_mean`.
+  On a CPU, where a part fits in the cache; see `token_mean`. Keys are read, and
+  done with, before values.
   """
   if parallel.backend() != "cpu" or parallel.size("data") > 1:
     return 1
   count = len(rows)
-  size = count * math.prod(tokens.shape[2:]) * tokens.dtype.itemsize
+  row = tokens.shape[2:] if tokens.ndim == 4 else tokens.shape[3:]
+  size = count * math.prod(row) * tokens.dtype.itemsize
   some = range(-(-size // CACHE_BYTES), count // 8 + 1)
   return next((parts for parts in some if count % parts == 0), 1)
 

@@ -199,7 +199,8 @@ class Examples:
       return self._load_images(base, why)
     count, layout = self.count(base), self._layout
     if place == "device":
-      layout = self._layout_there(count)
+      room = self._room["device"]
+      layout = store.held_layout(layout, self.tuner, count, room)
     self.console.note(_plan(layout, count, place, why), "store")
     with parallel.together():
       label = data.load_labels(self.task, base)
@@ -211,23 +212,6 @@ class Examples:
         kept = store.on_host(layout, parts, count, line.update)
         return self._stored(kept, label)
       return self._on_devices(layout, parts, label, line.update)
-
-  def _layout_there(self, count: int) -> store.Layout:
-    """Of features in device memory: on one CPU projected, if that has room.
-
-    But not if they are to be kept in less than the backbone computes with.
-    """
-    layout = self._layout
-    projected = dataclasses.replace(layout, projected=True)
-    if (
-        self.tuner.has_queries
-        and layout.dtype == layout.config.dtype
-        and jax.default_backend() == "cpu"
-        and self.mesh.size == 1
-        and count * projected.bytes_per_image <= self._room["device"]
-    ):
-      return projected
-    return layout
 
   def _on_devices(
       self,

@@ -266,8 +266,8 @@ def train_steps(
     state: donated.
     frozen: the other half of `tuner.partition`.
     settings: per run.
-    data: resident examples: images, or the store's tokens and final features
-      (images only, if the tuner has an editor).
+    data: resident examples: images, or the store's tokens (or their keys and
+      values) and final features; images only, if the tuner has an editor.
     order: (S, B) int32 rows of `data`.
     mask: (S, B) float32, 0 where a row only fills up the last batch.
     factor: (S,) float32, of each run's peak learning rate.

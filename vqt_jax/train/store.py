@@ -39,7 +39,7 @@ class Layout:
   Attributes:
     config: of the backbone.
     tokens: whether tokens are kept, or the final feature only.
-    dtype: of the tokens.
+    dtype: of the tokens, or their keys and values.
     mesh: tokens are cut over its `data` axis.
     window: successive tokens of which only the mean is kept.
     projected: whether the devices hold keys and values in place of tokens.
@@ -112,6 +112,31 @@ def layout_of(
   )
 
 
+def held_layout(
+    layout: Layout, tuner: tuner_lib.Tuner, count: int, room: int
+) -> Layout:
+  """Of features in device memory: on one CPU projected, if that has room.
+
+  But not if they are to be kept in another dtype than the backbone's.
+
+  Args:
+    layout: of what is extracted.
+    tuner: that reads it.
+    count: images.
+    room: bytes that data may take.
+  """
+  projected = dataclasses.replace(layout, projected=True)
+  if (
+      tuner.has_queries
+      and layout.dtype == layout.config.dtype
+      and layout.mesh.size == 1
+      and layout.mesh.devices.flat[0].platform == "cpu"
+      and count * projected.bytes_per_image <= room
+  ):
+    return projected
+  return layout
+
+
 def stream(
     layout: Layout, params: Any, batches: Iterable[dict[str, np.ndarray]]
 ) -> Iterator[Part]:
@@ -160,7 +185,8 @@ def project(layout: Layout, params: Any, parts: Iterable[Part]):
   """Puts keys and values (L, b, 2, H, N, K) in the place of parts' tokens."""
   run = projector(layout)
   for part in parts:
-    yield {**part, "tokens": run(params, part["tokens"])}
+    # Ready, or parts that come faster than this would pile up.
+    yield {**part, "tokens": jax.block_until_ready(run(params, part["tokens"]))}
 
 
 @functools.cache
