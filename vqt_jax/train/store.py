@@ -181,7 +181,9 @@ def runner(layout: Layout) -> Callable[[Any, jax.Array], Part]:
   return jax.jit(run, out_shardings=shardings)
 
 
-def project(layout: Layout, params: Any, parts: Iterable[Part]):
+def project(
+    layout: Layout, params: Any, parts: Iterable[Part]
+) -> Iterator[Part]:
   """Puts keys and values (L, b, 2, H, N, K) in the place of parts' tokens."""
   run = projector(layout)
   for part in parts:
