@@ -1,8 +1,11 @@
 """Real processes with two fake devices each do what one alone does."""
 
+import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 import types
 
@@ -111,6 +114,33 @@ def test_stopped_and_resumed(material, alone, tmp_path):
   assert "resume   search after epoch" in said[0]
   assert said[1] == ""
   assert_same_outcome(tmp_path / "run", alone["device"])
+
+
+def test_nothing_is_said_of_an_exchange_after_it():
+  """Devices connect in threads of their own; the screen is then given back."""
+  program = (
+      "import sys\n"
+      "from vqt_jax import parallel\n"
+      "i, port = sys.argv[1:]\n"
+      "parallel.connect('localhost:' + port, 2, int(i))\n"
+      "print(parallel.any_process(i == '1'), flush=True)\n"
+      "print(parallel.any_process(False), parallel.smallest(0.5 + int(i)))\n"
+  )
+  with socket.create_server(("localhost", 0)) as server:
+    port = server.getsockname()[1]
+  flags = "--xla_force_host_platform_device_count=4"
+  processes = [
+      subprocess.Popen(
+          [sys.executable, "-c", program, str(i), str(port)], text=True,
+          env=os.environ | {"XLA_FLAGS": flags}, stdout=subprocess.PIPE,
+      )
+      for i in range(2)
+  ]  # fmt: skip
+  for process in processes:
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert said.count("[Gloo]") == 4
+    assert said.endswith("True\nFalse 0.5\n")
 
 
 def test_four_processes(material, alone, tmp_path):

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 import contextlib
-import ctypes
 import faulthandler
 import io
 import logging
@@ -71,9 +70,6 @@ def quiet(path: str | os.PathLike) -> Iterator[TextIO]:
       sys.stdout, sys.stderr, logging.root.handlers, level = saved
       logging.root.setLevel(level)
       log.flush()
-      # What C++ code printed and has not written yet belongs there as well.
-      with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).fflush(None)
       os.dup2(descriptors[0], 1)
       os.dup2(descriptors[1], 2)
       os.close(descriptors[0])

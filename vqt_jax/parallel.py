@@ -12,7 +12,6 @@ import sys
 from typing import Any, NoReturn, TypeVar
 
 import jax
-from jax.experimental import multihost_utils
 from jax.experimental.layout import Format
 from jax.experimental.layout import Layout
 from jax.sharding import NamedSharding
@@ -405,18 +404,31 @@ def _not_forever() -> Iterator[None]:
 
 def any_process(flag: bool) -> bool:
   """Whether the flag is up on any process; all must call it together."""
-  if jax.process_count() == 1:
-    return flag
-  with _not_forever():
-    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+  return flag if jax.process_count() == 1 else bool(_of_all(flag).any())
 
 
 def smallest(value: float) -> float:
   """The smallest value of all processes; all must call it together."""
-  if jax.process_count() == 1:
-    return value
+  return value if jax.process_count() == 1 else float(_of_all(value).min())
+
+
+def _of_all(value: bool | float) -> np.ndarray:
+  """The values of all processes, (P,).
+
+  Waits for all devices of this one (`multihost_utils.process_allgather` waits
+  for the first): libraries have then said what they say of the exchange, and
+  nothing of it is left for a screen that is given back.
+  """
+  mesh = make_mesh(model=jax.local_device_count())
+  mine = from_local({"value": np.array([value])}, mesh)
   with _not_forever():
-    return float(multihost_utils.process_allgather(np.array(value)).min())
+    gather = jax.jit(_same, out_shardings=replicated(mesh))
+    values = jax.block_until_ready(gather(mine["value"]))
+    return np.asarray(values.addressable_data(0))
+
+
+def _same(x: jax.Array) -> jax.Array:
+  return x
 
 
 def is_first() -> bool:
