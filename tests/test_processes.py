@@ -97,12 +97,17 @@ def assert_same_outcome(
   assert events == len(list(alone.glob("tensorboard/*/*/events*"))) > 1
 
 
+def test_kept_features_or_the_backbone_in_every_step(alone):
+  """One process and device: keys and values of features against images."""
+  assert_same_outcome(alone["kept"], alone["device"], 1, (), 1e-5)
+
+
 def test_stopped_and_resumed(material, alone, tmp_path):
   """Only the second one is asked to stop, but they agree.
 
   They go on with features in files, each with a part of them.
   """
-  signals = {ROWS: (2, signal.SIGTERM)}
+  signals = {TRAIN: (2, signal.SIGTERM)}
   status, said = group(material, tmp_path / "run", signals=signals)
   assert status == [0, 0]
   assert said[0].endswith("Stopped and saved; resume with the same command.\n")

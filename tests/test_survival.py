@@ -4,6 +4,7 @@ import asyncio
 import shutil
 import signal
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -107,10 +108,52 @@ def test_no_call_takes_long(monkeypatch, compiling, each, calls):
   pace, taken = loop.Pace(), []
   now += compiling
   for _ in calls:
-    taken.append(pace.steps())
+    taken.append(pace.wish)
     now += taken[-1] * each
     pace.measure(taken[-1])
   assert taken == calls
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_nobody_waits_for_steps_just_started(monkeypatch, several):
+  """Several processes: what was asked behind a call is heard after the next."""
+  calls, heard, saves = [], [], []
+  stop = types.SimpleNamespace(received=False)
+
+  def train_steps(tuner, recipe, state, *args):
+    calls.append(args)
+    stop.received = len(calls) == 3
+    return state, np.ones((1, 1)), np.ones((1, 1))
+
+  def ask(*values):
+    behind = len(calls)
+
+    def answer():
+      heard.append((behind, len(calls)))
+      return np.array(values)
+
+    return answer
+
+  monkeypatch.setattr(loop.step_lib, "train_steps", train_steps)
+  monkeypatch.setattr(loop.step_lib, "step_bytes", lambda *args: None)
+  monkeypatch.setattr(loop.parallel, "ask", ask)
+  monkeypatch.setattr(loop.parallel, "is_connected", lambda: several)
+  chunk = {}, np.zeros((1, 1), np.int32), np.ones((1, 1))
+  source = types.SimpleNamespace(
+      steps=1, num_examples=1, epoch=lambda *args: iter([chunk])
+  )
+  phase = loop.Phase("", (loop.Run(1.0, 0.0, 0),), source, 9, 0, False, 1)
+  due = lambda: len(calls) == 1
+  with pytest.raises(checkpoint.Stopped):
+    loop.train_phase(
+        phase, None, None, None, {}, loop.Progress(), due=due, stop=stop,
+        save=lambda state: saves.append(len(calls)),
+        report=lambda *args: None,
+    )  # fmt: skip
+  if several:
+    assert saves == [2, 4] and heard == [(0, 1), (1, 2), (2, 3), (3, 4)]
+  else:
+    assert saves == [1, 3] and heard == [(1, 1), (2, 2), (3, 3)]
 
 
 def test_a_full_disk(material, alone, tmp_path):

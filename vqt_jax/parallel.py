@@ -1,8 +1,9 @@
 """Mesh, shardings, and what several processes must agree on."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import faulthandler
+import functools
 import glob
 import importlib.metadata
 import importlib.util
@@ -191,7 +192,14 @@ def together() -> Iterator[None]:
     yield
   except errors.UserError as e:
     error = e
-  if any_process(error is not None):
+  _raise_together(error, ask(error is not None))
+
+
+def _raise_together(
+    error: errors.UserError | None, failed: Callable[[], np.ndarray]
+) -> None:
+  """Raises if any process has failed, as `ask` tells."""
+  if failed().any():
     raise error or errors.UserError(
         "Another process of this run failed; see what it says."
     )
@@ -201,15 +209,29 @@ def in_step(items: Iterable[T]) -> Iterator[T]:
   """The items of an iterable; if one process fails to get its, all fail.
 
   Else the others would wait for that process in the next computation. All must
-  iterate together.
+  iterate together. Each gets its items one ahead, so that whether all have
+  theirs is known without waiting for what the devices do with the one before.
   """
   if jax.process_count() == 1:
     yield from items
     return
-  iterator, end = iter(items), object()
+  iterator, end, over = iter(items), object(), False
+
+  def get():
+    nonlocal over
+    item, error = end, None
+    try:
+      item = end if over else next(iterator, end)
+    except errors.UserError as e:
+      error = e
+    over = item is end
+    return item, error, ask(error is not None)
+
+  following = get()
   while True:
-    with together():
-      item = next(iterator, end)
+    item, error, failed = following
+    following = get()  # Also behind the last one: all ask equally often.
+    _raise_together(error, failed)
     if item is end:
       return
     yield item
@@ -404,31 +426,49 @@ def _not_forever() -> Iterator[None]:
 
 def any_process(flag: bool) -> bool:
   """Whether the flag is up on any process; all must call it together."""
-  return flag if jax.process_count() == 1 else bool(_of_all(flag).any())
+  return bool(ask(flag)().any())
 
 
 def smallest(value: float) -> float:
   """The smallest value of all processes; all must call it together."""
-  return value if jax.process_count() == 1 else float(_of_all(value).min())
+  return -float(ask(-value)()[0])
 
 
-def _of_all(value: bool | float) -> np.ndarray:
-  """The values of all processes, (P,).
+def ask(*values: float) -> Callable[[], np.ndarray]:
+  """Starts to find the largest of each value over all processes.
 
-  Waits for all devices of this one (`multihost_utils.process_allgather` waits
-  for the first): libraries have then said what they say of the exchange, and
-  nothing of it is left for a screen that is given back.
+  All must ask together. The devices answer when they have done what they were
+  given before, so an answer that is fetched late holds nobody up.
+
+  Args:
+    *values: between processes float32.
+
+  Returns:
+    Waits for the answer, (len(values),).
   """
-  mesh = make_mesh(model=jax.local_device_count())
-  mine = from_local({"value": np.array([value])}, mesh)
+  if jax.process_count() == 1:
+    return lambda: np.array(values)
+  mesh = _by_process()
+  mine = from_local({"values": np.array([values], np.float32)}, mesh)["values"]
   with _not_forever():
-    gather = jax.jit(_same, out_shardings=replicated(mesh))
-    values = jax.block_until_ready(gather(mine["value"]))
-    return np.asarray(values.addressable_data(0))
+    found = jax.jit(_largest, out_shardings=replicated(mesh))(mine)
+
+  def answer():
+    # From all devices, not from one: what libraries say of the exchange, in a
+    # thread for each, is then said, before a screen is given back.
+    with _not_forever():
+      return np.asarray(jax.block_until_ready(found).addressable_data(0))
+
+  return answer
 
 
-def _same(x: jax.Array) -> jax.Array:
-  return x
+@functools.cache
+def _by_process() -> jax.sharding.Mesh:
+  return make_mesh(model=jax.local_device_count())
+
+
+def _largest(x: jax.Array) -> jax.Array:
+  return x.max(0)
 
 
 def is_first() -> bool:

@@ -49,9 +49,8 @@ class Checkpointer:
       self._manager = ocp.CheckpointManager(self._directory, options=options)
 
   def due(self) -> bool:
-    """Whether the last save is long ago, on any process."""
-    late = time.monotonic() - self._last >= self._every
-    return parallel.any_process(late)
+    """Whether the last save is long ago, on this process."""
+    return time.monotonic() - self._last >= self._every
 
   def save(self, state: Any, progress: dict[str, Any]) -> None:
     """Starts a save; the arrays may be donated as soon as this returns."""
@@ -201,16 +200,16 @@ class StopSignal:
   SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
   def __enter__(self) -> "StopSignal":
-    self._received = False
+    self.received = False  # By this process.
     self._patient = True
     self._previous = {s: signal.signal(s, self._note) for s in self.SIGNALS}
     return self
 
   def _note(self, number, frame):
     del frame
-    if self._received and number == signal.SIGINT:  # Asked twice: now.
+    if self.received and number == signal.SIGINT:  # Asked twice: now.
       raise KeyboardInterrupt
-    self._received = True
+    self.received = True
     if not self._patient:
       raise Stopped
 
@@ -222,6 +221,8 @@ class StopSignal:
       Stopped: a signal came. (Of several processes each may get it elsewhere,
         so they go on until all can ask.)
     """
+    if self:
+      raise Stopped
     self._patient = jax.process_count() > 1
     try:
       yield
@@ -231,11 +232,12 @@ class StopSignal:
       raise Stopped
 
   def __bool__(self) -> bool:
-    return parallel.any_process(self._received)
+    """Whether any process received one; all must ask together."""
+    return parallel.any_process(self.received)
 
   def __exit__(self, *unused):
     for number, handler in self._previous.items():
       signal.signal(number, handler)
       outer = getattr(handler, "__self__", None)
       if isinstance(outer, StopSignal):
-        outer._received |= self._received
+        outer.received |= self.received

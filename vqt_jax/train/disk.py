@@ -139,7 +139,7 @@ class File:
         return
       with _writing(part):
         done = self._whole_records(file)
-      done = int(parallel.smallest(done - done % batch_size))
+      done = batch_size * int(parallel.smallest(done // batch_size))
       with _writing(part):
         self._cut(file, done)
       for rows in stream(done) if done < self._count else ():

@@ -157,8 +157,8 @@ def train_phase(
     state: of `phase.runs`, at `progress`; donated.
     progress: moves with the training.
     save: (state) -> None; starts a checkpoint of it and of `progress`.
-    due: () -> bool; whether it is time for one.
-    stop: truthy when asked to stop.
+    due: () -> bool; whether it is time for one, as this process sees it.
+    stop: its `received` becomes true when this process is asked to stop.
     report: (epoch, loss per run, accuracy per run, images per second) -> None;
       the speed is the mean since the first epoch, which compiles: a single one
       is over on the devices before it is looked at, or after.
@@ -174,6 +174,10 @@ def train_phase(
   booked = clock  # Until when `progress.seconds` counts.
   compiled = clock  # When the first epoch was over, from which speed counts.
   pace = Pace()
+
+  def ask():
+    """Whether to stop, to save, and what pace not to exceed."""
+    return parallel.ask(stop.received, due(), -pace.wish)
 
   def settle():
     """Waits for the queued steps; books finished epochs."""
@@ -207,6 +211,7 @@ def train_phase(
     progress.seconds += now - booked
     booked = now
 
+  asked = ask()
   while progress.epoch + len([p for p in pending if p[-1]]) < phase.epochs:
     epoch = progress.epoch + len([p for p in pending if p[-1]])
     start = progress.step if epoch == progress.epoch else 0
@@ -224,12 +229,19 @@ def train_phase(
       if pending:  # Everything but the call just started.
         settle()
       pending.append((epoch, losses, right, count, last))
-      stopping = bool(stop)
-      if stopping or due():
+      # Of several processes the answer is the one of a call ago: the one of now
+      # comes when the steps just started are over.
+      asked, before = ask(), asked
+      told = before if parallel.is_connected() else asked
+      stopping, saving, slowest = told()
+      pace.steps = int(-slowest)
+      if stopping or saving:
         settle()
         save(state)
       if stopping:
         raise checkpoint.Stopped
+      if saving:
+        asked = ask()  # What was asked before might ask for another save.
   settle()
   return state
 
@@ -239,22 +251,22 @@ class Pace:
 
   In a call nobody asks for signals. The first calls, of which one also
   compiles, are short.
+
+  Attributes:
+    steps: that the next call takes at most; the same on all processes.
+    wish: what it should be, as this process has measured.
   """
 
   def __init__(self):
-    self._steps = 1
+    self.steps = self.wish = 1
     self._clock = time.monotonic()
-
-  def steps(self) -> int:
-    """Steps that the next call may take, the same on all processes."""
-    return int(parallel.smallest(self._steps))
 
   def measure(self, steps: int) -> None:
     """Hears that a call of so many steps has just ended."""
     now = time.monotonic()
     each = max(now - self._clock, 1e-9) / steps
-    most = max(self._steps, GROWTH * steps)
-    self._steps = max(1, min(int(CALL_SECONDS / each), most))
+    most = max(self.wish, GROWTH * steps)
+    self.wish = max(1, min(int(CALL_SECONDS / each), most))
     self._clock = now
 
 
@@ -269,7 +281,7 @@ def _calls(
       continue
     while start < phase.source.steps:
       factor = phase.factors(epoch, start, len(order))
-      count = min(pace.steps(), phase.source.steps - start)
+      count = min(pace.steps, phase.source.steps - start)
       yield (data, order, mask, factor, np.int32(count)), count
       order, mask = np.roll(order, -count, 0), np.roll(mask, -count, 0)
       start += count

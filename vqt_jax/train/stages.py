@@ -317,13 +317,16 @@ class Stages:
       evaluate = functools.partial(
           step_lib.eval_steps, tuners, runs, job.params
       )
-      done = ((evaluate(*chunk), chunk[2].sum()) for chunk in chunks)
-      for part, real in sources.behind(done):
+      done = (
+          (evaluate(*chunk), chunk[2].sum(), parallel.ask(self._stop.received))
+          for chunk in chunks
+      )
+      for part, real, stopped in sources.behind(done):
         part = [x.astype(np.float64) for x in parallel.to_host(part)]
         right = [a + b for a, b in zip(right, part)] if right else part
         count += int(real)
         line.update(count)
-        if self._stop:
+        if stopped().any():
           raise checkpoint.Stopped
     return [(x / count).tolist() for x in right]
 
