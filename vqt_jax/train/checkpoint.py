@@ -195,12 +195,15 @@ class StopSignal:
 
   Within another one, that one gets to know too: a run may take note of a signal
   too late to stop, but no further run must begin.
+
+  Attributes:
+    received: whether this process got one.
   """
 
   SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
   def __enter__(self) -> "StopSignal":
-    self.received = False  # By this process.
+    self.received = False
     self._patient = True
     self._previous = {s: signal.signal(s, self._note) for s in self.SIGNALS}
     return self
@@ -221,15 +224,25 @@ class StopSignal:
       Stopped: a signal came. (Of several processes each may get it elsewhere,
         so they go on until all can ask.)
     """
-    if self:
-      raise Stopped
     self._patient = jax.process_count() > 1
     try:
+      if self:
+        raise Stopped
       yield
     finally:
       self._patient = True
     if self:
       raise Stopped
+
+  def ask(self) -> Callable[[], bool]:
+    """Starts to ask whether any process received one, see `parallel.ask`.
+
+    One alone looks when the answer is fetched.
+    """
+    if not parallel.is_connected():
+      return lambda: self.received
+    answer = parallel.ask(self.received)
+    return lambda: bool(answer().any())
 
   def __bool__(self) -> bool:
     """Whether any process received one; all must ask together."""

@@ -139,6 +139,7 @@ class File:
         return
       with _writing(part):
         done = self._whole_records(file)
+      # In batches, since processes tell each other float32.
       done = batch_size * int(parallel.smallest(done // batch_size))
       with _writing(part):
         self._cut(file, done)

@@ -233,8 +233,8 @@ def train_phase(
       # comes when the steps just started are over.
       asked, before = ask(), asked
       told = before if parallel.is_connected() else asked
-      stopping, saving, slowest = told()
-      pace.steps = int(-slowest)
+      stopping, saving, minus_steps = told()
+      pace.steps = int(-minus_steps)
       if stopping or saving:
         settle()
         save(state)

@@ -318,7 +318,7 @@ class Stages:
           step_lib.eval_steps, tuners, runs, job.params
       )
       done = (
-          (evaluate(*chunk), chunk[2].sum(), parallel.ask(self._stop.received))
+          (evaluate(*chunk), chunk[2].sum(), self._stop.ask())
           for chunk in chunks
       )
       for part, real, stopped in sources.behind(done):
@@ -326,7 +326,7 @@ class Stages:
         right = [a + b for a, b in zip(right, part)] if right else part
         count += int(real)
         line.update(count)
-        if stopped().any():
+        if stopped():
           raise checkpoint.Stopped
     return [(x / count).tolist() for x in right]
 
