@@ -192,7 +192,7 @@ def together() -> Iterator[None]:
     yield
   except errors.UserError as e:
     error = e
-  _raise_together(error, ask(error is not None))
+  _raise_together(error, ask(lambda: [error is not None]))
 
 
 def _raise_together(
@@ -215,17 +215,15 @@ def in_step(items: Iterable[T]) -> Iterator[T]:
   if jax.process_count() == 1:
     yield from items
     return
-  iterator, end, over = iter(items), object(), False
+  iterator, end = iter(items), object()
 
   def get():
-    nonlocal over
     item, error = end, None
     try:
-      item = end if over else next(iterator, end)
+      item = next(iterator, end)
     except errors.UserError as e:
       error = e
-    over = item is end
-    return item, error, ask(error is not None)
+    return item, error, ask(lambda: [error is not None])
 
   following = get()
   while True:
@@ -426,32 +424,33 @@ def _not_forever() -> Iterator[None]:
 
 def any_process(flag: bool) -> bool:
   """Whether the flag is up on any process; all must call it together."""
-  return bool(ask(flag)().any())
+  return bool(ask(lambda: [flag])().any())
 
 
 def smallest(value: float) -> float:
   """The smallest value of all processes; all must call it together."""
-  return -float(ask(-value)()[0])
+  return -float(ask(lambda: [-value])()[0])
 
 
-def ask(*values: float) -> Callable[[], np.ndarray]:
+def ask(values: Callable[[], Sequence[float]]) -> Callable[[], np.ndarray]:
   """Starts to find the largest of each value over all processes.
 
   All must ask together. The devices answer when they have done what they were
   given before, so an answer that is fetched late holds nobody up.
 
   Args:
-    *values: between processes float32.
+    values: gives those of this process, which become float32. Called at once;
+      by a process that is alone, when the answer is fetched.
 
   Returns:
-    Waits for the answer, (len(values),).
+    Waits for the answer, (number of values,).
   """
   if jax.process_count() == 1:
-    return lambda: np.array(values)
-  mesh = _by_process()
-  mine = from_local({"values": np.array([values], np.float32)}, mesh)["values"]
+    return lambda: np.array(values())
+  mesh, largest = _exchange()
+  mine = from_local({"values": np.array([values()], np.float32)}, mesh)
   with _not_forever():
-    found = jax.jit(_largest, out_shardings=replicated(mesh))(mine)
+    found = largest(mine["values"])
 
   def answer():
     # From all devices, not from one: what libraries say of the exchange, in a
@@ -463,12 +462,10 @@ def ask(*values: float) -> Callable[[], np.ndarray]:
 
 
 @functools.cache
-def _by_process() -> jax.sharding.Mesh:
-  return make_mesh(model=jax.local_device_count())
-
-
-def _largest(x: jax.Array) -> jax.Array:
-  return x.max(0)
+def _exchange() -> tuple[jax.sharding.Mesh, Callable[..., jax.Array]]:
+  """A row of devices for each process, and the largest of what these have."""
+  mesh = make_mesh(model=jax.local_device_count())
+  return mesh, jax.jit(lambda x: x.max(0), out_shardings=replicated(mesh))
 
 
 def is_first() -> bool:

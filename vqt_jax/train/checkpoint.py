@@ -234,16 +234,6 @@ class StopSignal:
     if self:
       raise Stopped
 
-  def ask(self) -> Callable[[], bool]:
-    """Starts to ask whether any process received one, see `parallel.ask`.
-
-    One alone looks when the answer is fetched.
-    """
-    if not parallel.is_connected():
-      return lambda: self.received
-    answer = parallel.ask(self.received)
-    return lambda: bool(answer().any())
-
   def __bool__(self) -> bool:
     """Whether any process received one; all must ask together."""
     return parallel.any_process(self.received)

@@ -177,7 +177,7 @@ def train_phase(
 
   def ask():
     """Whether to stop, to save, and what pace not to exceed."""
-    return parallel.ask(stop.received, due(), -pace.wish)
+    return parallel.ask(lambda: [stop.received, due(), -pace.wish])
 
   def settle():
     """Waits for the queued steps; books finished epochs."""
@@ -229,11 +229,10 @@ def train_phase(
       if pending:  # Everything but the call just started.
         settle()
       pending.append((epoch, losses, right, count, last))
-      # Of several processes the answer is the one of a call ago: the one of now
-      # comes when the steps just started are over.
+      # What was asked a call ago: for the answer of now several processes would
+      # have to wait until the steps just started are over.
       asked, before = ask(), asked
-      told = before if parallel.is_connected() else asked
-      stopping, saving, minus_steps = told()
+      stopping, saving, minus_steps = before()
       pace.steps = int(-minus_steps)
       if stopping or saving:
         settle()

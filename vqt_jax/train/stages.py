@@ -317,16 +317,16 @@ class Stages:
       evaluate = functools.partial(
           step_lib.eval_steps, tuners, runs, job.params
       )
+      ask = lambda: parallel.ask(lambda: [self._stop.received])
       done = (
-          (evaluate(*chunk), chunk[2].sum(), self._stop.ask())
-          for chunk in chunks
+          (evaluate(*chunk), chunk[2].sum(), ask()) for chunk in chunks
       )
       for part, real, stopped in sources.behind(done):
         part = [x.astype(np.float64) for x in parallel.to_host(part)]
         right = [a + b for a, b in zip(right, part)] if right else part
         count += int(real)
         line.update(count)
-        if stopped():
+        if stopped().any():
           raise checkpoint.Stopped
     return [(x / count).tolist() for x in right]
 
