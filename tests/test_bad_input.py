@@ -359,11 +359,14 @@ def prepare(case, material, killed, folder):
 
 
 def contents(folder):
-  """What must stay as it is; logs may grow, and events are made again."""
+  """What must stay as it is; logs may grow, and events are made again.
+
+  Python itself keeps a compiled config file beside it, in `__pycache__`.
+  """
   return {
       path: content
       for path, content in runs.files(folder).items()
-      if not re.search("log.txt|tensorboard", path)
+      if not re.search("log.txt|tensorboard|__pycache__", path)
   }
 
 
