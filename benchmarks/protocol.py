@@ -32,8 +32,8 @@ from rich import box
 from rich import console as rich_console
 from rich import table as rich_table
 
-import main as main_lib
 import vqt_jax
+from vqt_jax import cli
 from vqt_jax import config as config_lib
 from vqt_jax import console as console_lib
 from vqt_jax.train import packing
@@ -166,7 +166,7 @@ def main() -> None:
   parser.add_argument("--no_live", action="store_true", help="stored alone")
   options, rest = parser.parse_known_args()
   argv = ["main.py", "--workdir=unused", *rest]
-  config = config_lib.resolve(main_lib.parse(argv).config)
+  config = config_lib.resolve(cli.parse(argv).config)
   settings, seeds = len(config.lr) * len(config.weight_decay), len(config.seeds)
 
   stored = cut(config, options.epochs)

@@ -20,8 +20,8 @@ from rich import box
 from rich import console as rich_console
 from rich import table as rich_table
 
-import main as main_lib
 import vqt_jax
+from vqt_jax import cli
 from vqt_jax import config as config_lib
 from vqt_jax import console as console_lib
 from vqt_jax.train import store
@@ -68,7 +68,7 @@ def main() -> None:
   )
   _, rest = parser.parse_known_args()
   argv = ["main.py", "--workdir=unused", *rest]
-  config = config_lib.resolve(main_lib.parse(argv).config)
+  config = config_lib.resolve(cli.parse(argv).config)
   config.features, config.feature_dtype = "device", "float32"
   config.store_dir = ""  # No file may keep what is rounded here.
   table = rich_table.Table(

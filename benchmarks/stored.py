@@ -21,7 +21,7 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-import main as main_lib
+from vqt_jax import cli
 from vqt_jax import config as config_lib
 from vqt_jax import console as console_lib
 from vqt_jax import tuner as tuner_lib
@@ -117,7 +117,7 @@ def main() -> None:
   parser.add_argument("--repeats", type=int, default=5)
   options, rest = parser.parse_known_args()
   argv = ["main.py", "--workdir=unused", *rest]
-  config = config_lib.resolve(main_lib.parse(argv).config)
+  config = config_lib.resolve(cli.parse(argv).config)
   quiet = console_lib.Console(io.StringIO())
   job = run_lib._prepare(config, pathlib.Path(), quiet)
   with jax.set_mesh(job.mesh):

@@ -2,6 +2,8 @@
 
 import os
 
+# Before TensorFlow or JAX start: their C++ parts report errors only.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Epath decides once in a process how it gets to buckets: not by TensorFlow, or
 # a local server could not stand in for Google's; and by that class of gcsfs
 # which does not ask over gRPC first what kind of bucket it is.
