@@ -29,7 +29,8 @@ def test_a_run_stops_with_epoch_step_and_setting(material, tmp_path, capfd):
     error = capfd.readouterr().err.splitlines()[-1]
     told = re.fullmatch(
         r"error: The loss became (nan|inf) in epoch 2, step (\d) of 4 \(lr"
-        r" 3e\+38, weight decay 0.0001, seed 7, phase seeds\)\. .*",
+        r" 6\.4e\+39 \(3e\+38 used: batch 12\), weight decay 0.0001, seed 7,"
+        r" phase seeds\)\. .*",
         error,
     )
     assert told and 2 <= int(told[2]) <= 4, error
@@ -69,4 +70,4 @@ def test_inputs_that_are_not_finite(material, tmp_path, capfd):
   changes = dict(init=tmp_path / "vit.npz", lr=0.1)
   assert main.main(command(material, tmp_path / "run", **changes)) == 2
   error = capfd.readouterr().err.splitlines()[-1]
-  assert "The loss became nan in epoch 1, step 1 of 4 (lr 0.0046875" in error
+  assert "The loss became nan in epoch 1, step 1 of 4 (lr 0.1 (" in error

@@ -251,8 +251,16 @@ def test_killed_in_every_kind_of_stage(material, tmp_path):
 def test_a_choice_at_an_end_of_the_grid_is_told(rates, chosen, end):
   found = {
       "chosen": chosen,
-      "runs": [{"lr": rate, "weight_decay": 0.0} for rate in rates],
+      "runs": [{"lr": r, "weight_decay": 0.0, "seed": 1} for r in rates],
       "val_accuracy": [0.5] * len(rates),
       "diverged": [],
   }
-  assert protocol._choice(found).endswith(f" within 0.5{end})")
+  assert protocol._choice(found, 256).endswith(f" within 0.5{end})")
+
+
+@pytest.mark.parametrize(
+    "batch_size, told", [(256, "0.25"), (128, "0.5 (0.25 used: batch 128)")]
+)
+def test_a_rate_is_told_as_it_was_asked_for(batch_size, told):
+  run = loop.Run(lr=0.25, weight_decay=1e-3, seed=1)
+  assert run.told(batch_size) == f"lr {told}, weight decay 0.001"

@@ -1,8 +1,12 @@
 """Puts finished runs side by side: a table, compare.csv and compare.png.
 
-`main.py` does it with the methods of `configs/compare.py`. For any other runs:
+A run of `--config configs/compare.py` does it with its methods. For any others:
 
   python -m vqt_jax.compare runs/linear runs/vqt --output runs/comparison
+
+and, where it was installed with pip, `vqt-jax compare` with the same arguments.
+
+--output FOLDER  where they are written; default: the current folder
 
 Of each VQT run it also draws what the queries attend to,
 `attention_<run>.png`.
@@ -27,13 +31,14 @@ from vqt_jax.train import places
 ABOUT = ("task", "backbone", "device")
 # What a comparison needs of a run; None of what an older program left out.
 FIELDS = ("method", *ABOUT, "num_queries", "test_accuracy", "chosen", "search",
-          "trained_parameters", "memory", "seconds",
+          "batch_size", "trained_parameters", "memory", "seconds",
           "tuned_bytes")  # pyformat: disable
 COLUMNS = (
     "run", "task", "method", "accuracy_percent", "std_percent", "seeds",
     "trained_parameters", "peak_bytes", "step_bytes", "side_by_side",
     "epoch_seconds", "training_seconds", "tuned_bytes", "settings", "lr",
-    "weight_decay", "keep_fraction", "num_queries", "backbone", "device",
+    "batch_size", "weight_decay", "keep_fraction", "num_queries", "backbone",
+    "device",
 )  # fmt: skip
 
 
@@ -168,13 +173,17 @@ def write(
 def main(argv: Sequence[str]) -> int:
   """Compares the runs named on a command line; returns the exit status."""
   values = flags.FlagValues()
-  flags.DEFINE_string("output", ".", "folder", flag_values=values)
+  flags.DEFINE_string("output", ".", "", flag_values=values)
+  flags.DEFINE_boolean("help", False, "", short_name="h", flag_values=values)
   try:
     paths = [files.path(path) for path in values(list(argv))[1:]]
+    if values.help:
+      print(__doc__)
+      return 0
     if not paths:
       raise errors.UserError(
-          "No runs given. Usage: python -m vqt_jax.compare WORKDIR..."
-          " [--output FOLDER]"
+          "No runs given. Usage: WORKDIR... [--output FOLDER] (--help tells"
+          " more)."
       )
     workdirs = _names(paths)
     outcomes = {name: _read(path) for name, path in workdirs.items()}

@@ -327,7 +327,7 @@ def _search(ax: Any, results: dict[str, Any]) -> None:
   )
   ax.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
   ax.set_yticks(range(len(decays)), [f"{decay:g}" for decay in decays])
-  ax.set(xlabel="learning rate", ylabel="weight decay")
+  ax.set(xlabel="learning rate, as used", ylabel="weight decay")
   ax.tick_params(length=0)
   ax.spines[:].set_visible(False)
   ax.set_title("Search: accuracy on val, %", loc="left")

@@ -98,9 +98,9 @@ def search(
   keep = min(by_fraction, key=lambda f: (-by_fraction[f], -f))
 
   job.console.note(
-      f"{_told(chosen)}, {100 * keep:g} % of the features ({len(parts)} folds:"
-      f" {100 * by_fraction[keep]:.1f} %; the full protocol's choice"
-      f" {100 * accuracy[first]:.1f} %)",
+      f"{_told(chosen, job.config.batch_size)}, {100 * keep:g} % of the"
+      f" features ({len(parts)} folds: {100 * by_fraction[keep]:.1f} %; the"
+      f" full protocol's choice {100 * accuracy[first]:.1f} %)",
       "chosen",
   )
   found = {
@@ -125,10 +125,10 @@ def search(
   return found, *chosen, keep
 
 
-def _told(pair: Setting) -> str:
+def _told(pair: Setting, batch_size: int) -> str:
   """A setting for people."""
   tuner, run = pair
-  told = f"lr {run.lr:g}, weight decay {run.weight_decay:g}"
+  told = run.told(batch_size)
   if not tuner.has_queries:
     return told
   norm = "" if run.normalize else "not "

@@ -40,9 +40,12 @@ class Run:
   query_dropout: float = 0.0
   normalize: bool = True
 
-  def __str__(self) -> str:
-    setting = f"lr {self.lr:g}, weight decay {self.weight_decay:g}"
-    return f"{setting}, seed {self.seed}"
+  def told(self, batch_size: int) -> str:
+    """The setting for people, with the rate per 256 images, as in config.lr."""
+    rate = f"lr {self.lr * 256 / batch_size:g}"
+    if batch_size != 256:
+      rate += f" ({self.lr:g} used: batch {batch_size})"
+    return f"{rate}, weight decay {self.weight_decay:g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,8 +301,9 @@ def _check(phase, progress, epoch, losses):
       raise errors.UserError(
           f"The loss became {losses[bad, run]} in epoch {epoch + 1}, step"
           f" {progress.step + bad + 1} of {phase.source.steps}"
-          f" ({phase.runs[run]}, phase {phase.name}). Lower config.lr in a new"
-          " workdir, or look at the value range of the inputs."
+          f" ({phase.runs[run].told(phase.source.batch_size)}, seed"
+          f" {phase.runs[run].seed}, phase {phase.name}). Lower config.lr in a"
+          " new workdir, or look at the value range of the inputs."
       )
 
 

@@ -76,6 +76,7 @@ def _results(job, found, candidates, test, seconds, peak) -> dict[str, Any]:
       "value_range": job.backbone.value_range,
       "resize": job.config.resize,
       "protocol": job.config.protocol,
+      "batch_size": job.config.batch_size,  # config.lr is per 256 images.
       "test_accuracy": tested[-1]["test_accuracy"],
       "chosen": result.setting,
       "tested": tested,

@@ -157,7 +157,7 @@ def _search(
       "diverged": out.diverged,
       "seconds": out.seconds,
   }
-  job.console.note(_choice(found), "chosen")
+  job.console.note(_choice(found, job.config.batch_size), "chosen")
   return found, runs[chosen]
 
 
@@ -226,7 +226,7 @@ def _finish(
   ]
 
 
-def _choice(found: dict[str, Any]) -> str:
+def _choice(found: dict[str, Any], batch_size: int) -> str:
   """What a search has chosen, and how clearly."""
   run, accuracy = found["runs"][found["chosen"]], found["val_accuracy"]
   top, diverged = accuracy[found["chosen"]], found["diverged"]
@@ -234,9 +234,9 @@ def _choice(found: dict[str, Any]) -> str:
   near = sum(a >= top - 0.005 for a in near) - 1
   lost = f", {len(diverged)} diverged" if diverged else ""
   return (
-      f"lr {run['lr']:g}, weight decay {run['weight_decay']:g} (val"
-      f" {100 * top:.1f} %; of {len(accuracy) - 1} others {near} within"
-      f" 0.5{lost}{_at_an_end(run, found['runs'])})"
+      f"{loop.Run(**run).told(batch_size)} (val {100 * top:.1f} %; of"
+      f" {len(accuracy) - 1} others {near} within 0.5{lost}"
+      f"{_at_an_end(run, found['runs'])})"
   )
 
 
