@@ -30,7 +30,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.init = str(resources.files("vqt_jax") / "assets" / "fashion_vit.npz")
   config.image_size = 28
   config.epochs = 30
-  config.warmup_epochs = 3
   # At larger rates queries magnify rounding, and results depend on it.
   config.reader_lr.vqt = (0.5, 0.25, 0.1, 0.05, 0.02)
   config.reader_lr.linear = (2.0, 1.0, 0.5, 0.25, 0.1)

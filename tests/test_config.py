@@ -1,10 +1,13 @@
 """Configs: fields, presets, string arguments, and what is refused."""
 
 import ast
+import copy
 import importlib.util
 import json
 import pathlib
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from vqt_jax import checks
@@ -123,8 +126,16 @@ def test_a_preset_leaves_what_is_asked_for_and_is_applied_once():
         ({"lr": ("a",)}, "found ('a',)"),
         ({"weight_decay": (-1.0,)}, "config.weight_decay: expected at least 0"),
         ({"seeds": (1.5,)}, "config.seeds: expected whole numbers"),
+        ({"seeds": np.eye(2)}, "found array([[1., 0.], [0., 1.]])."),
+        ({"epochs": 5.0}, "config.epochs: expected a whole number, found 5.0"),
+        ({"epochs": True}, "config.epochs: expected a whole number, found Tr"),
+        ({"task": None}, "config.task: expected text, found None"),
+        ({"epoch": 3}, "Unknown config field 'epoch'. Did you mean epochs?"),
+        ({"splits": {"trian": ""}}, "'splits.trian'. Did you mean splits"),
+        ({"mesh": 3}, "config.mesh is a group of fields; set config.mesh.data"),
+        ([], "config: expected default_config() with changes, or a dict"),
         ({"seeds": (1, 1)}, "holds the same value twice"),
-        ({"epochs": 10}, "config.warmup_epochs=10 must be smaller"),
+        ({"warmup_epochs": 100}, "config.warmup_epochs=100 must be smaller"),
         ({"mesh": {"data": 0}}, "config.mesh.data=0"),
         (
             {"embedding_dropout": 0.1, "features": "host"},
@@ -133,11 +144,64 @@ def test_a_preset_leaves_what_is_asked_for_and_is_applied_once():
     ],
 )  # fmt: skip
 def test_bad_values_are_refused_in_words(changes, words):
-  config = config_lib.default_config()
-  config.update(changes)
   with pytest.raises(errors.UserError) as caught:
-    config_lib.resolve(config)
+    config_lib.resolve(changes)
   assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, given, held",
+    [
+        ("lr", 1, (1.0,)),
+        ("lr", [0.5, 1], (0.5, 1.0)),
+        ("lr", np.array([0.5, 1]), (0.5, 1.0)),
+        ("seeds", range(3), (0, 1, 2)),
+        ("seeds", jnp.arange(3), (0, 1, 2)),
+        ("best.normalize", False, (False,)),
+        ("alpha", np.float32(2), 2.0),
+        ("epochs", np.int64(3), 3),
+        ("init", pathlib.Path("/a/b"), "/a/b"),
+        ("splits.train", np.str_("train"), "train"),
+    ],
+)
+def test_fields_take_what_stands_for_their_values(name, given, held):
+  config = config_lib.default_config()
+  config[name] = given
+  assert repr(config[name]) == repr(held)
+  assert copy.deepcopy(config) == config
+
+
+def test_a_group_takes_what_changes_in_it():
+  config = config_lib.default_config()
+  config.splits = {"train": "train[:9]"}
+  config.update(best={"folds": 3}, mesh={})
+  config = copy.deepcopy(config)  # Which still knows the groups' names.
+  with pytest.raises(errors.UserError, match="config.best.folds: expected"):
+    config.best.folds = "5"
+  with pytest.raises(errors.UserError, match="field 'best.fold'. Did you mean"):
+    config.best.fold = 5
+  assert (config.splits.train, config.splits.val) == ("train[:9]", "")
+  assert (config.best.folds, config.best.finalists) == (3, 8)
+
+
+def test_a_saved_config_is_the_same_again():
+  config = config_lib.resolve({"method": "lora", "epochs": 7, "seeds": 3})
+  saved = json.loads(json.dumps(config_lib.to_json(config)))
+  assert config_lib.resolve(saved) == config
+
+
+@pytest.mark.parametrize(
+    "changes, epochs",
+    [
+        ({}, 10),
+        ({"epochs": 30}, 3),
+        ({"epochs": 5}, 0),
+        ({"epochs": 5, "warmup_epochs": 2}, 2),
+        ({"epochs": 5, "methods": "linear,vqt"}, 0),
+    ],
+)
+def test_warm_up_is_a_tenth_unless_it_is_given(changes, epochs):
+  assert config_lib.resolve(changes).warmup_epochs == epochs
 
 
 def test_fields_that_do_not_exist_are_refused():
@@ -283,6 +347,7 @@ def test_json_and_differences():
   assert json.loads(json.dumps(as_json)) == as_json
   assert config_lib.differences(config_lib.to_json(old), as_json) == {
       "epochs": (100, 7),
+      "warmup_epochs": (-1, 10),
       "keep_fraction": ([0.0], [0.7]),
       "num_queries": (0, 1),
       "lr": ([0.0], [0.1]),

@@ -1,6 +1,8 @@
 """Checks of a config that need no file and no device."""
 
+from collections.abc import Sequence
 import math
+import os
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -45,7 +47,7 @@ BOUNDS = {
     "editor_rate": (0, math.inf),
     "embedding_dropout": (0, 0.99),
     "epochs": (1, math.inf),
-    "warmup_epochs": (0, math.inf),
+    "warmup_epochs": (-1, math.inf),
     "batch_size": (1, math.inf),
     "eval_batch_size": (1, math.inf),
     "settings": (0, math.inf),
@@ -78,7 +80,7 @@ _TYPE_NAMES = {
 
 
 def check(config: ConfigDict, defaults: ConfigDict) -> None:
-  """Checks a config: its fields, types, names, bounds, and what they combine.
+  """Checks a config: its fields, names, bounds, and what they combine.
 
   Args:
     config: to be checked.
@@ -87,7 +89,7 @@ def check(config: ConfigDict, defaults: ConfigDict) -> None:
   Raises:
     UserError: with the field, what was expected and what was found.
   """
-  _check_types(flatten(config), flatten(defaults))
+  _check_fields(flatten(config), flatten(defaults))
   for name, known in CHOICES.items():
     if config[name] not in known:
       named = [k or '""' for k in known]
@@ -226,33 +228,55 @@ def flatten(config: ConfigDict | dict) -> dict[str, Any]:
   return flat
 
 
-def _is(value: Any, kind: type) -> bool:
-  """Whether a value is of a field's type; a whole number is a number too."""
-  if kind is float:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-  if kind is int:
-    return isinstance(value, int) and not isinstance(value, bool)
-  return isinstance(value, kind)
+def convert(name: str, value: Any, like: Any) -> Any:
+  """A value as its field holds it.
+
+  Args:
+    name: of the field.
+    value: of the field's type, or what stands for it: a scalar or array of
+      NumPy or JAX, a whole number for a number, a path for text; for a tuple
+      any sequence, or one element.
+    like: a value of the field.
+
+  Raises:
+    UserError: it is of another type.
+  """
+  found = value
+  if hasattr(value, "tolist"):
+    value = value.tolist()
+  if not isinstance(like, tuple):
+    converted = _scalar(value, type(like))
+    fine = converted is not None
+  else:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+      value = (value,)
+    converted = tuple(_scalar(x, type(like[0])) for x in value)
+    fine = converted and None not in converted
+  if not fine:
+    found = " ".join(repr(found).split())
+    raise errors.UserError(
+        f"config.{name}: expected {expected(like)}, found {found}."
+    )
+  return converted
 
 
-def _check_types(values: dict[str, Any], defaults: dict[str, Any]) -> None:
-  """Exactly the known fields, each of its default's type."""
+def _scalar(value: Any, kind: type) -> Any:
+  """A value as a bool, int, float or str; None where it is none."""
+  if kind is str and isinstance(value, os.PathLike):
+    value = os.fspath(value)
+  if kind is float and type(value) is int:
+    value = float(value)
+  return kind(value) if type(value) is kind else None
+
+
+def _check_fields(values: dict[str, Any], defaults: dict[str, Any]) -> None:
+  """Exactly the known fields."""
   for name in values:
     check_field(name, defaults)
-  for name, default in defaults.items():
+  for name in defaults:
     if name not in values:
       raise errors.UserError(
           f"config.{name} is missing: start from default_config()."
-      )
-    value = values[name]
-    if isinstance(default, tuple):
-      fine = isinstance(value, (tuple, list)) and len(value) > 0
-      fine = fine and all(_is(x, type(default[0])) for x in value)
-    else:
-      fine = _is(value, type(default))
-    if not fine:
-      raise errors.UserError(
-          f"config.{name}: expected {expected(default)}, found {value!r}."
       )
 
 

@@ -1,7 +1,7 @@
 """What a run is made of: every field with its default and unit.
 
-A config is a `ConfigDict` that starts from `default_config`; no other fields
-exist. The defaults are the paper's method and the authors' recipe on a frozen,
+A config is a `Config` that starts from `default_config`; no other fields exist.
+The defaults are the paper's method and the authors' recipe on a frozen,
 noiseless stream. What their program does otherwise (and what changes results)
 sits in these fields, all set by `preset="authors"`:
 
@@ -12,12 +12,14 @@ sits in these fields, all set by `preset="authors"`:
   schedule           "epoch" (also the default): the first epoch has rate 0
 """
 
+from collections.abc import Mapping
 import copy
 import dataclasses
 import json
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections import FieldReference
 import numpy as np
 
 from vqt_jax import checks
@@ -28,9 +30,50 @@ from vqt_jax import tuner as tuner_lib
 from vqt_jax.data import vtab
 
 
-def default_config() -> ConfigDict:
+class Config(ConfigDict):
+  """A ConfigDict whose fields take what people pass, or say what they expect.
+
+  What a field gets becomes of the field's type, see `checks.convert`; a group
+  of fields takes a dict of those that change.
+
+  Raises, when a field is set:
+    UserError: a value of another type, or no such field, with the nearest ones.
+  """
+
+  def __init__(self, *args: Any, group: str = "", **kwargs: Any):
+    """As a ConfigDict; `group` is the field that holds it, with a dot."""
+    object.__setattr__(self, "_group", group)
+    super().__init__(*args, **kwargs)
+
+  def __setitem__(self, name: str, value: Any) -> None:
+    full = self._group + name
+    if name not in self and self.is_locked:
+      checks.check_field(full, default_config())
+    group, dot, rest = name.partition(".")
+    if dot:
+      self[group][rest] = value
+      return
+    if name not in self:
+      if hasattr(value, "items"):
+        value = Config(value, group=f"{full}.")
+    elif isinstance(self[name], Config):
+      if not hasattr(value, "items"):
+        checks.check_field(full, default_config())  # Names what is in it.
+      self[name].update(value)
+      return
+    elif not isinstance(value, FieldReference):
+      value = checks.convert(full, value, self[name])
+    super().__setitem__(name, value)
+
+  def update(self, *other: Any, **changes: Any) -> None:
+    """Sets fields, those of a group one by one."""
+    for name, value in dict(*other, **changes).items():
+      self[name] = value
+
+
+def default_config() -> Config:
   """All fields. Units are in the comments; "" means "decide for me"."""
-  c = ConfigDict()
+  c = Config()
 
   # Data. One of the 19 VTAB-1k tasks, "digits", or any classification dataset
   # of TensorFlow Datasets (TFDS), to which alone the next seven fields apply.
@@ -61,7 +104,8 @@ def default_config() -> ConfigDict:
   # Method.
   c.method = "vqt"  # a reader ("vqt": visual query tuning; "head2toe": means of
   # all blocks' tokens; "linear": probe of the end), an editor, read by "linear"
-  # (see docs/methods.md: "lora", ...), or both: "vqt+vpt_deep"
+  # ("finetune", "bitfit", "partial", "vpt_shallow", "vpt_deep", "adapter",
+  # "adaptformer", "lora", "ssf"), or both: "vqt+vpt_deep"
   c.methods = ""  # several, with commas between them, or "all": each in a
   # folder of its own, and a table of what came out; in the place of method
   c.num_queries = 0  # queries per block (vqt); 0: the authors' for the task,
@@ -83,14 +127,17 @@ def default_config() -> ConfigDict:
 
   # Training.
   c.epochs = 100  # epochs of every run
-  c.warmup_epochs = 10  # epochs of linear warm-up; then cosine to 0
+  c.warmup_epochs = -1  # epochs of linear warm-up, then cosine to 0; -1: a
+  # tenth of epochs
   c.schedule = "epoch"  # learning rate changes every "epoch" or every "step"
   c.batch_size = 128  # images
   c.optimizer = ""  # "adam", "sgd" (momentum 0.9; coupled L2), or "adamw";
   # "": as published for the method
   c.lr = (0.0,)  # peak rates per 256 images of batch; 0: as published
   c.reader_lr = ConfigDict({  # the same of a reader alone, if lr is 0
-      name: (0.0,) for name in readers.READERS
+      "vqt": (0.0,),
+      "head2toe": (0.0,),
+      "linear": (0.0,),
   })
   c.weight_decay = (1e-2, 1e-3, 1e-4, 0.0)  # not on biases
 
@@ -98,11 +145,11 @@ def default_config() -> ConfigDict:
   # the best one is trained on trainval with every seed, and tested.
   c.protocol = "full"  # "full": the authors'; "best": also a wider search
   c.settings = 0  # how many are tried; 0: all rates with all weight decays; N:
-  # N rates from the first to the last, with one weight decay (of several:
-  # SETTINGS_DECAY), so that all methods are searched alike
+  # N rates from the first to the last, with one weight decay (of several 1e-4),
+  # so that all methods are searched alike
   c.keep_fraction = (0.0,)  # of the features, by group lasso; of several the
   # best on val; 0: for vqt the authors' for the task (0.7 where they use one
-  # query per block of a VTAB task), for head2toe `HEAD2TOE_KEEP`; else 1
+  # query per block of a VTAB task), for head2toe several up to 0.5; else 1
   c.search_seed = 100  # seed of the tried runs
   c.seeds = (42, 44, 82, 100, 800)  # seeds of the final runs
   c.seed = 0  # of the order of the examples
@@ -134,7 +181,8 @@ def default_config() -> ConfigDict:
   })
   c.checkpoint_seconds = 60.0  # seconds between saves of a run
 
-  c.preset = ""  # "authors": their program but for its weights, see `resolve`
+  c.preset = ""  # "authors": their program but for its weights; sets the fields
+  # of the recipe, the noise and how images are read
   return c.lock()
 
 
@@ -202,8 +250,8 @@ RESUMABLE = (
 
 
 def resolve(
-    config: ConfigDict, keep: tuple[str, ...] = ()
-) -> ConfigDict:
+    config: Mapping[str, Any] | ConfigDict, keep: tuple[str, ...] = ()
+) -> Config:
   """The config with its preset written out, checked.
 
   A preset is an abbreviation: its fields are set, whatever they were, and
@@ -214,24 +262,23 @@ def resolve(
   `method` is empty then.)
 
   Args:
-    config: a changed `default_config()`; it is left as it is.
+    config: a changed `default_config()`, which is left as it is; or a dict of
+      what to change in it, such as `config.json` of a run.
     keep: fields that the preset must leave alone (`main.py` names those given
       on the command line).
 
   Raises:
     UserError: an unknown name, or a value that makes no sense.
   """
+  config = _own(config)
   validate(config)
-  config = copy.deepcopy(config)
   if config.preset == "authors":
     for name, value in _authors(config.method).items():
       if name not in keep:
         config[name] = value
     config.preset = ""
-  for name in ("lr", "weight_decay", "keep_fraction"):
-    config[name] = tuple(map(float, config[name]))
-  for name, rates in config.reader_lr.items():
-    config.reader_lr[name] = tuple(map(float, rates))
+  if config.warmup_epochs < 0:
+    config.warmup_epochs = config.epochs // 10
   if config.methods:  # The rest is each method's own.
     if "method" in keep:
       raise errors.UserError(
@@ -250,7 +297,21 @@ def resolve(
   return config
 
 
-def one(config: ConfigDict, **changes: str) -> ConfigDict:
+def _own(config: Mapping[str, Any] | ConfigDict) -> Config:
+  """A copy, as a Config."""
+  if isinstance(config, Config):
+    return copy.deepcopy(config)
+  if not hasattr(config, "items"):
+    raise errors.UserError(
+        "config: expected default_config() with changes, or a dict of these,"
+        f" found {config!r}."
+    )
+  own = default_config()
+  own.update(config)
+  return own
+
+
+def one(config: Config, **changes: str) -> Config:
   """What a resolved config of several runs means for one of them, resolved.
 
   Args:
@@ -278,7 +339,7 @@ def recipe(method: str) -> dict[str, Any]:
   return {"optimizer": optimizer, "lr": lr, "editor_rate": rate}
 
 
-def _follow_recipe(config: ConfigDict) -> None:
+def _follow_recipe(config: Config) -> None:
   """Writes out what is empty because it is as published for the method."""
   if config.lr == (0.0,) and config.method in readers.READERS:
     config.lr = config.reader_lr[config.method]
@@ -289,7 +350,7 @@ def _follow_recipe(config: ConfigDict) -> None:
       config[name] = value
 
 
-def _follow_budget(config: ConfigDict) -> None:
+def _follow_budget(config: Config) -> None:
   """Writes out which rates and weight decay `settings` stands for."""
   config.lr = spread(config.lr, config.settings)
   if len(config.weight_decay) > 1:
@@ -312,7 +373,7 @@ def spread(rates: tuple[float, ...], count: int) -> tuple[float, ...]:
   return tuple(float(f"{rate:.3g}") for rate in np.exp(logs))
 
 
-def of_tuner(config: ConfigDict) -> dict[str, Any]:
+def of_tuner(config: Config) -> dict[str, Any]:
   """A resolved config's part of `make_tuner`'s options."""
   sizes = [field.name for field in dataclasses.fields(editors.Options)]
   options = {
@@ -323,7 +384,7 @@ def of_tuner(config: ConfigDict) -> dict[str, Any]:
   return options | {name: config[name] for name in named}
 
 
-def _follow_authors(config: ConfigDict) -> None:
+def _follow_authors(config: Config) -> None:
   """Writes out what is 0 because the authors choose it by the task."""
   task = vtab.find(config.task)
   if not config.num_queries:
@@ -343,7 +404,7 @@ def _authors(method: str) -> dict[str, Any]:
   return values
 
 
-def validate(config: ConfigDict) -> None:
+def validate(config: Config) -> None:
   """Checks all that can be known without files and devices.
 
   Raises:
@@ -393,7 +454,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> dict[str, Any]:
   return values
 
 
-def to_json(config: ConfigDict) -> dict[str, Any]:
+def to_json(config: Config) -> dict[str, Any]:
   """The config as JSON would give it back: plain dicts, lists and numbers."""
   return json.loads(json.dumps(config.to_dict()))
 

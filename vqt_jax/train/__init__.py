@@ -3,6 +3,7 @@
 import sys
 import types
 
+from vqt_jax import config as config_lib
 from vqt_jax.data import vtab
 
 
@@ -10,6 +11,7 @@ class _Callable(types.ModuleType):
   """Lets the package be called as the function that its users want of it."""
 
   def __call__(self, config, *args, **kwargs):
+    config = config_lib.resolve(config)
     # Late: they need all the rest.
     if config.task == vtab.ALL:
       from vqt_jax.train import all_tasks
