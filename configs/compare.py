@@ -18,11 +18,11 @@ Arguments:
 
 from ml_collections import ConfigDict
 
-from configs import digits
-from configs import vtab
 from vqt_jax import config as config_lib
 from vqt_jax import errors
 from vqt_jax import tuner
+from vqt_jax.configs import digits
+from vqt_jax.configs import vtab
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -22,6 +22,8 @@ from vqt_jax.tuner import make_tuner
 from vqt_jax.vit import Stream
 from vqt_jax.vit import ViTConfig
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Backbone",
     "Output",

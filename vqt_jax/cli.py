@@ -2,8 +2,11 @@
 
   python main.py --config configs/vtab_cifar.py --workdir runs/cifar
 
---config FILE[:name=value,...]  what to run; every field of vqt_jax/config.py
---config.FIELD=VALUE            can be changed
+and, where it was installed with pip, `vqt-jax train` with the same flags.
+
+--config FILE[:name=value,...]  what to run: a file, or one that comes along:
+                                digits, vtab_cifar, vtab, compare
+--config.FIELD=VALUE            changes a field; all are listed below
 --workdir DIR                   gets the results; the same command resumes; a
                                 folder, or gs://BUCKET/FOLDER
 --debug                         shows where an error comes from
@@ -23,16 +26,21 @@ processes of each other; elsewhere add
 
 from collections.abc import Iterator, Sequence
 import contextlib
+import difflib
 import glob
+from importlib import resources
+import inspect
 import os
 import re
 import sys
 import traceback
+from typing import Any
 
 from absl import flags
 import jax
 from ml_collections import ConfigDict
 from ml_collections import config_flags
+from ml_collections.config_flags import tuple_parser
 
 from vqt_jax import checks
 from vqt_jax import config as config_lib
@@ -42,7 +50,22 @@ from vqt_jax import noise
 from vqt_jax import parallel
 from vqt_jax import results
 
-USAGE = "Usage: python main.py --config FILE --workdir DIR (--help tells more)."
+USAGE = "Usage: --config FILE --workdir DIR (--help tells more)."
+FLAGS = ("config", "workdir", "plan", "debug", "help", "coordinator",
+         "num_processes", "process_id", "lost_after")  # fmt: skip
+
+
+class _Tuples(flags.ArgumentParser):
+  """Makes of a tuple field a flag of which the last one counts, as of others.
+
+  That of ml_collections, which goes by the type of its parser, adds them up.
+  """
+
+  def parse(self, argument: Any) -> tuple[Any, ...]:
+    return tuple_parser.TupleParser().parse(argument)
+
+
+config_flags.register_flag_parser_for_type(tuple, _Tuples())
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
   try:
     values = parse(list(argv))
     if values.help:
-      print(__doc__)
+      print(f"{__doc__}\nFields and their defaults:\n{_fields()}")
       return 0
     return run(values)
   except errors.UserError as e:
@@ -79,6 +102,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
       that cannot be loaded.
   """
   values = flags.FlagValues()
+  argv, path = _find_config(argv)
   config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
   flags.DEFINE_string("workdir", None, "", flag_values=values)
   flags.DEFINE_string("plan", None, "", flag_values=values)
@@ -86,16 +110,15 @@ def parse(argv: list[str]) -> flags.FlagValues:
   for name in ("num_processes", "process_id"):
     flags.DEFINE_integer(name, None, "", flag_values=values)
   flags.DEFINE_integer("lost_after", 60, "", 5, flag_values=values)
-  for name in ("debug", "help"):
-    flags.DEFINE_boolean(name, False, "", flag_values=values)
-  path = _config_path(argv)
+  flags.DEFINE_boolean("debug", False, "", flag_values=values)
+  flags.DEFINE_boolean("help", False, "", short_name="h", flag_values=values)
   for arg in argv[1:]:
     if match := re.match(r"--?(no)?config\.([^=]*)", arg):
       checks.check_field(match[2], config_lib.default_config())
   try:
     surplus = values(argv)[1:]
   except Exception as e:  # Config files are programs: anything can come.
-    raise _explain(e, path) from e
+    raise _explain(e, argv, path) from e
   if surplus:
     raise errors.UserError(f"Unexpected argument {surplus[0]!r}. {USAGE}")
   return values
@@ -215,25 +238,74 @@ def _join(values: flags.FlagValues) -> bool:
     )  # fmt: skip
 
 
-def _config_path(argv: list[str]) -> str | None:
-  """The config file named on a command line.
+def _find_config(argv: list[str]) -> tuple[list[str], str | None]:
+  """A command line with the path of its config file, and that path.
+
+  Of several the last one counts, in the place of the first.
 
   Raises:
     UserError: there is no such file.
   """
-  for arg, following in zip(argv[1:], [*argv[2:], ""]):
-    match = re.fullmatch(r"--?config(?:=(.*))?", arg)
+  found, place, path, rest = [], None, None, iter(argv)
+  for arg in rest:
+    match = re.fullmatch(r"--?config(?:=(.*))?", arg, re.S)
     if match is None:
+      found.append(arg)
       continue
-    path = (following if match[1] is None else match[1]).split(":", 1)[0]
-    if not os.path.isfile(path):
-      known = glob.glob(f"{os.path.dirname(path) or 'configs'}/*.py")
-      raise errors.unknown("config file", path, sorted(known))
+    value = next(rest, "") if match[1] is None else match[1]
+    name, colon, its_arg = value.partition(":")
+    path = _config_file(name)
+    if place is None:
+      place = len(found)
+    found[place : place + 1] = [f"--config={path}{colon}{its_arg}"]
+  return found, path
+
+
+def _config_file(name: str) -> str:
+  """The path of a config file; of a shipped one a name does.
+
+  Raises:
+    UserError: there is no such file.
+  """
+  path = os.path.expanduser(name)
+  if os.path.isfile(path):
     return path
-  return None
+  shipped = {
+      file.name: str(file)
+      for file in (resources.files("vqt_jax") / "configs").iterdir()
+      if file.name.endswith(".py")
+  }
+  short = re.sub("^configs/", "", name)
+  for file_name in (short, f"{short}.py"):
+    if file_name in shipped:
+      return shipped[file_name]
+  folder = os.path.dirname(path) or "configs"
+  known = set(glob.glob(f"{glob.escape(folder)}/*.py"))
+  if not known or folder == "configs":
+    known.update(f"configs/{file_name}" for file_name in shipped)
+  raise errors.unknown("config file", name, sorted(known))
 
 
-def _explain(error: Exception, path: str | None) -> errors.UserError:
+def _fields() -> str:
+  """All fields of a config with defaults and comments, as flags."""
+  body = inspect.getsource(config_lib.default_config).split("  c = Config()\n")
+  lines, group = [], ""
+  for line in body[1].splitlines():
+    if match := re.fullmatch(r"  c\.(\w+) = ConfigDict\(\{(.*)", line):
+      group = f"{match[1]}."
+      lines += [match[2].strip()] * bool(match[2])
+    elif line == "  })":
+      group = ""
+    elif match := re.fullmatch(r'    +"(\w+)": (.*?),(  #.*|)', line):
+      lines.append(f"--config.{group}{match[1]}={match[2]}{match[3]}")
+    elif not line.startswith("  return"):
+      lines.append(re.sub(r"^  c\.(\w+) = ", r"--config.\1=", line).strip())
+  return "\n".join(lines)
+
+
+def _explain(
+    error: Exception, argv: list[str], path: str | None
+) -> errors.UserError:
   """What a person can do about an exception of flag parsing."""
   chain = list(_chain(error))
   for cause in reversed(chain):
@@ -250,15 +322,31 @@ def _explain(error: Exception, path: str | None) -> errors.UserError:
         f"--{match[1]}: expected a whole number, found {match[2]!r}."
     )
   if isinstance(error, flags.UnrecognizedFlagError):
-    known = ("--config", "--workdir", "--plan", "--debug", "--help",
-             "--coordinator", "--num_processes", "--process_id",
-             "--lost_after")  # fmt: skip
-    return errors.unknown("flag", f"--{error.flagname}", known)
+    return _unknown_flag(error.flagname, argv)
   if isinstance(error, flags.Error) and "flag --config=" not in str(error):
     return errors.UserError(f"{error}.")
   root = chain[-1]
   return errors.UserError(
       f"Cannot load {path}: {type(root).__name__}: {root}."
+  )
+
+
+def _unknown_flag(name: str, argv: list[str]) -> errors.UserError:
+  """What a person meant by a flag, above all a field without its `config.`."""
+  fields = checks.flatten(config_lib.default_config())
+  known = {field.rpartition(".")[2]: field for field in fields}
+  known |= {field: field for field in fields} | dict.fromkeys(FLAGS)
+  near = difflib.get_close_matches(name.replace("-", "_"), known, 1)
+  field = known[near[0]] if near else None
+  if field is None:
+    return errors.unknown("flag", f"--{name}", [f"--{f}" for f in FLAGS])
+  value = ""
+  for arg, following in zip(argv, [*argv[1:], ""]):
+    if re.match(f"--?{re.escape(name)}(=|$)", arg):
+      value = arg.partition("=")[2] or following
+  equals = "" if not value or value.startswith("--") else f"={value}"
+  return errors.UserError(
+      f"Unknown flag '--{name}'. Did you mean --config.{field}{equals}?"
   )
 
 

@@ -1,15 +1,22 @@
-"""Prepares datasets once, for all later runs:
+"""Prepares datasets once, for all later runs.
 
-    python -m vqt_jax.data.prepare cifar100 kitti --data_dir DATA
-    python -m vqt_jax.data.prepare all --data_dir DATA --manual_dir FILES
+  python -m vqt_jax.data.prepare cifar100 kitti --data_dir DATA
+  python -m vqt_jax.data.prepare all --data_dir DATA --manual_dir FILES
+
+and, where it was installed with pip, `vqt-jax prepare` with the same arguments.
 
 Names are VTAB-1k tasks, datasets of TFDS (`name[/config][:version]`), or `all`
 for what the 19 tasks need. What is prepared already is left alone. A run
 never downloads data; this program does.
 
-Files that you have already, under their original names, are taken from
-`--manual_dir`. If they differ from what TFDS has recorded (other bytes with the
-same content, such as an archive packed anew), add `--trust_files`.
+--data_dir DIR      TFDS folder to write to; default: ~/tensorflow_datasets, or
+                    $TFDS_DATA_DIR
+--download_dir DIR  folder for downloads; default: DATA_DIR/downloads
+--manual_dir DIR    folder with files that you have already, under their
+                    original names; default: DATA_DIR/downloads/manual
+--trust_files       take these files even if they are not those that TFDS has
+                    recorded (other bytes with the same content, such as an
+                    archive packed anew)
 """
 
 from collections.abc import Sequence
@@ -17,7 +24,6 @@ import importlib.util
 import sys
 from typing import Any
 
-from absl import app
 from absl import flags
 from absl import logging
 from etils import epath
@@ -27,27 +33,6 @@ from vqt_jax.data import prepared
 from vqt_jax.data import vtab
 from vqt_jax.data.tensorflow_lazy import quiet
 from vqt_jax.data.tensorflow_lazy import tfds
-
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir",
-    None,
-    "TFDS folder to write to; default: ~/tensorflow_datasets, or"
-    " $TFDS_DATA_DIR.",
-)
-_DOWNLOAD_DIR = flags.DEFINE_string(
-    "download_dir", None, "Folder for downloads; default: DATA_DIR/downloads."
-)
-_MANUAL_DIR = flags.DEFINE_string(
-    "manual_dir",
-    None,
-    "Folder with files you got yourself; default: DATA_DIR/downloads/manual.",
-)
-_TRUST_FILES = flags.DEFINE_bool(
-    "trust_files",
-    False,
-    "Take the files in --manual_dir even if their checksums are not those that"
-    " TFDS has recorded.",
-)
 
 # TFDS dataset -> (module, package that brings it), needed to prepare it only.
 _OPENCV = ("cv2", "opencv-python-headless")
@@ -224,27 +209,45 @@ def _report(builder: Any) -> None:
   print(f"{builder.name}: ready in {builder.data_path} ({sizes})", flush=True)
 
 
-def main(argv: Sequence[str]) -> int | None:
-  if len(argv) < 2:
-    raise app.UsageError("Name the datasets to prepare, or `all`.")
+def main(argv: Sequence[str]) -> int:
+  """Prepares what a command line names; returns the exit status."""
+  values = flags.FlagValues()
+  for name in ("data_dir", "download_dir", "manual_dir"):
+    flags.DEFINE_string(name, None, "", flag_values=values)
+  flags.DEFINE_boolean("trust_files", False, "", flag_values=values)
+  flags.DEFINE_boolean("help", False, "", short_name="h", flag_values=values)
+  try:
+    names = values(list(argv))[1:]
+  except flags.Error as e:
+    print(f"error: {e}", file=sys.stderr)
+    return 2
+  if values.help:
+    print(__doc__)
+    return 0
+  if not names:
+    print(
+        "error: Name the datasets to prepare, or `all` (--help tells more).",
+        file=sys.stderr,
+    )
+    return 2
   logging.set_verbosity(logging.WARNING)  # TFDS draws its progress anyway.
-  failed = False
-  for request in requests(argv[1:]):
+  status = 0
+  for request in requests(names):
     try:
       builder = prepare(
           request,
-          data_dir=_DATA_DIR.value,
-          download_dir=_DOWNLOAD_DIR.value,
-          manual_dir=_MANUAL_DIR.value,
-          trust_files=_TRUST_FILES.value,
+          data_dir=values.data_dir,
+          download_dir=values.download_dir,
+          manual_dir=values.manual_dir,
+          trust_files=values.trust_files,
       )
     except errors.UserError as error:
       print(error, file=sys.stderr, flush=True)
-      failed = True
+      status = 2
     else:
       _report(builder)
-  return 2 if failed else None
+  return status
 
 
 if __name__ == "__main__":
-  app.run(main)
+  sys.exit(main(sys.argv))

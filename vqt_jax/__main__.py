@@ -1,0 +1,45 @@
+"""Visual query tuning of frozen Vision Transformers.
+
+  vqt-jax prepare cifar100
+  vqt-jax train --config vtab_cifar --workdir runs/cifar
+  vqt-jax compare runs/linear runs/vqt
+
+prepare   downloads and prepares datasets
+train     trains a method on a task and tests it
+compare   puts finished runs side by side
+
+`vqt-jax COMMAND --help` tells more; `python -m vqt_jax` is the same as vqt-jax.
+"""
+
+import importlib
+import sys
+
+import vqt_jax
+from vqt_jax import errors
+
+COMMANDS = {
+    "prepare": "vqt_jax.data.prepare",
+    "train": "vqt_jax.cli",
+    "compare": "vqt_jax.compare",
+}
+
+
+def main() -> int:
+  """Runs the command that the command line names; returns the exit status."""
+  name, *rest = sys.argv[1:] or ["--help"]
+  if name in ("-h", "--help"):
+    print(__doc__)
+    return 0
+  if name == "--version":
+    print(vqt_jax.__version__)
+    return 0
+  if name not in COMMANDS:
+    error = errors.unknown("command", name, COMMANDS)
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  module = importlib.import_module(COMMANDS[name])
+  return module.main([f"vqt-jax {name}", *rest])
+
+
+if __name__ == "__main__":
+  sys.exit(main())
