@@ -6,8 +6,8 @@
       --workdir runs/digits_methods
 
 Arguments:
-  methods      with commas between them; "all" (if none are named): each of
-               docs/methods.md alone, vqt+vpt_deep and vqt+adaptformer
+  methods      with commas between them; "all" (if none are named): each
+               alone, vqt+vpt_deep and vqt+adaptformer
   settings     how many are tried of each method: so many of its rates, with
                one weight decay; 0: all its rates with all weight decays
   task         as for configs/vtab.py, but one; "digits": with all that

@@ -10,7 +10,7 @@ test.
       --workdir runs/digits_linear
 
 Arguments:
-  method       "vqt", "head2toe", "linear", or any of docs/methods.md
+  method       "vqt", "head2toe", "linear", or any other that --help names
   num_queries  queries per block
 """
 

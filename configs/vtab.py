@@ -10,7 +10,7 @@
 Arguments:
   task         a VTAB-1k task, "all" for each of the 19 in turn, "digits", or
                any classification dataset of TFDS
-  method       "vqt", "head2toe", "linear", or any of docs/methods.md
+  method       "vqt", "head2toe", "linear", or any other that --help names
   num_queries  queries per block; 0: what the authors use for the task
   variant      e.g. "S/16": the ImageNet-21k checkpoint of this size
   init         another checkpoint, which must then be of that variant, if given

@@ -170,12 +170,18 @@ MISTAKES = (
     command("Missing value for flag --config.epochs", VTAB, "--config.epochs"),
     command("before a value for --config", "--config.epochs=3", VTAB),
     command("Did you mean --workdir?", VTAB, "--wrokdir=a"),
+    command("'--lr'. Did you mean --config.lr=0.1?", VTAB, "--lr", "0.1"),
+    command("Did you mean --config.lr=0.1?", VTAB, "-lr=0.1", "--plan=here"),
+    command("Did you mean --config.epochs=5?", VTAB, "--epoch=5"),
+    command("Did you mean --config.batch_size?", "--batch-size", VTAB),
+    command("Did you mean --config.splits.train=a?", VTAB, "--train=a"),
     command("Unexpected argument 'more'. Usage", VTAB, "more"),
     command("Unknown config file ''. Known: configs/", "--config"),
     command(
         "Unknown config file 'configs/vtab_cifer.py'. Did you mean"
         " configs/vtab_cifar.py", "--config=configs/vtab_cifer.py",
     ),
+    command("Known: configs/compare.py", "--config=digit"),
     command(
         "Unknown config argument 'queries'. Did you mean num_queries?",
         "--config=configs/digits.py:queries=3",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import vqt_jax
 from vqt_jax import checks
 from vqt_jax import config as config_lib
 from vqt_jax import errors
@@ -182,6 +183,12 @@ def test_a_group_takes_what_changes_in_it():
     config.best.fold = 5
   assert (config.splits.train, config.splits.val) == ("train[:9]", "")
   assert (config.best.folds, config.best.finalists) == (3, 8)
+
+
+def test_training_refuses_what_is_no_field(tmp_path):
+  with pytest.raises(errors.UserError, match="Did you mean epochs?"):
+    vqt_jax.train({"epoch": 3}, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
 
 
 def test_a_saved_config_is_the_same_again():

@@ -9,6 +9,8 @@ import types
 import pytest
 
 import main
+from vqt_jax import checks
+from vqt_jax import config as config_lib
 from vqt_jax import errors
 from vqt_jax import parallel
 
@@ -33,9 +35,57 @@ def test_debug_shows_where_an_error_comes_from(capsys):
   assert "Traceback" in said
 
 
-def test_help(capsys):
-  assert main.main(["main.py", "--help"]) == 0
-  assert "--config.FIELD=VALUE" in capsys.readouterr().out
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_has_every_field(capsys, flag):
+  assert main.main(["main.py", flag]) == 0
+  told = capsys.readouterr().out
+  for name, value in checks.flatten(config_lib.default_config()).items():
+    if name != "weight_decay":  # Written in other digits.
+      value = repr(value).replace("'", '"')
+      assert f"\n--config.{name}={value}" in told
+
+
+@pytest.mark.parametrize(
+    "name, given, counts",
+    [
+        ("lr", ["=0.1", "=0.5"], (0.5,)),
+        ("lr", ["=(1,2)", "=3,4"], (3.0, 4.0)),
+        ("seeds", ["=1", " [1,2]", " 3,4"], (3, 4)),
+        ("best.normalize", ["=True", "=False,True"], (False, True)),
+        ("epochs", ["=1", " 2"], 2),
+    ],
+)
+def test_of_a_field_given_twice_the_last_counts(name, given, counts):
+  argv = " ".join(f"--config.{name}{value}" for value in given).split(" ")
+  config = main.parse(["main.py", CONFIG, *argv]).config
+  assert repr(config[name]) == repr(counts)
+
+
+def test_of_two_config_files_the_last_counts():
+  argv = ["main.py", "--config=vtab", "--config.epochs=3", "--config", "digits"]
+  config = main.parse(argv).config
+  assert (config.task, config.epochs) == ("digits", 3)
+
+
+@pytest.mark.parametrize(
+    "name", ["digits", "digits.py", "configs/digits", "configs/digits.py"]
+)
+def test_shipped_configs_are_found_from_anywhere(name, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  argv = ["main.py", f"--config={name}:method=linear"]
+  config = main.parse(argv).config
+  assert (config.task, config.method) == ("digits", "linear")
+  mine = tmp_path / name  # What lies in the folder comes first.
+  mine.parent.mkdir(exist_ok=True)
+  mine.write_text(
+      "from vqt_jax.configs import digits\n"
+      "def get_config(arg):\n"
+      "  config = digits.get_config(arg)\n"
+      "  config.update(epochs=7, lr=0.3)\n"
+      "  return config\n"
+  )
+  config = main.parse([*argv, "--config.lr=1,2"]).config
+  assert (config.method, config.epochs, config.lr) == ("linear", 7, (1.0, 2.0))
 
 
 @pytest.mark.parametrize(
