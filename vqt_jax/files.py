@@ -70,6 +70,22 @@ def _prepare_for_buckets() -> None:
   logging.getLogger("fsspec").setLevel(logging.WARNING)
 
 
+def cache() -> pathlib.Path:
+  """Folder of what can be made again: $VQT_JAX_CACHE, or ~/.cache/vqt_jax.
+
+  Raises:
+    UserError: nothing tells where the home folder is.
+  """
+  given = os.environ.get("VQT_JAX_CACHE") or "~/.cache/vqt_jax"
+  try:
+    return pathlib.Path(given).expanduser()
+  except RuntimeError as e:
+    raise errors.UserError(
+        f"Cannot keep files in {given}: this user has no home folder. Set"
+        " VQT_JAX_CACHE to another folder."
+    ) from e
+
+
 def in_bucket(place: PathLike) -> bool:
   return os.fspath(place).startswith("gs://")
 
@@ -250,7 +266,7 @@ def _asking_bucket(what: str, place: PathLike) -> Iterator[None]:
       raise
     raise errors.UserError(
         f"Cannot {what} {place}: {first_line(e)}"
-        f" {advice(e) or 'The same command resumes.'}"
+        f" {advice(e) or 'When that is mended, the same command resumes.'}"
     ) from e
 
 
