@@ -56,7 +56,7 @@ from vqt_jax import parallel
 from vqt_jax import results
 
 # There may be no save yet, and who crashed may crash again.
-RESUMES = "The same command goes on from the last save, if there is one."
+RESUMES = "the same command goes on from the last save, if there is one."
 
 LONG_SECONDS = 10  # To wait without a word.
 
@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
       parallel.leave(2)
     return 2
   except KeyboardInterrupt:
-    noise.say(f"Interrupted. {RESUMES}")
+    noise.say(f"Interrupted; {RESUMES}")
     return 130
 
 
@@ -189,7 +189,7 @@ def _crashed(log: files.Path) -> str:
   if not parallel.is_connected():
     return (
         f"The program crashed or was killed; see the end of {log}. When that is"
-        f" mended: {RESUMES[0].lower()}{RESUMES[1:]}"
+        f" mended, {RESUMES}"
     )
   return (
       "This process ended without saving: most likely another process of this"
@@ -229,8 +229,11 @@ def _begin(
     raise errors.UserError(f"--coordinator is missing. {USAGE}")
   workdir = files.path(values.workdir)
   alone = alone or not _join(values)
-  with noise.quiet(os.devnull) as s, noise.last_words(s, _jax_crashed()):
-    parallel.find_devices()
+  with (
+      noise.quiet(os.devnull) as screen,
+      noise.last_words(screen, _jax_crashed()),
+  ):
+    parallel.find_devices()  # Before the workdir is touched.
   if alone:
     with noise.quiet(os.devnull):
       results.open_workdir(config, workdir)
@@ -245,19 +248,20 @@ def _begin(
 
 def _join(values: flags.FlagValues) -> bool:
   """Joins the other processes; returns whether there are any to join."""
+  alone = ""
+  if values.coordinator is None:  # As in the shell of a Slurm step.
+    alone = " If there are none, add --coordinator=none to run alone."
   nobody = (
       f"The other processes did not come within {parallel.CONNECT_SECONDS} s:"
       " start the same command on all of them, and see that each reaches the"
       f" first one (coordinator {values.coordinator or 'of the platform'})."
+      f"{alone}"
   )  # Then JAX aborts.
-  if values.coordinator is None:  # As in the shell of a Slurm step.
-    nobody += " If there are none, add --coordinator=none to run alone."
   with (
       noise.quiet(os.devnull) as screen,
       noise.last_words(screen, nobody),
-      _if_long(screen, "Waiting for the other processes that the platform tells"
-                       " of; if there are none: --coordinator=none"),
-  ):  # fmt: skip
+      _if_long(screen, f"Waiting for the other processes.{alone}"),
+  ):
     return parallel.connect(
         values.coordinator, values.num_processes, values.process_id,
         values.lost_after,

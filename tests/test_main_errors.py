@@ -169,7 +169,7 @@ def test_an_interrupted_run_promises_no_save(capfd, tmp_path, train):
   train.train = fake
   assert main.main(["main.py", CONFIG, f"--workdir={tmp_path}"]) == 130
   said = capfd.readouterr().err
-  assert said.startswith("Interrupted. The same command goes on from the last")
+  assert said.startswith("Interrupted; the same command goes on from the last")
   assert "if there is one" in said
 
 

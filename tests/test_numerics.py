@@ -70,7 +70,8 @@ def test_models_are_float32(method):
         lambda own: vqt_jax.apply(backbone, tuner, own, images), shapes
     )
   assert own == shapes
-  assert {x.dtype for x in jax.tree.leaves((own, output))} == {jnp.dtype("float32")}
+  for leaf in jax.tree.leaves((own, output)):
+    assert leaf.dtype == jnp.float32
 
 
 def test_figures_need_no_backend_of_the_screen():

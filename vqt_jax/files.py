@@ -15,6 +15,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 import tempfile
 import time
 from typing import IO
@@ -44,10 +45,17 @@ def path(place: PathLike) -> Path:
   """The path of a folder or file, here or in a bucket.
 
   Raises:
-    UserError: it is an address of something else.
+    UserError: it is an address of something else, or its name is not UTF-8, in
+      which Orbax and TensorFlow are told of it.
   """
   text = os.fspath(place)
   if not re.match(r"\w+:/", text):
+    if re.search("[\ud800-\udfff]", os.path.abspath(text)):
+      raise errors.UserError(
+          f"Cannot use {os.path.abspath(text)!a}: expected a name in UTF-8,"
+          f" found one that Python reads as {sys.getfilesystemencoding()}."
+          " Choose another one; if that is UTF-8, set PYTHONUTF8=1."
+      )
     return pathlib.Path(text)
   if not re.match(r"gs://[^/]", text):
     raise errors.UserError(
