@@ -2,10 +2,13 @@
 
 import sys
 
-from vqt_jax import cli
+try:
+  from vqt_jax import cli
+except ValueError as e:  # JAX's, of its variables.
+  print(f"error: Cannot start: {e}. Mend or unset it.", file=sys.stderr)
+  sys.exit(2)
 
 main = cli.main
-parse = cli.parse
 
 if __name__ == "__main__":
   sys.exit(main(sys.argv))

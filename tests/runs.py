@@ -174,10 +174,10 @@ def _scratch() -> tempfile.TemporaryDirectory:
 # A forked process has all imports already; each takes seconds otherwise.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([
-    "matplotlib.pyplot",
     "tensorflow",
     "tests.runs",
     "vqt_jax.data.digits",
+    "vqt_jax.plots",
     "vqt_jax.train.run",
 ])
 

@@ -304,6 +304,7 @@ MISTAKES = (
     # Workdirs.
     setting("expected a folder, or gs://BUCKET/", "--workdir=s3://bucket/run"),
     setting("expected a folder, or gs://BUCKET/", "--workdir=gs:/bucket/run"),
+    setting("expected a name in UTF-8", "--workdir=runs/\udcfc"),
     setting("Cannot write material/vit.npz", "--workdir=material/vit.npz"),
     setting("Not a directory", "--workdir=material/vit.npz/below"),
     setting("Cannot write /proc/run/config.json", "--workdir=/proc/run"),

@@ -180,6 +180,23 @@ def test_a_closed_pipe_does_not_stop_a_run():
     os.dup2(os.open(os.devnull, os.O_WRONLY), writing)  # To close in peace.
 
 
+def test_a_full_disk_or_a_closed_stream_does_not_stop_a_run(
+    monkeypatch, tmp_path
+):
+  saved, full = os.dup(2), os.open("/dev/full", os.O_WRONLY)
+  os.dup2(full, 2)
+  try:
+    with noise.quiet(tmp_path / "log.txt") as screen:
+      print("nobody reads this", file=screen)
+      console_lib.Console().note("nor this")
+  finally:
+    os.dup2(saved, 2)
+    os.close(saved)
+    os.close(full)
+  monkeypatch.setattr(sys, "stderr", None)
+  console_lib.Console().note("nor this")
+
+
 def test_noise_goes_to_the_log_and_the_console_to_the_screen(tmp_path, capfd):
   log = tmp_path / "log.txt"
   before = logging.root.handlers

@@ -109,6 +109,37 @@ def test_gpus_are_asked_for_the_same_bits_each_time(
     assert os.environ["XLA_FLAGS"] == expected
 
 
+@pytest.mark.parametrize(
+    "name, value, error, found",
+    [
+        ("JAX_PLATFORMS", "CPU",
+         RuntimeError("Unable to initialize backend 'CPU': Backend 'CPU' is not"
+                      " in the list of known backends: ['cpu', 'tpu']. (set"
+                      " JAX_PLATFORMS='' to automatically choose one)"),
+         "['cpu', 'tpu']). Unset JAX_PLATFORMS,"),
+        ("JAX_PLATFORMS", "cuda", AssertionError(), "(it sees no GPU). Unset"),
+        ("JAX_PLATFORM_NAME", "gpu", RuntimeError("Unknown backend: 'gpu'"),
+         "(Unknown backend: 'gpu'). Unset JAX_PLATFORM_NAME,"),
+        ("JAX_PLATFORMS", "", RuntimeError("Unable to initialize backend 'a'"),
+         "JAX finds no devices: Unable to initialize backend 'a'"),
+    ],
+)  # fmt: skip
+def test_devices_that_are_not_there(
+    capsys, tmp_path, monkeypatch, name, value, error, found
+):
+  def fail():
+    raise error
+
+  monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+  monkeypatch.setenv(name, value)
+  monkeypatch.setattr(parallel.jax, "devices", fail)
+  for place in (f"--workdir={tmp_path / 'run'}", "--plan=here"):
+    status, said = run(capsys, CONFIG, place)
+    assert status == 2 and found in said and said.count("\n") == 1
+    assert said.startswith(f"error: {name}={value}: JAX" if value else "error")
+  assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture
 def train(monkeypatch):
   """Replaces the training by a function that the test sets."""
@@ -181,6 +212,17 @@ def test_a_stopped_run_exits_well(capfd, tmp_path, train):
   assert "resume with the same command" in capfd.readouterr().err
 
 
+def test_an_interrupted_run_promises_no_save(capfd, tmp_path, train):
+  def fake(config, workdir):
+    raise KeyboardInterrupt
+
+  train.train = fake
+  assert main.main(["main.py", CONFIG, f"--workdir={tmp_path}"]) == 130
+  said = capfd.readouterr().err
+  assert said.startswith("Interrupted; the same command goes on from the last")
+  assert "if there is one" in said
+
+
 @pytest.mark.parametrize(
     "end, words",
     [("", ""), ("os.abort()", "error: It's over; see the log.\n"),
@@ -202,6 +244,38 @@ def test_last_words(tmp_path, end, words):
   )  # fmt: skip
   assert (done.stdout, done.stderr) == ("", words)
   assert ("Fatal Python error: Abort" in log.read_text()) == ("abort" in end)
+
+
+def test_closed_streams(tmp_path):
+  """What is opened meanwhile does not get what is printed."""
+  program = (
+      "import os, sys\n"
+      "from vqt_jax import noise\n"
+      "noise.open_streams()\n"
+      "file = open(sys.argv[1], 'w')\n"
+      "with noise.quiet(sys.argv[2]):\n"
+      "  print('printed')\n"
+      "  os.write(2, b'written')\n"
+      "print('to nobody')\n"
+      "print('to nobody', file=sys.stderr)\n"
+  )
+  names = tmp_path / "file.txt", tmp_path / "log.txt"
+  closing = 'exec "$@" 0<&- >&- 2>&-'
+  subprocess.run(
+      ["sh", "-c", closing, "sh", sys.executable, "-c", program, *names],
+      check=True,
+  )
+  assert [name.read_text() for name in names] == ["", "printed\nwritten"]
+
+
+def test_a_variable_that_jax_does_not_take():
+  done = subprocess.run(
+      [sys.executable, "main.py", "--help"], capture_output=True, text=True,
+      env=os.environ | {"JAX_ENABLE_X64": "maybe"}, check=False,
+  )  # fmt: skip
+  assert (done.returncode, done.stdout) == (2, "")
+  assert done.stderr.startswith("error: JAX does not take a variable of the")
+  assert "JAX_ENABLE_X64" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_the_command_itself():

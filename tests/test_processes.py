@@ -1,5 +1,6 @@
 """Real processes with two fake devices each do what one alone does."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -12,8 +13,10 @@ import types
 import numpy as np
 import pytest
 
+import main
 from tests import runs
 from vqt_jax import errors
+from vqt_jax import noise
 from vqt_jax import parallel
 from vqt_jax import results
 
@@ -203,6 +206,7 @@ def test_data_that_one_process_cannot_read(material, tmp_path):
         ({}, (), None),
         ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"}, (), None),
         ({"SLURM_STEP_NUM_TASKS": "4"}, (), "slurm"),
+        ({"SLURM_STEP_NUM_TASKS": "4(x2)"}, (), None),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, (), "ompi"),
         ({"JOB_COMPLETION_INDEX": "0"}, (), None),
         ({"JOB_COMPLETION_INDEX": "0"}, ("kubernetes",), ""),
@@ -221,6 +225,28 @@ def test_what_platforms_tell(monkeypatch, told, installed, found):
   if method is not None:
     method = method.get("cluster_detection_method", "")
   assert method == found
+
+
+@pytest.mark.parametrize("coordinator", [None, "host:1"])
+def test_who_waits_for_nobody_is_told(monkeypatch, capfd, coordinator):
+  """As in a shell of a Slurm step, whose other tasks are gone."""
+  said = []
+
+  @contextlib.contextmanager
+  def last_words(screen, words):
+    said.append(words)
+    yield
+
+  monkeypatch.setattr(main, "LONG_SECONDS", 0)
+  monkeypatch.setattr(noise, "last_words", last_words)
+  monkeypatch.setattr(parallel, "connect", lambda *args: time.sleep(0.2))
+  main._join(types.SimpleNamespace(
+      coordinator=coordinator, num_processes=None, process_id=None,
+      lost_after=60,
+  ))  # fmt: skip
+  assert "start the same command on all" in said[0]
+  assert ("--coordinator=none" in said[0]) == (coordinator is None)
+  assert capfd.readouterr().err.startswith("Waiting for the other processes")
 
 
 @pytest.mark.parametrize("error", [
@@ -248,6 +274,15 @@ def test_a_cluster_that_is_not_there(material, tmp_path):
   process = runs.Process([*argv, "--coordinator=auto"])
   assert process.wait() == 2
   assert "no cluster that tells" in process.said()
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_flag_that_jax_dies_of(material, tmp_path):
+  argv = runs.command(material, tmp_path / "run")
+  process = runs.Process(argv, environment={"XLA_FLAGS": "--no_such_flag=1"})
+  assert process.wait() != 0
+  time.sleep(1)  # What is said of one that died, another one says.
+  assert "not know a flag of XLA_FLAGS=--no_such_flag=1. To" in process.said()
   assert not (tmp_path / "run").exists()
 
 

@@ -368,17 +368,30 @@ def test_weights_decide_too():
   assert a.digest == helpers.tiny_backbone().digest != b.digest
 
 
-def test_a_folder_that_nobody_may_look_into_has_no_room(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "call, error",
+    [
+        ("exists", PermissionError(13, "Permission denied")),
+        ("expanduser", RuntimeError("Could not determine home directory.")),
+    ],
+)
+def test_a_folder_that_is_not_for_us_has_no_room(
+    monkeypatch, tmp_path, call, error
+):
   """It is the default one, say, and features are to stay in memory."""
 
   def refused(path):
-    raise PermissionError(13, "Permission denied")
+    raise error
 
   mesh = parallel.make_mesh()
-  assert places.room(tmp_path / "not" / "there", mesh)["disk"] > 0
-  monkeypatch.setattr(places.pathlib.Path, "exists", refused)
-  room = places.room(tmp_path / "features", mesh)
+  assert places.room(f"{tmp_path}/not/there", mesh)["disk"] > 0
+  monkeypatch.delenv("VQT_JAX_CACHE", raising=False)
+  monkeypatch.setattr(disk.pathlib.Path, call, refused)
+  room = places.room("", mesh)
   assert room["disk"] == 0 and room["device"] > 0
+  if call == "expanduser":
+    with pytest.raises(errors.UserError, match="no home.* Set VQT_JAX_CACHE"):
+      disk.folder("")
 
 
 def test_killed_while_extracting(material, tmp_path):

@@ -16,6 +16,7 @@ from jax.experimental import topologies
 
 from vqt_jax import errors
 from vqt_jax import memory
+from vqt_jax import parallel
 
 GIB = 2**30
 HERE = "here"
@@ -102,6 +103,7 @@ def find(where: str) -> tuple[Chip, list[jax.Device]]:
 
 
 def _here() -> tuple[Chip, list[jax.Device]]:
+  parallel.find_devices()
   devices = jax.devices()
   kind, count = devices[0].device_kind, jax.local_device_count()
   known = {

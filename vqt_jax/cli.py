@@ -33,8 +33,9 @@ import inspect
 import os
 import re
 import sys
+import threading
 import traceback
-from typing import Any
+from typing import Any, TextIO
 
 from absl import flags
 import jax
@@ -47,8 +48,14 @@ from vqt_jax import config as config_lib
 from vqt_jax import errors
 from vqt_jax import files
 from vqt_jax import noise
+from vqt_jax import numerics
 from vqt_jax import parallel
 from vqt_jax import results
+
+# There may be no save yet, and who crashed may crash again.
+RESUMES = "the same command goes on from the last save, if there is one."
+
+LONG_SECONDS = 10  # To wait without a word.
 
 USAGE = "Usage: --config FILE --workdir DIR (--help tells more)."
 FLAGS = ("config", "workdir", "plan", "debug", "help", "coordinator",
@@ -70,6 +77,7 @@ config_flags.register_flag_parser_for_type(tuple, _Tuples())
 
 def main(argv: Sequence[str]) -> int:
   """Runs a command line; returns the exit status."""
+  noise.open_streams()
   parallel.ask_for_determinism()
   try:
     values = parse(list(argv))
@@ -80,17 +88,17 @@ def main(argv: Sequence[str]) -> int:
   except errors.UserError as e:
     if "--debug" in argv:
       traceback.print_exc()
-    print(f"error: {e}", file=sys.stderr)
+    noise.say(f"error: {e}")
     return 2
   except (MemoryError, jax.errors.JaxRuntimeError) as e:
     if "--debug" in argv or not (short := _of_memory(e)):
       raise
-    print(f"error: {short}", file=sys.stderr)
+    noise.say(f"error: {short}")
     if parallel.is_connected():
       parallel.leave(2)
     return 2
   except KeyboardInterrupt:
-    print("Interrupted; the same command resumes.", file=sys.stderr)
+    noise.say(f"Interrupted; {RESUMES}")
     return 130
 
 
@@ -161,14 +169,18 @@ def run(values: flags.FlagValues) -> int:
       traceback.print_exc()  # To the log.
       lost = True
   if lost:
-    print(f"error: {_crashed(logs.folder / name)}", file=sys.stderr)
+    noise.say(f"error: {_crashed(logs.folder / name)}")
     parallel.leave(1)
   return 0
 
 
 def plan(config: ConfigDict, where: str) -> int:
   """Says what a run would need; returns the exit status."""
-  with noise.quiet(os.devnull):
+  with (
+      noise.quiet(os.devnull) as screen,
+      noise.last_words(screen, _jax_crashed()),
+      numerics.as_usual(),
+  ):
     from vqt_jax import plan as plan_lib
 
     return 0 if plan_lib.run(config, where) else 3
@@ -188,12 +200,28 @@ def _crashed(log: files.Path) -> str:
   """What to say where Python cannot, or need not, say what happened."""
   if not parallel.is_connected():
     return (
-        f"The program crashed; see the end of {log}. The same command resumes."
+        f"The program crashed or was killed; see the end of {log}. When that is"
+        f" mended, {RESUMES}"
     )
   return (
       "This process ended without saving: most likely another process of this"
-      f" run is gone (see the end of {log}). Start the same command on all of"
-      " them again to resume from the last save."
+      f" run is gone (see the end of {log}). When that is mended, start the"
+      " same command on all of them: they go on from the last save, if there is"
+      " one."
+  )
+
+
+def _jax_crashed() -> str:
+  """What to say where JAX dies before there is a log."""
+  given = {
+      "XLA_FLAGS": parallel.flags_given(),
+      "LIBTPU_INIT_ARGS": os.environ.get("LIBTPU_INIT_ARGS"),
+  }
+  flags_of = [f"{name}={value}" for name, value in given.items() if value]
+  unknown = " It may not know a flag of {}." if flags_of else ""
+  return (
+      f"JAX crashed.{unknown.format(' and '.join(flags_of))} To see what it"
+      f" says: {sys.executable} -c 'import jax; jax.devices()'"
   )
 
 
@@ -212,7 +240,13 @@ def _begin(
   else:
     raise errors.UserError(f"--coordinator is missing. {USAGE}")
   workdir = files.path(values.workdir)
-  if alone or not _join(values):
+  alone = alone or not _join(values)
+  with (
+      noise.quiet(os.devnull) as screen,
+      noise.last_words(screen, _jax_crashed()),
+  ):
+    parallel.find_devices()  # Before the workdir is touched.
+  if alone:
     with noise.quiet(os.devnull):
       results.open_workdir(config, workdir)
       return files.Growing(workdir, "log.txt"), "log.txt"
@@ -226,16 +260,36 @@ def _begin(
 
 def _join(values: flags.FlagValues) -> bool:
   """Joins the other processes; returns whether there are any to join."""
+  alone = ""
+  if values.coordinator is None:  # As in the shell of a Slurm step.
+    alone = " If there are none, add --coordinator=none to run alone."
   nobody = (
       f"The other processes did not come within {parallel.CONNECT_SECONDS} s:"
       " start the same command on all of them, and see that each reaches the"
       f" first one (coordinator {values.coordinator or 'of the platform'})."
+      f"{alone}"
   )  # Then JAX aborts.
-  with noise.quiet(os.devnull) as screen, noise.last_words(screen, nobody):
+  with (
+      noise.quiet(os.devnull) as screen,
+      noise.last_words(screen, nobody),
+      _if_long(screen, f"Waiting for the other processes.{alone}"),
+  ):
     return parallel.connect(
         values.coordinator, values.num_processes, values.process_id,
         values.lost_after,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _if_long(screen: TextIO, words: str) -> Iterator[None]:
+  """Has something said if it takes long."""
+  timer = threading.Timer(LONG_SECONDS, print, [words], {"file": screen})
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
+    timer.join()  # The screen goes.
 
 
 def _find_config(argv: list[str]) -> tuple[list[str], str | None]:

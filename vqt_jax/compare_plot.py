@@ -6,13 +6,11 @@ import math
 import os
 from typing import Any
 
-import matplotlib.lines
-import matplotlib.ticker
-import matplotlib.transforms
 import numpy as np
 
 from vqt_jax import plots
 from vqt_jax import readers
+from vqt_jax.figures import matplotlib
 
 KINDS = {"reader": plots.COLOURS[0], "editor": plots.COLOURS[1],
          "both": plots.COLOURS[2]}  # pyformat: disable

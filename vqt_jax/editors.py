@@ -70,7 +70,11 @@ class Editor:
 
 
 def _uniform(key: jax.Array, shape: tuple[int, ...], bound: float):
-  return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+  return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def _zeros(shape: tuple[int, ...]) -> jax.Array:
+  return jnp.zeros(shape, jnp.float32)
 
 
 def _insert(config: vit.ViTConfig, z: jax.Array, prompts: jax.Array, size: int):
@@ -139,9 +143,8 @@ def _bottleneck_init(config, size, key):
   """Down Kaiming-uniform (a = sqrt 5, as of linear layers), up zero."""
   depth, width = config.depth, config.width
   down = _uniform(key, (depth, width, size), width**-0.5)
-  down = {"kernel": down, "bias": jnp.zeros((depth, size))}
-  up = jnp.zeros((depth, size, width))
-  up = {"kernel": up, "bias": jnp.zeros((depth, width))}
+  down = {"kernel": down, "bias": _zeros((depth, size))}
+  up = {"kernel": _zeros((depth, size, width)), "bias": _zeros((depth, width))}
   return {"encoderblock": {"MlpBlock_0": {"down": down, "up": up}}}
 
 
@@ -199,7 +202,7 @@ def _lora_init(config, options, key):
     shape = (config.depth, config.width, options.rank)
     up = (config.depth, options.rank, config.num_heads, config.head_dim)
     down = _uniform(key, shape, config.width**-0.5)
-    return {"down": down, "up": jnp.zeros(up)}
+    return {"down": down, "up": _zeros(up)}
 
   keys = jax.random.split(key, len(LORA))
   return {"encoderblock": dict(zip(LORA, map(one, keys)))}
@@ -250,7 +253,7 @@ _PLACES = {
 def _ssf_init(config, options, key):
   del options, key
   c, heads = config, (config.num_heads, config.head_dim)
-  one = lambda shape: {"scale": jnp.ones(shape), "shift": jnp.zeros(shape)}
+  one = lambda shape: {"scale": 1 + _zeros(shape), "shift": _zeros(shape)}
   shapes = dict.fromkeys(vit.EDITED, (c.width,)) | {"Dense_0": (c.mlp_dim,)}
   shapes |= dict.fromkeys(("query", "key", "value"), heads)
   return {

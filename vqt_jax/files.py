@@ -15,6 +15,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 import tempfile
 import time
 from typing import IO
@@ -44,10 +45,17 @@ def path(place: PathLike) -> Path:
   """The path of a folder or file, here or in a bucket.
 
   Raises:
-    UserError: it is an address of something else.
+    UserError: it is an address of something else, or its name is not UTF-8, in
+      which Orbax and TensorFlow are told of it.
   """
   text = os.fspath(place)
   if not re.match(r"\w+:/", text):
+    if re.search("[\ud800-\udfff]", os.path.abspath(text)):
+      raise errors.UserError(
+          f"Cannot use {os.path.abspath(text)!a}: expected a name in UTF-8,"
+          f" found one that Python reads as {sys.getfilesystemencoding()}."
+          " Choose another one; if that is UTF-8, set PYTHONUTF8=1."
+      )
     return pathlib.Path(text)
   if not re.match(r"gs://[^/]", text):
     raise errors.UserError(
@@ -68,6 +76,22 @@ def _prepare_for_buckets() -> None:
   # They tell of every failure with its traceback, and of every read.
   logging.getLogger("gcsfs").setLevel(logging.CRITICAL + 1)
   logging.getLogger("fsspec").setLevel(logging.WARNING)
+
+
+def cache() -> pathlib.Path:
+  """Folder of what can be made again: $VQT_JAX_CACHE, or ~/.cache/vqt_jax.
+
+  Raises:
+    UserError: nothing tells where the home folder is.
+  """
+  given = os.environ.get("VQT_JAX_CACHE") or "~/.cache/vqt_jax"
+  try:
+    return pathlib.Path(given).expanduser()
+  except RuntimeError as e:
+    raise errors.UserError(
+        f"Cannot keep files in {given}: this user has no home folder. Set"
+        " VQT_JAX_CACHE to another folder."
+    ) from e
 
 
 def in_bucket(place: PathLike) -> bool:
@@ -250,7 +274,7 @@ def _asking_bucket(what: str, place: PathLike) -> Iterator[None]:
       raise
     raise errors.UserError(
         f"Cannot {what} {place}: {first_line(e)}"
-        f" {advice(e) or 'The same command resumes.'}"
+        f" {advice(e) or 'When that is mended, the same command resumes.'}"
     ) from e
 
 

@@ -22,7 +22,8 @@ def normalize(x: jax.Array) -> jax.Array:
 def init(num_features: int, num_classes: int, key: jax.Array) -> dict:
   """Kaiming normal in fan-out mode, bias -log(99): the official VQT head."""
   scale = math.sqrt(2 / num_classes)
-  kernel = scale * jax.random.normal(key, (num_features, num_classes))
+  shape = (num_features, num_classes)
+  kernel = scale * jax.random.normal(key, shape, jnp.float32)
   bias = jnp.full(num_classes, -math.log(99.0), jnp.float32)
   return {"kernel": kernel, "bias": bias}
 

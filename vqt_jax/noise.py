@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import contextlib
 import faulthandler
+import functools
 import io
 import logging
 import os
@@ -17,8 +18,35 @@ _screen: TextIO | None = None
 
 
 def screen() -> TextIO:
-  """Standard error as the person sees it."""
-  return _screen or sys.stderr
+  """Standard error as the person sees it; the null device if it is closed."""
+  return _screen or sys.stderr or _nobody()
+
+
+@functools.cache
+def _nobody() -> TextIO:
+  return open(os.devnull, "w", encoding="utf-8")
+
+
+def open_streams() -> None:
+  """Opens the null device in place of standard streams that are closed.
+
+  Else the next file that is opened would get the number of one of them, and
+  what libraries write there.
+  """
+  for number, name in enumerate(("stdin", "stdout", "stderr")):
+    if getattr(sys, name) is None:
+      opened = os.open(os.devnull, os.O_RDWR)
+      if opened != number:
+        os.dup2(opened, number)
+        os.close(opened)
+      mode = "w" if number else "r"
+      setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
+
+
+def say(text: str) -> None:
+  """Prints a line to standard error, if anybody can still read it."""
+  with contextlib.suppress(OSError, ValueError):
+    print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -39,18 +67,21 @@ def quiet(path: str | os.PathLike) -> Iterator[TextIO]:
   """
   global _screen
   try:
-    log = _Log(open(path, "ab", buffering=0), "utf-8", "replace",
-               write_through=True)  # pyformat: disable
+    log = _Lossy(open(path, "ab", buffering=0), "utf-8", "replace",
+                 write_through=True)  # pyformat: disable
   except OSError as e:
     raise errors.UserError(
         f"Cannot write {path}: {e.strerror}. Choose another place."
     ) from e
   saved = sys.stdout, sys.stderr, logging.root.handlers, logging.root.level
   descriptors = os.dup(1), os.dup(2)
-  encoding = sys.stderr.encoding
-  with log, os.fdopen(descriptors[1], "w", 1, encoding=encoding) as screen:
+  with log, _Lossy(
+      open(descriptors[1], "wb"), sys.stderr.encoding, "backslashreplace",
+      line_buffering=True,
+  ) as screen:  # fmt: skip
     for saved_stream in saved[:2]:
-      saved_stream.flush()
+      with contextlib.suppress(OSError):
+        saved_stream.flush()
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     sys.stdout = sys.stderr = log
@@ -102,8 +133,8 @@ def last_words(screen: TextIO, words: str) -> Iterator[None]:
         other.communicate(b"done\n")
 
 
-class _Log(io.TextIOWrapper):
-  """Drops what the disk has no room for: the run may go on without it."""
+class _Lossy(io.TextIOWrapper):
+  """Drops what nobody reads or no disk has room for: a run goes on without."""
 
   def write(self, text: str) -> int:
     with contextlib.suppress(OSError):
@@ -113,3 +144,7 @@ class _Log(io.TextIOWrapper):
   def flush(self) -> None:
     with contextlib.suppress(OSError):
       super().flush()
+
+  def close(self) -> None:
+    with contextlib.suppress(OSError):
+      super().close()

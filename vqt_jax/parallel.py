@@ -65,6 +65,32 @@ def ask_for_determinism() -> None:
     os.environ["XLA_FLAGS"] = f"{GPU_FLAGS} {given}".strip()
 
 
+def flags_given() -> str:
+  """Flags of XLA that the environment had, without our own."""
+  return os.environ.get("XLA_FLAGS", "").replace(GPU_FLAGS, "").strip()
+
+
+def find_devices() -> None:
+  """Has JAX find the devices of this machine, if it has not done so yet.
+
+  Raises:
+    UserError: those that the environment asks for are not there.
+  """
+  try:
+    jax.devices()
+  except (RuntimeError, AssertionError) as e:
+    # JAX has no words for a platform of GPUs where it sees none.
+    why = str(e).partition(" (set JAX_PLATFORMS")[0] or "it sees no GPU"
+    for name in ("JAX_PLATFORM_NAME", "JAX_PLATFORMS"):
+      if asked := os.environ.get(name):
+        raise errors.UserError(
+            f"{name}={asked}: JAX finds no such device here"
+            f" ({why.rstrip('.')}). Unset {name}, so that it takes the best"
+            " that there is, or install what it lacks."
+        ) from e
+    raise errors.UserError(f"JAX finds no devices: {why}") from e
+
+
 def platform() -> dict[str, str | None] | None:
   """How JAX finds the other processes, if this one may have some.
 
@@ -76,7 +102,8 @@ def platform() -> dict[str, str | None] | None:
   Returns:
     Arguments for `jax.distributed.initialize`; None: it is alone.
   """
-  several = lambda name: int(os.environ.get(name) or 1) > 1
+  count = lambda name: os.environ.get(name, "")
+  several = lambda name: count(name).isdecimal() and int(count(name)) > 1
 
   def installed(name):
     found = importlib.util.find_spec(name)

@@ -27,7 +27,6 @@ from vqt_jax import parallel
 from vqt_jax import programs
 from vqt_jax import tuner as tuner_lib
 from vqt_jax.data import vtab
-from vqt_jax.train import disk
 from vqt_jax.train import examples
 from vqt_jax.train import places
 
@@ -138,9 +137,8 @@ def make_job(config: ml_collections.ConfigDict, where: str) -> programs.Job:
 
 def _room(job: programs.Job, where: str) -> dict[str, int]:
   """As `places.room`; the disk of a slice is large enough."""
-  folder = job.config.store_dir
   if where == chips.HERE:
-    return places.room(disk.folder(folder), job.mesh)
+    return places.room(job.config.store_dir, job.mesh)
   each = job.chip.memory * places.DEVICE_SHARE
   host = job.chip.host_memory * places.HOST_SHARE
   return {

@@ -5,18 +5,13 @@ import io
 import os
 from typing import Any
 
-import matplotlib.cm
-import matplotlib.colors
-import matplotlib.figure
-import matplotlib.lines
-import matplotlib.patches
-import matplotlib.ticker
 import numpy as np
 
 from vqt_jax import files
 from vqt_jax import published
 from vqt_jax import vtab_summary
 from vqt_jax.data import vtab as vtab_lib
+from vqt_jax.figures import matplotlib
 
 INK = "#1f2933"
 FAINT = "#9aa5b1"
@@ -553,5 +548,5 @@ def save(figure: matplotlib.figure.Figure, path: str | os.PathLike) -> None:
     ax.set_axisbelow(True)
     ax.title.set_color(INK)
   content = io.BytesIO()
-  figure.savefig(content)
+  figure.savefig(content, format="png")
   files.write(files.path(path), content.getvalue())

@@ -222,7 +222,7 @@ def init_queries(
   """Queries (L, T, D), uniform within sqrt(6 / (3 * patch area + D))."""
   bound = token_bound(config)
   shape = (config.depth, num_queries, config.width)
-  return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+  return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
 def combine(

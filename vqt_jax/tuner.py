@@ -167,7 +167,9 @@ class Tuner:
           self.config, self.num_queries, query_key
       )
       if self.combine == "weighted_sum":
-        tuner["combine"] = jnp.ones((self.config.depth, self.num_queries))
+        tuner["combine"] = jnp.ones(
+            (self.config.depth, self.num_queries), jnp.float32
+        )
     return {
         "tuner": tuner,
         "head": head.init(self.num_features, self.num_classes, head_key),

@@ -563,7 +563,7 @@ class ViT(nn.Module):
 
 def init_params(config: ViTConfig, key: jax.Array) -> Any:
   """Fresh float32 parameters of a ViT, a nested dict of arrays."""
-  images = jnp.zeros((1, *config.image_size, 3))
+  images = jnp.zeros((1, *config.image_size, 3), jnp.float32)
   return ViT(config).init(key, images)["params"]
 
 

@@ -11,6 +11,7 @@ import urllib.parse
 
 import fsspec
 
+from vqt_jax import files
 from vqt_jax.checkpoints import download
 from vqt_jax.errors import UserError
 
@@ -25,12 +26,6 @@ def split_subtree(source: str) -> tuple[str, str]:
   return (match[1], match[2]) if match else (source, "")
 
 
-def default_cache() -> pathlib.Path:
-  """$VQT_JAX_CACHE, or ~/.cache/vqt_jax."""
-  cache = os.environ.get("VQT_JAX_CACHE") or "~/.cache/vqt_jax"
-  return pathlib.Path(cache).expanduser()
-
-
 def fetch(
     address: str,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -41,7 +36,7 @@ def fetch(
   Args:
     address: https:// or gs:// address of an npz file, or gs:// address of a
       Big Vision checkpoint folder.
-    cache_dir: where copies are kept; `default_cache()` if not given.
+    cache_dir: where copies are kept; `files.cache()` if not given.
     progress: told about every chunk that comes in.
 
   Returns:
@@ -57,7 +52,7 @@ def fetch(
         f"Cannot read {address}: expected a path, a public name, or an https://"
         " or gs:// address."
     )
-  cache = pathlib.Path(cache_dir).expanduser() if cache_dir else default_cache()
+  cache = pathlib.Path(cache_dir).expanduser() if cache_dir else files.cache()
   host = "storage.googleapis.com/" if scheme == "gs" else ""
   parts = [urllib.parse.quote(part, " ") for part in f"{host}{rest}".split("/")]
   target = cache.joinpath(*(p for p in parts if p not in ("", ".", "..")))

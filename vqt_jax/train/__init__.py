@@ -4,12 +4,14 @@ import sys
 import types
 
 from vqt_jax import config as config_lib
+from vqt_jax import numerics
 from vqt_jax.data import vtab
 
 
 class _Callable(types.ModuleType):
   """Lets the package be called as the function that its users want of it."""
 
+  @numerics.as_usual()
   def __call__(self, config, *args, **kwargs):
     config = config_lib.resolve(config)
     # Late: they need all the rest.

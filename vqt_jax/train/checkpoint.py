@@ -194,7 +194,8 @@ class StopSignal:
   """Notes SIGTERM and SIGINT instead of dying of them; a context manager.
 
   Within another one, that one gets to know too: a run may take note of a signal
-  too late to stop, but no further run must begin.
+  too late to stop, but no further run must begin. In another thread than the
+  main one it notes nothing: signals are the business of who owns that.
 
   Attributes:
     received: whether this process got one.
@@ -205,7 +206,9 @@ class StopSignal:
   def __enter__(self) -> "StopSignal":
     self.received = False
     self._patient = True
-    self._previous = {s: signal.signal(s, self._note) for s in self.SIGNALS}
+    self._previous = {}
+    if threading.current_thread() is threading.main_thread():
+      self._previous = {s: signal.signal(s, self._note) for s in self.SIGNALS}
     return self
 
   def _note(self, number, frame):

@@ -35,11 +35,14 @@ class Damaged(Exception):
 
 
 def folder(given: str) -> pathlib.Path:
-  """Where features are kept: `config.store_dir`, or our own place."""
+  """Where features are kept: `config.store_dir`, or our own place.
+
+  Raises:
+    UserError: there is no place of our own.
+  """
   if given:
     return pathlib.Path(given).expanduser()
-  cache = os.environ.get("VQT_JAX_CACHE") or "~/.cache/vqt_jax"
-  return pathlib.Path(cache).expanduser() / "features"
+  return files.cache() / "features"
 
 
 class File:

@@ -164,7 +164,7 @@ class Examples:
 
   @functools.cached_property
   def _room(self) -> dict[str, int]:
-    return places.room(self._folder, self.mesh)
+    return places.room(self.config.store_dir, self.mesh)
 
   def _place(self, split: str) -> tuple[str, str]:
     """Where a split's examples live, and why; see `places.choose`."""

@@ -1,14 +1,15 @@
 """Where examples live, chosen from their size."""
 
-import pathlib
 import shutil
 
 import jax
 import ml_collections
 
+from vqt_jax import errors
 from vqt_jax import memory
 from vqt_jax import parallel
 from vqt_jax import tuner as tuner_lib
+from vqt_jax.train import disk
 
 # What data may take of the devices' memory (the rest is for the step), of the
 # host's, and of the free space on the disk.
@@ -22,17 +23,17 @@ FEATURES = {
 }
 
 
-def room(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> dict[str, int]:
+def room(store_dir: str, mesh: jax.sharding.Mesh) -> dict[str, int]:
   """Bytes that data may take in each place, over all processes.
 
   Args:
-    folder: where files of features go; it may not be there yet.
+    store_dir: where files of features go, as `disk.folder` takes it.
     mesh: devices that share the data.
   """
   mine = {
       "device": DEVICE_SHARE * memory.device_memory(),
       "host": HOST_SHARE * memory.host_memory(),
-      "disk": DISK_SHARE * _free(folder),
+      "disk": DISK_SHARE * _free(store_dir),
   }
   parts = {"device": mesh.shape["data"], "host": jax.process_count()}
   return {
@@ -41,14 +42,15 @@ def room(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> dict[str, int]:
   }
 
 
-def _free(folder: pathlib.Path) -> int:
+def _free(store_dir: str) -> int:
   """Bytes on the disk of a folder, or of the first one above that is there."""
   try:
+    folder = disk.folder(store_dir)
     while not folder.exists():
       folder = folder.parent
     return shutil.disk_usage(folder).free
-  except OSError:  # One that we may not look into: nobody has asked for it.
-    return 0
+  except (OSError, errors.UserError):
+    return 0  # None, or one that we may not look into: nobody has asked for it.
 
 
 def choose(

@@ -1,0 +1,82 @@
+"""Numbers do not depend on what the environment says of JAX's options."""
+
+from concurrent import futures
+import contextlib
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests import helpers
+import vqt_jax
+from vqt_jax import config as config_lib
+from vqt_jax import figures
+from vqt_jax import tuner as tuner_lib
+from vqt_jax.train import checkpoint
+from vqt_jax.train import run
+
+
+@contextlib.contextmanager
+def unusual():
+  """As `JAX_ENABLE_X64=1` and others would have it, in this thread."""
+  with (
+      jax.enable_x64(True),
+      jax.default_prng_impl("rbg"),
+      jax.threefry_partitionable(False),
+      jax.numpy_dtype_promotion("strict"),
+      jax.numpy_rank_promotion("raise"),
+      jax.debug_nans(True),
+      jax.debug_infs(True),
+      jax.disable_jit(True),
+  ):
+    yield
+
+
+def test_a_run_in_another_thread_and_with_other_options(monkeypatch, tmp_path):
+  """A thread cannot take signals, and need not."""
+
+  def fake(config, workdir):
+    with checkpoint.StopSignal() as stop:
+      assert not stop.received
+      jax.jit(lambda x: jnp.log(x - 2 * jnp.ones(1)))(jnp.zeros((2, 2)))  # NaN.
+      return jax.random.uniform(jax.random.key(7), (3,))
+
+  def unusually():
+    with unusual():
+      return vqt_jax.train(config_lib.default_config(), tmp_path)
+
+  monkeypatch.setattr(run, "train", fake)
+  expected = jax.random.uniform(jax.random.key(7), (3,))
+  with futures.ThreadPoolExecutor(1) as pool:
+    found = pool.submit(unusually).result()
+  assert found.dtype == jnp.float32 and (found == expected).all()
+
+
+@pytest.mark.parametrize("method", tuner_lib.METHODS)
+def test_models_are_float32(method):
+  backbone = helpers.tiny_backbone()
+  images = jnp.zeros((2, *backbone.config.image_size, 3), jnp.float32)
+  tuner = vqt_jax.make_tuner(
+      method, backbone.config, 3,
+      **({"combine": "weighted_sum"} if method == "vqt" else {}),
+  )  # fmt: skip
+  shapes = jax.eval_shape(tuner.init, jax.random.key(0), backbone.params)
+  with jax.enable_x64(True):
+    own = jax.eval_shape(tuner.init, jax.random.key(0), backbone.params)
+    output = jax.eval_shape(
+        lambda own: vqt_jax.apply(backbone, tuner, own, images), shapes
+    )
+  assert own == shapes
+  for leaf in jax.tree.leaves((own, output)):
+    assert leaf.dtype == jnp.float32
+
+
+def test_figures_need_no_backend_of_the_screen():
+  done = subprocess.run(
+      [sys.executable, "-P", figures.__file__],
+      env=os.environ | {"MPLBACKEND": "of_a_notebook"}, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0

@@ -1,0 +1,27 @@
+"""JAX's options that decide numbers, whatever the environment says of them."""
+
+from collections.abc import Iterator
+import contextlib
+
+import jax
+
+
+@contextlib.contextmanager
+def as_usual() -> Iterator[None]:
+  """Has JAX draw, promote and compile as it does by itself, in this thread.
+
+  Variables such as `JAX_ENABLE_X64` would change the draws and dtypes of a run
+  without a word; others would end it, e.g. `JAX_DEBUG_NANS` where a learning
+  rate is too large, which a run knows how to handle.
+  """
+  with (
+      jax.enable_x64(False),
+      jax.default_prng_impl("threefry2x32"),
+      jax.threefry_partitionable(True),
+      jax.numpy_dtype_promotion("standard"),
+      jax.numpy_rank_promotion("allow"),
+      jax.debug_nans(False),
+      jax.debug_infs(False),
+      jax.disable_jit(False),
+  ):
+    yield
