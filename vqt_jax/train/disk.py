@@ -37,7 +37,7 @@ class Damaged(Exception):
 def folder(given: str) -> pathlib.Path:
   """Where features are kept: `config.store_dir`, or our own place."""
   if given:
-    return pathlib.Path(given).expanduser()
+    return files.path(given)
   cache = os.environ.get("VQT_JAX_CACHE") or "~/.cache/vqt_jax"
   return pathlib.Path(cache).expanduser() / "features"
 
@@ -165,7 +165,7 @@ class File:
       with file:
         # All processes or none: of two runs each might lock what the other
         # waits for.
-        while parallel.any_process(not _lock(file)):
+        while parallel.any_process(not files.lock(file)):
           fcntl.flock(file, fcntl.LOCK_UN)
           time.sleep(random.uniform(0.5, 1.5))
         # Whoever had it may have made the whole file of it, or given up.
@@ -218,15 +218,6 @@ class File:
     for name, values in rows.items():
       records[name] = values.view(self._record[name].base)
     return records
-
-
-def _lock(file: BinaryIO) -> bool:
-  """Locks a file if nobody else has."""
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    return False
-  return True
 
 
 @contextlib.contextmanager
