@@ -246,9 +246,14 @@ def test_runs_of_one_method_are_told_apart():
   assert told["b"]["details"].endswith(f", {found['b']['task']}")
 
 
-def test_runs_that_are_called_alike_get_longer_names(capsys):
+def test_runs_that_are_called_alike_get_longer_names(
+    tmp_path, monkeypatch, capsys
+):
   paths = [compare.files.path(p) for p in ("x/vqt", "y/vqt")]
   assert list(compare._names(paths)) == ["x_vqt", "y_vqt"]
+  monkeypatch.chdir(tmp_path)
+  paths = [compare.files.path(p) for p in (".", "x/../vqt")]
+  assert list(compare._names(paths)) == [tmp_path.name, "vqt"]
   assert compare.main(["compare", "x/vqt", "x/vqt"]) == 2
   assert "The same run is given twice." in capsys.readouterr().err
 

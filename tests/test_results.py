@@ -18,7 +18,6 @@ from vqt_jax import errors
 from vqt_jax import files
 from vqt_jax import results
 
-
 ROW = '{"phase": "search", "run": 0, "epoch": 1}\n'
 
 
