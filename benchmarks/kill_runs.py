@@ -21,6 +21,7 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+STOPPED = 75  # The exit status of a run that was asked to stop.
 COMMAND = (
     sys.executable,
     "main.py",
@@ -82,7 +83,7 @@ def harass(
   """Starts a run again and again until it is done; returns what it suffered."""
   suffered = []
   # Of one that has others, 1 and SIGABRT: it noticed that another was gone.
-  fine = {0, -signal.SIGKILL, -signal.SIGTERM}
+  fine = {0, STOPPED, -signal.SIGKILL, -signal.SIGTERM}
   fine |= {1, -signal.SIGABRT} if count > 1 else set()
   while not (workdir / "results.json").exists():
     processes = start(workdir, cache, count)

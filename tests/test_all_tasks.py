@@ -85,7 +85,7 @@ def test_all_tasks(start, table, material, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:  # When the first task is done.
       terminate(patch, plots, "report", 1)
       status, said = start(workdir)
-    assert (status, said[-1]) == (0, STOPPED)
+    assert (status, said[-1]) == (75, STOPPED)
     assert said[0] == (
         "missing  1 of 3 tasks are not prepared in"
         f" {material}: eurosat. To add them: python -m vqt_jax.data.prepare"
@@ -98,7 +98,7 @@ def test_all_tasks(start, table, material, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:  # Within the second.
       terminate(patch, stages, "_rows", 2)
       status, said = start(workdir)
-    assert (status, said[-1]) == (0, STOPPED)
+    assert (status, said[-1]) == (75, STOPPED)
     assert said[1:3] == [
         "task     1 of 2: caltech101 is finished already",
         "task     2 of 2: kitti",

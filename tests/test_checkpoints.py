@@ -737,6 +737,14 @@ def test_damaged_folder(tmp_path):
   bad(folder, "is damaged: .*params~embedding~bias/0.*[Tt]runcated")
 
 
+def test_a_folder_named_from_elsewhere(tmp_path, monkeypatch):
+  shutil.copytree(GOLDENS / "bv_ts", tmp_path / "b:[v]")
+  (tmp_path / "below").mkdir()
+  monkeypatch.chdir(tmp_path / "below")
+  expected = load_backbone(source("bv_ts")).params
+  assert_same(load_backbone("../b:[v]/checkpoint.bv").params, expected)
+
+
 def test_folders_without_a_checkpoint(tmp_path):
   bad(tmp_path, "holds no Big Vision arrays")
   (tmp_path / "checkpoint.bv-LAST").write_text("000000007")

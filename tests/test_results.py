@@ -1,7 +1,10 @@
 """Files of a run: whole after a crash, refused in words when not writable."""
 
+import errno
 import json
 import os
+import pathlib
+import threading
 
 import numpy as np
 import pytest
@@ -9,9 +12,19 @@ from tensorboard.compat.proto import event_pb2
 from tensorboard.compat.tensorflow_stub import errors as stub_errors
 from tensorboard.compat.tensorflow_stub import pywrap_tensorflow
 
+from tests import runs
 from vqt_jax import config as config_lib
 from vqt_jax import errors
+from vqt_jax import files
 from vqt_jax import results
+
+ROW = '{"phase": "search", "run": 0, "epoch": 1}\n'
+
+
+def opened(config, workdir):
+  """Whether a run was begun there; nobody runs there afterwards."""
+  with results.open_workdir(config, workdir) as begun:
+    return begun
 
 
 def rows(first, last, scale=1.0):
@@ -159,7 +172,7 @@ def test_a_full_disk_is_told_with_the_path(tmp_path):
 def test_an_unwritable_place_is_told_and_left_alone(tmp_path):
   (tmp_path / "file").write_text("mine")
   with pytest.raises(errors.UserError, match="Cannot write .*file"):
-    results.open_workdir(
+    opened(
         config_lib.default_config(), tmp_path / "file" / "workdir"
     )
   assert (tmp_path / "file").read_text() == "mine"
@@ -168,49 +181,151 @@ def test_an_unwritable_place_is_told_and_left_alone(tmp_path):
 def test_a_workdir_is_made_and_recognised(tmp_path):
   workdir = tmp_path / "a" / "b"
   config = config_lib.default_config()
-  assert not results.open_workdir(config, workdir)
+  assert not opened(config, workdir)
   results.MetricsWriter(workdir).epochs("search", [])
-  assert not results.open_workdir(config, workdir)
+  assert not opened(config, workdir)
   (workdir / "checkpoints" / "1").mkdir(parents=True)
   config.checkpoint_seconds = 1.0  # May change between starts of a run.
-  assert results.open_workdir(config, workdir)
+  assert opened(config, workdir)
 
 
 def test_a_config_may_be_mended_before_anything_is_trained(tmp_path):
   config = config_lib.default_config()
-  results.open_workdir(config, tmp_path)
+  opened(config, tmp_path)
   config.init = "right.npz"
-  assert not results.open_workdir(config, tmp_path)
+  assert not opened(config, tmp_path)
   assert results.read_json(tmp_path / "config.json")["init"] == "right.npz"
 
 
 def test_a_workdir_of_another_config_is_refused_and_untouched(tmp_path):
   config = config_lib.default_config()
-  results.open_workdir(config, tmp_path)
-  (tmp_path / "metrics.jsonl").write_text("{}\n")
+  opened(config, tmp_path)
+  (tmp_path / "metrics.jsonl").write_text(ROW)
   before = (tmp_path / "config.json").read_bytes()
   config.num_queries = 10
   config.mesh.model = 2
   with pytest.raises(errors.UserError) as caught:
-    results.open_workdir(config, tmp_path)
+    opened(config, tmp_path)
   assert "num_queries was 0, is now 10" in str(caught.value)
   assert "mesh.model was 1, is now 2" in str(caught.value)
   assert sorted(os.listdir(tmp_path)) == ["config.json", "metrics.jsonl"]
   assert (tmp_path / "config.json").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "name, content, begun",
+    [
+        ("config.json", '{"model_type": "vit", "lr": 0.1}', False),
+        ("config.json", '["task", "init"]', False),
+        ("config.json", "", False),
+        ("metrics.jsonl", '{"step": 1, "loss": 2.0}\n', False),
+        ("metrics.jsonl", '{"step": 1, "loss": 2.0}\n', True),
+        ("results.json", "{}", False),
+        ("checkpoints/epoch=1.ckpt", "weights", False),
+        ("tuned/model.bin", "weights", False),
+    ],
+)
+def test_a_folder_of_another_program_is_refused(
+    tmp_path, name, content, begun
+):
+  """Also one where a run of this program was begun, but never trained."""
+  config = config_lib.default_config()
+  if begun:
+    opened(config, tmp_path)
+  (tmp_path / name).parent.mkdir(exist_ok=True)
+  (tmp_path / name).write_text(content)
+  before = runs.files(tmp_path)
+  with pytest.raises(errors.UserError, match="choose another --workdir"):
+    opened(config, tmp_path)
+  assert runs.files(tmp_path) == before
+
+
+def test_events_of_another_program_stay(tmp_path):
+  folder = tmp_path / "tensorboard" / "search" / "01 lr=0.5 seed=1"
+  others = {
+      tmp_path / "tensorboard" / "events.out.tfevents.1.run",
+      tmp_path / "tensorboard" / "other" / "a" / "events.out.tfevents.1.host.2",
+      folder / "events.out.tfevents.1.host.2.v2",
+  }
+  for path in others:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+  for _ in range(2):
+    writer = results.MetricsWriter(tmp_path)
+    writer.epochs("search", rows(1, 2))
+    writer.close()
+    (own,) = set(folder.iterdir()) - others
+    own = own.rename(folder / "events.out.tfevents.7.run")  # Long ago.
+  assert all(path.exists() for path in others)
+
+
+def elsewhere(call, *args):
+  """What a thread that has nothing to do with this one gets, or meets."""
+  met = []
+
+  def run():
+    try:
+      met.append(call(*args))
+    except errors.UserError as e:
+      met.append(str(e))
+
+  thread = threading.Thread(target=run)
+  thread.start()
+  thread.join()
+  return met[0]
+
+
+def test_two_runs_in_one_workdir(tmp_path, monkeypatch):
+  config = config_lib.default_config()
+  workdir = tmp_path / "run"
+  workdir.mkdir()
+  (workdir / files.LOCK).write_text("of a process that was killed")
+  with results.open_workdir(config, workdir):
+    before = runs.files(workdir)
+    assert f"process {os.getpid()} on " in before[files.LOCK].decode()
+    config.init = "other.npz"
+    for again in (workdir, workdir / ".." / "run"):
+      said = elsewhere(opened, config, again)
+      assert said.startswith(f"Another run is already in {again} (process ")
+    assert runs.files(workdir) == before
+    opened(config, workdir / ".." / "run")  # As `main.py`, then `train`.
+  assert os.listdir(workdir) == ["config.json"]
+  assert elsewhere(opened, config, workdir) is False
+
+  def no_locks(*args):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+  monkeypatch.setattr(files.fcntl, "flock", no_locks)
+  with results.open_workdir(config, workdir):
+    assert elsewhere(opened, config, workdir) is False
+
+
+def test_paths_that_people_write(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  for place in ("~/a", pathlib.Path("~/a")):
+    assert files.path(place) == tmp_path / "a"
+  with pytest.raises(errors.UserError, match="home folder of ~nobody_here is"):
+    files.path("~nobody_here/a")
+  monkeypatch.chdir(tmp_path)
+  assert files.path(files.path("./~a")) == tmp_path / "~a"
+  for place, what in ((r"a\b", r"\\"), ("a/logs:/b", "gs:"),
+                      ("gs://bucket/lr=[1]", "'\\['")):  # pyformat: disable
+    with pytest.raises(errors.UserError, match=f"take {what} .*literally"):
+      files.path(place)
+
+
 def test_a_workdir_of_all_tasks_is_begun_with_one_of_them(tmp_path):
   config = config_lib.default_config()
-  results.open_workdir(config, tmp_path)
-  results.open_workdir(config, tmp_path / "dtd")
-  assert not results.open_workdir(config, tmp_path)
-  (tmp_path / "dtd" / "metrics.jsonl").write_text("{}\n")
-  assert results.open_workdir(config, tmp_path)
+  opened(config, tmp_path)
+  opened(config, tmp_path / "dtd")
+  assert not opened(config, tmp_path)
+  (tmp_path / "dtd" / "metrics.jsonl").write_text(ROW)
+  assert opened(config, tmp_path)
   config.epochs = 7
   with pytest.raises(errors.UserError, match="epochs was 100, is now 7"):
-    results.open_workdir(config, tmp_path)
+    opened(config, tmp_path)
   (tmp_path / "config.json").unlink()  # A folder that merely holds workdirs.
-  assert not results.open_workdir(config, tmp_path)
+  assert not opened(config, tmp_path)
 
 
 def test_tuned_weights_make_the_round_trip(tmp_path):
@@ -227,6 +342,21 @@ def test_tuned_weights_make_the_round_trip(tmp_path):
   )
   np.testing.assert_array_equal(loaded["head"]["kernel"], np.ones((3, 2)))
   assert os.listdir(tmp_path) == ["tuned"]
+
+
+def test_tuned_weights_replace_nothing_else(tmp_path, monkeypatch):
+  for name in ("a/notes.txt", "b.old/info.json", "b.new/info.json", "c"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+  before = runs.files(tmp_path)
+  save = lambda name: results.save_tuned(name, {}, {})
+  for name, what in (("a", "other things .notes.txt"), ("c", "Not a direct")):
+    with pytest.raises(errors.UserError, match=what):
+      save(tmp_path / name)
+  save(tmp_path / "b")
+  monkeypatch.chdir(tmp_path / "b")
+  save(".")
+  assert before.items() <= runs.files(tmp_path).items()
 
 
 def test_damaged_tuned_weights_are_told(tmp_path):

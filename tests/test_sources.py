@@ -393,6 +393,7 @@ def test_public_name_sets_everything(server, tmp_path, monkeypatch):
         ("ckpt.npz", "ckpt.npz", ""),
         ("ckpt.npz:img", "ckpt.npz", "img"),
         ("a/ckpt.npz:a/b", "a/ckpt.npz", "a/b"),
+        ("a:b/ckpt.npz:img", "a:b/ckpt.npz", "img"),
         ("gs://b/d/x.npz", "gs://b/d/x.npz", ""),
         ("gs://b/d/x.npz:img", "gs://b/d/x.npz", "img"),
         ("gs://b/run/checkpoint.bv:img", "gs://b/run/checkpoint.bv", "img"),

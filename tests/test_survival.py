@@ -13,6 +13,7 @@ import pytest
 import tensorstore
 
 from tests import runs
+from vqt_jax import errors
 from vqt_jax.train import checkpoint
 from vqt_jax.train import loop
 
@@ -68,24 +69,25 @@ def test_killed_again_and_again(material, alone, tmp_path):
 
 
 def test_asked_to_stop(material, alone, tmp_path):
-  status, said = go(material, tmp_path, (EXTRACT, 2, INT))
-  assert (status, said.splitlines()[-1]) == (0, STOPPED)
-  assert not runs.metrics(tmp_path)
-  status, said = go(material, tmp_path, (TRAIN, 1, TERM))  # Of a step only.
-  assert (status, said.splitlines()[-1]) == (0, STOPPED)
-  assert not runs.metrics(tmp_path)
-  status, said = go(material, tmp_path, (EVALUATE, 2, TERM))
-  assert (status, said.splitlines()[-1]) == (0, STOPPED)
+  workdir = tmp_path / "lr=[0.1], é"  # No pattern, and in no other code.
+  status, said = go(material, workdir, (EXTRACT, 2, INT))
+  assert (status, said.splitlines()[-1]) == (75, STOPPED)
+  assert not runs.metrics(workdir)
+  status, said = go(material, workdir, (TRAIN, 1, TERM))  # Of a step only.
+  assert (status, said.splitlines()[-1]) == (75, STOPPED)
+  assert not runs.metrics(workdir)
+  status, said = go(material, workdir, (EVALUATE, 2, TERM))
+  assert (status, said.splitlines()[-1]) == (75, STOPPED)
   assert "resume   search after epoch 0" in said
-  status, said = go(material, tmp_path)
+  status, said = go(material, workdir)
   assert status == 0 and "seeds    " not in said
-  assert runs.bits(tmp_path) == runs.bits(alone["kept"])
+  assert runs.bits(workdir) == runs.bits(alone["kept"])
 
 
 def test_interrupted_within_an_epoch(material, alone, tmp_path):
   """Streamed, an epoch is several calls, here of three steps."""
   status, _ = go(material, tmp_path, (TRAIN, 5, TERM), data="stream")
-  assert status == 0
+  assert status == 75
   status, said = go(material, tmp_path, (TRAIN, 3, KILL), data="stream")
   assert status == -KILL and "resume   search after epoch 1" in said
   assert go(material, tmp_path, data="stream")[0] == 0
@@ -203,6 +205,32 @@ def test_a_damaged_save(material, alone, tmp_path):
   shutil.rmtree(last)
   assert go(material, tmp_path)[0] == 0
   assert runs.bits(tmp_path) == runs.bits(alone["kept"])
+
+
+@pytest.mark.parametrize("name", ["[a-c]*?", "x:y,z=#%20 {é}|'&", "~"])
+def test_saves_in_a_folder_of_any_name(tmp_path, monkeypatch, name):
+  """Also one that is not named from the root, or has moved."""
+  monkeypatch.chdir(tmp_path)
+  save, like = {"x": jnp.arange(5.0)}, {"x": jnp.zeros(5)}
+  saver = checkpoint.Checkpointer(f"./{name}/../{name}", 0)
+  monkeypatch.chdir("/")
+  saver.save(save, {"i": 1})
+  saver.close()
+  moved = (tmp_path / name).rename(tmp_path / f"new {name}")
+  saver = checkpoint.Checkpointer(moved, 0)
+  assert saver.progress(dict) == {"i": 1}
+  np.testing.assert_array_equal(saver.restore(like)["x"], save["x"])
+  saver.close()
+
+
+def test_saves_of_another_program_are_told(tmp_path):
+  (tmp_path / "100" / "default").mkdir(parents=True)
+  with pytest.raises(errors.UserError, match="100 is no save of this program"):
+    checkpoint.Checkpointer(tmp_path, 0)
+
+
+def test_a_local_folder_is_no_bucket():
+  assert str(checkpoint._Literal("/gs/a")) == "/gs/a"
 
 
 @pytest.mark.parametrize("devices", [1, 8])

@@ -8,11 +8,14 @@ and, where it was installed with pip, `vqt-jax train` with the same flags.
                                 digits, vtab_cifar, vtab, compare
 --config.FIELD=VALUE            changes a field; all are listed below
 --workdir DIR                   gets the results; the same command resumes; a
-                                folder, or gs://BUCKET/FOLDER
+                                folder, or gs://BUCKET/FOLDER; one run at a time
 --debug                         shows where an error comes from
 --plan SLICE                    instead of training, says what it would need on
                                 a slice of TPUs, e.g. v5e:4x4, or "here"; exits
                                 with 3 if it does not fit
+
+It exits with 0 if the run is finished, with 75 if a signal stopped it (all is
+saved; the same command resumes), and with 2 if there is something to mend.
 
 On several machines the same command runs on each; they share the workdir, which
 only the first one writes. Cloud TPUs, Slurm, Open MPI and Kubernetes tell the
@@ -51,6 +54,9 @@ from vqt_jax import noise
 from vqt_jax import numerics
 from vqt_jax import parallel
 from vqt_jax import results
+
+# The exit status of a run that was asked to stop: EX_TEMPFAIL, try again.
+STOPPED = 75
 
 # There may be no save yet, and who crashed may crash again.
 RESUMES = "the same command goes on from the last save, if there is one."
@@ -147,11 +153,11 @@ def run(values: flags.FlagValues) -> int:
   config = config_lib.resolve(config, keep=given)
   if values.plan:
     return plan(config, values.plan)
-  logs, name = _begin(config, values)
-  log, lost = logs.folder / name, False
+  status = 0
   with (
-      noise.quiet(log) as screen,
-      noise.last_words(screen, _crashed(log)),
+      _begin(config, values) as (logs, name),
+      noise.quiet(logs.folder / name) as screen,
+      noise.last_words(screen, _crashed(logs.folder / name)),
       _closing(logs),
   ):
     # Imported late: errors above come at once, and noise goes to the log.
@@ -163,15 +169,16 @@ def run(values: flags.FlagValues) -> int:
     except checkpoint.Stopped:
       if parallel.is_first():
         print("Stopped and saved; resume with the same command.", file=screen)
+      status = STOPPED
     except jax.errors.JaxRuntimeError as e:
       if not parallel.is_connected() or _of_memory(e):
         raise
       traceback.print_exc()  # To the log.
-      lost = True
-  if lost:
+      status = 1
+  if status == 1:
     noise.say(f"error: {_crashed(logs.folder / name)}")
     parallel.leave(1)
-  return 0
+  return status
 
 
 def plan(config: ConfigDict, where: str) -> int:
@@ -225,12 +232,13 @@ def _jax_crashed() -> str:
   )
 
 
+@contextlib.contextmanager
 def _begin(
     config: ConfigDict, values: flags.FlagValues
-) -> tuple[files.Growing, str]:
+) -> Iterator[tuple[files.Growing, str]]:
   """Joins the other processes, if any, and opens the workdir.
 
-  Returns:
+  Yields:
     The folder, and the name in it, of what takes the noise of this process.
   """
   if values.coordinator is not None:
@@ -240,22 +248,22 @@ def _begin(
   else:
     raise errors.UserError(f"--coordinator is missing. {USAGE}")
   workdir = files.path(values.workdir)
-  alone = alone or not _join(values)
+  joined = not alone and _join(values)
   with (
       noise.quiet(os.devnull) as screen,
       noise.last_words(screen, _jax_crashed()),
   ):
     parallel.find_devices()  # Before the workdir is touched.
-  if alone:
-    with noise.quiet(os.devnull):
-      results.open_workdir(config, workdir)
-      return files.Growing(workdir, "log.txt"), "log.txt"
-  with noise.quiet(os.devnull), parallel.together():
-    name = f"log_{jax.process_index()}.txt"
-    if parallel.is_first():
-      name = "log.txt"
-      results.open_workdir(config, workdir)
-    return files.Growing(workdir, name), name
+  together = parallel.together if joined else contextlib.nullcontext
+  with contextlib.ExitStack() as opened:
+    with noise.quiet(os.devnull), together():
+      if not joined or parallel.is_first():
+        name = "log.txt"
+        opened.enter_context(results.open_workdir(config, workdir))
+      else:
+        name = f"log_{jax.process_index()}.txt"
+      logs = files.Growing(workdir, name)
+    yield logs, name
 
 
 def _join(values: flags.FlagValues) -> bool:

@@ -15,6 +15,7 @@ Of each VQT run it also draws what the queries attend to,
 from collections.abc import Mapping, Sequence
 import csv
 import io
+import os
 import sys
 from typing import Any
 
@@ -198,8 +199,10 @@ def main(argv: Sequence[str]) -> int:
 
 def _names(paths: Sequence[files.Path]) -> dict[str, files.Path]:
   """Workdirs by their last part, or by more of it if these are not enough."""
-  for parts in range(1, max(len(path.parts) for path in paths) + 1):
-    names = ["_".join(path.parts[-parts:]) for path in paths]
+  local = lambda path: files.path(os.path.abspath(path))  # `.` has no name.
+  whole = [p if files.in_bucket(p) else local(p) for p in paths]
+  for parts in range(1, max(len(path.parts) for path in whole) + 1):
+    names = ["_".join(path.parts[-parts:]) for path in whole]
     if len(set(names)) == len(paths):
       return dict(zip(names, paths))
   raise errors.UserError("The same run is given twice.")

@@ -6,6 +6,7 @@ Written with TensorBoard's own record writer and messages, which, unlike
 
 from collections.abc import Iterable, Mapping
 import pathlib
+import re
 import time
 from typing import Any
 
@@ -13,15 +14,29 @@ from tensorboard.compat.proto import event_pb2
 from tensorboard.compat.proto import summary_pb2
 from tensorboard.summary.writer import record_writer
 
+from vqt_jax import files
+
 # Quantities among a row's entries; the others say which run it is.
 PLOTTED = ("loss", "accuracy", "val_loss", "val_accuracy")
+
+# Other programs name their machine where this one has "run".
+_OWN = re.compile(r"events\.out\.tfevents\.\d+\.run")
+
+
+def remove(directory: files.Path) -> None:
+  """Removes what `Events` has written there, and nothing else."""
+  for phase in files.names(directory):
+    for run in files.names(directory / phase):
+      folder = directory / phase / run
+      for name in filter(_OWN.fullmatch, files.names(folder)):
+        (folder / name).unlink()
 
 
 class Events:
   """A folder per phase and run; a scalar per quantity and epoch."""
 
   def __init__(self, directory: pathlib.Path):
-    """Touches nothing; an old folder of events is to be removed before."""
+    """Touches nothing; older events are to be removed before."""
     self._directory = directory
     self._writers: dict[str, record_writer.RecordWriter] = {}
 

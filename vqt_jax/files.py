@@ -8,13 +8,16 @@ and at once, but it cannot grow, and folders there cannot get another name.
 from collections.abc import Iterator, Mapping
 from concurrent import futures
 import contextlib
+import contextvars
 import errno
+import fcntl
 import functools
 import logging
 import os
 import pathlib
 import re
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -30,6 +33,11 @@ Path = pathlib.PurePath
 COPY_SECONDS = 60  # Between copies of what grows into a bucket.
 _COPIES_AT_ONCE = 16
 
+# In a folder that one process has for itself: its number, and its machine.
+LOCK = ".vqt_jax.lock"
+# Those that the code that is running has for itself.
+_held = contextvars.ContextVar("_held", default=frozenset[Path]())
+
 # What is wrong with a bucket, told from an exception's type, code and text.
 _DENIED = (
     r"Forbidden|HttpError 40[13]|Unauthorized|Auth\w*Error|CredentialsError"
@@ -42,29 +50,53 @@ _UNREACHABLE = (
 
 
 def path(place: PathLike) -> Path:
-  """The path of a folder or file, here or in a bucket.
+  """The path of a folder or file, here (`~` expanded) or in a bucket.
 
   Raises:
-    UserError: it is an address of something else, or its name is not UTF-8, in
-      which Orbax and TensorFlow are told of it.
+    UserError: it is an address of something else, or of somebody unknown, or
+      libraries would take it for another one.
   """
   text = os.fspath(place)
   if not re.match(r"\w+:/", text):
-    if re.search("[\ud800-\udfff]", os.path.abspath(text)):
-      raise errors.UserError(
-          f"Cannot use {os.path.abspath(text)!a}: expected a name in UTF-8,"
-          f" found one that Python reads as {sys.getfilesystemencoding()}."
-          " Choose another one; if that is UTF-8, set PYTHONUTF8=1."
-      )
-    return pathlib.Path(text)
+    return _local_path(text)
   if not re.match(r"gs://[^/]", text):
     raise errors.UserError(
         f"Cannot use {text}: expected a folder, or gs://BUCKET/FOLDER."
+    )
+  if found := re.search(r"[][*?#]", text):  # To gcsfs, a pattern or a version.
+    raise errors.UserError(
+        f"Cannot use {text}: tools for buckets do not take {found[0]!r}"
+        " literally. Choose another name."
     )
   _prepare_for_buckets()
   from etils import epath
 
   return epath.Path(text)
+
+
+def _local_path(text: str) -> pathlib.Path:
+  expanded = os.path.expanduser(text)
+  if expanded.startswith("~"):
+    raise errors.UserError(
+        f"Cannot use {text}: the home folder of {text.split('/')[0]} is not"
+        f" known. Give the whole path, or ./{text} for a name with a ~."
+    )
+  # TensorStore takes a backslash for a slash, and Orbax gs: for a bucket.
+  if found := re.search(r"\\|gs:(?=/)", os.path.realpath(expanded)):
+    raise errors.UserError(
+        f"Cannot use {text}: libraries do not take {found[0]} in a path"
+        " literally. Choose another name."
+    )
+  # Orbax and TensorFlow are told of it in UTF-8.
+  if re.search("[\ud800-\udfff]", os.path.abspath(expanded)):
+    raise errors.UserError(
+        f"Cannot use {os.path.abspath(expanded)!a}: expected a name in UTF-8,"
+        f" found one that Python reads as {sys.getfilesystemencoding()}."
+        " Choose another one; if that is UTF-8, set PYTHONUTF8=1."
+    )
+  local = pathlib.Path(expanded)
+  # ./~ has lost its dot, and must not be expanded the next time.
+  return local.absolute() if str(local).startswith("~") else local
 
 
 @functools.cache
@@ -99,7 +131,8 @@ def in_bucket(place: PathLike) -> bool:
 
 
 def absolute(place: Path) -> Path:
-  return place if in_bucket(place) else place.absolute()
+  """The same place whatever the current folder is; no `..` or link in it."""
+  return place if in_bucket(place) else place.resolve()
 
 
 def make_folder(place: Path) -> None:
@@ -123,6 +156,72 @@ def is_at(file: IO[bytes], place: pathlib.Path) -> bool:
   with contextlib.suppress(FileNotFoundError):
     return os.path.samestat(os.fstat(file.fileno()), place.stat())
   return False
+
+
+def lock(file: IO[bytes]) -> bool:
+  """Locks a file until it is closed, unless somebody else has.
+
+  Raises:
+    OSError: files cannot be locked there.
+  """
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  return True
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+  """Keeps other processes out of a folder, until this ends or the process does.
+
+  What runs within may do the same again. Nobody is kept out where files cannot
+  be locked: of buckets, some network file systems, and folders that cannot be
+  written.
+
+  Raises:
+    UserError: another process is there.
+  """
+  place = absolute(folder)
+  if in_bucket(place) or place in _held.get():
+    yield
+    return
+  file = _lock_file(folder)
+  before = _held.set(_held.get() | {place})
+  try:
+    yield
+  finally:
+    _held.reset(before)
+    if file:
+      with file, contextlib.suppress(OSError):
+        (place / LOCK).unlink()
+
+
+def _lock_file(folder: pathlib.Path) -> IO[bytes] | None:
+  """The lock of a folder, taken; None where that cannot be."""
+  path = folder / LOCK
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+      with contextlib.ExitStack() as closing:
+        file = closing.enter_context(open(path, "a+b", buffering=0))
+        if not lock(file):
+          file.seek(0)
+          owner = file.read(200).decode(errors="replace")
+          break
+        if is_at(file, path):  # Else whoever had it has just removed it.
+          with contextlib.suppress(OSError):  # On a full disk it stays empty.
+            file.truncate(0)
+            me = f"process {os.getpid()} on {socket.gethostname()}"
+            file.write(me.encode())
+          closing.pop_all()
+          return file
+  except OSError:
+    return None
+  raise errors.UserError(
+      f"Another run is already in {folder}{f' ({owner})' if owner else ''}."
+      " Wait until it ends, or choose another --workdir."
+  )
 
 
 def names(folder: Path) -> list[str]:
@@ -200,30 +299,38 @@ def _write_object(file: Path, content: bytes) -> None:
 
 
 def write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
-  """Writes a folder that appears at once; one that exists is replaced.
+  """Writes a folder that appears at once; one with the same files is replaced.
 
   In a bucket, where that cannot be, its files appear in their order: the folder
   is whole if the last one is there.
 
   Raises:
-    UserError: it cannot be written.
+    UserError: it cannot be written, or holds other files.
   """
+  if others := sorted({*names(folder)} - {*contents}):
+    raise errors.UserError(
+        f"Cannot write {folder}: it holds other things ({others[0]}), which"
+        " would be lost. Choose another place."
+    )
   if in_bucket(folder):
     remove(folder)
     for name, content in contents.items():
       write(folder / name, content)
     return
-  new = folder.with_name(folder.name + ".new")
-  old = folder.with_name(folder.name + ".old")
+  place = absolute(folder)  # It needs a name, unlike `.`.
+  unique = f"{place.name}.{uuid.uuid4().hex}"
+  new, old = place.with_name(f"{unique}.new"), place.with_name(f"{unique}.old")
   with writing(folder):
-    for left_over in (new, old):
-      remove(left_over)
+    left_over = rf"{re.escape(place.name)}\.[0-9a-f]{{32}}\.(new|old)"
+    for name in names(place.parent):
+      if re.fullmatch(left_over, name):
+        remove(place.with_name(name))
     new.mkdir(parents=True)
     for name, content in contents.items():
       write(new / name, content)
-    if folder.exists():
-      folder.rename(old)
-    new.rename(folder)
+    if place.is_dir():  # Not a file.
+      place.rename(old)
+    new.rename(place)
     remove(old)
 
 

@@ -5,9 +5,12 @@
   tensorboard/    the same as TensorBoard events
   results.json    what came out
   tuned/          what was trained: variables.safetensors and info.json
+
+While a run lasts there is also `.vqt_jax.lock`, see `files.alone_in`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import json
 import math
 import os
@@ -23,6 +26,13 @@ from vqt_jax import errors
 from vqt_jax import events as events_lib
 from vqt_jax import files
 from vqt_jax.files import PathLike
+
+# What the config of every run has, and other programs' do not have together.
+_OF_CONFIGS = {"task", "init", "method", "lr", "seeds", "batch_size"}
+# What a run replaces, or takes for its own, in a workdir.
+_CLAIMED = {"metrics.jsonl", "results.json", "report.png", "checkpoints",
+            "stages", "tuned"}  # pyformat: disable
+_ROW = b'{"phase": '  # How metrics.jsonl begins.
 
 
 def write_json(path: PathLike, value: Any) -> None:
@@ -52,8 +62,9 @@ def read_json(path: PathLike) -> Any:
     raise errors.UserError(f"Cannot read {path}: {e}: it is damaged.") from e
 
 
-def open_workdir(config: Any, workdir: PathLike) -> bool:
-  """Makes a workdir, or recognises it as this config's own.
+@contextlib.contextmanager
+def open_workdir(config: Any, workdir: PathLike) -> Iterator[bool]:
+  """Makes a workdir, or recognises it as this config's own, for this run alone.
 
   One in which nothing has been trained yet is taken over by the new config, so
   that a setting can be mended after a first start that failed.
@@ -62,49 +73,77 @@ def open_workdir(config: Any, workdir: PathLike) -> bool:
     config: as `config.resolve` returns it.
     workdir: folder, created if it is missing, or `gs://` address.
 
-  Returns:
+  Yields:
     Whether a run of this config was begun there before.
 
   Raises:
-    UserError: it cannot be written, or holds a run of another config. Nothing
-      in it is touched then.
+    UserError: it cannot be written, holds a run of another config or things of
+      another program, or another process is running there. Nothing in it is
+      touched then.
   """
-  path = files.path(workdir) / "config.json"
+  workdir = files.path(workdir)
   now = config_lib.to_json(config)
-  if _begun(path.parent):
+  _config_of(workdir)  # Somebody else's does not even get a lock.
+  with files.alone_in(workdir):
+    old, begun = _config_of(workdir), _begun(workdir)
+    if begun:
+      _check_same_run(old, now, workdir)
+    else:
+      write_json(workdir / "config.json", now)
+    yield begun
+
+
+def _config_of(workdir: files.Path) -> dict[str, Any] | None:
+  """The config that a workdir was opened with; None: it is new.
+
+  Raises:
+    UserError: it is not one of this program's.
+  """
+  path = workdir / "config.json"
+  other = "So no run can begin or be resumed there: choose another --workdir."
+  if files.exists(path):
     try:
-      old = read_json(path)
+      config = read_json(path)
     except errors.UserError as e:
+      raise errors.UserError(f"{e} {other}") from e
+    if not isinstance(config, dict) or not _OF_CONFIGS <= config.keys():
+      raise errors.UserError(f"{path} is no config of this program. {other}")
+    if not _ROW.startswith(_metrics(workdir)[: len(_ROW)]):
       raise errors.UserError(
-          f"{e} So the run in {workdir} cannot be resumed: choose another"
-          " --workdir."
-      ) from e
-    _check_same_run(old, now, workdir)
-    return True
-  write_json(path, now)
-  return False
+          f"{workdir / 'metrics.jsonl'} is not of this program. {other}"
+      )
+    return config
+  for name in _CLAIMED.intersection(files.names(workdir)):
+    place = workdir / name
+    if files.names(place) or place.is_file():
+      raise errors.UserError(
+          f"{place} is there, but no config.json of the run it is of. {other}"
+      )
+  return None
 
 
 def _begun(workdir: files.Path) -> bool:
   """Whether anything was trained there, or in a folder of one of its tasks."""
-  metrics = workdir / "metrics.jsonl"
-  with files.reading(workdir):
-    return bool(
-        files.exists(workdir / "results.json")
-        or (files.exists(metrics) and files.read(metrics))
-        or files.names(workdir / "checkpoints")
-        or (
-            files.exists(workdir / "config.json")
-            and any(_begun(c.parent) for c in workdir.glob("*/config.json"))
-        )
-    )
+  if not files.exists(workdir / "config.json"):
+    return False
+  return bool(
+      files.exists(workdir / "results.json")
+      or _metrics(workdir)
+      or files.names(workdir / "checkpoints")
+      or any(_begun(workdir / name) for name in files.names(workdir))
+  )
 
 
-def _check_same_run(old: Any, now: dict[str, Any], workdir: PathLike) -> None:
-  if not isinstance(old, dict):
-    raise errors.UserError(
-        f"{workdir}/config.json is no config; choose another --workdir."
-    )
+def _metrics(workdir: files.Path) -> bytes:
+  """Contents of metrics.jsonl; nothing if there is none."""
+  with contextlib.suppress(FileNotFoundError):
+    return files.read(workdir / "metrics.jsonl")
+  return b""
+
+
+def _check_same_run(
+    old: dict[str, Any], now: dict[str, Any], workdir: files.Path
+) -> None:
   changed = [
       f"{name} was {before!r}, is now {after!r}"
       for name, (before, after) in config_lib.differences(old, now).items()
@@ -165,7 +204,7 @@ class MetricsWriter:
     with files.writing(self._folder):
       if self._events is None:
         # Events cannot be cut at an epoch, but made again from what stayed.
-        files.remove(self._workdir / "tensorboard")
+        events_lib.remove(self._workdir / "tensorboard")
         self._events = events_lib.Events(self._folder)
         rows = self._rows
       self._events.write(rows)
@@ -196,12 +235,7 @@ class MetricsWriter:
 def read_metrics(workdir: PathLike) -> list[dict[str, Any]]:
   """All whole rows of a workdir's metrics.jsonl, in the order of writing."""
   rows = []
-  try:
-    content = files.read(files.path(workdir) / "metrics.jsonl")
-  except FileNotFoundError:
-    return rows
-  lines = content.splitlines(keepends=True)
-  for line in lines:
+  for line in _metrics(files.path(workdir)).splitlines(keepends=True):
     try:
       row = json.loads(line)
       if _line(row) != line or "phase" not in row:
@@ -218,7 +252,7 @@ def save_tuned(
   """Writes what was trained, as a folder that appears at once.
 
   Args:
-    directory: the folder; one that exists is replaced.
+    directory: the folder; an older one of this kind is replaced.
     variables: nested dict of arrays.
     info: what one must know to use them; JSON-able.
 
@@ -226,7 +260,7 @@ def save_tuned(
     Bytes of its files.
 
   Raises:
-    UserError: it cannot be written.
+    UserError: it cannot be written, or holds other files.
   """
   flat = flax.traverse_util.flatten_dict(variables, sep="/")
   arrays = {k: np.ascontiguousarray(v) for k, v in flat.items()}

@@ -93,7 +93,8 @@ def save(
   """Writes a folder with safetensors and `info.json`, nothing of the backbone.
 
   Args:
-    directory: appears at once, or is replaced at once.
+    directory: appears at once; an older one of this kind is replaced at once,
+      any other one a `UserError`.
     init: where the backbone came from, as `load_backbone` takes it.
     backbone: its settings are noted down.
     tuner: the same.

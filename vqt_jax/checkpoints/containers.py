@@ -110,7 +110,7 @@ def read_leaves(
     UserError: an array is damaged or holds Python objects.
   """
   if path.is_dir():
-    return _read_zarr(path, list(names))
+    return _read_zarr(path.resolve(), list(names))  # TensorStore takes no `..`.
   arrays = {}
   with _open_npz(path) as archive:
     for name in names:

@@ -8,6 +8,7 @@ import pathlib
 import jax
 import numpy as np
 
+from vqt_jax import files
 from vqt_jax import vit
 from vqt_jax.backbone import VALUE_RANGES
 from vqt_jax.backbone import Backbone
@@ -141,7 +142,7 @@ def read_config(
   place, subtree = sources.split_subtree(known.address if known else name)
   path = None
   if "://" not in place:
-    path = containers.resolve(pathlib.Path(place).expanduser())
+    path = containers.resolve(files.path(place))
   if path:
     shapes = containers.leaf_shapes(path)
     picked = layouts.select(shapes, subtree, name)
@@ -178,7 +179,7 @@ def read_config(
 
 def _published(name: str) -> public.PublicViT | None:
   """The public checkpoint of a name; what exists as a file is no name."""
-  if "://" in name or containers.resolve(pathlib.Path(name).expanduser()):
+  if "://" in name or containers.resolve(files.path(name)):
     return None
   key = public.find(name)
   return public.PUBLIC[key] if key else None
@@ -210,7 +211,7 @@ def _local_path(
 ) -> pathlib.Path:
   if "://" in place:
     return sources.fetch(place, cache_dir, progress)
-  if path := containers.resolve(pathlib.Path(place).expanduser()):
+  if path := containers.resolve(files.path(place)):
     return path
   close = public.nearest(place)
   raise UserError(

@@ -22,7 +22,7 @@ def split_subtree(source: str) -> tuple[str, str]:
   """`PLACE:img` -> (PLACE, "img"); minds other colons in addresses."""
   if os.path.exists(os.path.expanduser(source)):
     return source, ""
-  match = re.fullmatch(r"((?:\w+://[^/]+/)?[^:]+):(\w[\w/]*)", source)
+  match = re.fullmatch(r"((?:\w+://[^/]+/|(?!\w+://)).+):(\w[\w/]*)", source)
   return (match[1], match[2]) if match else (source, "")
 
 
@@ -52,7 +52,7 @@ def fetch(
         f"Cannot read {address}: expected a path, a public name, or an https://"
         " or gs:// address."
     )
-  cache = pathlib.Path(cache_dir).expanduser() if cache_dir else files.cache()
+  cache = files.path(cache_dir) if cache_dir else files.cache()
   host = "storage.googleapis.com/" if scheme == "gs" else ""
   parts = [urllib.parse.quote(part, " ") for part in f"{host}{rest}".split("/")]
   target = cache.joinpath(*(p for p in parts if p not in ("", ".", "..")))

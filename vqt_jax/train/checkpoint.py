@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 import contextlib
 import functools
+import glob
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import threading
 import time
 from typing import Any, TypeVar
 
+from etils import epath
 import jax
 import orbax.checkpoint as ocp
 
@@ -22,6 +24,19 @@ from vqt_jax import parallel
 SAVE_SECONDS = 120
 
 T = TypeVar("T")
+
+
+class _Literal(type(epath.Path("/"))):  # A class without a public name.
+  """A local folder whose own path is no pattern, as for `epath.Path` it is.
+
+  What is found in it is one as well.
+  """
+
+  _uri_scheme = None  # Nor is it a bucket if it begins with /gs or /s3.
+
+  def glob(self, pattern: str) -> Iterator["_Literal"]:
+    for name in glob.iglob(pattern, root_dir=self):
+      yield self / name
 
 
 class Checkpointer:
@@ -44,9 +59,19 @@ class Checkpointer:
         enable_async_checkpointing=True,
         async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS),
     )
+    place = self._directory
+    if not files.in_bucket(place):
+      place = _Literal(place)
     with self._writing():
       files.make_folder(self._directory)
-      self._manager = ocp.CheckpointManager(self._directory, options=options)
+      self._manager = ocp.CheckpointManager(place, options=options)
+    for number in self._manager.all_steps():
+      save = self._directory / str(number)
+      if not files.exists(save / "progress"):  # It would be the next to go.
+        raise errors.UserError(
+            f"{save} is no save of this program. Move it elsewhere, or choose"
+            " another --workdir."
+        )
 
   def due(self) -> bool:
     """Whether the last save is long ago, on this process."""

@@ -41,7 +41,7 @@ def folder(given: str) -> pathlib.Path:
     UserError: there is no place of our own.
   """
   if given:
-    return pathlib.Path(given).expanduser()
+    return files.path(given)
   return files.cache() / "features"
 
 
@@ -168,7 +168,7 @@ class File:
       with file:
         # All processes or none: of two runs each might lock what the other
         # waits for.
-        while parallel.any_process(not _lock(file)):
+        while parallel.any_process(not files.lock(file)):
           fcntl.flock(file, fcntl.LOCK_UN)
           time.sleep(random.uniform(0.5, 1.5))
         # Whoever had it may have made the whole file of it, or given up.
@@ -221,15 +221,6 @@ class File:
     for name, values in rows.items():
       records[name] = values.view(self._record[name].base)
     return records
-
-
-def _lock(file: BinaryIO) -> bool:
-  """Locks a file if nobody else has."""
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    return False
-  return True
 
 
 @contextlib.contextmanager

@@ -151,13 +151,15 @@ def read(workdir: files.Path) -> dict[str, Any]:
     UserError: it is damaged, or something else.
   """
   path = workdir / RESULTS
-  again = "Delete it, and the same command does the run again."
+  again = "the same command does the run again."
   try:
     results = results_lib.read_json(path)
   except errors.UserError as e:
-    raise errors.UserError(f"{e} {again}") from e
+    raise errors.UserError(f"{e} Delete it, and {again}") from e
   if not isinstance(results, dict) or "tested" not in results:
-    raise errors.UserError(f"{path} does not hold results of a run. {again}")
+    raise errors.UserError(
+        f"{path} does not hold results of a run. Move it elsewhere, and {again}"
+    )
   return results
 
 

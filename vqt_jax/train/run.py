@@ -56,17 +56,21 @@ def train(
   config = config_lib.resolve(config)
   console = console or console_lib.of_process()
   workdir = files.path(workdir)
-  with parallel.together():
-    if parallel.is_first():
-      results_lib.open_workdir(config, workdir)
-    finished = files.exists(workdir / outcome.RESULTS)
-  if parallel.any_process(finished):
+  with contextlib.ExitStack() as opened:
+    with parallel.together():
+      if parallel.is_first():
+        opened.enter_context(results_lib.open_workdir(config, workdir))
+      finished = files.exists(workdir / outcome.RESULTS)
+    if not parallel.any_process(finished):
+      return _train(config, workdir, console)
     with parallel.together():
       results = outcome.read(workdir)
     console.note("this run is finished already; it is not done again")
     outcome.show(console, workdir, results)
     return results
 
+
+def _train(config, workdir, console) -> dict[str, Any]:
   with checkpoint.StopSignal() as stop:
     started, peak = time.monotonic(), memory.Peak()
     with stop.at_once(), parallel.together():

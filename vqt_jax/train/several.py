@@ -5,6 +5,7 @@ stopped one is resumed.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+import contextlib
 from typing import Any
 
 import ml_collections
@@ -50,13 +51,18 @@ def train(
   config = config_lib.resolve(config)
   console = console or console_lib.of_process()
   workdir = files.path(workdir)
-  with checkpoint.StopSignal() as stop:
+  with checkpoint.StopSignal() as stop, contextlib.ExitStack() as opened:
     with stop.at_once():
       configs, told = look(config, workdir)
       done = finished(workdir, configs)
       with parallel.together():
         if parallel.is_first():
-          _open(config, configs, workdir)
+          # All of them, so that one of another config is found at once.
+          opened.enter_context(results_lib.open_workdir(config, workdir))
+          for name, its_config in configs.items():
+            opened.enter_context(
+                results_lib.open_workdir(its_config, workdir / name)
+            )
     if told:
       console.note(told, "missing")
     for number, (name, its_config) in enumerate(configs.items(), start=1):
@@ -68,8 +74,8 @@ def train(
         raise checkpoint.Stopped
       console.note(place, label)
       run_lib.train(its_config, workdir / name, console)
-  with parallel.together():
-    return sum_up(console, workdir, list(configs))
+    with parallel.together():
+      return sum_up(console, workdir, list(configs))
 
 
 def finished(workdir: files.Path, names: Iterable[str]) -> set[str]:
@@ -83,12 +89,3 @@ def outcomes(
 ) -> dict[str, dict[str, Any]]:
   """What came out of each run: the contents of its `results.json`."""
   return {name: outcome.read(workdir / name) for name in names}
-
-
-def _open(
-    config: ml_collections.ConfigDict, configs: Configs, workdir: files.Path
-) -> None:
-  """Opens all workdirs, so that one of another config is found at once."""
-  results_lib.open_workdir(config, workdir)
-  for name, its_config in configs.items():
-    results_lib.open_workdir(its_config, workdir / name)
