@@ -63,7 +63,9 @@ def main() -> None:
   figure.legend(loc="outside right upper", frameon=False, fontsize=9)
   figure.draw_without_rendering()
   sizes = [gib for _, _, gib, _ in found]
-  runs = [{"test_accuracy": {"mean": a, "std": 0}} for _, a, _, _ in found]
+  runs = [
+      {"test_accuracy": {"mean": a, "per_seed": {}}} for _, a, _, _ in found
+  ]
   compare_plot.number(ax, runs, sizes)
   figure.set_layout_engine("none")
   plots.save(figure, picture)

@@ -33,6 +33,7 @@ from rich import console as rich_console
 from rich import table as rich_table
 
 import vqt_jax
+from vqt_jax import accuracy
 from vqt_jax import cli
 from vqt_jax import config as config_lib
 from vqt_jax import console as console_lib
@@ -232,8 +233,7 @@ def show(config, clock, ours, theirs, results) -> None:
     test = each["test_accuracy"]
     seeds = ", ".join(test["per_seed"])
     out.print(
-        f"test accuracy, {name}: {test['mean']:.4f} +- {test['std']:.4f}"
-        f" (seeds {seeds})"
+        f"test accuracy, {name}: {accuracy.told(test)} % (seeds {seeds})"
     )
 
 

@@ -21,6 +21,7 @@ from rich import console as rich_console
 from rich import table as rich_table
 
 import vqt_jax
+from vqt_jax import accuracy
 from vqt_jax import cli
 from vqt_jax import config as config_lib
 from vqt_jax import console as console_lib
@@ -85,7 +86,7 @@ def main() -> None:
         str(size),
         f"{chosen['lr']:g}, {chosen['weight_decay']:g}",
         f"{100 * val:.1f}",
-        f"{100 * test['mean']:.2f} +- {100 * test['std']:.2f}",
+        accuracy.told(test),
         " ".join(f"{100 * a:.1f}" for a in test["per_seed"].values()),
     )
   rich_console.Console(width=110).print(table)

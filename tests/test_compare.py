@@ -17,6 +17,8 @@ from tests import test_all_tasks
 from vqt_jax import compare
 from vqt_jax import compare_plot
 from vqt_jax import config as config_lib
+from vqt_jax import console as console_lib
+from vqt_jax import data
 from vqt_jax import errors
 from vqt_jax import memory
 from vqt_jax import plots
@@ -34,9 +36,26 @@ def outcome(method="vqt", accuracy=0.9, peak=2**30, task="digits", queries=1):
       "method": method,
       "task": task,
       "backbone": "ViT-64x4/4 /folder/tiny.npz",
+      "weights": "a" * 64,
+      "image_size": [8, 12],
+      "value_range": "-1..1",
+      "resize": "bilinear",
+      "pool_type": "tok",
+      "gelu": "tanh",
+      "dtype": "float32",
+      "data": {
+          "dataset": f"{task}/1.0.0",
+          "num_classes": 10,
+          "sha256": "b" * 64,
+          "splits": {
+              split: {"slices": f"{split}[:1%]", "images": 1797}
+              for split in data.SPLITS
+          },
+      },
       "device": "1 x cpu",
       "num_queries": queries if "vqt" in method else 0,
-      "test_accuracy": {"mean": accuracy, "std": 0.01, "per_seed": seeds},
+      "test_accuracy": {"mean": accuracy, "std": 0.01, "per_seed": seeds,
+                        "images": 400},  # pyformat: disable
       "chosen": {"lr": 0.1, "weight_decay": 1e-4, "keep_fraction": 1.0},
       "search": {"runs": [{}] * 4},
       "trained_parameters": 12345,
@@ -98,14 +117,21 @@ def test_methods_are_compared(material, tmp_path, monkeypatch, capfd):
     assert float(row["epoch_seconds"]) == own["seconds"]["epoch"] > 0
     assert int(row["settings"]) == 2
 
-  # One more method joins those that are finished; other changes do not.
+  # One more method joins those that are finished; other changes do not, but of
+  # what only other methods use.
   before = runs.files(workdir / "vqt")
-  status, said = started(material, workdir, capfd, methods="vqt,linear")
+  status, said = started(
+      material, workdir, capfd, methods="vqt,linear", rank=2
+  )
   assert status == 0 and said[:2] == [
       "method   1 of 2: vqt is finished already",
       "method   2 of 2: linear is finished already",
   ]
   assert runs.files(workdir / "vqt") == before
+  status, said = started(material, workdir, capfd, methods=names, rank=2)
+  assert status == 2 and len(said) == 1
+  lora = workdir / "lora"
+  assert f"{lora} holds a run of another config: rank was" in said[0]
   status, said = started(material, workdir, capfd, methods=names, epochs=4)
   assert status == 2 and len(said) == 1
   assert f"{workdir} holds a run of another config: epochs was 3" in said[0]
@@ -215,6 +241,7 @@ def test_the_mark_of_an_earlier_run_is_not_taken_for_this_ones(monkeypatch):
 def test_table_and_file(tmp_path, capsys):
   old = outcome("lora", 0.7)  # Of a program that did not measure.
   del old["memory"], old["tuned_bytes"], old["seconds"]["epoch"]
+  del old["data"], old["weights"], old["test_accuracy"]["images"]
   for name, found in {"a": outcome(), "b": old}.items():
     (tmp_path / name).mkdir()
     (tmp_path / name / "results.json").write_text(json.dumps(found))
@@ -229,7 +256,57 @@ def test_table_and_file(tmp_path, capsys):
   lines = capsys.readouterr().err.splitlines()
   assert lines[0].split()[:3] == ["digits", "test", "accuracy"]
   assert lines[1].split()[:4] == ["lora", "70.00", "+-", "1.00"]
-  assert lines[1].count("unknown") == 5
+  assert lines[1].count("unknown") == 6
+  assert lines[2].startswith("results")  # A single run differs from nothing.
+
+
+def test_one_seed_has_no_deviation(capsys):
+  found = outcome(accuracy=0.7)
+  found["test_accuracy"] |= {"per_seed": {"7": 0.7}, "std": 0.0}
+  summary = compare.summarize({"a": found})
+  compare.show(console_lib.Console(), summary)
+  _, line = capsys.readouterr().err.splitlines()
+  assert line.split()[:7] == ["vqt,", "T=1", "70.00", "%", "65.3", "to", "74.3"]
+  (row,) = read_csv(compare.to_csv(summary))
+  assert (row["std_percent"], row["accuracy_percent"]) == ("", "70.00")
+  assert row["interval_low_percent"] == "65.34"
+  assert row["interval_high_percent"] == "74.30"
+
+
+def test_what_runs_do_not_have_in_common_is_said(capsys):
+  same, other, old = outcome(), outcome("lora", 0.8), outcome("linear", 0.7)
+  summary = compare.summarize({"a": same, "b": other})
+  assert summary["differences"] == {}
+  assert compare.differences_told(summary) == ""
+  other["image_size"], other["dtype"] = [16, 16], "bfloat16"
+  other["backbone"] = "ViT-64x4/4 /elsewhere/tiny.npz"  # The same weights.
+  other["data"]["splits"]["test"]["slices"] = "test[:200]"
+  del old["data"], old["dtype"], old["weights"]  # Of an earlier program.
+  summary = compare.summarize({"a": same, "b": other, "c": old})
+  compare.show(console_lib.Console(), summary)
+  *_, said = capsys.readouterr().err.splitlines()
+  assert said == (
+      "differ   not the same in all runs: backbone ViT-64x4/4 /folder/tiny.npz"
+      " (a, c), ViT-64x4/4 /elsewhere/tiny.npz (b); image size 8x12 (a, c), 16x16"
+      " (b); dtype float32 (a), bfloat16 (b), unknown (c); test split test[:1%],"
+      " 1,797 images (a), test[:200], 1,797 images (b), unknown (c); not known"
+      " of c: weights, dataset, classes, contents of the dataset, train split,"
+      " val split, trainval split"
+  )
+  rows = read_csv(compare.to_csv(summary))
+  assert [row["image_size"] for row in rows] == ["8x12", "16x16", "8x12"]
+  assert [row["dtype"] for row in rows] == ["float32", "bfloat16", ""]
+  assert [row["dataset"] for row in rows] == ["digits/1.0.0"] * 2 + [""]
+  assert rows[0]["test_split"] == "test[:1%], 1,797 images"
+  assert (rows[0]["weights"], rows[2]["weights"]) == ("a" * 64, "")
+  # Of two files that are called alike the weights tell.
+  other = outcome() | {"weights": "c" * 64}
+  told = compare.differences_told(compare.summarize({"a": same, "b": other}))
+  where = "of ViT-64x4/4 /folder/tiny.npz"
+  assert told == (
+      f"not the same in all runs: weights aaaaaaaa {where} (a), cccccccc"
+      f" {where} (b)"
+  )
 
 
 def test_runs_of_one_method_are_told_apart():

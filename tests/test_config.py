@@ -6,14 +6,18 @@ import importlib.util
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import helpers
 import vqt_jax
 from vqt_jax import checks
 from vqt_jax import config as config_lib
 from vqt_jax import errors
+from vqt_jax import tuner as tuner_lib
+from vqt_jax import vit
 from vqt_jax.data import vtab
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -342,6 +346,40 @@ def test_digits_needs_no_folder():
   config = load("digits").get_config("method=linear")
   assert (config.task, config.method) == ("digits", "linear")
   assert pathlib.Path(config.init).is_absolute()
+
+
+@pytest.mark.parametrize("method", [*tuner_lib.METHODS, *tuner_lib.PAIRS])
+def test_a_method_computes_with_the_fields_it_uses_and_no_others(method):
+  changes = {
+      "num_queries": 3, "combine": "mean", "normalize": False,
+      "target_size": 32, "num_prompts": 3, "bottleneck": 3, "rank": 3,
+      "alpha": 3.0, "last_blocks": 2,
+  }  # fmt: skip
+  assert set(changes) <= set(config_lib.USED_BY)
+  images = jax.ShapeDtypeStruct((2, 12, 12, 3), jnp.float32)
+
+  def computes(**changed):
+    """The program from images to logits, as text."""
+    config = config_lib.default_config()
+    config.update({"method": method, "num_queries": 2, **changed})
+    tuner = tuner_lib.make_tuner(
+        method, helpers.tiny_config(), 5, **config_lib.of_tuner(config)
+    )
+    params = vit.param_shapes(tuner.config)
+
+    def forward(params, images):
+      variables = tuner.init(jax.random.key(0), params) | {"backbone": params}
+      stream = tuner.stream(variables, images)
+      return tuner(variables, stream.tokens, stream.final).logits
+
+    return str(jax.make_jaxpr(forward)(params, images))
+
+  used = {n: x for n, x in changes.items() if config_lib.uses(method, n)}
+  others = {n: x for n, x in changes.items() if n not in used}
+  plain = computes()
+  assert computes(**others) == plain
+  for name, value in used.items():
+    assert computes(**{name: value}) != plain, name
 
 
 def test_json_and_differences():

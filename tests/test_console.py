@@ -69,11 +69,11 @@ def test_a_pipe_gets_plain_lines_now_and_then(clock):
   train(console_lib.Console(stream), clock, seconds=1.0)
   assert "\x1b" not in stream.getvalue() and "\r" not in stream.getvalue()
   lines = stream.getvalue().splitlines()
-  assert lines[0] == (
-      "sweep    epoch  10/100  loss 0.500  accuracy 61.5 %  3,120 images/s"
-      "  01:30 left"
+  assert lines[0] == (  # As soon as anything is known.
+      "sweep    epoch   5/100  loss 0.500  accuracy 61.5 %  3,120 images/s"
+      "  01:35 left"
   )
-  assert len(lines) == 10  # At 10, 20, ..., 90 %, and the last.
+  assert len(lines) == 11  # At 5, 15, ..., 95 %, and the last.
   assert lines[-1] == "sweep    20 settings  best val 61.5 %  0:01:40"
 
 
@@ -87,6 +87,26 @@ def test_a_slow_phase_on_a_pipe_shows_life_every_minute(clock):
   stream = io.StringIO()
   train(console_lib.Console(stream), clock, seconds=30.0)
   assert len(stream.getvalue().splitlines()) == 50
+
+
+def test_a_phase_of_many_units_says_soon_how_long_it_will_take(clock):
+  stream = io.StringIO()
+  train(console_lib.Console(stream), clock, seconds=4.0, epochs=1000)
+  first, second, *_ = stream.getvalue().splitlines()
+  assert "epoch     2/1,000" in first and first.endswith("1:06:32 left")
+  assert "epoch    17/1,000" in second  # A minute later.
+
+
+def test_the_speed_of_a_phase_is_that_after_its_first_update(clock):
+  phase = console_lib.Console(io.StringIO()).phase("extract", 100, "image")
+  with phase as line:
+    assert line.measured() is None
+    clock.now += 9  # Compiles.
+    line.update(10)
+    assert line.measured() == (0.0, 0.9)
+    clock.now += 4
+    line.update(30)
+    assert line.measured() == (9.0, 0.2)
 
 
 def test_nothing_is_said_of_a_phase_that_fails(clock):

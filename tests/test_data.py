@@ -99,6 +99,25 @@ def test_tensorflow_sees_no_accelerator(task):
   assert {d.device_type for d in tf.config.get_visible_devices()} == {"CPU"}
 
 
+def test_an_identity_is_that_of_every_copy(task, data_dir, tmp_path):
+  found = data.identity(task)
+  assert found["dataset"].startswith("numbered/") and found["num_classes"] == 7
+  assert found["splits"]["val"] == {"slices": "train[:5]", "images": 5}
+  assert list(found["splits"]) == list(data.SPLITS)
+  copy = tmp_path / "copy"
+  shutil.copytree(data_dir, copy, copy_function=shutil.copy)  # Of now.
+  again = dataclasses.replace(task, data_dir=str(copy))
+  assert data.identity(again) == found
+  (info,) = copy.rglob("dataset_info.json")
+  text = info.read_text()
+  assert '"numBytes": "' in text
+  info.write_text(text.replace('"numBytes": "', '"numBytes": "1', 1))
+  assert data.identity(again) == found | {
+      "sha256": data.identity(again)["sha256"]
+  }
+  assert data.identity(again)["sha256"] != found["sha256"]
+
+
 # Tasks by name.
 
 

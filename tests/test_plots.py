@@ -5,6 +5,7 @@ import pytest
 
 from tests import helpers
 from tests import test_vtab_summary
+from vqt_jax import accuracy as accuracy_lib
 from vqt_jax import errors
 from vqt_jax import plots
 from vqt_jax import vtab_summary
@@ -17,7 +18,6 @@ def outcome(
 ):  # fmt: skip
   """Contents of a `results.json`."""
   accuracy = np.linspace(0.8, 0.9, seeds)
-  names = [str(s) for s in range(seeds)]
   runs = [
       {"lr": 0.1 * (1 + i % 2), "weight_decay": 0.01 * (i // 2), "seed": 1}
       for i in range(settings)
@@ -28,12 +28,7 @@ def outcome(
       "val_accuracy": np.linspace(0.5, 0.6, settings).tolist(),
       "diverged": [0],
   }
-  test = {
-      "mean": float(accuracy.mean()),
-      "std": float(accuracy.std(ddof=1)) if seeds > 1 else 0.0,
-      "per_seed": dict(zip(names, accuracy.tolist())),
-      "images": 797,
-  }
+  test = accuracy_lib.summary(range(seeds), accuracy.tolist(), 797)
   tested = ["all"] + ["selected"] * selected
   tested += ["best_" + name for name in tested] * best
   return {

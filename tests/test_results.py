@@ -314,6 +314,34 @@ def test_paths_that_people_write(tmp_path, monkeypatch):
       files.path(place)
 
 
+@pytest.mark.parametrize(
+    "method, ignored, decides",
+    [
+        ("linear", "num_queries", "epochs"),
+        ("vqt", "rank", "num_queries"),
+        ("lora", "best.normalize", "rank"),
+        ("vqt+lora", "target_size", "query_dropout"),
+        ("", "num_prompts", "keep_fraction"),  # Of several methods.
+    ],
+)
+def test_fields_that_a_method_does_not_use_may_change(
+    method, ignored, decides, tmp_path
+):
+  config = config_lib.default_config()
+  config.method = method
+  opened(config, tmp_path)
+  (tmp_path / "metrics.jsonl").write_text("{}\n")
+  changes = {"best.normalize": (True,), "query_dropout": 0.5,
+             "keep_fraction": (0.5,)}  # pyformat: disable
+  config.update_from_flattened_dict({ignored: changes.get(ignored, 7)})
+  assert opened(config, tmp_path)
+  config.update_from_flattened_dict({decides: changes.get(decides, 7)})
+  with pytest.raises(errors.UserError) as caught:
+    opened(config, tmp_path)
+  assert f"{decides} was" in str(caught.value)
+  assert f"{ignored} was" not in str(caught.value)
+
+
 def test_a_workdir_of_all_tasks_is_begun_with_one_of_them(tmp_path):
   config = config_lib.default_config()
   opened(config, tmp_path)

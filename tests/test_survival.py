@@ -150,7 +150,7 @@ def test_nobody_waits_for_steps_just_started(monkeypatch, several):
     loop.train_phase(
         phase, None, None, None, {}, loop.Progress(), due=due, stop=stop,
         save=lambda state: saves.append(len(calls)),
-        report=lambda *args: None,
+        report=lambda *args: None, timed=lambda *args: None,
     )  # fmt: skip
   if several:
     assert saves == [2, 4] and heard == [(0, 1), (1, 2), (2, 3), (3, 4)]

@@ -143,8 +143,10 @@ def test_csv_has_ours_then_theirs():
   assert ours["kitti"] == {
       "source": "ours", "method": "vqt", "backbone": "ViT-64x4/4 tiny.npz",
       "task": "kitti", "group": "structured", "accuracy_percent": "53.00",
-      "std_percent": "1.41", "seeds": "2", "tasks": "1", "num_queries": "1",
-      "trained_parameters": "12345", "training_seconds": "2",
+      "std_percent": "1.41", "interval_low_percent": "35.84",
+      "interval_high_percent": "69.48", "seeds": "2", "tasks": "1",
+      "num_queries": "1", "trained_parameters": "12345",
+      "training_seconds": "2",
   }  # fmt: skip
   assert ours["mean of tasks"]["accuracy_percent"] == "52.00"
   assert ours["mean of tasks"]["tasks"] == "2"
@@ -166,7 +168,8 @@ def test_the_table_on_the_screen(method):
   lines = [line.split() for line in stream.getvalue().splitlines()]
   queries = ["1"] if method == "vqt" else []
   assert [
-      "caltech101", "51.00", "+-", "1.41", "%", *queries, "12,345", "2"
+      "caltech101", "51.00", "+-", "1.41", "%", "34.0", "to", "67.7", *queries,
+      "12,345", "2",
   ] in lines  # fmt: skip
   assert ["sun397", "not", "prepared"] in lines
   assert [method, "52.00", "52.00", "52.00"] in lines

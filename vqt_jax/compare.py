@@ -8,6 +8,7 @@ and, where it was installed with pip, `vqt-jax compare` with the same arguments.
 
 --output FOLDER  where they are written; default: the current folder
 
+It says in what the runs differ beside their methods: images, backbone, data.
 Of each VQT run it also draws what the queries attend to,
 `attention_<run>.png`.
 """
@@ -21,9 +22,11 @@ from typing import Any
 
 from absl import flags
 
+from vqt_jax import accuracy as accuracy_lib
 from vqt_jax import attention
 from vqt_jax import compare_plot
 from vqt_jax import console as console_lib
+from vqt_jax import data
 from vqt_jax import errors
 from vqt_jax import files
 from vqt_jax import results as results_lib
@@ -34,11 +37,29 @@ ABOUT = ("task", "backbone", "device")
 FIELDS = ("method", *ABOUT, "num_queries", "test_accuracy", "chosen", "search",
           "batch_size", "trained_parameters", "memory", "seconds",
           "tuned_bytes")  # pyformat: disable
+# What runs of a fair comparison have in common: columns, and their names.
+SETUP = {
+    "image_size": "image size",
+    "value_range": "value range",
+    "resize": "resize",
+    "weights": "weights",
+    "pool_type": "pooling",
+    "gelu": "GELU",
+    "dtype": "dtype",
+    "dataset": "dataset",
+    "num_classes": "classes",
+    "data_sha256": "contents of the dataset",
+    **{f"{split}_split": f"{split} split" for split in data.SPLITS},
+}
+UNKNOWN = "unknown"
+SHORT = 8  # Characters of a digest on the screen.
 COLUMNS = (
-    "run", "task", "method", "accuracy_percent", "std_percent", "seeds",
+    "run", "task", "method", "accuracy_percent", "std_percent",
+    "interval_low_percent", "interval_high_percent", "seeds",
     "trained_parameters", "peak_bytes", "step_bytes", "side_by_side",
     "epoch_seconds", "training_seconds", "tuned_bytes", "settings", "lr",
     "batch_size", "weight_decay", "keep_fraction", "num_queries", "backbone",
+    *SETUP,
     "device",
 )  # fmt: skip
 
@@ -51,8 +72,9 @@ def summarize(outcomes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
   Returns:
     `task`, `backbone` and `device` (of all, with commas between different
-    ones), and `runs`: name -> what a table needs of it; `details` tells it from
-    others of its method.
+    ones); `differences`: what of `SETUP` differs, as value -> names of runs,
+    "unknown" where an older program left it out; and `runs`: name -> what a
+    table needs of it; `details` tells it from others of its method.
   """
   runs = {name: _entry(results) for name, results in outcomes.items()}
   about = {
@@ -62,8 +84,53 @@ def summarize(outcomes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
   for name, run in runs.items():
     run["details"] = _details(name, runs)
   rank = lambda name: -runs[name]["test_accuracy"]["mean"]
-  ranked = sorted(runs, key=rank)
-  return {**about, "runs": {name: runs[name] for name in ranked}}
+  runs = {name: runs[name] for name in sorted(runs, key=rank)}
+  return {**about, "differences": _differences(runs), "runs": runs}
+
+
+def _differences(
+    runs: Mapping[str, Mapping[str, Any]],
+) -> dict[str, dict[str, list[str]]]:
+  setups = {name: run["setup"] for name, run in runs.items()}
+  titles = dict(SETUP)
+  if any(setup["weights"] is None for setup in setups.values()):
+    # Else these tell more: the same ones may lie in two places.
+    titles = {"backbone": "backbone", **titles}
+    setups = {n: {**s, "backbone": runs[n]["backbone"]}
+              for n, s in setups.items()}  # fmt: skip
+  found = {}
+  for column, title in titles.items():
+    groups = {}
+    for name, setup in setups.items():
+      groups.setdefault(setup[column], []).append(name)
+    if len(groups) > 1:
+      found[title] = {
+          _shown(column, value, runs[names[0]]): names
+          for value, names in groups.items()
+      }
+  return found
+
+
+def _shown(column: str, value: str | None, run: Mapping[str, Any]) -> str:
+  if value is None:
+    return UNKNOWN
+  if column == "weights":
+    return f"{value[:SHORT]} of {run['backbone']}"
+  return value[:SHORT] if column == "data_sha256" else value
+
+
+def differences_told(summary: Mapping[str, Any]) -> str:
+  """One sentence; "" if runs differ in nothing but their methods."""
+  differ, unknown = [], {}
+  for title, groups in summary["differences"].items():
+    if len(groups.keys() - {UNKNOWN}) > 1:
+      each = [f"{value} ({', '.join(of)})" for value, of in groups.items()]
+      differ.append(f"{title} {', '.join(each)}")
+    else:
+      unknown.setdefault(", ".join(groups[UNKNOWN]), []).append(title)
+  told = ["not the same in all runs: " + "; ".join(differ)] if differ else []
+  told += [f"not known of {of}: {', '.join(x)}" for of, x in unknown.items()]
+  return "; ".join(told)
 
 
 def _details(name: str, runs: Mapping[str, Mapping[str, Any]]) -> str:
@@ -83,6 +150,7 @@ def _entry(results: Mapping[str, Any]) -> dict[str, Any]:
   memory = entry.pop("memory") or {}
   return {
       **entry,
+      "setup": _setup(results),
       "settings": len(search["runs"]) if search else 1,
       **{
           key: memory.get(key)
@@ -91,6 +159,26 @@ def _entry(results: Mapping[str, Any]) -> dict[str, Any]:
       "epoch_seconds": entry.pop("seconds").get("epoch"),
       "training_seconds": results["seconds"]["training"],
   }
+
+
+def _setup(results: Mapping[str, Any]) -> dict[str, str | None]:
+  """Values of `SETUP`; None of what an older program left out."""
+  examples = results.get("data", {})
+  splits = {
+      f"{name}_split": f"{split['slices']}, {split['images']:,} images"
+      for name, split in examples.get("splits", {}).items()
+  }
+  size = results.get("image_size")
+  values = {
+      **results,
+      **splits,
+      "image_size": size and "x".join(map(str, size)),
+      "dataset": examples.get("dataset"),
+      "num_classes": examples.get("num_classes"),
+      "data_sha256": examples.get("sha256"),
+  }
+  values = {column: values.get(column) for column in SETUP}
+  return {column: x if x is None else str(x) for column, x in values.items()}
 
 
 def to_csv(summary: Mapping[str, Any]) -> str:
@@ -106,21 +194,22 @@ def to_csv(summary: Mapping[str, Any]) -> str:
         "run": name,
         **run["chosen"],
         **run,
-        "accuracy_percent": f"{100 * test['mean']:.2f}",
-        "std_percent": f"{100 * test['std']:.2f}",
+        **run["setup"],
+        **accuracy_lib.columns(test),
         "seeds": len(test["per_seed"]),
     })
   return file.getvalue()
 
 
 def show(console: console_lib.Console, summary: Mapping[str, Any]) -> None:
-  """Prints a row per run, the most accurate first."""
+  """Prints a row per run, the most accurate first, and in what they differ."""
   rows = []
   for run in summary["runs"].values():
     test = run["test_accuracy"]
     rows.append([
         run["method"] + run["details"],
-        f"{100 * test['mean']:.2f} +- {100 * test['std']:.2f} %",
+        f"{accuracy_lib.told(test)} %",
+        accuracy_lib.told_bounds(test) or UNKNOWN,
         f"{run['trained_parameters']:,}",
         _told(run["tuned_bytes"], places.size),
         _told(run["peak_bytes"], places.size),
@@ -129,14 +218,16 @@ def show(console: console_lib.Console, summary: Mapping[str, Any]) -> None:
         _told(run["epoch_seconds"], "{:.3g}".format),
     ])
   columns = [
-      summary["task"], "test accuracy", "trained", "tuned/", "peak memory",
-      "of a step", "of runs", "s / epoch, run",
+      summary["task"], "test accuracy", "95 % interval", "trained", "tuned/",
+      "peak memory", "of a step", "of runs", "s / epoch, run",
   ]  # fmt: skip
   console.table("", columns, rows)
+  if told := differences_told(summary):
+    console.note(told, "differ")
 
 
 def _told(value: Any, write: Any) -> str:
-  return "unknown" if value is None else write(value)
+  return UNKNOWN if value is None else write(value)
 
 
 def write(

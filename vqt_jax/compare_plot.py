@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vqt_jax import accuracy as accuracy_lib
 from vqt_jax import plots
 from vqt_jax import readers
 from vqt_jax.figures import matplotlib
@@ -54,18 +55,20 @@ def kind(method: str) -> str:
 
 
 def _ranking(ax: Any, runs: Sequence[Mapping[str, Any]]) -> None:
-  """A row per run: its number and name, every seed, mean and deviation."""
+  """A row per run: its name, every seed, mean, deviation, and interval."""
   names = []
   for y, run in enumerate(runs):
     colour, mark, test = *_look(run), run["test_accuracy"]
     seeds = list(test["per_seed"].values())
     ax.plot(seeds, [y] * len(seeds), "o", color=colour, alpha=0.3, ms=4)
+    if bounds := accuracy_lib.bounds(test):
+      ax.hlines(y, *bounds, color=colour, alpha=0.25, lw=7)
     ax.errorbar(
-        test["mean"], y, xerr=test["std"], fmt=mark, color=colour, ms=6,
-        capsize=3, markeredgecolor="white", zorder=3,
+        test["mean"], y, xerr=accuracy_lib.spread(test), fmt=mark, color=colour,
+        ms=6, capsize=3, markeredgecolor="white", zorder=3,
     )  # fmt: skip
     ax.annotate(
-        f"{100 * test['mean']:.1f} ± {100 * test['std']:.1f}", (1, y), (6, 0),
+        accuracy_lib.told(test, 1, "±"), (1, y), (6, 0),
         xycoords=("axes fraction", "data"), textcoords="offset points",
         va="center", color=plots.INK, fontsize=9, annotation_clip=False,
     )  # fmt: skip
@@ -92,8 +95,8 @@ def _against(
       continue
     colour, mark, test = *_look(run), run["test_accuracy"]
     ax.errorbar(
-        value, test["mean"], yerr=test["std"], fmt=mark, color=colour, ms=7,
-        elinewidth=0.9, markeredgecolor="white", zorder=3,
+        value, test["mean"], yerr=accuracy_lib.spread(test), fmt=mark,
+        color=colour, ms=7, elinewidth=0.9, markeredgecolor="white", zorder=3,
     )  # fmt: skip
   known = [value for value in values if value]
   ax.set_xscale("log")
@@ -149,7 +152,8 @@ def number(
     if value:
       test = run["test_accuracy"]
       at = points[number] = place((value, test["mean"]))
-      bar = place((value, test["mean"] + test["std"]))[1] - at[1]
+      std = accuracy_lib.spread(test) or 0.0
+      bar = place((value, test["mean"] + std))[1] - at[1]
       taken += [_box(at, 5 * dot, 5 * dot), _box(at, dot, bar)]
   for number, at in points.items():
     half = (3.2 * len(str(number)) * dot, 4.5 * dot)
@@ -198,11 +202,13 @@ def _words(
       else f"{summary['task']}\n\n",
       x=0.01, ha="left", fontsize=14, fontweight="bold", color=plots.INK,
   )  # fmt: skip
-  seeds = max(len(run["test_accuracy"]["per_seed"]) for run in runs)
+  seeds = accuracy_lib.over_seeds([run["test_accuracy"] for run in runs])
+  differ = ", ".join(summary["differences"])
   figure.text(
       0.01, 1 - 0.42 / figure.get_figheight(),
-      f"{_backbones(summary)}   mean and standard deviation over {seeds} seeds"
-      f"   {summary['device']}",
+      f"{_backbones(summary)}   {seeds} (bands: 95 % intervals)"
+      f"   {summary['device']}"
+      + (f"   not all alike in: {differ}" if differ else ""),
       color=plots.FAINT, va="top",
   )  # fmt: skip
   there = {kind(run["method"]) for run in runs}

@@ -189,11 +189,28 @@ def default_config() -> Config:
 # What `data.make_task` takes besides the task's name.
 TASK_FIELDS = ("data_dir", "splits", "image_key", "label_key", "num_classes")
 
-# What `make_tuner` takes for a reader.
-OF_READERS = {
-    "vqt": ("num_queries", "normalize", "combine"),
-    "head2toe": ("normalize", "target_size"),
+# Fields that not every method looks at, and the readers and editors that do.
+USED_BY = {
+    "num_queries": ("vqt",),
+    "query_dropout": ("vqt",),
+    "combine": ("vqt",),
+    "normalize": ("vqt", "head2toe"),
+    "target_size": ("head2toe",),
+    "num_prompts": ("vpt_shallow", "vpt_deep"),
+    "bottleneck": ("adapter", "adaptformer"),
+    "rank": ("lora",),
+    "alpha": ("lora",),
+    "last_blocks": ("partial",),
+    "editor_rate": tuple(editors.EDITORS),
+    "remat": tuple(editors.EDITORS),
+    "best.num_queries": ("vqt",),
+    "best.query_dropout": ("vqt",),
+    "best.normalize": ("vqt",),
+    "best.keep_fractions": ("vqt", "head2toe"),
+    **{f"reader_lr.{name}": (name,) for name in readers.READERS},
 }
+# Those that `make_tuner` takes for a reader.
+OF_READERS = ("num_queries", "normalize", "combine", "target_size")
 
 # What the authors' program does otherwise than the defaults above, and the
 # fields in which the defaults are already theirs.
@@ -379,9 +396,22 @@ def of_tuner(config: Config) -> dict[str, Any]:
   options = {
       "options": editors.Options(**{name: config[name] for name in sizes})
   }
-  reader, _ = tuner_lib.parse(config.method)
-  named = OF_READERS.get(reader, ())
+  named = [name for name in OF_READERS if uses(config.method, name)]
   return options | {name: config[name] for name in named}
+
+
+def uses(method: str, field: str) -> bool:
+  """Whether a method's outcome may depend on a field.
+
+  Args:
+    method: as `tuner.parse` takes it, or "" for several, each of which has a
+      config of its own.
+    field: e.g. "num_queries" or "best.folds".
+  """
+  if field not in USED_BY:
+    return True
+  parts = tuner_lib.parse(method) if method else ()
+  return any(part in USED_BY[field] for part in parts)
 
 
 def _follow_authors(config: Config) -> None:

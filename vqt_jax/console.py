@@ -170,6 +170,19 @@ class Phase:
     if not self._console.live and done < self._total:
       self._plain(now)
 
+  def measured(self) -> tuple[float, float] | None:
+    """Seconds until the first update, and of each unit that came after it.
+
+    With one update alone its units are all that is known. None without any.
+    """
+    if not self._first:
+      return None
+    done, when = self._first
+    start = when - self._start
+    if self.done == done:
+      return 0.0, start / max(done, 1)
+    return start, (time.monotonic() - when) / (self.done - done)
+
   def last_line(self) -> str:
     """The line that stays."""
     shown = [self.summary] if self.summary else self.shown
@@ -211,10 +224,14 @@ class Phase:
     yield line
 
   def _plain(self, now: float) -> None:
-    """A line now and then: after 10 % and `interval`, or after a minute."""
+    """A line now and then: after 10 % and `interval`, or after a minute.
+
+    The first comes as soon as there is a speed, that is, also the time left.
+    """
     done, when = self._printed
     quiet = now - when
     far = self.done - done >= self._total / 10
+    far |= not done and bool(self._left())
     if (far and quiet >= self._console.interval) or quiet >= 60:
       self._printed = (self.done, now)
       parts = [self._progress(), *self.shown, self._left()]
@@ -232,8 +249,7 @@ class Phase:
     """Time left, judged by the speed since the first update; "" if unknown."""
     if not self._first or self.done <= self._first[0]:
       return ""
-    done, when = self._first
-    pace = (time.monotonic() - when) / (self.done - done)
+    _, pace = self.measured()
     left = _duration(pace * (self._total - self.done))
     return f"{left.removeprefix('0:')} left"
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from vqt_jax import accuracy as accuracy_lib
 from vqt_jax import files
 from vqt_jax import published
 from vqt_jax import vtab_summary
@@ -70,8 +71,7 @@ def report(results: dict[str, Any], path: str | os.PathLike) -> None:
   test = results["test_accuracy"]
   figure.suptitle(
       f"{_name(results)} on {results['task']}:"
-      f" {100 * test['mean']:.1f} ± {100 * test['std']:.1f} %"
-      f"\n",
+      f" {accuracy_lib.told(test, 1, '±')} %\n",
       x=0.01,
       ha="left",
       fontsize=14,
@@ -81,8 +81,10 @@ def report(results: dict[str, Any], path: str | os.PathLike) -> None:
   figure.text(
       0.01,
       1 - 0.075 / rows,
-      f"{results['backbone']}   {results['trained_parameters']:,} trained"
-      f" parameters   {results['device']}",
+      f"95 % interval of {test['images']:,} images:"
+      f" {accuracy_lib.told_bounds(test)}   {results['backbone']}"
+      f"   {results['trained_parameters']:,} trained parameters"
+      f"   {results['device']}",
       color=FAINT,
       va="top",
   )
@@ -164,8 +166,9 @@ def _columns(
       )  # fmt: skip
       continue
     mean = ours[name]["mean"]
+    std = accuracy_lib.spread(ours[name]) if "std" in ours[name] else None
     ax.errorbar(
-        i, mean, yerr=ours[name].get("std"), fmt="o", color=COLOURS[0],
+        i, mean, yerr=std, fmt="o", color=COLOURS[0],
         markersize=9, markeredgecolor="white", capsize=4, linewidth=1.5,
         zorder=4,
     )  # fmt: skip
@@ -201,12 +204,11 @@ def _vtab_words(figure: Any, ax: Any, summary: dict[str, Any]) -> None:
       + "\n",
       x=0.01, ha="left", fontsize=14, fontweight="bold", color=INK,
   )  # fmt: skip
-  seeds = {len(t["test_accuracy"]["per_seed"]) for t in
-           summary["tasks"].values()}  # pyformat: disable
+  tests = [task["test_accuracy"] for task in summary["tasks"].values()]
   figure.text(
       0.01, 0.945,
-      f"{summary['backbone']}   mean and standard deviation over"
-      f" {max(seeds)} seeds   protocol: {summary['protocol']}",
+      f"{summary['backbone']}   {accuracy_lib.over_seeds(tests)}"
+      f"   protocol: {summary['protocol']}",
       color=FAINT, va="top",
   )  # fmt: skip
   handles = [
@@ -355,9 +357,10 @@ def _test(ax: Any, results: dict[str, Any]) -> None:
   test = results["test_accuracy"]
   values = list(test["per_seed"].values())
   x = np.arange(len(values))
+  std = accuracy_lib.spread(test) or 0.0
   ax.axhspan(
-      test["mean"] - test["std"], test["mean"] + test["std"],
-      color=COLOURS[0], alpha=0.12, linewidth=0,
+      test["mean"] - std, test["mean"] + std, color=COLOURS[0], alpha=0.12,
+      linewidth=0,
   )  # fmt: skip
   ax.axhline(test["mean"], color=COLOURS[0], linewidth=1.5)
   ax.plot(x, values, "o", color=COLOURS[0], markersize=8)
@@ -369,7 +372,7 @@ def _test(ax: Any, results: dict[str, Any]) -> None:
         va="bottom" if above else "top",
     )  # fmt: skip
   ax.set_xticks(x, test["per_seed"])
-  spread = max(np.ptp(values), 2 * test["std"], 0.01)
+  spread = max(np.ptp(values), 2 * std, 0.01)
   middle = test["mean"]
   ax.set_ylim(middle - 1.3 * spread, min(middle + 1.3 * spread, 1.01))
   ax.set_xlim(-0.6, len(values) - 0.4)
@@ -503,13 +506,12 @@ def _seeds(ax: Any, result: dict[str, Any], y: float, colour: str) -> None:
   values = list(test["per_seed"].values())
   ax.plot(values, [y + 0.16] * len(values), "o", color=colour, alpha=0.45)
   ax.errorbar(
-      test["mean"], y - 0.08, xerr=test["std"], fmt="D", color=colour,
-      capsize=4, markersize=7, linewidth=2,
+      test["mean"], y - 0.08, xerr=accuracy_lib.spread(test), fmt="D",
+      color=colour, capsize=4, markersize=7, linewidth=2,
   )  # fmt: skip
   ax.annotate(
-      f"{100 * test['mean']:.1f} ± {100 * test['std']:.1f} %",
-      (test["mean"], y - 0.08), (0, 9), textcoords="offset points",
-      ha="center", color=INK,
+      f"{accuracy_lib.told(test, 1, '±')} %", (test["mean"], y - 0.08), (0, 9),
+      textcoords="offset points", ha="center", color=INK,
   )  # fmt: skip
 
 

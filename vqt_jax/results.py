@@ -148,6 +148,7 @@ def _check_same_run(
       f"{name} was {before!r}, is now {after!r}"
       for name, (before, after) in config_lib.differences(old, now).items()
       if name not in config_lib.RESUMABLE
+      and config_lib.uses(now["method"], name)
   ]
   if changed:
     more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""

@@ -11,6 +11,7 @@ import io
 import statistics
 from typing import Any
 
+from vqt_jax import accuracy as accuracy_lib
 from vqt_jax import console as console_lib
 from vqt_jax import files
 from vqt_jax import published
@@ -22,8 +23,8 @@ ABOUT = ("method", "backbone", "image_size", "value_range", "resize",
          "protocol")  # pyformat: disable
 COLUMNS = (
     "source", "method", "backbone", "task", "group", "accuracy_percent",
-    "std_percent", "seeds", "tasks", "num_queries", "trained_parameters",
-    "training_seconds",
+    "std_percent", "interval_low_percent", "interval_high_percent", "seeds",
+    "tasks", "num_queries", "trained_parameters", "training_seconds",
 )  # fmt: skip
 
 
@@ -107,7 +108,7 @@ def to_csv(summary: Mapping[str, Any]) -> str:
     writer.writerow({
         **ours,
         **_place(name, task["group"], test["mean"]),
-        "std_percent": f"{100 * test['std']:.2f}",
+        **accuracy_lib.columns(test),
         "seeds": len(test["per_seed"]),
         "num_queries": task["num_queries"],
         "trained_parameters": task["trained_parameters"],
@@ -149,19 +150,23 @@ def show(
   rows = []
   for name in vtab.VTAB:
     if name in summary["missing"]:
-      rows.append([name, "not prepared", "", "", ""])
+      rows.append([name, "not prepared", "", "", "", ""])
       continue
     task = summary["tasks"][name]
     test = task["test_accuracy"]
     rows.append([
         name,
-        f"{100 * test['mean']:.2f} +- {100 * test['std']:.2f} %",
+        f"{accuracy_lib.told(test)} %",
+        accuracy_lib.told_bounds(test),
         task["num_queries"] or "",
         f"{task['trained_parameters']:,}",
         f"{task['seconds']['training']:.0f}",
     ])
   title = f"{summary['method']} on VTAB-1k"
-  columns = [title, "test accuracy", "queries", "trained", "seconds to train"]
+  columns = [
+      title, "test accuracy", "95 % interval", "queries", "trained",
+      "seconds to train",
+  ]  # fmt: skip
   console.table("", columns, rows)
   _show_means(console, summary)
   console.note(f"{workdir / 'results.json'}   vtab.csv   vtab.png", "results")

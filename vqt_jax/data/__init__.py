@@ -12,6 +12,7 @@ from vqt_jax.data.prepared import are_rows_of
 from vqt_jax.data.prepared import check_prepared
 from vqt_jax.data.prepared import expected_examples
 from vqt_jax.data.prepared import fingerprint
+from vqt_jax.data.prepared import identity
 from vqt_jax.data.prepared import is_prepared
 from vqt_jax.data.prepared import num_examples
 from vqt_jax.data.prepared import prepare_command
@@ -29,6 +30,7 @@ __all__ = [
     "check_prepared",
     "expected_examples",
     "fingerprint",
+    "identity",
     "is_prepared",
     "load_arrays",
     "load_labels",

@@ -8,6 +8,7 @@ prepares it. (Left alone, TFDS would try the network for minutes.)
 from collections.abc import Iterable, Iterator
 import contextlib
 import difflib
+import hashlib
 import json
 import os
 import shlex
@@ -213,6 +214,35 @@ def fingerprint(task: Task, split: str) -> dict[str, Any]:
       "image_key": task.image_key,
       "pixel_scale": task.pixel_scale,
       "files": parts,
+  }
+
+
+def identity(task: Task) -> dict[str, Any]:
+  """What decides a task's examples, the same of every copy of the dataset.
+
+  Returns:
+    `dataset` (its full name), `image_key`, `num_classes`, `splits` (of each its
+    `slices` and its number of `images`), and `sha256`, of the sizes of all that
+    the dataset holds.
+  """
+  builder = open_builder(task)
+  sizes = {
+      name: [info.num_bytes, *info.shard_lengths]
+      for name, info in builder.info.splits.items()
+  }
+  text = json.dumps(sizes, sort_keys=True)
+  return {
+      "dataset": builder.info.full_name,
+      "image_key": task.image_key,
+      "num_classes": task.num_classes,
+      "splits": {
+          split: {
+              "slices": task.splits[split],
+              "images": split_size(builder, task, split),
+          }
+          for split in SPLITS
+      },
+      "sha256": hashlib.sha256(text.encode()).hexdigest(),
   }
 
 

@@ -35,6 +35,8 @@ class Examples:
     tuner: tells what must be stored.
     params: the backbone's, on the devices.
     mesh: examples are spread over its `data` axis.
+    extracted: seconds before the first images were through the backbone, and
+      of each after them; None until features were extracted.
   """
 
   config: ml_collections.ConfigDict
@@ -44,6 +46,7 @@ class Examples:
   tuner: tuner_lib.Tuner
   params: Any
   mesh: jax.sharding.Mesh
+  extracted: tuple[float, float] | None = None
   _held: tuple[str, Any] | None = None
   _bases: dict[str, str] = dataclasses.field(default_factory=dict)
   _counts: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -117,6 +120,10 @@ class Examples:
           " anew every epoch: keep its features (config.features=disk) or"
           " images (config.data=device), or take protocol=full."
       )
+
+  def is_live(self, split: str) -> bool:
+    """Whether its images go through the backbone in every step."""
+    return self._place(split)[0] in ("images", "stream")
 
   @property
   def _decoding(self) -> dict[str, Any]:
@@ -210,8 +217,11 @@ class Examples:
       parts = self._stream(base)
       if place == "host":
         kept = store.on_host(layout, parts, count, line.update)
-        return self._stored(kept, label)
-      return self._on_devices(layout, parts, label, line.update)
+        held = self._stored(kept, label)
+      else:
+        held = self._on_devices(layout, parts, label, line.update)
+      self.extracted = line.measured()
+      return held
 
   def _on_devices(
       self,
@@ -279,6 +289,7 @@ class Examples:
     with self.console.phase("extract", self.count(base), "image") as line:
       stream = functools.partial(self._stream, base)
       file.write(stream, self._batch_size, line.update)
+      self.extracted = line.measured()
       line.summary = str(file.path)
     return file.open()
 

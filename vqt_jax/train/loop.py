@@ -149,6 +149,7 @@ def train_phase(
     due,
     stop,
     report,
+    timed,
 ) -> step_lib.State:
   """Trains all runs of a phase to the end.
 
@@ -165,6 +166,8 @@ def train_phase(
     report: (epoch, loss per run, accuracy per run, images per second) -> None;
       the speed is the mean since the first epoch, which compiles: a single one
       is over on the devices before it is looked at, or after.
+    timed: (steps, seconds) -> None; hears of every call that is over. The first
+      one also compiles.
 
   Raises:
     UserError: the loss is not finite any more.
@@ -187,7 +190,7 @@ def train_phase(
     nonlocal clock, booked, compiled
     for epoch, losses, right, count, last in pending:
       losses, right = (x[:count] for x in parallel.to_host((losses, right)))
-      pace.measure(count)
+      seconds = pace.measure(count)
       _check(phase, progress, epoch, losses)
       total = np.array(progress.sums or np.zeros((2, len(phase.runs))))
       for step in zip(losses, right):  # In turn: calls differ in length.
@@ -209,6 +212,7 @@ def train_phase(
           epochs_per_second, compiled = 1 / max(elapsed, 1e-9), clock
         seen = phase.source.num_examples * len(phase.runs)
         report(epoch, loss, accuracy, seen * epochs_per_second)
+      timed(count, seconds)
     pending.clear()
     now = time.monotonic()
     progress.seconds += now - booked
@@ -263,13 +267,15 @@ class Pace:
     self.steps = self.wish = 1
     self._clock = time.monotonic()
 
-  def measure(self, steps: int) -> None:
-    """Hears that a call of so many steps has just ended."""
+  def measure(self, steps: int) -> float:
+    """Hears that a call of so many steps has just ended; returns its time."""
     now = time.monotonic()
-    each = max(now - self._clock, 1e-9) / steps
+    seconds = max(now - self._clock, 1e-9)
+    each = seconds / steps
     most = max(self.wish, GROWTH * steps)
     self.wish = max(1, min(int(CALL_SECONDS / each), most))
     self._clock = now
+    return seconds
 
 
 def _calls(

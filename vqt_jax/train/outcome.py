@@ -7,9 +7,10 @@ import platform
 from typing import Any
 
 import jax
-import numpy as np
 
+from vqt_jax import accuracy as accuracy_lib
 from vqt_jax import console as console_lib
+from vqt_jax import data
 from vqt_jax import errors
 from vqt_jax import files
 from vqt_jax import memory
@@ -61,7 +62,9 @@ def _results(job, found, candidates, test, seconds, peak) -> dict[str, Any]:
           "name": each.name,
           "setting": each.setting,
           "kept_share": each.kept_share,
-          "test_accuracy": _summary(each, accuracy, test["images"]),
+          "test_accuracy": accuracy_lib.summary(
+              [run.seed for run in each.runs], accuracy, test["images"]
+          ),
           "trained_parameters": each.num_trained,
           "training_seconds": each.seconds,
       }
@@ -72,9 +75,14 @@ def _results(job, found, candidates, test, seconds, peak) -> dict[str, Any]:
       "method": result.tuner.method,
       "num_queries": result.setting.get("num_queries", 0),
       "backbone": f"ViT-{c.variant} {job.backbone.source}",
+      "weights": job.backbone.identity,
+      "pool_type": c.pool_type,
+      "gelu": c.gelu,
+      "dtype": c.dtype,
       "image_size": list(c.image_size),
       "value_range": job.backbone.value_range,
       "resize": job.config.resize,
+      "data": data.identity(job.task),
       "protocol": job.config.protocol,
       "batch_size": job.config.batch_size,  # config.lr is per 256 images.
       "test_accuracy": tested[-1]["test_accuracy"],
@@ -107,24 +115,15 @@ def _results(job, found, candidates, test, seconds, peak) -> dict[str, Any]:
   }
 
 
-def _summary(candidate, accuracy, images) -> dict[str, Any]:
-  seeds = [str(run.seed) for run in candidate.runs]
-  return {
-      "mean": float(np.mean(accuracy)),
-      "std": float(np.std(accuracy, ddof=1)) if len(accuracy) > 1 else 0.0,
-      "per_seed": dict(zip(seeds, accuracy)),
-      "images": images,
-  }
-
-
 def _write_tuned(job, candidate, results) -> int:
   """What each seed trained, as `tuned/seed_<seed>/`, what one ships.
 
   Returns:
     Bytes of the first one's files.
   """
-  test, sizes = results["test_accuracy"]["per_seed"], []
+  test, sizes = results["test_accuracy"], []
   for i, run in enumerate(candidate.runs):
+    accuracy = test["per_seed"][str(run.seed)]
     size = tuned.save(
         job.workdir / "tuned" / f"seed_{run.seed}",
         job.config.init,
@@ -136,7 +135,8 @@ def _write_tuned(job, candidate, results) -> int:
             "resize": results["resize"],
             "chosen": results["chosen"],
             "seed": run.seed,
-            "test_accuracy": test[str(run.seed)],
+            "test_accuracy": accuracy,
+            "test_interval": accuracy_lib.interval(accuracy, test["images"]),
         },
         kept=None if candidate.kept is None else candidate.kept[i],
     )
@@ -173,7 +173,8 @@ def show(
     each = [f"{s} {100 * a:.1f}" for s, a in test["per_seed"].items()]
     rows.append([
         plots.CANDIDATES[tested["name"]],
-        f"{100 * test['mean']:.2f} +- {100 * test['std']:.2f} %",
+        f"{accuracy_lib.told(test)} %",
+        accuracy_lib.told_bounds(test),
         ", ".join(each),
         f"{tested['trained_parameters']:,}",
         f"{tested['training_seconds']:.0f}",
@@ -183,6 +184,7 @@ def show(
       [
           f"{results['method']} on {results['task']}",
           "test accuracy",
+          "95 % interval",
           "of each seed",
           "trained",
           "seconds to train",

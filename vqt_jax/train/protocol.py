@@ -109,6 +109,29 @@ def candidates(
   return found, made
 
 
+def planned(
+    config: ml_collections.ConfigDict, tuner: tuner_lib.Tuner
+) -> list[stages_lib.Stage]:
+  """All stages of `protocol="full"`, in order.
+
+  What is still to be found is left open in them: the setting is any of the
+  grid, held weights are missing.
+  """
+  search = search_stage(config, tuner)
+  chosen, fractions = search.runs[0], config.keep_fraction
+  found = [search] if len(search.runs) > 1 else []
+  if len(fractions) > 1:
+    found += selection.compared(
+        "keep_", "keep", tuner, chosen, fractions, split="train",
+        judge=("val", None),
+    )  # fmt: skip
+  seeds = seeds_stage(tuner, chosen, config.seeds)
+  found.append(seeds)
+  if min(fractions) < 1:
+    found += selection.selecting("", tuner, seeds.runs, fractions[:1])
+  return found
+
+
 def search_stage(
     config: ml_collections.ConfigDict, tuner: tuner_lib.Tuner
 ) -> stages_lib.Stage:

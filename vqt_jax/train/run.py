@@ -23,6 +23,7 @@ from vqt_jax import results as results_lib
 from vqt_jax import tuner as tuner_lib
 from vqt_jax.train import checkpoint
 from vqt_jax.train import examples as examples_lib
+from vqt_jax.train import forecast as forecast_lib
 from vqt_jax.train import outcome
 from vqt_jax.train import protocol
 from vqt_jax.train import stages as stages_lib
@@ -85,7 +86,12 @@ def _train(config, workdir, console) -> dict[str, Any]:
             config, console, job.task, job.backbone, job.tuner, job.params,
             job.mesh,
         )  # fmt: skip
-        stages = stages_lib.Stages(job, examples, saver, metrics, stop, peak)
+        planned = protocol.planned(config, job.tuner)
+        with parallel.together():
+          forecast = forecast_lib.Forecast(job, examples, planned)
+        stages = stages_lib.Stages(
+            job, examples, saver, metrics, stop, peak, forecast
+        )
         found, candidates = protocol.candidates(job, stages, examples)
         test = _test(job, stages, examples, candidates)
       finally:

@@ -51,13 +51,11 @@ def compare(
   Returns:
     Accuracy of each fraction; seconds of training.
   """
-  fewer = [fraction for fraction in fractions if fraction < 1]
-  out = stages.run(
-      stages_lib.Stage(
-          f"{prefix}all", label, tuner, (run,), "setting", least=0,
-          judge=judge if len(fewer) < len(fractions) else None, **examples,
-      )  # fmt: skip
+  first, *_ = compared(
+      prefix, label, tuner, run, fractions, judge=judge, **examples
   )
+  out = stages.run(first)
+  fewer = _fewer(fractions)
   _, selected, seconds = select(
       stages, prefix, tuner, (run,), out.variables, fewer, judge=judge,
       **examples,
@@ -68,6 +66,31 @@ def compare(
   return [accuracy[f] for f in fractions], out.seconds + seconds
 
 
+def compared(
+    prefix: str,
+    label: str,
+    tuner: tuner_lib.Tuner,
+    run: loop.Run,
+    fractions: Sequence[float],
+    *,
+    judge: tuple[str, np.ndarray | None],
+    **examples: Any,
+) -> tuple[stages_lib.Stage, ...]:
+  """The stages of `compare`, of whose arguments these are some."""
+  fewer = _fewer(fractions)
+  first = stages_lib.Stage(
+      f"{prefix}all", label, tuner, (run,), "setting", least=0,
+      judge=judge if len(fewer) < len(fractions) else None, **examples,
+  )  # fmt: skip
+  return first, *selecting(
+      prefix, tuner, (run,), fewer, judge=judge, **examples
+  )
+
+
+def _fewer(fractions: Sequence[float]) -> list[float]:
+  return [fraction for fraction in fractions if fraction < 1]
+
+
 def select(
     stages: stages_lib.Stages,
     prefix: str,
@@ -75,10 +98,7 @@ def select(
     runs: tuple[loop.Run, ...],
     variables: Any,
     fractions: Sequence[float],
-    *,
-    split: str = "trainval",
-    rows: np.ndarray | None = None,
-    judge: tuple[str, np.ndarray | None] | None = None,
+    **examples: Any,
 ) -> tuple[np.ndarray, stages_lib.Outcome, float]:
   """Trains new heads on fewer features.
 
@@ -89,25 +109,15 @@ def select(
     runs: R runs as the queries were trained.
     variables: {"tuner", "head"} of them, leaves (R, ...).
     fractions: of features to keep; each is tried on each of the runs.
-    split: trained on.
-    rows: of the split; None: all.
-    judge: split and rows whose accuracy is wanted, or None. With it a head that
-      diverges is only judged badly.
+    **examples: `split`, `rows` and `judge`, as of `selecting`.
 
   Returns:
     The kept features (R * K, F) of 0 and 1, all fractions of the first run
     first; the outcome of the new heads in that order; seconds of training.
   """
-  rate = RATE if tuner.has_queries else 1.0
-  runs = tuple(dataclasses.replace(run, lr=run.lr * rate) for run in runs)
-  least = 0 if judge else None
+  scoring, selection = selecting(prefix, tuner, runs, fractions, **examples)
   held = {"tuner": variables["tuner"]}
-  scored = stages.run(
-      stages_lib.Stage(
-          f"{prefix}scores", "scores", tuner, runs, "head", split=split,
-          rows=rows, trains=("head",), held=held, lasso=LASSO, least=least,
-      )  # fmt: skip
-  )
+  scored = stages.run(dataclasses.replace(scoring, held=held))
   scores = np.asarray(head_lib.scores(scored.variables["head"]))
   kept = np.stack([
       head_lib.best(of_run, fraction)
@@ -116,12 +126,46 @@ def select(
   ])
   repeat = lambda x: np.repeat(x, len(fractions), axis=0)
   selected = stages.run(
-      stages_lib.Stage(
-          f"{prefix}selected", "selected", tuner,
-          tuple(run for run in runs for _ in fractions), "head",
-          split=split, rows=rows, judge=judge, trains=("head",),
-          held=jax.tree.map(repeat, held), kept=kept, least=least,
-          keeps_weights=judge is None,
-      )  # fmt: skip
+      dataclasses.replace(
+          selection, held=jax.tree.map(repeat, held), kept=kept
+      )
   )
   return kept, selected, scored.seconds + selected.seconds
+
+
+def selecting(
+    prefix: str,
+    tuner: tuner_lib.Tuner,
+    runs: tuple[loop.Run, ...],
+    fractions: Sequence[float],
+    *,
+    split: str = "trainval",
+    rows: np.ndarray | None = None,
+    judge: tuple[str, np.ndarray | None] | None = None,
+) -> tuple[stages_lib.Stage, stages_lib.Stage]:
+  """The two stages of `select`, without the weights that they hold.
+
+  Args:
+    prefix: as of `select`.
+    tuner: the same.
+    runs: the same.
+    fractions: the same.
+    split: trained on.
+    rows: of the split; None: all.
+    judge: split and rows whose accuracy is wanted, or None. With it a head that
+      diverges is only judged badly.
+  """
+  rate = RATE if tuner.has_queries else 1.0
+  runs = tuple(dataclasses.replace(run, lr=run.lr * rate) for run in runs)
+  both = dict(
+      split=split, rows=rows, trains=("head",), least=0 if judge else None
+  )
+  scores = stages_lib.Stage(
+      f"{prefix}scores", "scores", tuner, runs, "head", lasso=LASSO, **both
+  )
+  selected = stages_lib.Stage(
+      f"{prefix}selected", "selected", tuner,
+      tuple(run for run in runs for _ in fractions), "head", judge=judge,
+      keeps_weights=judge is None, **both,
+  )  # fmt: skip
+  return scores, selected

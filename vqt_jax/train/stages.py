@@ -117,7 +117,7 @@ class Saved:
 class Stages:
   """Runs stages, or finds what they gave before."""
 
-  def __init__(self, job, examples, saver, metrics, stop, peak):
+  def __init__(self, job, examples, saver, metrics, stop, peak, forecast):
     """Reads what there is.
 
     Args:
@@ -127,12 +127,14 @@ class Stages:
       metrics: a `MetricsWriter`.
       stop: a `StopSignal`.
       peak: a `memory.Peak`.
+      forecast: a `forecast.Forecast`.
 
     Raises:
       UserError: it was begun with other weights of the backbone.
     """
     self._job, self._examples, self._saver = job, examples, saver
     self._metrics, self._stop, self._peak = metrics, stop, peak
+    self._forecast, self._size = forecast, 1
     self._folder = job.workdir / "stages"
     with parallel.together():
       names = files.names(self._folder)
@@ -160,16 +162,15 @@ class Stages:
 
   def run(self, stage: Stage) -> Outcome:
     """Does a stage, in as many packs of runs as memory asks for."""
-    size = packing.runs_at_once(
+    self._size = packing.runs_at_once(
         stage.tuner, self._job.config.batch_size, self._job.mesh,
         self._job.config.remat,
     )  # fmt: skip
-    starts = range(0, len(stage.runs), size)
-    if len(starts) == 1:
+    parts = packs(stage, self._size)
+    if len(parts) == 1:
       return self._pack(stage)
-    joined = _joined(
-        [self._pack(_part(stage, start, size)) for start in starts], starts
-    )
+    starts = range(0, len(stage.runs), self._size)
+    joined = _joined([self._pack(part) for part in parts], starts)
     if len(stage.runs) - len(joined.diverged) < (stage.least or 0):
       raise errors.UserError(
           f"The loss of all {len(stage.runs)} runs of phase {stage.name} became"
@@ -262,10 +263,18 @@ class Stages:
             images_per_second=speed,
         )
 
+      def timed(steps, seconds):
+        all_steps = c.epochs * source.steps
+        left = all_steps - progress.epoch * source.steps - progress.step
+        self._forecast.hear(left, steps, seconds)
+
+      live = self._examples.is_live(stage.split)
+      self._forecast.begin(stage, self._size, self._done, live)
       frozen = tuner_lib.partition(job.params, stage.tuner.shapes())[1]
       state = loop.train_phase(
           phase, stage.tuner, recipe, frozen, state, progress,
           save=save, due=self._saver.due, stop=self._stop, report=report,
+          timed=timed,
       )  # fmt: skip
     save(state)
     return state, progress
@@ -340,9 +349,16 @@ def recipe_of(config: ml_collections.ConfigDict, stage: Stage):
       embedding_dropout=config.embedding_dropout,
       lasso=stage.lasso,
       trains=stage.trains,
-      editor_rate=config.editor_rate,
+      editor_rate=config.editor_rate if stage.tuner.editor else 1.0,
       remat=config.remat,
   )
+
+
+def packs(stage: Stage, size: int) -> list[Stage]:
+  """A stage in parts of at most so many runs; itself, if it has no more."""
+  if len(stage.runs) <= size:
+    return [stage]
+  return [_part(stage, i, size) for i in range(0, len(stage.runs), size)]
 
 
 def _part(stage: Stage, start: int, size: int) -> Stage:

@@ -1,0 +1,49 @@
+"""Accuracies and what is uncertain about them."""
+
+import pytest
+import scipy.stats
+
+from vqt_jax import accuracy
+
+
+@pytest.mark.parametrize("right, images", [(0, 7), (7, 7), (731, 797), (1, 1)])
+def test_the_interval_is_wilsons(right, images):
+  found = accuracy.interval(right / images, images)
+  expected = scipy.stats.binomtest(right, images).proportion_ci(method="wilson")
+  assert found == pytest.approx(tuple(expected), abs=1e-12)
+
+
+def test_images_count_once_whatever_the_number_of_seeds():
+  one = accuracy.summary([7], [0.75], 40)
+  two = accuracy.summary([7, 8], [0.7, 0.8], 40)
+  assert one["interval"] == pytest.approx(two["interval"])
+  assert two["std"] == pytest.approx(0.1 / 2**0.5)
+  assert two["per_seed"] == {"7": 0.7, "8": 0.8} and two["images"] == 40
+  assert accuracy.told(two) == "75.00 +- 7.07"
+  assert accuracy.told(two, 1, "±") == "75.0 ± 7.1"
+  assert accuracy.told_bounds(two) == "59.8 to 85.8"
+
+
+@pytest.mark.parametrize("std", [None, 0.0])  # 0: of an earlier program.
+def test_one_seed_has_no_spread(std):
+  test = accuracy.summary([7], [0.75], 40)
+  assert test["std"] is None
+  test["std"] = std
+  assert accuracy.spread(test) is None
+  assert accuracy.told(test) == "75.00"
+  assert accuracy.columns(test)["std_percent"] == ""
+  assert accuracy.over_seeds([test]) == "one seed"
+
+
+def test_an_earlier_program_did_not_write_the_interval():
+  test = accuracy.summary([7, 8], [0.7, 0.8], 40)
+  written = accuracy.columns(test)
+  assert written == {
+      "accuracy_percent": "75.00", "std_percent": "7.07",
+      "interval_low_percent": "59.81", "interval_high_percent": "85.81",
+  }  # fmt: skip
+  del test["interval"]
+  assert accuracy.columns(test) == written
+  del test["images"]
+  assert accuracy.bounds(test) is None and accuracy.told_bounds(test) == ""
+  assert accuracy.columns(test)["interval_low_percent"] == ""
