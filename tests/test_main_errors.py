@@ -10,6 +10,7 @@ import pytest
 
 import main
 from vqt_jax import checks
+from vqt_jax import cli
 from vqt_jax import config as config_lib
 from vqt_jax import errors
 from vqt_jax import parallel
@@ -57,13 +58,13 @@ def test_help_has_every_field(capsys, flag):
 )
 def test_of_a_field_given_twice_the_last_counts(name, given, counts):
   argv = " ".join(f"--config.{name}{value}" for value in given).split(" ")
-  config = main.parse(["main.py", CONFIG, *argv]).config
+  config = cli.parse(["main.py", CONFIG, *argv]).config
   assert repr(config[name]) == repr(counts)
 
 
 def test_of_two_config_files_the_last_counts():
   argv = ["main.py", "--config=vtab", "--config.epochs=3", "--config", "digits"]
-  config = main.parse(argv).config
+  config = cli.parse(argv).config
   assert (config.task, config.epochs) == ("digits", 3)
 
 
@@ -73,7 +74,7 @@ def test_of_two_config_files_the_last_counts():
 def test_shipped_configs_are_found_from_anywhere(name, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   argv = ["main.py", f"--config={name}:method=linear"]
-  config = main.parse(argv).config
+  config = cli.parse(argv).config
   assert (config.task, config.method) == ("digits", "linear")
   mine = tmp_path / name  # What lies in the folder comes first.
   mine.parent.mkdir(exist_ok=True)
@@ -84,7 +85,7 @@ def test_shipped_configs_are_found_from_anywhere(name, tmp_path, monkeypatch):
       "  config.update(epochs=7, lr=0.3)\n"
       "  return config\n"
   )
-  config = main.parse([*argv, "--config.lr=1,2"]).config
+  config = cli.parse([*argv, "--config.lr=1,2"]).config
   assert (config.method, config.epochs, config.lr) == ("linear", 7, (1.0, 2.0))
 
 

@@ -10,6 +10,7 @@ import pytest
 import main
 from tests import runs
 from vqt_jax import chips
+from vqt_jax import cli
 from vqt_jax import config as config_lib
 from vqt_jax import memory
 from vqt_jax import parallel
@@ -29,7 +30,7 @@ def said(capfd, argv):
 
 def planned(material, tmp_path, where="here", **changes):
   """What the command line of a run would plan."""
-  values = main.parse(runs.command(material, tmp_path, **changes))
+  values = cli.parse(runs.command(material, tmp_path, **changes))
   config = config_lib.resolve(values.config)
   return config, plan.make_job(config, where)
 
@@ -185,7 +186,7 @@ def test_slices_that_are_not(material, tmp_path, capfd, where, words):
 )
 def test_what_a_run_refuses_has_no_plan(material, tmp_path, changes, words):
   argv = runs.command(material, tmp_path, **changes)
-  config = config_lib.resolve(main.parse(argv).config)
+  config = config_lib.resolve(cli.parse(argv).config)
   with pytest.raises(ValueError, match=words):
     plan.make_job(config, "here")
 

@@ -12,6 +12,7 @@ import main
 from tests import helpers
 from tests import runs
 import vqt_jax
+from vqt_jax import cli
 from vqt_jax import config as config_lib
 from vqt_jax import data
 from vqt_jax import parallel
@@ -81,7 +82,7 @@ def test_what_a_run_leaves_behind(run, material):
   }  # pyformat: disable
   assert (workdir / "report.png").read_bytes().startswith(PNG)
   assert len(list((workdir / "tensorboard").glob("*/*/events*"))) == 2 + 2
-  values = main.parse(runs.command(material, workdir))
+  values = cli.parse(runs.command(material, workdir))
   resolved = config_lib.to_json(config_lib.resolve(values.config))
   assert runs.read_json(workdir / "config.json") == resolved
 

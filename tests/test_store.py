@@ -17,6 +17,7 @@ import main
 from tests import helpers
 from tests import runs
 from vqt_jax import checkpoints
+from vqt_jax import cli
 from vqt_jax import config as config_lib
 from vqt_jax import console as console_lib
 from vqt_jax import data
@@ -227,7 +228,7 @@ def test_images_that_cannot_be_read_cost_nothing(tmp_path):
 
 def test_a_file_that_is_there_needs_no_more_room(material, tmp_path):
   """Else the next run, or this one resumed, would find the disk too full."""
-  config = main.parse(
+  config = cli.parse(
       runs.command(
           material, tmp_path, store_dir=tmp_path / "store", batch_size=16
       )
@@ -263,7 +264,7 @@ def test_keys_and_values_where_a_cpu_has_room(material, tmp_path):
       material, tmp_path, store_dir=tmp_path / "store", batch_size=16,
       features="device",
   )  # fmt: skip
-  config = main.parse(argv).config
+  config = cli.parse(argv).config
   backbone = checkpoints.load_backbone(config.init, image_size=(8, 8))
   task = data.make_task(
       "squares", data_dir=config.data_dir, splits=config.splits
@@ -336,7 +337,7 @@ def test_other_inputs_have_other_features(material, tmp_path):
 
   def path(**changes):
     argv = runs.command(material, tmp_path, store_dir=tmp_path, **changes)
-    config = config_lib.resolve(main.parse(argv).config)
+    config = config_lib.resolve(cli.parse(argv).config)
     job = run_lib._prepare(config, tmp_path / "run", quiet)
     examples = examples_lib.Examples(
         config, quiet, job.task, job.backbone, job.tuner, job.params, job.mesh
