@@ -69,9 +69,9 @@ FLAGS = ("config", "workdir", "plan", "debug", "help", "coordinator",
 
 
 class _Tuples(flags.ArgumentParser):
-  """Makes of a tuple field a flag of which the last one counts, as of others.
+  """Parser of tuple fields, of which the last flag counts, as of all others.
 
-  That of ml_collections, which goes by the type of its parser, adds them up.
+  With the parser of ml_collections, by its type, flags given twice add up.
   """
 
   def parse(self, argument: Any) -> tuple[Any, ...]:
