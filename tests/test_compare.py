@@ -130,7 +130,8 @@ def test_methods_are_compared(material, tmp_path, monkeypatch, capfd):
   assert runs.files(workdir / "vqt") == before
   status, said = started(material, workdir, capfd, methods=names, rank=2)
   assert status == 2 and len(said) == 1
-  assert f"{workdir / 'lora'} holds a run of another config: rank was" in said[0]
+  lora = workdir / "lora"
+  assert f"{lora} holds a run of another config: rank was 8" in said[0]
   status, said = started(material, workdir, capfd, methods=names, epochs=4)
   assert status == 2 and len(said) == 1
   assert f"{workdir} holds a run of another config: epochs was 3" in said[0]
@@ -286,11 +287,11 @@ def test_what_runs_do_not_have_in_common_is_said(capsys):
   *_, said = capsys.readouterr().err.splitlines()
   assert said == (
       "differ   not the same in all runs: backbone ViT-64x4/4 /folder/tiny.npz"
-      " (a, c), ViT-64x4/4 /elsewhere/tiny.npz (b); image size 8x12 (a, c), 16x16 (b);"
-      " dtype float32 (a), bfloat16 (b), unknown (c); test split test[:1%],"
-      " 1,797 images (a), test[:200], 1,797 images (b), unknown (c); not known"
-      " of c: weights, dataset, classes, contents of the dataset, train split,"
-      " val split, trainval split"
+      " (a, c), ViT-64x4/4 /elsewhere/tiny.npz (b); image size 8x12 (a, c),"
+      " 16x16 (b); dtype float32 (a), bfloat16 (b), unknown (c); test split"
+      " test[:1%], 1,797 images (a), test[:200], 1,797 images (b), unknown (c);"
+      " not known of c: weights, dataset, classes, contents of the dataset,"
+      " train split, val split, trainval split"
   )
   rows = read_csv(compare.to_csv(summary))
   assert [row["image_size"] for row in rows] == ["8x12", "16x16", "8x12"]
