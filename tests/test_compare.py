@@ -86,7 +86,7 @@ def test_methods_are_compared(material, tmp_path, monkeypatch, capfd):
     with monkeypatch.context() as patch:  # Within the second.
       test_all_tasks.terminate(patch, stages, "_rows", 10)
       status, said = started(material, workdir, capfd, methods=names)
-    assert (status, said[-1]) == (75, test_all_tasks.STOPPED)
+    assert (status, said[-1]) == (0, test_all_tasks.STOPPED)
     assert said[0] == "method   1 of 3: linear"
     assert (workdir / "linear" / "results.json").exists()
     assert not (workdir / "vqt" / "results.json").exists()
@@ -131,7 +131,7 @@ def test_methods_are_compared(material, tmp_path, monkeypatch, capfd):
   status, said = started(material, workdir, capfd, methods=names, rank=2)
   assert status == 2 and len(said) == 1
   lora = workdir / "lora"
-  assert f"{lora} holds a run of another config: rank was" in said[0]
+  assert f"{lora} holds a run of another config: rank was 8" in said[0]
   status, said = started(material, workdir, capfd, methods=names, epochs=4)
   assert status == 2 and len(said) == 1
   assert f"{workdir} holds a run of another config: epochs was 3" in said[0]
@@ -323,14 +323,9 @@ def test_runs_of_one_method_are_told_apart():
   assert told["b"]["details"].endswith(f", {found['b']['task']}")
 
 
-def test_runs_that_are_called_alike_get_longer_names(
-    tmp_path, monkeypatch, capsys
-):
+def test_runs_that_are_called_alike_get_longer_names(capsys):
   paths = [compare.files.path(p) for p in ("x/vqt", "y/vqt")]
   assert list(compare._names(paths)) == ["x_vqt", "y_vqt"]
-  monkeypatch.chdir(tmp_path)
-  paths = [compare.files.path(p) for p in (".", "x/../vqt")]
-  assert list(compare._names(paths)) == [tmp_path.name, "vqt"]
   assert compare.main(["compare", "x/vqt", "x/vqt"]) == 2
   assert "The same run is given twice." in capsys.readouterr().err
 
