@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import types
@@ -267,6 +268,15 @@ def test_closed_streams(tmp_path):
       check=True,
   )
   assert [name.read_text() for name in names] == ["", "printed\nwritten"]
+
+
+def test_without_a_home_folder_none_is_made(monkeypatch):
+  """By Keras, in the current folder."""
+  monkeypatch.setenv("KERAS_HOME", "")  # To be as it was in the end.
+  monkeypatch.delenv("KERAS_HOME")
+  monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+  runpy.run_path("vqt_jax/data/tensorflow_lazy.py")
+  assert os.path.isabs(os.environ["KERAS_HOME"])
 
 
 def test_a_variable_that_jax_does_not_take():

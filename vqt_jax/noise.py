@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 import contextlib
 import faulthandler
-import functools
 import io
 import logging
 import os
@@ -18,13 +17,8 @@ _screen: TextIO | None = None
 
 
 def screen() -> TextIO:
-  """Standard error as the person sees it; the null device if it is closed."""
-  return _screen or sys.stderr or _nobody()
-
-
-@functools.cache
-def _nobody() -> TextIO:
-  return open(os.devnull, "w", encoding="utf-8")
+  """Standard error as the person sees it; drops all where it is closed."""
+  return _screen or sys.stderr or _Nobody()
 
 
 def open_streams() -> None:
@@ -131,6 +125,13 @@ def last_words(screen: TextIO, words: str) -> Iterator[None]:
       faulthandler.disable()
       with contextlib.suppress(BrokenPipeError):
         other.communicate(b"done\n")
+
+
+class _Nobody(io.StringIO):
+  """Keeps nothing of what is written."""
+
+  def write(self, text: str) -> int:
+    return len(text)
 
 
 class _Lossy(io.TextIOWrapper):

@@ -8,6 +8,7 @@ it never takes memory away from JAX.
 from collections.abc import Iterator
 import contextlib
 import os
+import tempfile
 
 from absl import logging
 from etils import epy
@@ -16,6 +17,9 @@ from etils import epy
 # decoding and resizing have none) only goes away with oneDNN itself.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+# Its Keras makes a folder at home; of a user without one, one called "~" here.
+if os.path.expanduser("~") == "~":
+  os.environ.setdefault("KERAS_HOME", f"{tempfile.gettempdir()}/.keras")
 
 
 def _hide_accelerators(_: str) -> None:
