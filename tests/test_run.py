@@ -1,5 +1,6 @@
 """Whole runs through `main.py`, in this process, on eight fake devices."""
 
+import contextvars
 import functools
 import shutil
 import signal
@@ -15,6 +16,7 @@ import vqt_jax
 from vqt_jax import cli
 from vqt_jax import config as config_lib
 from vqt_jax import data
+from vqt_jax import files
 from vqt_jax import parallel
 from vqt_jax import results
 from vqt_jax import tuned
@@ -304,3 +306,17 @@ def test_digits(material, tmp_path, capfd):
   first, *_, last = said.err.splitlines()
   assert first.startswith("linear on digits   ViT-")
   assert last.startswith(f"results  {tmp_path / 'run' / 'results.json'}")
+
+
+def test_a_second_run_leaves_the_first_one_alone(material, tmp_path, capfd):
+  argv = runs.command(material, tmp_path / "run")
+  elsewhere = lambda *call: contextvars.Context().run(*call)
+  with files.alone_in(tmp_path / "run"):
+    before = runs.files(tmp_path)
+    assert elsewhere(main.main, argv) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("error: Another run is already in ")
+    assert said.count("\n") == 1
+    with pytest.raises(vqt_jax.UserError, match="Another run is already in"):
+      elsewhere(vqt_jax.train, main.parse(argv).config, tmp_path / "run")
+    assert runs.files(tmp_path) == before

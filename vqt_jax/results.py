@@ -113,7 +113,7 @@ def _config_of(workdir: files.Path) -> dict[str, Any] | None:
           f"{workdir / 'metrics.jsonl'} is not of this program. {other}"
       )
     return config
-  for name in _CLAIMED.intersection(files.names(workdir)):
+  for name in sorted(_CLAIMED.intersection(files.names(workdir))):
     place = workdir / name
     if files.names(place) or place.is_file():
       raise errors.UserError(
