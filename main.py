@@ -5,7 +5,11 @@ import sys
 try:
   from vqt_jax import cli
 except ValueError as e:  # JAX's, of its variables.
-  print(f"error: Cannot start: {e}. Mend or unset it.", file=sys.stderr)
+  print(
+    f"error: JAX does not take a variable of the environment: {e}."
+    " Correct it, or unset it.",
+    file=sys.stderr,
+  )
   sys.exit(2)
 
 main = cli.main

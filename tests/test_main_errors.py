@@ -210,7 +210,7 @@ def test_a_stopped_run_exits_well(capfd, tmp_path, train):
     raise train.Stopped
 
   train.train = fake
-  assert main.main(["main.py", CONFIG, f"--workdir={tmp_path}"]) == 0
+  assert main.main(["main.py", CONFIG, f"--workdir={tmp_path}"]) == 75
   assert "resume with the same command" in capfd.readouterr().err
 
 

@@ -330,7 +330,7 @@ def test_fields_that_a_method_does_not_use_may_change(
   config = config_lib.default_config()
   config.method = method
   opened(config, tmp_path)
-  (tmp_path / "metrics.jsonl").write_text("{}\n")
+  (tmp_path / "metrics.jsonl").write_text(ROW)
   changes = {"best.normalize": (True,), "query_dropout": 0.5,
              "keep_fraction": (0.5,)}  # pyformat: disable
   config.update_from_flattened_dict({ignored: changes.get(ignored, 7)})
