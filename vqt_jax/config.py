@@ -97,8 +97,12 @@ def default_config() -> Config:
   # Backbone: file, https:// or gs:// address, or public name. It stays frozen.
   c.init = "howto-i21k-B/16"
   c.variant = ""  # e.g. "B/16"; only checked against the file
-  c.pool_type = ""  # "tok", "gap", "map", "mae"; "": as the file tells
+  c.pool_type = ""  # "tok", "gap", "map", "0" (the first patch), "mae"; "": as
+  # the file tells
   c.gelu = ""  # "tanh", "exact"; "": the checkpoint's own
+  c.trained_size = 0  # height of the images it was trained on, pixels; 0: as
+  # its positions tell, if they form a square
+  c.trained_width = 0  # width, pixels; 0: the same
   c.dtype = ""  # of matrix products; "": bfloat16 on TPU/GPU, float32 on CPU
 
   # Method.
@@ -388,6 +392,17 @@ def spread(rates: tuple[float, ...], count: int) -> tuple[float, ...]:
     return tuple(rates[i] for i in np.rint(places).astype(int))
   logs = np.interp(places, range(len(rates)), np.log(rates))
   return tuple(float(f"{rate:.3g}") for rate in np.exp(logs))
+
+
+def image_sizes(
+    config: Config,
+) -> tuple[tuple[int, int], tuple[int, int] | None]:
+  """(Height, width) of images, and of those it was trained on, if given."""
+  image, trained = config.image_size, config.trained_size
+  return (
+      (image, config.image_width or image),
+      (trained, config.trained_width or trained) if trained else None,
+  )
 
 
 def of_tuner(config: Config) -> dict[str, Any]:

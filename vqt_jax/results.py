@@ -144,6 +144,8 @@ def _metrics(workdir: files.Path) -> bytes:
 def _check_same_run(
     old: dict[str, Any], now: dict[str, Any], workdir: files.Path
 ) -> None:
+  # A field that was not there yet has done what its default does.
+  old = config_lib.to_json(config_lib.default_config()) | old
   changed = [
       f"{name} was {before!r}, is now {after!r}"
       for name, (before, after) in config_lib.differences(old, now).items()
