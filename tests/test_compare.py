@@ -137,7 +137,7 @@ def test_methods_are_compared(material, tmp_path, monkeypatch, capfd):
   assert f"{workdir} holds a run of another config: epochs was 3" in said[0]
   vqt = workdir / "vqt"  # What a single run leaves is no comparison.
   status, said = started(material, vqt, capfd, methods="vqt,linear")
-  assert status == 2 and "; method was 'vqt', is now ''" in said[0]
+  assert status == 2 and "method was 'vqt', is now ''" in said[0]
 
 
 @pytest.mark.parametrize(
