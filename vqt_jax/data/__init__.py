@@ -3,6 +3,7 @@
 Importing this does not import TensorFlow; its first use does.
 """
 
+from vqt_jax.data.classes import check_classes
 from vqt_jax.data.lookup import make_task
 from vqt_jax.data.pipeline import batches
 from vqt_jax.data.pipeline import load_arrays
@@ -13,6 +14,7 @@ from vqt_jax.data.prepared import check_prepared
 from vqt_jax.data.prepared import expected_examples
 from vqt_jax.data.prepared import fingerprint
 from vqt_jax.data.prepared import is_prepared
+from vqt_jax.data.prepared import num_bytes
 from vqt_jax.data.prepared import num_examples
 from vqt_jax.data.prepared import prepare_command
 from vqt_jax.data.prepared import size_warning
@@ -26,6 +28,7 @@ __all__ = [
     "Task",
     "are_rows_of",
     "batches",
+    "check_classes",
     "check_prepared",
     "expected_examples",
     "fingerprint",
@@ -33,6 +36,7 @@ __all__ = [
     "load_arrays",
     "load_labels",
     "make_task",
+    "num_bytes",
     "num_examples",
     "prepare_command",
     "size_warning",

@@ -81,6 +81,7 @@ def train(
             config, console, job.task, job.backbone, job.tuner, job.params,
             job.mesh,
         )  # fmt: skip
+        examples.check_classes()
         stages = stages_lib.Stages(job, examples, saver, metrics, stop, peak)
         found, candidates = protocol.candidates(job, stages, examples)
         test = _test(job, stages, examples, candidates)
