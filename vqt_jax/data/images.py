@@ -50,7 +50,9 @@ def decode(content: Any, channels: int) -> Any:
   image = tf.cond(
       (start == _JPEG) | (start == _PNG),
       lambda: tf.io.decode_image(content, channels, expand_animations=False),
-      lambda: tf.numpy_function(with_pillow, [content], tf.uint8),
+      lambda: tf.numpy_function(
+          with_pillow, [content], tf.uint8, stateful=False
+      ),
   )
   image.set_shape((None, None, channels))
   return image

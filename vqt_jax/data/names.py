@@ -93,13 +93,14 @@ def find_folder(request: Request, data_dir: str | None) -> epath.Path | None:
     UserError: the version is none.
   """
   if not _VERSION.fullmatch(request.version):
-    raise errors.UserError(_no_version(request, data_dir))
+    explain = _no_version if of_tfds(request.name) else unknown
+    raise errors.UserError(explain(request, data_dir))
   folder = root(data_dir) / request.name / request.config
-  for version in reversed(_versions(folder)):
-    if version.match(request.version):
-      folder /= str(version)
-      return folder if (folder / "features.json").exists() else None
-  return None
+  meant = _meant(_versions(folder), request)
+  if not meant:
+    return None
+  folder /= str(meant[-1])
+  return folder if (folder / "features.json").exists() else None
 
 
 def of_tfds(name: str) -> bool:
@@ -139,8 +140,7 @@ def unusable(
           f"Dataset {request.name!r} has no config {request.config!r}. Its"
           f" configs: {known}."
       )
-    made = _made_by_tfds(request)
-    if not any(version.match(request.version) for version in made):
+    if not _meant(_made_by_tfds(request), request):
       return _no_version(request, data_dir)
   lines = str(error).strip().splitlines() or [type(error).__name__]
   reason = lines[0].rpartition('}": ')[2].rstrip(".")
@@ -152,6 +152,8 @@ def _about_path(text: str) -> str:
   with contextlib.suppress(OSError):
     if not files.in_bucket(path) and (image := _first_image(path)):
       return _folder_of_images(path, image)
+  if tfds.core.Version.is_valid(path.name):
+    path = path.parent
   return (
       f"{text!r} is a path: expected a name. For a dataset that TFDS wrote"
       f" there, set data_dir to {os.fspath(path.parent)!r} and task to"
@@ -165,7 +167,7 @@ def _not_in(
   """Tells what a folder holds instead of the dataset that is asked for."""
   name = request.name
   versions = _versions(place / request.config)
-  if versions and not any(v.match(request.version) for v in versions):
+  if versions and not _meant(versions, request):
     return _no_version(request, data_dir)
   if not versions:
     configs = [path.name for path in place.iterdir() if _versions(path)]
@@ -215,6 +217,13 @@ def _versions(folder: epath.Path) -> list[Any]:
     names = [path.name for path in folder.iterdir()]
     return sorted(tfds.core.Version(name) for name in names if is_version(name))
   return []
+
+
+def _meant(versions: list[Any], request: Request) -> list[Any]:
+  """Those of some versions that are asked for."""
+  if not _VERSION.fullmatch(request.version):
+    return []
+  return [each for each in versions if each.match(request.version)]
 
 
 def _near(name: str, data_dir: str | None) -> str:

@@ -51,7 +51,9 @@ def find_builder(request: str, data_dir: str | None) -> Any:
       return _find(wanted, data_dir)
   except errors.UserError:
     raise
-  except (json_format.Error, json.JSONDecodeError, OSError) as error:
+  except (
+      json_format.Error, json.JSONDecodeError, UnicodeDecodeError, OSError
+  ) as error:  # fmt: skip
     raise errors.UserError(_damaged(wanted, data_dir, error)) from error
   except (ValueError, AssertionError, ImportError) as error:
     message = names.unusable(wanted, data_dir, error)
@@ -75,9 +77,9 @@ def _find(wanted: names.Request, data_dir: str | None) -> Any:
     return tfds.builder_from_directory(folder)
   try:
     tfds.builder_cls(wanted.name)
-  except (ValueError, tfds.core.DatasetNotFoundError) as error:
+  except ValueError as error:  # Not found, or no name that code can have.
     raise errors.UserError(names.unknown(wanted, data_dir)) from error
-  return tfds.builder(str(wanted), data_dir=_expand(data_dir))
+  return tfds.builder(str(wanted), data_dir=os.fspath(names.root(data_dir)))
 
 
 def is_prepared(task: Task) -> bool:
@@ -298,10 +300,6 @@ def _reading(data_dir: str | None) -> Iterator[None]:
         f"The data folder {data_dir} cannot be read: {files.first_line(e)}"
         f" {advice or 'Check data_dir.'}"
     ) from e
-
-
-def _expand(data_dir: str | None) -> str | None:
-  return os.path.expanduser(data_dir) if data_dir else None
 
 
 def _damaged(

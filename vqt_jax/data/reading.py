@@ -215,8 +215,8 @@ def _wrong_record(task: Task, builder: Any, split: str, error: Any) -> str:
   """Names the first record that cannot be read."""
   number = 0
   with contextlib.suppress(tf.errors.OpError):
-    for number, _ in stored_order(task, builder, split):
-      number = int(number) + 1
+    for _ in stored_order(task, builder, split):
+      number += 1
   return (
       f"Record {_where(task, builder, split, number)} cannot be read"
       f" ({type(error).__name__}: {_reason(error)}). "

@@ -365,6 +365,8 @@ def check_batch(batch_size: int, mesh: jax.sharding.Mesh) -> None:
 
 def base_of(task: data.Task, split: str) -> str:
   """The split that is loaded for another: "trainval" where it holds both."""
+  if split == "test":
+    return split
   splits = task.splits
   both = f"{splits['train']}+{splits['val']}"
   if splits["trainval"] != both and not data.are_rows_of(
