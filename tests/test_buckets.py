@@ -282,7 +282,7 @@ def test_data_that_is_cut(server, data, material, tmp_path):
   server.objects[name] = server.objects[name][:-20]
   status, said = read_data(data, material, tmp_path / "run")
   assert status == 2 and "cannot be read (DataLossError: " in said[-1]
-  assert "may be damaged" in said[-1]
+  assert "Write the dataset again" in said[-1]
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,15 @@
 
 import dataclasses
 import hashlib
+import io
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 
 import numpy as np
+import PIL.Image
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
@@ -19,7 +22,8 @@ from vqt_jax.data import lookup
 from vqt_jax.data import pipeline
 from vqt_jax.data import prepared
 
-GOLDENS = pathlib.Path(__file__).parent / "goldens" / "vqt"
+ROOT = pathlib.Path(__file__).parents[1]
+GOLDENS = ROOT / "tests" / "goldens" / "vqt"
 SIZES = {"train": 23, "test": 11}
 READ = {"image_size": (2, 3), "value_range": "0..1"}
 
@@ -160,11 +164,27 @@ def test_registered_datasets_are_known_without_files(tmp_path):
         ("numberd", {}, "Nearest names: 'numbered'"),
         ("cifar10/big", {}, "'cifar10' has no config 'big'.*none"),
         ("eurosat/grey", {}, "no config 'grey'.*rgb, all"),
-        ("cifar10:9.9.9", {}, "cannot be loaded at version 9.9.9"),
-        ("a b", {}, "expected name"),
+        ("cifar10:9.9.9", {}, "no version '9.9.9'.*TFDS can prepare: 3.0.2"),
+        ("cifar10:3", {}, "no version '3'.*: none; TFDS can prepare: 3.0.2"),
+        ("cifar10:latest", {}, "no version 'latest'"),
+        ("cifar10:", {}, "no version ''"),
+        ("numbered:01.2.0", {}, "no version '01.2.0'. In .*: 1.2.0. Without"),
+        ("numbered:2.*.*", {}, r"no version '2.\*.\*'. In .*: 1.2.0. Without"),
+        ("numbered:latest", {}, "no version 'latest'. In .*: 1.2.0. Without"),
+        ("nosuch:latest", {}, "Unknown task or dataset 'nosuch'"),
+        ("/a/photos/1.0.0", {}, "data_dir to '/a' and task to 'photos'"),
+        ("numbered/big", {}, r"expected numbered/\[config/\]version/"),
+        ("a b", {}, "Unknown task or dataset 'a b'"),
+        ("a/b/c", {}, "expected name"),
+        ("huggingface:mnist", {}, "another hub.*TFDS has 'mnist'"),
+        ("hf://datasets/mnist", {}, "another hub"),
+        ("https://host/x.zip", {}, "another hub or site"),
+        ("/a/photos", {}, "is a path: .*data_dir to '/a' and task to 'photos'"),
+        ("./photos", {}, "is a path"),
+        ("gs://bucket/photos", {}, "is a path: .*data_dir to 'gs://bucket'"),
         ("clevr", {}, "is the label.*clevr_count, clevr_distance"),
         ("dsprites", {}, "is the label.*label_scale.*label_key"),
-        ("imdb_reviews", {}, "is the image"),
+        ("imdb_reviews", {}, "No feature .* can be the image.*label: Class"),
         ("numbered", {"image_key": "image"}, "'image'.*not exist.*: picture"),
         ("numbered", {"label_key": "picture"}, "the label: key, kind"),
         ("numbered", {"label_key": "key"}, "Set num_classes"),
@@ -198,7 +218,7 @@ def test_unprepared_dataset_names_the_command(tmp_path):
         ("train[:800]", r"\[:800\].*23 examples"),
         ("train[:0]", "is empty"),
         ("train[5:3]", "is empty"),
-        ("train[:x]", "Unrecognized split format"),
+        ("train[:x]", r": Error parsing split 'train\[:x\]'. Splits there"),
     ],
 )
 def test_splits_that_are_not_there(task, slices, message):
@@ -208,6 +228,44 @@ def test_splits_that_are_not_there(task, slices, message):
   data.check_prepared(task, ["train", "test"])
   with pytest.raises(errors.UserError, match=message):
     data.batches(task, "val", batch_size=2, **READ)
+
+
+@pytest.mark.parametrize(
+    "name", ["Mk0", "my-data", "v1.2", "My Photos", "2024", "größe", "a+b/c d"]
+)
+def test_folders_may_have_any_name(data_dir, tmp_path, name):
+  for version in ("1.10.0", "1.9.0"):
+    shutil.copytree(f"{data_dir}/numbered/1.2.0", tmp_path / name / version)
+  for request, version in ((name, "1.10.0"), (f"{name}:1.9.*", "1.9.0")):
+    task = lookup.make_task(request, data_dir=str(tmp_path))
+    assert task.dataset == name
+    assert prepared.open_builder(task).data_path.name == version
+  name, _, config = name.partition("/")
+  with pytest.raises(errors.UserError, match=f"There: .*{config}|no version"):
+    lookup.make_task(f"{name}:7.0.0", data_dir=str(tmp_path))
+
+
+def test_folder_of_images(tmp_path, monkeypatch):
+  """The message names a way, and the example of the docs goes it."""
+  for split in ("train", "test"):
+    for name, colour in (("dark", 10), ("light", 200)):
+      folder = tmp_path / "photos" / split / name
+      folder.mkdir(parents=True)
+      PIL.Image.new("L", (3, 2), colour).save(folder / "1.webp", lossless=True)
+  message = r"holds images \(test/dark/1.webp"
+  with pytest.raises(errors.UserError, match=message):
+    lookup.make_task("photos", data_dir=str(tmp_path))
+  with pytest.raises(errors.UserError, match="store_as_tfds_dataset"):
+    lookup.make_task(str(tmp_path / "photos"))
+  docs = (ROOT / "docs" / "data.md").read_text()
+  (example,) = re.findall("```python\n(.*?)```", docs, re.DOTALL)
+  monkeypatch.chdir(tmp_path)
+  exec(example, {})
+  task = lookup.make_task("photos", data_dir="DATA", splits={"train": "train"})
+  assert task.class_names == ("dark", "light")
+  arrays = data.load_arrays(task, "train", **READ)
+  found = dict(zip(arrays["label"], arrays["image"][:, 0, 0, 0] * 255))
+  assert {k: round(v) for k, v in found.items()} == {0: 10, 1: 200}
 
 
 def test_folder_without_metadata(tmp_path):
@@ -252,12 +310,71 @@ def test_damaged_files(tmp_path):
   Numbered(data_dir=str(tmp_path)).download_and_prepare()
   task = lookup.make_task("numbered", data_dir=str(tmp_path))
   (file,) = tmp_path.glob("numbered/1.2.0/*test.tfrecord*")
+  message = (
+      r"Record {} of test \(split 'test', counted from 0\).*: {}.*"
+      r"\. Write the dataset again, or restore its files from a copy\.$"
+  )
   file.write_bytes(file.read_bytes()[:-20])
-  with pytest.raises(errors.UserError, match="damaged.*prepare numbered"):
+  cut = message.format(10, "truncated record")
+  with pytest.raises(errors.UserError, match=cut):
     data.load_arrays(task, "test", **READ)
   file.unlink()
-  with pytest.raises(errors.UserError, match="damaged.*prepare numbered"):
+  with pytest.raises(errors.UserError, match=message.format(0, ".*No such")):
     data.load_arrays(task, "test", **READ)
+
+
+@pytest.fixture(scope="module")
+def cut_image(tmp_path_factory):
+  """A task whose image number 13 in train is cut."""
+  folder = str(tmp_path_factory.mktemp("cut"))
+  noise = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
+  images_ = [coded(PIL.Image.fromarray(pixels), "JPEG") for pixels in noise]
+  images_[13] = images_[13][:-300]
+  tfds.dataset_builders.store_as_tfds_dataset(
+      name="cut",
+      version="1.0.0",
+      data_dir=folder,
+      features=tfds.features.FeaturesDict({
+          "image": tfds.features.Image(),
+          "label": tfds.features.ClassLabel(num_classes=2),
+          "image/file": tfds.features.Text(),
+      }),
+      split_datasets={
+          "train": [
+              (i, {"image": image, "label": i % 2, "image/file": f"{i}.jpg"})
+              for i, image in enumerate(images_)
+          ]
+      },
+      disable_shuffling=True,
+  )
+  splits = {"train": "train", "val": "train[10:]", "test": "train"}
+  return lookup.make_task("cut", data_dir=folder, splits=splits)
+
+
+@pytest.mark.parametrize(
+    "read, split, number, settings",
+    [
+        (data.load_arrays, "train", 13, {}),
+        (data.load_arrays, "val", 3, {}),
+        (data.batches, "train", 13, {"batch_size": 4, "start": 3}),
+        (data.batches, "train", 13,
+         {"batch_size": 8, "process_index": 1, "process_count": 2}),
+        (data.train_batches, "train", 13,
+         {"batch_size": 4, "epoch": 1, "seed": 2, "start_step": 1}),
+    ],
+)  # fmt: skip
+def test_an_image_that_is_cut_is_named(
+    cut_image, read, split, number, settings
+):
+  slices = re.escape(cut_image.splits[split])
+  message = (
+      rf"Image {number} of {split} \(split '{slices}', counted"
+      r" from 0; image/file '13.jpg'\) of dataset 'cut' in .*/cut/1.0.0 cannot"
+      r" be decoded \(.*Invalid JPEG data.*; [\d,]+ bytes\)\. Replace or remove"
+      r" that image and write the dataset again\.$"
+  )
+  with pytest.raises(errors.UserError, match=message):
+    list(read(cut_image, split, **READ, **settings))
 
 
 @pytest.mark.parametrize("read", [data.load_arrays, data.train_batches])
@@ -268,6 +385,40 @@ def test_labels_outside_the_classes(task, read):
     settings |= {"batch_size": 4, "epoch": 0, "seed": 0}
   with pytest.raises(errors.UserError, match="Label 6 in 'numbered'.*0..5"):
     list(read(task, "train", **settings))
+
+
+# Classes.
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        ({"train": "aab", "val": "bab", "trainval": "aabbab"}, None),
+        ({"train": "ab", "val": "cac", "trainval": "abcac"},
+         r"^2 of the 3 images of val are .* train lacks \(cat\).*shuffled"),
+        ({"trainval": "ab", "test": "abcc"}, r"2 of the 4 images of test.*cat"),
+        ({"trainval": "bb"}, "All 2 images of trainval .* one class, bee,"),
+        ({"train": "a"}, "All 1 images of train .* one class, ant,"),
+        ({"test": "a"}, None),
+        ({"train": "ab", "val": "ab", "trainval": "abab", "test": "ab"},
+         "^trainval has no image of 1 of 3 classes: cat.$"),
+    ],
+)  # fmt: skip
+def test_classes_that_are_not_trained_on(task, labels, message):
+  names = ("ant", "bee", "cat")
+  task = dataclasses.replace(task, num_classes=3, class_names=names)
+  if labels == {"train": "aab", "val": "bab", "trainval": "aabbab"}:
+    task = dataclasses.replace(task, num_classes=2)
+  found = {
+      split: np.array(["abc".index(x) for x in text])
+      for split, text in labels.items()
+  }
+  if message and message.startswith("All"):
+    with pytest.raises(errors.UserError, match=message):
+      data.check_classes(task, found)
+  else:
+    note = data.check_classes(task, found)
+    assert re.search(message, note) if message else note is None
 
 
 # Arrays and batches.
@@ -399,6 +550,79 @@ def test_legacy_preprocessing_is_the_authors(case):
   for value_range, expected in (("0..1", unit), ("imagenet", normalised)):
     fn = images.make_preprocess(unit.shape[0], value_range, "legacy")
     np.testing.assert_allclose(fn(raw), expected, rtol=0, atol=2e-6)
+
+
+def coded(image, kind, **options):
+  file = io.BytesIO()
+  image.save(file, kind, **options)
+  return file.getvalue()
+
+
+def pictures():
+  """Kind -> file, and the picture that is in it, unless that loses some."""
+  noise = np.random.default_rng(0).integers(0, 256, (6, 5, 4), np.uint8)
+  rgba = PIL.Image.fromarray(noise)
+  rgb, grey = rgba.convert("RGB"), rgba.convert("L")
+  few, two = rgb.quantize(16), rgb.convert("1")
+  deep = PIL.Image.fromarray(np.asarray(grey).astype(np.uint16) * 256 + 17)
+  moving = {"save_all": True, "append_images": [rgb.rotate(180)]}
+  return {
+      "JPEG": (coded(rgb, "JPEG"), None),
+      "grey JPEG": (coded(grey, "JPEG"), None),
+      "CMYK JPEG": (coded(rgb.convert("CMYK"), "JPEG"), None),
+      "PNG": (coded(rgb, "PNG"), rgb),
+      "PNG with alpha": (coded(rgba, "PNG"), rgb),
+      "grey PNG with alpha": (coded(rgba.convert("LA"), "PNG"), grey),
+      "PNG with palette": (coded(few, "PNG", transparency=3), few),
+      "PNG of 1 bit": (coded(two, "PNG"), two),
+      "PNG of 16 bits": (coded(deep, "PNG"), grey),
+      "moving PNG": (coded(rgb, "PNG", **moving), rgb),
+      "GIF": (coded(few, "GIF", transparency=3), few),
+      "moving GIF": (coded(few, "GIF", **moving), few),
+      "WebP": (coded(rgb, "WEBP", lossless=True), rgb),
+      "WebP with alpha": (coded(rgba, "WEBP", lossless=True, exact=True), rgb),
+      "moving WebP": (coded(rgb, "WEBP", lossless=True, **moving), rgb),
+      "BMP": (coded(rgb, "BMP"), rgb),
+      "BMP with palette": (coded(few, "BMP"), few),
+      "BMP of 1 bit": (coded(two, "BMP"), two),
+      "TIFF": (coded(rgb, "TIFF", compression="tiff_lzw"), rgb),
+      "TIFF of 16 bits": (coded(deep, "TIFF"), grey),
+      "CMYK TIFF": (coded(rgb.convert("CMYK"), "TIFF"), rgb),
+      "JPEG 2000": (coded(rgb, "JPEG2000"), rgb),
+  }
+
+
+def test_all_kinds_of_images():
+  files = [content for content, _ in pictures().values()]
+  found = tf.data.Dataset.from_tensor_slices(files).map(
+      lambda content: images.decode(content, 3)
+  )
+  for (kind, (content, picture)), rgb in zip(
+      pictures().items(), found.as_numpy_iterator(), strict=True
+  ):
+    if re.search("JPEG$|PNG", kind):  # As VTAB's program does.
+      expected = tfds.features.Image().decode_example(content)
+      np.testing.assert_array_equal(rgb, expected, kind)
+    if picture:
+      expected = np.asarray(picture.convert("RGB"))
+      np.testing.assert_allclose(rgb, expected, atol=1, err_msg=kind)
+      grey = images.decode(content, 1)[..., 0]
+      expected = np.asarray(picture.convert("L"))
+      np.testing.assert_allclose(grey, expected, atol=1, err_msg=kind)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "not a kind of image"),
+        (b"<html>404</html>", "not a kind of image"),
+        (coded(PIL.Image.new("F", (2, 2)), "TIFF"), "TIFF with 32 bits per"),
+        (coded(PIL.Image.new("RGB", (9, 9)), "WEBP")[:-9], "decode"),
+    ],
+)
+def test_no_images(content, message):
+  with pytest.raises((ValueError, OSError), match=message):
+    images.decode(content, 3)
 
 
 @pytest.mark.parametrize(

@@ -314,6 +314,23 @@ def test_an_older_prepared_copy_is_used(copies, tmp_path):
   assert data.num_examples(task, "test") == 4
 
 
+def test_what_can_be_prepared_again_is_moved_away(copies, tmp_path):
+  shutil.copytree(f"{copies}/dtd", tmp_path / "dtd")
+  (info,) = tmp_path.glob("dtd/*/dataset_info.json")
+  task = lookup.make_task("dtd", data_dir=str(tmp_path))
+  task = dataclasses.replace(task, splits={"test": "test"})
+  command = f"python -m vqt_jax.data.prepare dtd --data_dir {tmp_path}$"
+  for record in info.parent.glob("*-test*"):
+    record.write_bytes(record.read_bytes()[:-9])
+  message = f"Move {info.parent} away, and prepare it again with: {command}"
+  with pytest.raises(errors.UserError, match=message):
+    data.load_arrays(task, "test", image_size=4, value_range="0..1")
+  info.write_text("")
+  message = f"Move {tmp_path}/dtd away, and prepare it again with: {command}"
+  with pytest.raises(errors.UserError, match=message):
+    data.check_prepared(task)
+
+
 def test_slices_beyond_the_end_are_refused(copies):
   task = lookup.make_task("dtd", data_dir=copies)
   with pytest.raises(errors.UserError, match=r"train\[:800\].*train \(4\)"):

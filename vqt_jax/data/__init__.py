@@ -3,6 +3,7 @@
 Importing this does not import TensorFlow; its first use does.
 """
 
+from vqt_jax.data.classes import check_classes
 from vqt_jax.data.lookup import make_task
 from vqt_jax.data.pipeline import batches
 from vqt_jax.data.pipeline import load_arrays
@@ -14,6 +15,7 @@ from vqt_jax.data.prepared import expected_examples
 from vqt_jax.data.prepared import fingerprint
 from vqt_jax.data.prepared import identity
 from vqt_jax.data.prepared import is_prepared
+from vqt_jax.data.prepared import num_bytes
 from vqt_jax.data.prepared import num_examples
 from vqt_jax.data.prepared import prepare_command
 from vqt_jax.data.prepared import size_warning
@@ -27,6 +29,7 @@ __all__ = [
     "Task",
     "are_rows_of",
     "batches",
+    "check_classes",
     "check_prepared",
     "expected_examples",
     "fingerprint",
@@ -35,6 +38,7 @@ __all__ = [
     "load_arrays",
     "load_labels",
     "make_task",
+    "num_bytes",
     "num_examples",
     "prepare_command",
     "size_warning",

@@ -1,7 +1,12 @@
-"""From a stored image to what a backbone takes: resize, then scale."""
+"""From a stored image to what a backbone takes: decode, resize, then scale."""
 
 from collections.abc import Callable
+import functools
+import io
 from typing import Any
+
+import numpy as np
+import PIL.Image
 
 from vqt_jax import backbone
 from vqt_jax import errors
@@ -16,6 +21,56 @@ RESIZES: dict[str, Callable[[Any, tuple[int, int]], Any]] = {
 }
 
 ImageSize = int | tuple[int, int]
+
+# How a JPEG and a PNG begin.
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PN"
+
+
+def decode(content: Any, channels: int) -> Any:
+  """Decodes a file, usable in `tf.data.Dataset.map`.
+
+  JPEG and PNG by TensorFlow, whose decoders are those of VTAB's published
+  numbers; all other kinds by Pillow. Of an animation the first frame is taken,
+  of 16-bit pixels the upper 8 bits; alpha is dropped, and EXIF's orientation is
+  not applied.
+
+  Args:
+    content: string scalar, the file.
+    channels: 1 (grey) or 3 (RGB).
+
+  Returns:
+    uint8 (h, w, channels).
+
+  Raises:
+    tf.errors.OpError: it cannot be decoded; in eager mode also any other
+      exception, as Pillow raises it.
+  """
+  start = tf.strings.substr(content, 0, 3)
+  with_pillow = functools.partial(_with_pillow, channels=channels)
+  image = tf.cond(
+      (start == _JPEG) | (start == _PNG),
+      lambda: tf.io.decode_image(content, channels, expand_animations=False),
+      lambda: tf.numpy_function(
+          with_pillow, [content], tf.uint8, stateful=False
+      ),
+  )
+  image.set_shape((None, None, channels))
+  return image
+
+
+def _with_pillow(content: bytes, channels: int) -> np.ndarray:
+  try:
+    image = PIL.Image.open(io.BytesIO(content))
+  except PIL.UnidentifiedImageError:
+    raise ValueError("not a kind of image that is known here") from None
+  with image:
+    if image.mode.startswith("I;16"):
+      upper = np.asarray(image) >> 8
+      image = PIL.Image.fromarray(upper.astype(np.uint8))
+    elif image.mode in ("I", "F"):
+      raise ValueError(f"{image.format} with 32 bits per pixel, not 8 or 16")
+    pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+  return pixels.reshape(*pixels.shape[:2], channels)
 
 
 def make_preprocess(

@@ -8,6 +8,7 @@ import numpy as np
 
 from vqt_jax import errors
 from vqt_jax.data import labels
+from vqt_jax.data import names
 from vqt_jax.data import prepared
 from vqt_jax.data import vtab
 from vqt_jax.data.task import SPLITS
@@ -78,7 +79,7 @@ def _tfds_task(
     num_classes: int | None,
 ) -> Task:
   """A task on any TFDS dataset, its features taken from the dataset itself."""
-  request = name if ":" in name else f"{name}:*.*.*"
+  request = str(names.parse(name))
   info = prepared.find_builder(request, data_dir).info
   if not isinstance(info.features, tfds.features.FeaturesDict):
     raise errors.UserError(
@@ -86,14 +87,17 @@ def _tfds_task(
         " dataset."
     )
   image_key, label_key = _keys(name, info, image_key, label_key)
+  number = _num_classes(name, label_key, info, num_classes)
+  named = getattr(info.features[label_key], "names", None) or ()
   return Task(
       name=name,
       builder=request,
-      num_classes=_num_classes(name, label_key, info, num_classes),
+      num_classes=number,
       splits=_fill(splits),
       label=labels.feature(label_key),
       image_key=image_key,
       data_dir=data_dir,
+      class_names=tuple(named) if len(named) >= number else (),
   )
 
 
@@ -112,6 +116,12 @@ def _keys(
   images = [key for key, value in features.items() if _is_image(value)]
   classes = [key for key, value in features.items() if _is_class(value)]
   integers = [key for key, value in features.items() if _is_integer(value)]
+  if not images:
+    found = "; ".join(f"{key}: {value}" for key, value in features.items())
+    raise errors.UserError(
+        f"No feature of dataset {name!r} can be the image: expected pictures of"
+        f" 8 bits and 1, 3 or 4 channels. It has {found[:300]}."
+    )
   image_key = image_key or _choose(
       name, "image", images, [key for key in supervised if key in images]
   )
@@ -150,7 +160,10 @@ def _check_key(
 
 
 def _is_image(value: Any) -> bool:
-  return isinstance(value, tfds.features.Image) and value.np_dtype == np.uint8
+  """Whether the feature is a picture of 8 bits: grey, RGB or RGBA."""
+  if not isinstance(value, tfds.features.Image):
+    return False
+  return value.np_dtype == np.uint8 and value.shape[-1] != 2
 
 
 def _is_class(value: Any) -> bool:

@@ -104,7 +104,7 @@ def batches(
   decode = reading.decoder(task, builder, image_size, value_range, resize)
   order = reading.stored_order(task, builder, split).skip(start)
   steps = range(-(-(count - start) // batch_size))
-  return reading.read(task, builder, order, decode, rows, steps)
+  return reading.read(task, builder, split, order, decode, rows, steps)
 
 
 def load_labels(task: Task, split: str) -> np.ndarray:
@@ -118,6 +118,7 @@ def load_labels(task: Task, split: str) -> np.ndarray:
   batches_ = reading.read(
       task,
       builder,
+      split,
       reading.stored_order(task, builder, split),
       lambda example: {"label": reading.label_of(task, example)},
       reading.Rows(count, 0, 1),
@@ -182,15 +183,13 @@ def train_batches(
   )
   steps = range(start_step, -(-count // batch_size))
   order = order.skip(start_step * batch_size)
-  return reading.read(task, builder, order, decode, rows, steps)
+  return reading.read(task, builder, split, order, decode, rows, steps)
 
 
 def _shuffle_buffer(builder: Any, count: int) -> int:
   """Examples that fit in `SHUFFLE_BYTES`, by their average size on disk."""
-  splits = builder.info.splits.values()
-  examples = sum(split.num_examples for split in splits)
-  average = sum(split.num_bytes for split in splits) // max(examples, 1)
-  return max(1, min(count, SHUFFLE_BYTES // max(average, 1)))
+  fitting = SHUFFLE_BYTES // prepared.example_bytes(builder)
+  return max(1, min(count, fitting))
 
 
 def _shuffle_seed(seed: int, epoch: int) -> int:

@@ -98,7 +98,7 @@ def requests(names: Sequence[str]) -> list[str]:
     elif task := vtab.find(name):
       found.append(task.builder)
     else:
-      found.append(name if ":" in name else f"{name}:*.*.*")
+      found.append(name)
   return list(dict.fromkeys(found))
 
 
@@ -113,7 +113,7 @@ def prepare(
   """Prepares one dataset, unless it is, and returns its TFDS builder.
 
   Args:
-    request: `name[/config]:version`.
+    request: `name[/config][:version]`.
     data_dir: TFDS folder.
     download_dir: where downloads go.
     manual_dir: folder with files the user has.
@@ -128,8 +128,8 @@ def prepare(
       return builder
   if builder.data_path.exists():
     raise errors.UserError(
-        f"{builder.data_path} exists but holds no finished dataset. Delete that"
-        " folder and try again."
+        f"{builder.data_path} exists but holds no finished dataset. Move that"
+        " folder away and try again."
     )
   _check_packages(builder.name)
   if builder.name in NOTES:

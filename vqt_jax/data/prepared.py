@@ -7,7 +7,6 @@ prepares it. (Left alone, TFDS would try the network for minutes.)
 
 from collections.abc import Iterable, Iterator
 import contextlib
-import difflib
 import hashlib
 import json
 import os
@@ -19,15 +18,12 @@ from google.protobuf import json_format
 
 from vqt_jax import errors
 from vqt_jax import files
-from vqt_jax.data import vtab
+from vqt_jax.data import names
 from vqt_jax.data.task import SPLITS
 from vqt_jax.data.task import Task
 from vqt_jax.data.tensorflow_lazy import quiet
 from vqt_jax.data.tensorflow_lazy import tf
 from vqt_jax.data.tensorflow_lazy import tfds
-
-# The project's own dataset; see `digits.py`.
-DIGITS = "digits"
 
 # Packages whose failures are a bucket's.
 _CLIENTS = ("aiohttp", "gcsfs", "google")
@@ -38,41 +34,53 @@ _ALSO_RIGHT = {("sun397", "train"): 76127}
 
 
 def find_builder(request: str, data_dir: str | None) -> Any:
-  """The TFDS builder of `name[/config]:version`, prepared or not.
+  """The TFDS builder of `name[/config][:version]`, prepared or not.
 
   Files on disk win over TFDS's code, and are enough where it has none.
 
   Args:
-    request: TFDS request; its version may be `*.*.*`.
+    request: see `names`; its version may be `*.*.*`.
     data_dir: TFDS folder, or None for TFDS's own.
 
   Raises:
     UserError: neither TFDS nor the folder has such a dataset, or the folder
       cannot be read.
   """
-  if request.partition(":")[0] == DIGITS:
-    # Registers the builder.
-    from vqt_jax.data import digits  # pylint: disable=g-import-not-at-top
-
-    with _reading(data_dir):
-      digits.prepare(data_dir)
+  wanted = names.parse(request)
   try:
     with quiet(), _reading(data_dir):
-      return tfds.builder(request, data_dir=_expand(data_dir))
-  except tfds.core.DatasetNotFoundError as error:
-    raise errors.UserError(_unknown(request, data_dir)) from error
+      return _find(wanted, data_dir)
   except errors.UserError:
     raise
-  except (json_format.Error, json.JSONDecodeError, OSError) as error:
-    raise errors.UserError(_damaged(request, data_dir, error)) from error
+  except (
+      json_format.Error, json.JSONDecodeError, UnicodeDecodeError, OSError
+  ) as error:  # fmt: skip
+    raise errors.UserError(_damaged(wanted, data_dir, error)) from error
   except (ValueError, AssertionError, ImportError) as error:
-    raise errors.UserError(_unusable(request, error)) from error
+    message = names.unusable(wanted, data_dir, error)
+    raise errors.UserError(message) from error
   except tf.errors.OpError as error:
     raise errors.UserError(
         f"The data folder {data_dir} cannot be read:"
         f" {error.message.splitlines()[0][:200]}. Check the address, and that"
         " you may read it."
     ) from error
+
+
+def _find(wanted: names.Request, data_dir: str | None) -> Any:
+  if wanted.name == names.DIGITS:
+    # Registers the builder.
+    from vqt_jax.data import digits  # pylint: disable=g-import-not-at-top
+
+    digits.prepare(data_dir)
+  folder = names.find_folder(wanted, data_dir)
+  if folder:
+    return tfds.builder_from_directory(folder)
+  try:
+    tfds.builder_cls(wanted.name)
+  except ValueError as error:  # Not found, or no name that code can have.
+    raise errors.UserError(names.unknown(wanted, data_dir)) from error
+  return tfds.builder(str(wanted), data_dir=os.fspath(names.root(data_dir)))
 
 
 def is_prepared(task: Task) -> bool:
@@ -108,11 +116,33 @@ def open_builder(task: Task) -> Any:
 
 def prepare_command(*tasks: Task) -> str:
   """The shell command that prepares the datasets of tasks in one folder."""
-  command = ["python", "-m", "vqt_jax.data.prepare"]
-  command += dict.fromkeys(task.dataset for task in tasks)
-  if tasks[0].data_dir:
-    command += ["--data_dir", tasks[0].data_dir]
+  return _command([task.dataset for task in tasks], tasks[0].data_dir)
+
+
+def _command(datasets: Iterable[str], data_dir: str | None) -> str:
+  command = ["python", "-m", "vqt_jax.data.prepare", *dict.fromkeys(datasets)]
+  if data_dir:
+    command += ["--data_dir", data_dir]
   return shlex.join(command)
+
+
+def repair(
+    dataset: str, data_dir: str | None, place: os.PathLike, what: str
+) -> str:
+  """A sentence on what to do about damaged files; none is to delete them.
+
+  Args:
+    dataset: `name[/config]`.
+    data_dir: TFDS folder, or None for TFDS's own.
+    place: where the dataset lies.
+    what: to do where the files are all there is: TFDS cannot make them again.
+  """
+  if not names.of_tfds(dataset.partition("/")[0]):
+    return what
+  command = _command([dataset], data_dir)
+  return (
+      f"Move {os.fspath(place)} away, and prepare it again with: {command}"
+  )
 
 
 def check_prepared(task: Task, splits: Iterable[str] = SPLITS) -> None:
@@ -129,6 +159,20 @@ def check_prepared(task: Task, splits: Iterable[str] = SPLITS) -> None:
 def num_examples(task: Task, split: str) -> int:
   """Examples in one of the task's splits; raises as `check_prepared`."""
   return split_size(open_builder(task), task, split)
+
+
+def num_bytes(task: Task, split: str) -> int:
+  """About the size of a split on disk; raises as `check_prepared`."""
+  builder = open_builder(task)
+  return split_size(builder, task, split) * example_bytes(builder)
+
+
+def example_bytes(builder: Any) -> int:
+  """Average size of an example of all splits on disk, at least 1."""
+  splits = builder.info.splits.values()
+  examples = sum(split.num_examples for split in splits)
+  total = sum(split.num_bytes for split in splits)
+  return max(1, total // max(examples, 1))
 
 
 def expected_examples(task: Task, split: str) -> int:
@@ -162,9 +206,11 @@ def split_size(builder: Any, task: Task, split: str) -> int:
   try:
     count = builder.info.splits[slices].num_examples
   except (ValueError, KeyError) as error:
+    # Without TFDS's list of splits, and where to read on.
+    reason = files.first_line(error).split(". ")[0].rstrip(".")
     raise errors.UserError(
         f"Split {slices!r} ({split} of {task.name!r}) cannot be read from"
-        f" {os.fspath(builder.data_path)}: {_reason(error)}. Splits there:"
+        f" {os.fspath(builder.data_path)}: {reason}. Splits there:"
         f" {found or 'none'}."
     ) from error
   if count <= 0:
@@ -265,13 +311,6 @@ def size_warning(task: Task) -> str | None:
   )
 
 
-def nearest_names(name: str, data_dir: str | None, count: int = 5) -> list[str]:
-  """Names of tasks and datasets that look like `name`, nearest first."""
-  known = {*vtab.VTAB, *vtab.OFFICIAL_NAMES, DIGITS, *_folders(data_dir)}
-  known.update(tfds.list_builders(with_community_datasets=False))
-  return difflib.get_close_matches(name, sorted(known), n=count, cutoff=0.5)
-
-
 @contextlib.contextmanager
 def _reading(data_dir: str | None) -> Iterator[None]:
   """Turns what a bucket and those who ask it say into a `UserError`."""
@@ -293,75 +332,18 @@ def _reading(data_dir: str | None) -> Iterator[None]:
     ) from e
 
 
-def _expand(data_dir: str | None) -> str | None:
-  return os.path.expanduser(data_dir) if data_dir else None
-
-
-def _folders(data_dir: str | None) -> list[str]:
-  """Names of the folders in `data_dir`: candidates for datasets."""
-  if not data_dir:
-    return []
-  folder = epath.Path(_expand(data_dir))
-  with _reading(data_dir):
-    if not folder.is_dir():
-      return []
-    return [path.name for path in folder.iterdir() if path.is_dir()]
-
-
-def _unknown(request: str, data_dir: str | None) -> str:
-  """Says that there's no such dataset, and which one was perhaps meant."""
-  dataset = request.partition(":")[0]
-  name = dataset.partition("/")[0]
-  if name in _folders(data_dir):
-    return (
-        f"No dataset {request!r} in {data_dir}/{name}: expected"
-        f" {name}/[config/]version/dataset_info.json there, as TFDS writes it."
-        " Name the config, if it has one: name/config."
-    )
-  near = ", ".join(repr(other) for other in nearest_names(name, data_dir))
+def _damaged(
+    wanted: names.Request, data_dir: str | None, error: Exception
+) -> str:
+  """Tells that what describes the dataset cannot be read."""
+  place = names.root(data_dir) / wanted.name
+  advice = "Make it readable."
+  if not isinstance(error, PermissionError):
+    advice = repair(
+        wanted.dataset, data_dir, place,
+        "Write the dataset again, or restore that file from a copy.",
+    )  # fmt: skip
   return (
-      f"Unknown task or dataset {dataset!r}: expected a VTAB-1k task, a name in"
-      f" TFDS, or a folder in data_dir ({data_dir or 'not given'})."
-      + (f" Nearest names: {near}." if near else "")
-      + ("" if near else f" The VTAB-1k tasks are: {', '.join(vtab.VTAB)}.")
+      f"The description of dataset {wanted.dataset!r} in {place} cannot be"
+      f" read: {files.first_line(error)} {advice}"
   )
-
-
-def _damaged(request: str, data_dir: str | None, error: Exception) -> str:
-  """Says which folder must go: what describes the dataset is damaged."""
-  dataset = request.partition(":")[0]
-  command = shlex.join(["python", "-m", "vqt_jax.data.prepare", dataset])
-  return (
-      f"The description of dataset {dataset!r} in"
-      f" {data_dir or 'the data folder'} cannot be read: {_gist(error)} Make"
-      " it readable, or delete its folder there and prepare it again:"
-      f" {command}"
-      + (f" --data_dir {shlex.quote(data_dir)}" if data_dir else "")
-  )
-
-
-def _unusable(request: str, error: Exception) -> str:
-  """Says what TFDS dislikes about the request: format, config or version."""
-  name, _, config = request.partition(":")[0].partition("/")
-  if name not in tfds.list_builders(with_community_datasets=False):
-    return (
-        f"{request!r} is no dataset request; expected name[/config][:version],"
-        " for example 'cifar10', 'eurosat/rgb' or 'svhn_cropped:3.0.0'."
-    )
-  configs = tfds.builder_cls(name).builder_configs
-  if config and config not in configs:
-    known = ", ".join(configs) or "none"
-    return f"Dataset {name!r} has no config {config!r}. Its configs: {known}."
-  return f"Dataset request {request!r}: {_gist(error)}"
-
-
-def _gist(error: Exception) -> str:
-  """The last line of what TFDS says, which is the one that matters."""
-  text = str(error.args[0] if error.args else error).strip()
-  line = text.splitlines()[-1] if text else type(error).__name__
-  return line.rpartition('": ')[2].rstrip(".") + "."
-
-
-def _reason(error: Exception) -> str:
-  """The gist without TFDS's list of alternatives."""
-  return _gist(error).partition(". Should be")[0].rstrip(".")

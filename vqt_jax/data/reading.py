@@ -7,6 +7,7 @@ rows of each batch.
 """
 
 from collections.abc import Iterator
+import contextlib
 import dataclasses
 import re
 from typing import Any
@@ -55,7 +56,10 @@ class Rows:
 
 
 def stored_order(task: Task, builder: Any, split: str) -> Any:
-  """A split in stored order as a `tf.data.Dataset`, no image decoded."""
+  """A split in stored order as a `tf.data.Dataset`, no image decoded.
+
+  Its elements are pairs: number in the split, from 0, and example.
+  """
   options = tf.data.Options()
   options.deterministic = True
   undecoded = {
@@ -64,7 +68,7 @@ def stored_order(task: Task, builder: Any, split: str) -> Any:
       if isinstance(feature, tfds.features.Image)
   }
   with quiet():
-    return builder.as_dataset(
+    dataset = builder.as_dataset(
         split=task.splits[split],
         decoders=undecoded,
         shuffle_files=False,
@@ -75,6 +79,7 @@ def stored_order(task: Task, builder: Any, split: str) -> Any:
             skip_prefetch=True,
         ),
     )
+  return dataset.enumerate()
 
 
 def decoder(
@@ -85,13 +90,14 @@ def decoder(
     resize: str,
 ) -> Any:
   """The map from an undecoded example to its image and label."""
-  image_feature = builder.info.features[task.image_key]
+  stored = builder.info.features[task.image_key].shape[-1]
+  channels = 1 if stored == 1 else 3
   preprocess = images.make_preprocess(
       image_size, value_range, resize, task.pixel_scale
   )
 
   def decode(example: dict[str, Any]) -> dict[str, Any]:
-    image = image_feature.decode_example(example[task.image_key])
+    image = images.decode(example[task.image_key], channels)
     return {
         "image": preprocess(image),
         "label": label_of(task, example),
@@ -107,17 +113,30 @@ def label_of(task: Task, example: dict[str, Any]) -> Any:
 def read(
     task: Task,
     builder: Any,
+    split: str,
     order: Any,
     decode: Any,
     rows: Rows,
     steps: range,
 ) -> Iterator[Batch]:
-  """Yields this process's rows of the batches `steps`, padded and masked."""
+  """Yields this process's rows of the batches `steps`, padded and masked.
+
+  Args:
+    task: what is read.
+    builder: of its dataset.
+    split: of the task.
+    order: its numbered examples, those of the first batch first.
+    decode: from an undecoded example to a row.
+    rows: of this process.
+    steps: of the epoch, for which `order` has examples.
+
+  Raises:
+    UserError: an image, a record or a label is wrong.
+  """
+  mine = order.enumerate().filter(rows.mine)
   dataset = (
-      order.enumerate()
-      .filter(rows.mine)
-      .map(
-          lambda _, example: decode(example),
+      mine.map(
+          lambda _, numbered: decode(numbered[1]),
           num_parallel_calls=tf.data.AUTOTUNE,
           deterministic=True,
       )
@@ -128,46 +147,109 @@ def read(
       key: np.zeros((0, *spec.shape[1:]), spec.dtype.as_numpy_dtype)
       for key, spec in dataset.element_spec.items()
   }
+  done = 0  # Steps.
   try:
     iterator = dataset.as_numpy_iterator()
     for _ in steps:
       batch = next(iterator, empty)
       _check_labels(task, batch["label"])
       yield _pad(batch, rows.local)
+      done += 1
   except tf.errors.OpError as error:
-    advice = (
-        "It may be damaged: delete that folder and prepare it again with:"
-        f" {prepared.prepare_command(task)}"
-    )
-    if files.in_bucket(builder.data_path) and _refused(error):
-      advice = (
-          "See that the network is up, and that you may read the folder; the"
-          " same command resumes."
-      )
+    failed = mine.skip(done * rows.local).take(rows.local)
     raise errors.UserError(
-        f"Dataset {task.dataset!r} in {builder.data_path} cannot be read"
-        f" ({_reason(error)}). {advice}"
+        _unreachable(task, builder, error)
+        or _wrong_image(task, builder, split, failed, decode)
+        or _wrong_record(task, builder, split, error)
     ) from error
 
 
-def _refused(error: Any) -> bool:
-  """Whether the files may be well, and only their bucket says no."""
-  return isinstance(
-      error,
-      (
-          tf.errors.AbortedError,
-          tf.errors.DeadlineExceededError,
-          tf.errors.PermissionDeniedError,
-          tf.errors.UnauthenticatedError,
-          tf.errors.UnavailableError,
-      ),
+def _unreachable(task: Task, builder: Any, error: Any) -> str | None:
+  """What to say where the files may be well, and only their bucket says no."""
+  said_no = (
+      tf.errors.AbortedError,
+      tf.errors.DeadlineExceededError,
+      tf.errors.PermissionDeniedError,
+      tf.errors.UnauthenticatedError,
+      tf.errors.UnavailableError,
+  )
+  if not files.in_bucket(builder.data_path) or not isinstance(error, said_no):
+    return None
+  return (
+      f"Dataset {task.dataset!r} in {builder.data_path} cannot be read"
+      f" ({type(error).__name__}: {_reason(error)}). See that the network is"
+      " up, and that you may read the folder; the same command resumes."
   )
 
 
-def _reason(error: Any) -> str:
-  """What TensorFlow says without its nodes and operations."""
-  line = re.sub(r"\{\{.*?\}\}|\[Op:.*", "", error.message).splitlines()[0]
-  return f"{type(error).__name__}: {line.strip()}"
+def _wrong_image(
+    task: Task, builder: Any, split: str, examples: Any, decode: Any
+) -> str | None:
+  """Names the first of some examples that cannot be decoded, if there is one.
+
+  Args:
+    task: what is read.
+    builder: of its dataset.
+    split: of the task.
+    examples: (position, (number, example)), as a dataset.
+    decode: what fails for one of them.
+  """
+  with contextlib.suppress(tf.errors.OpError):  # Then a record is wrong.
+    for _, (number, example) in examples:
+      try:
+        decode(example)
+      except Exception as error:  # Each of the decoders has its own.
+        content = example[task.image_key].numpy()
+        return (
+            f"Image {_where(task, builder, split, int(number), example)} cannot"
+            f" be decoded ({_reason(error)}; {len(content):,} bytes). "
+            + _repair(
+                task, builder,
+                "Replace or remove that image and write the dataset again.",
+            )
+        )  # fmt: skip
+  return None
+
+
+def _wrong_record(task: Task, builder: Any, split: str, error: Any) -> str:
+  """Names the first record that cannot be read."""
+  number = 0
+  with contextlib.suppress(tf.errors.OpError):
+    for _ in stored_order(task, builder, split):
+      number += 1
+  return (
+      f"Record {_where(task, builder, split, number)} cannot be read"
+      f" ({type(error).__name__}: {_reason(error)}). "
+      + _repair(
+          task, builder,
+          "Write the dataset again, or restore its files from a copy.",
+      )
+  )  # fmt: skip
+
+
+def _where(
+    task: Task, builder: Any, split: str, number: int, example: Any = None
+) -> str:
+  """Number in the split, and the names of files that lead to an example."""
+  found = [f"split {task.splits[split]!r}, counted from 0"]
+  for key, value in (example or {}).items():
+    if "file" in key and getattr(value, "dtype", None) == tf.string:
+      found.append(f"{key} {value.numpy().decode(errors='replace')!r}")
+  return (
+      f"{number} of {split} ({'; '.join(found)}) of dataset {task.dataset!r} in"
+      f" {builder.data_path}"
+  )
+
+
+def _repair(task: Task, builder: Any, what: str) -> str:
+  return prepared.repair(task.dataset, task.data_dir, builder.data_path, what)
+
+
+def _reason(error: Exception) -> str:
+  """What an exception says, without TensorFlow's nodes and operations."""
+  text = error.message if isinstance(error, tf.errors.OpError) else str(error)
+  line = re.sub(r"\{\{.*?\}\}|\[Op:.*", "", text).strip().split("\n")[0]
+  return line.strip().rstrip(".") or type(error).__name__
 
 
 def _check_labels(task: Task, labels: np.ndarray) -> None:

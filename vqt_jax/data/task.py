@@ -26,6 +26,7 @@ class Task:
     sizes: number of examples of the whole TFDS splits, where it is known.
     data_dir: TFDS folder; None is TFDS's own (`~/tensorflow_datasets`, or
       `$TFDS_DATA_DIR`).
+    class_names: a name for each class, or none at all.
   """
 
   name: str
@@ -38,6 +39,7 @@ class Task:
   pixel_scale: int = 1
   sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
   data_dir: str | None = None
+  class_names: tuple[str, ...] = ()
 
   @property
   def dataset(self) -> str:

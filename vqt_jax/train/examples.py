@@ -22,6 +22,9 @@ from vqt_jax.train import places
 from vqt_jax.train import sources
 from vqt_jax.train import store
 
+# A dataset of this size is read for its labels alone: a second or two.
+LABEL_BYTES = 2**28
+
 
 @dataclasses.dataclass
 class Examples:
@@ -51,6 +54,7 @@ class Examples:
   _bases: dict[str, str] = dataclasses.field(default_factory=dict)
   _counts: dict[str, int] = dataclasses.field(default_factory=dict)
   _places: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+  _known: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
   def count(self, split: str) -> int:
     """Examples in a split."""
@@ -125,6 +129,31 @@ class Examples:
     """Whether its images go through the backbone in every step."""
     return self._place(split)[0] in ("images", "stream")
 
+  def check_classes(self) -> None:
+    """Notes classes that are not trained on; see `data.check_classes`.
+
+    Nobody can choose the splits of VTAB. Of what is read anew every epoch, and
+    of the test set, labels are only read if all of it is small.
+    """
+    if self.task.group:
+      return
+    checked = []
+    for split in data.SPLITS:
+      base = self._base(split)
+      if split == "test" or self._place(base)[0] == "stream":
+        with parallel.together():
+          if data.num_bytes(self.task, base) > LABEL_BYTES:
+            continue
+      checked.append(split)
+    with parallel.together():
+      labels = {
+          split: self._labels(self._base(split))[self._rows_of(split)]
+          for split in checked
+      }
+      note = data.check_classes(self.task, labels)
+    if note:
+      self.console.note(note, "classes")
+
   @property
   def _decoding(self) -> dict[str, Any]:
     return {
@@ -196,10 +225,19 @@ class Examples:
     if self._held is None or self._held[0] != base:
       self._held = None  # Makes room before the next one comes.
       self._held = (base, self._load(base, *self._place(split)))
+    return self._held[1], self._rows_of(split)
+
+  def _rows_of(self, split: str) -> np.ndarray:
+    """Rows of a split in what is loaded for it."""
     first = 0
-    if base != split and split == "val":
+    if self._base(split) != split and split == "val":
       first = self.count("train")
-    return self._held[1], np.arange(first, first + self.count(split))
+    return np.arange(first, first + self.count(split))
+
+  def _labels(self, base: str) -> np.ndarray:
+    if base not in self._known:
+      self._known[base] = data.load_labels(self.task, base)
+    return self._known[base]
 
   def _load(self, base: str, place: str, why: str) -> Any:
     if place == "images":
@@ -210,7 +248,7 @@ class Examples:
       layout = store.held_layout(layout, self.tuner, count, room)
     self.console.note(_plan(layout, count, place, why), "store")
     with parallel.together():
-      label = data.load_labels(self.task, base)
+      label = self._labels(base)
     if place == "disk" or self.config.store_dir:
       return self._place_kept(self._on_disk(base), label, place, layout)
     with self.console.phase("extract", count, "image") as line:
@@ -338,6 +376,8 @@ def check_batch(batch_size: int, mesh: jax.sharding.Mesh) -> None:
 
 def base_of(task: data.Task, split: str) -> str:
   """The split that is loaded for another: "trainval" where it holds both."""
+  if split == "test":
+    return split
   splits = task.splits
   both = f"{splits['train']}+{splits['val']}"
   if splits["trainval"] != both and not data.are_rows_of(

@@ -86,6 +86,7 @@ def _train(config, workdir, console) -> dict[str, Any]:
             config, console, job.task, job.backbone, job.tuner, job.params,
             job.mesh,
         )  # fmt: skip
+        examples.check_classes()
         planned = protocol.planned(config, job.tuner)
         with parallel.together():
           forecast = forecast_lib.Forecast(job, examples, planned)

@@ -1,0 +1,66 @@
+"""Classes that the images of one split have and those of another lack."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from vqt_jax import errors
+from vqt_jax.data.task import Task
+
+_MOST_NAMED = 5
+_ADVICE = (
+    "Choose splits that share their classes (config.splits); a dataset that is"
+    " stored class by class must be written again, shuffled."
+)
+
+
+def check_classes(task: Task, labels: Mapping[str, np.ndarray]) -> str | None:
+  """Compares the classes of what is trained on with those of all else.
+
+  Args:
+    task: whose splits they are.
+    labels: split -> (n,) int, of the splits whose labels are known.
+
+  Returns:
+    A note on classes without an image to train on, or None.
+
+  Raises:
+    UserError: all images to train on are of one class.
+  """
+  for split in ("train", "trainval"):
+    known = np.unique(labels.get(split, [0, 1]))
+    if len(known) == 1 < task.num_classes:
+      raise errors.UserError(
+          f"All {len(labels[split])} images of {split} (split"
+          f" {task.splits[split]!r}) are of one class, {_listed(task, known)},"
+          f" so there is nothing to learn. {_ADVICE}"
+      )
+  notes = []
+  for split, trained in (("val", "train"), ("test", "trainval")):
+    if split in labels and trained in labels:
+      new = np.isin(labels[split], labels[trained], invert=True)
+      if count := new.sum():
+        lacking = np.unique(labels[split][new])
+        notes.append(
+            f"{count} of the {len(new)} images of {split} are of classes that"
+            f" {trained} lacks ({_listed(task, lacking)}), so they count as"
+            " wrong."
+        )
+  if notes:
+    return " ".join([*notes, _ADVICE])
+  everything = np.arange(task.num_classes)
+  lacking = np.setdiff1d(everything, labels.get("trainval", everything))
+  if not len(lacking):
+    return None
+  return (
+      f"trainval has no image of {len(lacking)} of {task.num_classes} classes:"
+      f" {_listed(task, lacking)}."
+  )
+
+
+def _listed(task: Task, classes: Sequence[int]) -> str:
+  """Names of some classes, their numbers where the dataset has no names."""
+  names = task.class_names
+  named = [names[i] if names else str(i) for i in classes[:_MOST_NAMED]]
+  left = len(classes) - len(named)
+  return ", ".join(named) + (f" and {left} more" if left else "")

@@ -1,0 +1,260 @@
+"""Names of datasets: the folders they mean, and what is wrong with others.
+
+A request is `name[/config][:version]`. It means the folder of that name in the
+data folder, whatever its characters; where there is none, a dataset of TFDS's
+code, whose names are as Python's.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import os
+import re
+from typing import Any
+
+from etils import epath
+
+from vqt_jax import errors
+from vqt_jax import files
+from vqt_jax.data import vtab
+from vqt_jax.data.tensorflow_lazy import tfds
+
+# The project's own dataset; see `digits.py`.
+DIGITS = "digits"
+
+NEWEST = "*.*.*"
+
+_REQUEST = re.compile(r"([^/:\\]+)(?:/([^/:\\]+))?(?::(.*))?")
+_NUMBER = r"(0|[1-9]\d*|\*)"
+_VERSION = re.compile(rf"{_NUMBER}\.{_NUMBER}\.{_NUMBER}")
+_HUBS = ("hf", "huggingface", "kaggle", "openml", "torchvision")
+_HOW = (
+    "with tfds.dataset_builders.store_as_tfds_dataset (docs/data.md has an"
+    " example)."
+)
+
+# Of images that people keep in folders; Pillow reads more kinds.
+_SUFFIXES = {
+    ".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".png", ".tif", ".tiff",
+    ".webp",
+}  # fmt: skip
+_DEPTH = 3  # split/class/image
+_MOST_FOLDERS = 50  # are looked into.
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """A dataset that is asked for; a version may have stars."""
+
+  name: str
+  config: str
+  version: str
+
+  @property
+  def dataset(self) -> str:
+    return f"{self.name}/{self.config}" if self.config else self.name
+
+  def __str__(self) -> str:
+    return f"{self.dataset}:{self.version}"
+
+
+def parse(text: str) -> Request:
+  """Takes a request apart; without a version it is for the newest.
+
+  Raises:
+    UserError: it is a path, of another hub, or otherwise no request.
+  """
+  hub = text.partition(":")[0].lower()
+  if hub in _HUBS or ("://" in text and hub != "gs"):
+    last = re.split("[:/]", text.rstrip("/"))[-1]
+    raise errors.UserError(
+        f"{text!r} is a dataset of another hub or site, which is not read from"
+        " here: expected a VTAB-1k task, a name in TFDS, or a folder in"
+        " data_dir."
+        + (f" TFDS has {last!r}." if of_tfds(last) else "")
+        + f" Another dataset can be written to data_dir {_HOW}"
+    )
+  if hub == "gs" or text.startswith(("/", ".", "~")):
+    raise errors.UserError(_about_path(text))
+  found = _REQUEST.fullmatch(text)
+  if not found:
+    raise errors.UserError(
+        f"{text!r} is no dataset request; expected name[/config][:version],"
+        " for example 'cifar10', 'eurosat/rgb' or 'svhn_cropped:3.0.0'."
+    )
+  name, config, version = found.groups()
+  return Request(name, config or "", NEWEST if version is None else version)
+
+
+def find_folder(request: Request, data_dir: str | None) -> epath.Path | None:
+  """The folder of the newest version that is meant, or None.
+
+  Raises:
+    UserError: the version is none.
+  """
+  if not _VERSION.fullmatch(request.version):
+    explain = _no_version if of_tfds(request.name) else unknown
+    raise errors.UserError(explain(request, data_dir))
+  folder = root(data_dir) / request.name / request.config
+  meant = _meant(_versions(folder), request)
+  if not meant:
+    return None
+  folder /= str(meant[-1])
+  return folder if (folder / "features.json").exists() else None
+
+
+def of_tfds(name: str) -> bool:
+  """Whether a dataset of that name can be prepared (again)."""
+  known = tfds.list_builders(with_community_datasets=False)
+  return name == DIGITS or name in known
+
+
+def root(data_dir: str | None) -> epath.Path:
+  """The TFDS folder; None is TFDS's own."""
+  folder = data_dir or tfds.core.constants.DATA_DIR
+  return epath.Path(os.path.expanduser(folder))
+
+
+def unknown(request: Request, data_dir: str | None) -> str:
+  """Tells that there is no such dataset, and which one was perhaps meant."""
+  place = root(data_dir) / request.name
+  if place.is_dir():
+    return _not_in(place, request, data_dir)
+  near = _near(request.name, data_dir)
+  return (
+      f"Unknown task or dataset {request.dataset!r}: expected a VTAB-1k task, a"
+      f" name in TFDS, or a folder in data_dir ({data_dir or 'not given'})."
+      + (near or f" The VTAB-1k tasks are: {', '.join(vtab.VTAB)}.")
+  )
+
+
+def unusable(
+    request: Request, data_dir: str | None, error: Exception
+) -> str:
+  """Tells what TFDS dislikes about a request: its config, or its version."""
+  if of_tfds(request.name):
+    configs = tfds.builder_cls(request.name).builder_configs
+    if request.config and request.config not in configs:
+      known = ", ".join(configs) or "none"
+      return (
+          f"Dataset {request.name!r} has no config {request.config!r}. Its"
+          f" configs: {known}."
+      )
+    if not _meant(_made_by_tfds(request), request):
+      return _no_version(request, data_dir)
+  lines = str(error).strip().splitlines() or [type(error).__name__]
+  reason = lines[0].rpartition('}": ')[2].rstrip(".")
+  return f"Dataset {request.dataset!r} cannot be used: {reason}."
+
+
+def _about_path(text: str) -> str:
+  path = epath.Path(os.path.expanduser(text))
+  with contextlib.suppress(OSError):
+    if not files.in_bucket(path) and (image := _first_image(path)):
+      return _folder_of_images(path, image)
+  if tfds.core.Version.is_valid(path.name):
+    path = path.parent
+  return (
+      f"{text!r} is a path: expected a name. For a dataset that TFDS wrote"
+      f" there, set data_dir to {os.fspath(path.parent)!r} and task to"
+      f" {path.name!r}."
+  )
+
+
+def _not_in(
+    place: epath.Path, request: Request, data_dir: str | None
+) -> str:
+  """Tells what a folder holds instead of the dataset that is asked for."""
+  name = request.name
+  versions = _versions(place / request.config)
+  if versions and not _meant(versions, request):
+    return _no_version(request, data_dir)
+  if not versions:
+    configs = [path.name for path in place.iterdir() if _versions(path)]
+    if configs:
+      listed = ", ".join(f"{name}/{config}" for config in sorted(configs))
+      return f"Dataset {request.dataset!r} is not in {place}. There: {listed}."
+    if image := _first_image(place):
+      return _folder_of_images(place, image)
+  return (
+      f"No dataset {str(request)!r} in {place}: expected"
+      f" {name}/[config/]version/ with dataset_info.json and features.json, as"
+      " TFDS writes them."
+  )
+
+
+def _no_version(request: Request, data_dir: str | None) -> str:
+  listed = lambda versions: ", ".join(map(str, versions)) or "none"
+  folder = root(data_dir)
+  here = _versions(folder / request.name / request.config)
+  made = _made_by_tfds(request)
+  return (
+      f"Dataset {request.dataset!r} has no version {request.version!r}. In"
+      f" {folder}: {listed(here)}"
+      + (f"; TFDS can prepare: {listed(made)}" if made else "")
+      + ". Without a version the newest is taken."
+  )
+
+
+def _made_by_tfds(request: Request) -> list[Any]:
+  """The versions that TFDS's code makes, newest first."""
+  if not of_tfds(request.name):
+    return []
+  cls = tfds.builder_cls(request.name)
+  configs = cls.builder_configs
+  config = configs.get(request.config) or next(iter(configs.values()), None)
+  found = [cls.VERSION, *cls.SUPPORTED_VERSIONS]
+  if config:
+    found += [config.version, *config.supported_versions]
+  found = {tfds.core.Version(version) for version in found if version}
+  return sorted(found, reverse=True)
+
+
+def _versions(folder: epath.Path) -> list[Any]:
+  """The versions whose folders are in a folder, oldest first."""
+  is_version = tfds.core.Version.is_valid
+  with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    names = [path.name for path in folder.iterdir()]
+    return sorted(tfds.core.Version(name) for name in names if is_version(name))
+  return []
+
+
+def _meant(versions: list[Any], request: Request) -> list[Any]:
+  """Those of some versions that are asked for."""
+  if not _VERSION.fullmatch(request.version):
+    return []
+  return [each for each in versions if each.match(request.version)]
+
+
+def _near(name: str, data_dir: str | None) -> str:
+  """A sentence with names that look like that one, nearest first, or none."""
+  known = {*vtab.VTAB, *vtab.OFFICIAL_NAMES, DIGITS}
+  known.update(tfds.list_builders(with_community_datasets=False))
+  folder = root(data_dir)
+  if folder.is_dir():
+    known.update(path.name for path in folder.iterdir() if path.is_dir())
+  near = difflib.get_close_matches(name, sorted(known), n=5, cutoff=0.5)
+  return f" Nearest names: {', '.join(map(repr, near))}." if near else ""
+
+
+def _first_image(folder: epath.Path) -> epath.Path | None:
+  """An image in a folder or those below it, or None."""
+  left = [(folder, 1)]
+  for _ in range(_MOST_FOLDERS):
+    if not left:
+      return None
+    folder, depth = left.pop()
+    paths = sorted(folder.iterdir(), reverse=True)
+    images = [path for path in paths if path.suffix.lower() in _SUFFIXES]
+    if images:
+      return images[-1]
+    if depth < _DEPTH:
+      left += [(path, depth + 1) for path in paths if path.is_dir()]
+  return None
+
+
+def _folder_of_images(folder: epath.Path, image: epath.Path) -> str:
+  return (
+      f"{folder} holds images ({image.relative_to(folder)}, ...), not a dataset"
+      f" that TFDS wrote: write them as one {_HOW}"
+  )
