@@ -8,8 +8,10 @@ import pytest
 
 import main
 from tests import runs
+from vqt_jax import config as config_lib
 from vqt_jax import data
 from vqt_jax import plots
+from vqt_jax import results
 from vqt_jax.data import labels
 from vqt_jax.data import vtab
 from vqt_jax.train import stages
@@ -151,10 +153,10 @@ def test_none_is_prepared(start, table, tmp_path):
 
 def test_the_folder_of_a_task_holds_another_run(start, tmp_path):
   """Said before anything is trained."""
-  folder = tmp_path / "kitti"
-  folder.mkdir()
-  (folder / "config.json").write_text('{"task": "dtd"}')
-  (folder / "results.json").write_text("{}")
+  folder, config = tmp_path / "kitti", config_lib.default_config()
+  config.task = "dtd"
+  with results.open_workdir(config, folder):
+    (folder / "results.json").write_text("{}")
   status, said = start(tmp_path)
   assert status == 2 and len(said) == 1
   assert f"{folder} holds a run of another config: " in said[0]
