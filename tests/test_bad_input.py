@@ -129,6 +129,20 @@ def without_a_leaf(path):
     np.savez(path, **{name: old[name] for name in old.files[1:]})
 
 
+def with_a_nan(path):
+  with np.load(path) as old:
+    leaves = {name: old[name] for name in old.files}
+  leaves["embedding/bias"][0] = np.nan
+  np.savez(path, **leaves)
+
+
+def of_a_wide_grid(path):
+  with np.load(path) as old:
+    leaves = {name: old[name] for name in old.files}
+  positions = np.ones((1, 10, 16), np.float32)
+  np.savez(path, **leaves | {"pos_embedding": positions})
+
+
 def html(path):
   path.write_text("<html>404</html>")
 
@@ -287,6 +301,11 @@ MISTAKES = (
     file("vit.npz is no ViT checkpoint", not_a_vit, "material/vit.npz"),
     file("no floating-point numbers", of_integers, "material/vit.npz"),
     file("missing: ", without_a_leaf, "material/vit.npz"),
+    file("vit.npz holds NaN or infinity in embedding/bias (1 of 16",
+         with_a_nan, "material/vit.npz"),
+    file("--config.trained_size=HEIGHT", of_a_wide_grid, "material/vit.npz"),
+    setting("trained_size have 2x3 patches", trained_size=8, trained_width=12),
+    setting("trained_width=8 is a width alone", trained_width=8),
     file("vit.npz is not an npz file", html, "material/vit.npz"),
     file("vit.npz is neither a file or", gone, "material/vit.npz"),
     file("vit.npz holds no Big Vision arrays", a_folder, "material/vit.npz"),

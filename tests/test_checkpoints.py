@@ -127,7 +127,8 @@ def test_damaged_header(tmp_path):
 
 def test_golden_of_the_vqt_program():
   expected = helpers.golden("vqt_T1")
-  stream = helpers.golden_backbone()(expected["images"])
+  # Compiled from outside: its images are of no value range.
+  stream = jax.jit(helpers.golden_backbone())(expected["images"])
   helpers.assert_close(stream.blocks, expected["block_outputs"])
   helpers.assert_close(stream.final, expected["cls"])
 
@@ -179,6 +180,40 @@ def test_what_a_file_cannot_tell_is_taken_from_arguments():
   assert {a.dtype for a in jax.tree.leaves(backbone.params)} == {
       np.dtype("float32")
   }
+
+
+@pytest.mark.parametrize("name", ["bv_gap_sincos2d", "vt_gap"])
+def test_the_first_patch_without_a_class_token(name):
+  """Big Vision's `pool_type="0"`: `encoded[:, 0]`, then what follows a mean."""
+  expected = read(GOLDENS / f"{name}.expected.npz")
+  images = expected["images"]
+  backbone = load_backbone(
+      source(name), image_size=images.shape[1:3], pool_type="0"
+  )
+  stream = backbone(images)
+  final = expected["encoded"][:, 0]
+  helpers.assert_close(stream.final, final)
+  dense = lambda x, leaf: x @ leaf["kernel"] + leaf["bias"]
+  if backbone.config.rep_size:
+    final = np.tanh(dense(final, backbone.params["pre_logits"]))
+  helpers.assert_close(stream.pooled, final)
+  helpers.assert_close(stream.logits, dense(final, backbone.params["head"]))
+
+
+def test_numbers_that_are_not_finite(tmp_path):
+  """Of the leaves that are used, by the names that they have in the file."""
+  leaves = {f"params/{k}": a for k, a in read(source("bv_tok_params")).items()}
+  kernel, bias = leaves["params/embedding/kernel"], "params/embedding/bias"
+  with np.errstate(over="ignore"):
+    kernel = (1e6 * kernel).astype(np.float16)
+  infinite = (~np.isfinite(kernel)).sum()
+  assert 0 < infinite < kernel.size
+  changes = {"params/embedding/kernel": kernel, bias: np.full(32, np.nan)}
+  message = bad(write(tmp_path / "x.npz", leaves, **changes), "too large for")
+  assert f"params/embedding/kernel ({infinite:,} of {kernel.size:,}" in message
+  assert f"{bias} (32 of 32 numbers)" in message
+  fine = {"opt/params/mu": np.full(3, np.nan)}
+  load_backbone(write(tmp_path / "x.npz", leaves, **fine))
 
 
 def test_folder_of_one_step_and_pointer_agree():
@@ -371,9 +406,10 @@ def test_positions_that_fit_two_grids(tmp_path):
 @pytest.mark.parametrize(
     "positions, options, message",
     [
-        (10, {}, "10 positions are no square grid; pass trained_size"),
-        (10, {"image_size": 24}, "10 positions are no square grid"),
-        (10, {"trained_size": 16}, "10 positions, but .* 2x2 patches"),
+        (10, {}, r"10 positions are no square .* --config.trained_size=HEIGHT"),
+        (10, {"image_size": 24}, r"one of \(16, 40\), \(40, 16\), \(8, 80\), "),
+        (10, {"trained_size": 16}, r"10 positions, but .* 2x2 .* \(16, 40\)"),
+        (360, {}, r"one of \(144, 160\), \(160, 144\), .*, \.\.\. \(height"),
         (16, {"image_size": 7}, "7x7 is smaller than one 8x8 patch"),
         (16, {"image_size": 0.5}, "positive number of pixels"),
         (16, {"image_size": (32, 32, 3)}, "positive number of pixels"),
@@ -382,6 +418,30 @@ def test_positions_that_fit_two_grids(tmp_path):
 def test_positions_that_cannot_be_placed(tmp_path, positions, options, message):
   with pytest.raises(UserError, match=message):
     load_backbone(tall(tmp_path, positions)[0], **options)
+
+
+@pytest.mark.parametrize(
+    "trained_size, words",
+    [(None, "10 positions are no square"), ((8, 40), "have 1x5 patches")],
+)
+def test_a_plan_of_positions_that_cannot_be_placed(
+    tmp_path, trained_size, words
+):
+  path, _ = tall(tmp_path, 10)
+  with pytest.raises(UserError, match=words):
+    read_config(path, image_size=24, trained_size=trained_size)
+  config = read_config(path, image_size=24, trained_size=(16, 40))
+  assert config.grid == (3, 3)
+
+
+def test_the_trained_size_tells_a_class_row(tmp_path):
+  """Before the size of the images does, which fits the other way here."""
+  path, table = tall(tmp_path, 10, "Transformer/pos_embedding")
+  params = load_backbone(path, image_size=(16, 40), trained_size=24).params
+  assert params["pos_embedding"].shape == table.shape
+  np.testing.assert_array_equal(
+      params["pos_embedding"][:, 0], table[:, 1]
+  )
 
 
 def test_non_square_patches(tmp_path):
@@ -632,7 +692,7 @@ def test_variant_without_patch_is_checked_too():
             "0-1",
             "value_range must be one of -1..1, 0..1, imagenet",
         ),
-        ("pool_type", "max", "pool_type must be one of tok, gap, map, mae"),
+        ("pool_type", "max", "pool_type must be one of tok, gap, map, 0, mae"),
         ("gelu", "erf", "gelu must be one of tanh, exact"),
         ("dtype", "int8", "dtype must be one of float32, bfloat16"),
     ],

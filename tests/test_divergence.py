@@ -64,7 +64,7 @@ def test_a_search_in_which_all_diverge(material, tmp_path, capfd):
 def test_inputs_that_are_not_finite(material, tmp_path, capfd):
   """Here the backbone makes them so, from the first step on."""
   backbone = helpers.tiny_backbone(image_size=(8, 8))
-  backbone.params["embedding"]["bias"][0] = np.nan
+  backbone.params["embedding"]["bias"][0] = np.finfo(np.float32).max
   checkpoints.save_npz(tmp_path / "vit.npz", backbone)
   changes = dict(init=tmp_path / "vit.npz", lr=0.1)
   assert main.main(command(material, tmp_path / "run", **changes)) == 2

@@ -347,7 +347,7 @@ def test_what_is_shipped_does_what_was_trained(method, tmp_path):
   helpers.assert_close(out.logits, logits, 1e-5)
 
 
-@pytest.mark.parametrize("pool_type", ["gap", "mae", "map"])
+@pytest.mark.parametrize("pool_type", ["gap", "mae", "map", "0"])
 def test_prompts_are_not_pooled(pool_type):
   """They go through the blocks, and the stream ends as long as it began."""
   backbone = helpers.tiny_backbone(pool_type=pool_type)
@@ -362,6 +362,9 @@ def test_prompts_are_not_pooled(pool_type):
   if pool_type == "gap":
     stream = jax.jit(tuner.stream)(variables, images)
     np.testing.assert_allclose(stream.encoded.mean(1), stream.final, 1e-5)
+  if pool_type == "0":  # What was the first patch.
+    z = np.arange(tokens + 2)[None, :, None]
+    assert tuner.edit("output", own["editor"], None, z)[0, 0, 0] == 2
 
 
 def test_attention_of_edited_keys_sums_to_one():
@@ -418,3 +421,4 @@ def test_a_run_is_resumed_to_the_bit(material, tmp_path):
   assert runs.bits(tmp_path / "a") == runs.bits(tmp_path / "alone")
   assert "vqt+vpt_deep changes features in every step" in alone.said()
   assert "vpt_deep 96, queries 3 x 1 x 16, head 64 x 3" in alone.said()
+  assert "inputs -1..1 (--config.value_range), tanh GELU" in alone.said()

@@ -174,6 +174,14 @@ def test_a_workdir_is_made_and_recognised(tmp_path):
   (workdir / "checkpoints" / "1").mkdir(parents=True)
   config.checkpoint_seconds = 1.0  # May change between starts of a run.
   assert results.open_workdir(config, workdir)
+  # It may be older than a field, which then did what its default does.
+  old = results.read_json(workdir / "config.json")
+  del old["trained_size"]
+  results.write_json(workdir / "config.json", old)
+  assert results.open_workdir(config, workdir)
+  config.trained_size = 8
+  with pytest.raises(errors.UserError, match="trained_size was 0, is now 8"):
+    results.open_workdir(config, workdir)
 
 
 def test_a_config_may_be_mended_before_anything_is_trained(tmp_path):

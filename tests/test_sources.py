@@ -377,6 +377,7 @@ def test_public_name_sets_everything(server, tmp_path, monkeypatch):
   monkeypatch.setitem(vit.VARIANTS, "S", (32, 3, 96, 4))
   backbone = load_backbone("test s/8 37", cache_dir=tmp_path)
   config = backbone.config
+  assert not backbone.assumed
   assert (config.pool_type, config.gelu, config.variant) == (
       "map",
       "exact",

@@ -14,12 +14,12 @@ from vqt_jax.data import vtab
 from vqt_jax.train import optim
 
 CHOICES = {
-    "combine": ("concat", "mean", "weighted_sum"),
+    "combine": readers.COMBINE,
     "optimizer": ("", *optim.OPTIMIZERS),
     "schedule": ("epoch", "step"),
     "resize": ("bilinear", "legacy"),
     "value_range": ("", *VALUE_RANGES),
-    "pool_type": ("", "tok", "gap", "map", "mae"),
+    "pool_type": ("", "tok", "gap", "map", "0", "mae"),
     "gelu": ("", "tanh", "exact"),
     "dtype": ("", "float32", "bfloat16"),
     "features": ("", "device", "host", "disk", "live"),
@@ -33,6 +33,8 @@ CHOICES = {
 BOUNDS = {
     "image_size": (1, math.inf),
     "image_width": (0, math.inf),
+    "trained_size": (0, math.inf),
+    "trained_width": (0, math.inf),
     "num_classes": (0, math.inf),
     "num_queries": (0, math.inf),
     "target_size": (1, math.inf),
@@ -127,6 +129,11 @@ def _check_combinations(config: ConfigDict) -> None:
     raise errors.UserError(
         f"config.warmup_epochs={config.warmup_epochs} must be smaller than"
         f" config.epochs={config.epochs}: nothing would be left to train."
+    )
+  if config.trained_width and not config.trained_size:
+    raise errors.UserError(
+        f"config.trained_width={config.trained_width} is a width alone; give"
+        " the height as well, config.trained_size."
     )
   if "://" in config.store_dir:
     raise errors.UserError(

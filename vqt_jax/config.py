@@ -54,8 +54,12 @@ def default_config() -> ConfigDict:
   # Backbone: file, https:// or gs:// address, or public name. It stays frozen.
   c.init = "howto-i21k-B/16"
   c.variant = ""  # e.g. "B/16"; only checked against the file
-  c.pool_type = ""  # "tok", "gap", "map", "mae"; "": as the file tells
+  c.pool_type = ""  # "tok", "gap", "map", "0" (the first patch), "mae"; "": as
+  # the file tells
   c.gelu = ""  # "tanh", "exact"; "": the checkpoint's own
+  c.trained_size = 0  # height of the images it was trained on, pixels; 0: as
+  # its positions tell, if they form a square
+  c.trained_width = 0  # width, pixels; 0: the same
   c.dtype = ""  # of matrix products; "": bfloat16 on TPU/GPU, float32 on CPU
 
   # Method.

@@ -76,7 +76,8 @@ def _uniform(key: jax.Array, shape: tuple[int, ...], bound: float):
 def _insert(config: vit.ViTConfig, z: jax.Array, prompts: jax.Array, size: int):
   """Puts prompts (P, D) after the class token, over the next `size` tokens."""
   first = int(config.has_class_token)
-  prompts = jnp.broadcast_to(prompts, (len(z), *prompts.shape)).astype(z.dtype)
+  shape = (z.shape[0], *prompts.shape)
+  prompts = jnp.broadcast_to(prompts, shape).astype(z.dtype)
   return jnp.concatenate([z[:, :first], prompts, z[:, first + size :]], axis=1)
 
 

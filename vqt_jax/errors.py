@@ -1,8 +1,12 @@
 """The one exception that is the user's to mend, and names near a wrong one."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 import difflib
 import functools
+import inspect
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 MOST_LISTED = 20  # names in a message
 
@@ -41,3 +45,17 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
   elif len(known) <= MOST_LISTED:
     message += f" Known: {', '.join(known)}."
   return UserError(message)
+
+
+def names_checked(function: F) -> F:
+  """Decorates a function: a keyword that it lacks is a `UserError`."""
+  known = list(inspect.signature(function).parameters)
+
+  @functools.wraps(function)
+  def checked(*args, **kwargs):
+    for name in kwargs:
+      if name not in known:
+        raise unknown(f"argument of {function.__name__}", name, known)
+    return function(*args, **kwargs)
+
+  return checked

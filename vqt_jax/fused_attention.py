@@ -21,14 +21,17 @@ def takes(q: jax.Array, k: jax.Array) -> bool:
   """Whether `attend` can be used: as many queries (B, N, H, K) as keys.
 
   Also, what JAX asks for: bfloat16 or float16, and a head size that is a
-  multiple of 8 and not too large for the GPU; and a mesh that cuts evenly.
+  multiple of 8 and not too large for the GPU; a mesh that cuts evenly; and
+  sizes that are known (`jax.export` may leave the batch open).
   """
+  if not is_available() or any(map(jax.export.is_symbolic_dim, q.shape)):
+    return False
   even = all(
       size % parallel.auto_size(axis) == 0
       for size, axis in zip(q.shape, AXES)
       if axis
   )
-  if not (is_available() and even and q.shape == k.shape):
+  if not (even and q.shape == k.shape):
     return False
   shape = jax.ShapeDtypeStruct(q.shape, q.dtype)
   try:

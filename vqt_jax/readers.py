@@ -225,6 +225,9 @@ def init_queries(
   return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
+COMBINE = ("concat", "mean", "weighted_sum")
+
+
 def combine(
     outputs: jax.Array, how: str, weights: jax.Array | None = None
 ) -> jax.Array:

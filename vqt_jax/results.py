@@ -105,6 +105,8 @@ def _check_same_run(old: Any, now: dict[str, Any], workdir: PathLike) -> None:
     raise errors.UserError(
         f"{workdir}/config.json is no config; choose another --workdir."
     )
+  # A field that was not there yet has done what its default does.
+  old = config_lib.to_json(config_lib.default_config()) | old
   changed = [
       f"{name} was {before!r}, is now {after!r}"
       for name, (before, after) in config_lib.differences(old, now).items()

@@ -8,6 +8,7 @@ import dataclasses
 import os
 from typing import Any
 
+import flax.traverse_util
 import jax
 import numpy as np
 
@@ -20,7 +21,7 @@ from vqt_jax import results
 from vqt_jax import tuner as tuner_lib
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Tuned:
   """A backbone and what was trained on it; `apply` takes the first three.
 
@@ -36,19 +37,28 @@ class Tuned:
   variables: dict[str, Any]
   info: dict[str, Any]
 
+  def __repr__(self) -> str:
+    of = f"{self.tuner.method}, {self.tuner.num_classes} classes"
+    return f"Tuned({of}, {self.backbone})"
+
   def __call__(self, images: jax.Array) -> tuner_lib.Output:
-    """Images (B, height, width, 3), scaled as the backbone wants."""
+    """Images (B, height, width, 3), scaled as the backbone wants.
+
+    Raises:
+      UserError: as `Backbone.checked`.
+    """
     return tuner_lib.apply(self.backbone, self.tuner, self.variables, images)
 
   def attention(self, images: jax.Array) -> np.ndarray:
     """What queries attend to: (L, B, H, T, N), sums to 1 over the tokens.
 
     Raises:
-      UserError: the method has no queries.
+      UserError: the method has no queries, or as `Backbone.checked`.
     """
     if not self.tuner.has_queries:
       raise errors.UserError(f"{self.tuner.method} has no queries that look.")
     everything = {**self.variables, "backbone": self.backbone.params}
+    images = self.backbone.checked(images)
     tokens = self.tuner.stream(everything, images).tokens
     queries = self.variables["tuner"]["queries"]
     return np.asarray(
@@ -124,8 +134,10 @@ def save(
           "options": dataclasses.asdict(tuner.options),
           "backbone": {
               "source": init,
+              "path": checkpoints.local_path(init),
               "variant": c.variant,
               "image_size": list(c.image_size),
+              "trained_size": backbone.trained_size,
               "pool_type": c.pool_type,
               "gelu": c.gelu,
               "value_range": backbone.value_range,
@@ -144,24 +156,25 @@ def load(
   Args:
     directory: a folder, or `gs://BUCKET/FOLDER`.
     source: where the backbone is now, as `load_backbone` takes it; None: where
-      training loaded it.
+      training loaded it, from whatever folder.
 
   Raises:
-    UserError: a file is missing or damaged, or the backbone is gone, or has
-      other weights by now.
+    UserError: a file is missing or damaged or holds NaN, or the backbone is
+      gone, or has other weights by now.
   """
   variables, info = results.load_tuned(directory)
+  flat = flax.traverse_util.flatten_dict(variables, sep="/")
+  checkpoints.check_finite(flat, f"{directory}/variables.safetensors")
   variables = {"tuner": {}, **variables}  # An empty one leaves no trace.
   try:
     given = dict(info["backbone"])
     given.pop("variant")
     trained_on = given.pop("sha256", None)
-    source = source or given["source"]
-    backbone = checkpoints.load_backbone(**given | {"source": source})
+    backbone = _load_backbone(given, directory, source)
     options = ("method", "num_classes", "num_queries", "normalize", "combine")
     later = [name for name in ("target_size",) if name in info]
     tuner = tuner_lib.make_tuner(
-        config=backbone.config,
+        backbone=backbone,
         options=editors.Options(**info.get("options", {})),
         **{name: info[name] for name in (*options, *later)},
     )
@@ -172,8 +185,8 @@ def load(
     ) from e
   if trained_on not in (None, backbone.identity):
     raise errors.UserError(
-        f"{directory} was trained on other weights than {source} has now. Name"
-        " those it was trained on: load(directory, source=...)."
+        f"{directory} was trained on other weights than {backbone.source} has"
+        " now. Name those it was trained on: load(directory, source=...)."
     )
   features = variables["head"].pop("features", None)
   if features is not None:
@@ -190,3 +203,27 @@ def load(
         f" expected {shapes(wanted)}, found {shapes(variables)}."
     )
   return Tuned(backbone, tuner, variables, info)
+
+
+def _load_backbone(
+    given: dict[str, Any],
+    directory: str | os.PathLike[str],
+    source: str | None,
+) -> backbone_lib.Backbone:
+  """The backbone from where it is now, or from where training loaded it.
+
+  Of the latter the absolute path counts first (old files have none), so that
+  the same words mean the same file in any folder.
+  """
+  path = given.pop("path", None)
+  if source:
+    return checkpoints.load_backbone(**given | {"source": source})
+  if path and checkpoints.local_path(path):
+    given["source"] = path
+  try:
+    return checkpoints.load_backbone(**given)
+  except errors.UserError as e:
+    raise errors.UserError(
+        f"{directory} needs the backbone that it was trained on; if that is"
+        f" elsewhere now, name it: load(directory, source=...). {e}"
+    ) from e

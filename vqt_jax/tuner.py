@@ -11,11 +11,14 @@ know only what is trained. "tuner" holds "queries", "combine" and, under
 """
 
 import dataclasses
+import math
+import numbers
 from typing import Any, Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from vqt_jax import backbone as backbone_lib
@@ -267,7 +270,7 @@ class Tuner:
       normalize = self.normalize
     final = jnp.where(normalize, head.normalize(final), final)
     groups = jnp.where(normalize, head.normalize(groups), groups)
-    groups = jnp.moveaxis(groups, 0, 1).reshape(len(final), -1)
+    groups = jnp.moveaxis(groups, 0, 1).reshape(final.shape[0], -1)
     features = jnp.concatenate([final, groups], axis=-1)
     return Output(head.logits(variables["head"], features), features, outputs)
 
@@ -286,35 +289,89 @@ class Output:
   features: jax.Array
   queries: jax.Array | None
 
+  __repr__ = vit.show_shapes
+
 
 def make_tuner(
-    method: str, config: vit.ViTConfig, num_classes: int, **options
+    method: str,
+    backbone: backbone_lib.Backbone | vit.ViTConfig,
+    num_classes: int,
+    **options,
 ) -> Tuner:
   """A tuner by name.
 
   Args:
     method: as `parse` takes it.
-    config: architecture of the backbone.
+    backbone: what it is for, or the architecture of that.
     num_classes: classes of the task.
-    **options: further fields of `Tuner`.
+    **options: further fields of `Tuner`, and of `editors.Options`.
 
   Raises:
-    UserError: unknown method, or sizes that make no sense.
+    UserError: an unknown method or option, or a value that makes no sense.
   """
-  parse(method)
-  tuner = Tuner(method, config, num_classes, **options)
-  if tuner.num_queries < 1 or tuner.target_size < 1 or num_classes < 2:
+  config = getattr(backbone, "config", backbone)
+  if not isinstance(config, vit.ViTConfig):
     raise errors.UserError(
-        f"{method}: expected at least 1 query, 1 feature per block and 2"
-        f" classes, found num_queries={tuner.num_queries},"
-        f" target_size={tuner.target_size}, num_classes={num_classes}."
+        f"backbone: expected a Backbone or its ViTConfig, found {backbone!r}."
     )
+  of_editor = _defaults(editors.Options)
+  known = {"method": "", "num_classes": 0} | _defaults(Tuner) | of_editor
+  for name in options:
+    if name not in known:
+      raise errors.unknown("option of make_tuner", name, known)
+  _check({"method": method, "num_classes": num_classes, **options}, known)
+  sizes = dataclasses.replace(
+      options.pop("options", editors.Options()),
+      **{name: options.pop(name) for name in of_editor if name in options},
+  )
+  _check(vars(sizes), of_editor)
+  parse(method)
+  tuner = Tuner(method, config, num_classes, options=sizes, **options)
+  if tuner.combine not in readers.COMBINE:
+    raise errors.unknown("combine", tuner.combine, readers.COMBINE)
   if tuner.editor == "partial" and tuner.options.last_blocks > config.depth:
     raise errors.UserError(
         f"{method}: expected last_blocks of at most {config.depth}, the depth"
         f" of the backbone, found {tuner.options.last_blocks}."
     )
   return tuner
+
+
+# Smallest values; all other numbers may be 0.
+_LEAST = {"num_classes": 2} | dict.fromkeys(
+    ("num_queries", "target_size", "num_prompts", "rank", "last_blocks"), 1
+)
+# Type of a default -> what is taken in its place, and that in words.
+_KINDS = {
+    bool: ((bool, np.bool_), "True or False"),
+    int: (numbers.Integral, "a whole number of at least"),
+    float: (numbers.Real, "a number of at least"),
+    str: (str, "text"),
+    editors.Options: (editors.Options, "a vqt_jax.editors.Options"),
+}
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+  """The fields of a dataclass that have a default."""
+  return {
+      field.name: field.default
+      for field in dataclasses.fields(kind)
+      if field.default is not dataclasses.MISSING
+  }
+
+
+def _check(values: dict[str, Any], defaults: dict[str, Any]) -> None:
+  """Refuses values that are not of their default's type, or too small."""
+  for name, value in values.items():
+    kind, words = _KINDS[type(defaults[name])]
+    right = isinstance(value, kind)
+    if kind in (numbers.Integral, numbers.Real):
+      least = _LEAST.get(name, 0)
+      words += f" {least}"
+      right = right and not isinstance(value, bool)
+      right = right and least <= value < math.inf
+    if not right:
+      raise errors.UserError(f"{name}: expected {words}, found {value!r}.")
 
 
 def apply(
@@ -330,7 +387,11 @@ def apply(
     tuner: made for `backbone.config`.
     variables: {"tuner", "head"} from `tuner.init` or training.
     images: float, scaled to `backbone.value_range`.
+
+  Raises:
+    UserError: as `Backbone.checked`.
   """
+  images = backbone.checked(images)
   return _apply(tuner, backbone.params, variables, images)
 
 

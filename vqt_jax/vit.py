@@ -78,8 +78,9 @@ class ViTConfig:
     image_size: (height, width) of the images, pixels. As in Big Vision, pixels
       right of and below the last whole patch are ignored.
     pool_type: "tok" (class token), "gap" (mean over tokens), "map" (attention
-      pooling), or "mae" (class token in the stream, but the result is the mean
-      over patches *before* the final LayerNorm, as fine-tuned MAE models).
+      pooling), "0" (the first patch, of a stream without a class token), or
+      "mae" (class token in the stream, but the result is the mean over patches
+      *before* the final LayerNorm, as fine-tuned MAE models).
     posemb: "learn", or "sincos2d" (fixed, MoCo v3).
     rep_size: size of the tanh representation layer before the head, or None.
     num_classes: size of the pre-trained head, or None.
@@ -93,7 +94,7 @@ class ViTConfig:
   num_heads: int
   patch_size: tuple[int, int]
   image_size: tuple[int, int]
-  pool_type: Literal["tok", "gap", "map", "mae"] = "tok"
+  pool_type: Literal["tok", "gap", "map", "0", "mae"] = "tok"
   posemb: Literal["learn", "sincos2d"] = "learn"
   rep_size: int | None = None
   num_classes: int | None = None
@@ -361,7 +362,8 @@ class Block(nn.Module):
     )
     if _projections_edited(weights):  # Then they have to be there.
       attend = attention
-      queries = jnp.broadcast_to(queries, (len(tokens), *queries.shape[-2:]))
+      shape = (tokens.shape[0], *queries.shape[-2:])
+      queries = jnp.broadcast_to(queries, shape)
     with self._edited(weights) as edited:
       x = queries + attend(self.LayerNorm_0(queries), tokens)
       return x + edited("MlpBlock_0", x, self.MlpBlock_0(self.LayerNorm_1(x)))
@@ -417,7 +419,7 @@ class MapHead(nn.Module):
     c = self.config
     init = nn.initializers.xavier_uniform()
     probe = self.param("probe", init, (1, 1, c.width))
-    probe = jnp.tile(probe, (len(tokens), 1, 1)).astype(c.dtype)
+    probe = jnp.tile(probe, (tokens.shape[0], 1, 1)).astype(c.dtype)
     attention = Attention(c, name="MultiHeadDotProductAttention_0")
     x = attention(probe, tokens)
     y = nn.LayerNorm(epsilon=EPSILON, dtype=jnp.float32, name="LayerNorm_0")(x)
@@ -448,6 +450,14 @@ class Encoder(nn.Module):
     return z, norm, seen
 
 
+def show_shapes(record: Any) -> str:
+  """One line of a dataclass of arrays: the dtype and shape of each."""
+  shown = lambda x: f"{x.dtype}{[*x.shape]}" if hasattr(x, "shape") else x
+  fields = (f.name for f in dataclasses.fields(record))
+  texts = (f"{name}={shown(getattr(record, name))}" for name in fields)
+  return f"{type(record).__name__}({', '.join(texts)})"
+
+
 @flax.struct.dataclass
 class Stream:
   """What flows through a frozen ViT, as far as it was asked for.
@@ -469,6 +479,8 @@ class Stream:
   final: jax.Array
   pooled: jax.Array
   logits: jax.Array | None
+
+  __repr__ = show_shapes
 
 
 class ViT(nn.Module):
@@ -513,7 +525,7 @@ class ViT(nn.Module):
         name="embedding",
     )
     z = edited("embedding", images, patches(images.astype(c.dtype)))
-    z = z.reshape(len(images), -1, c.width)
+    z = z.reshape(z.shape[0], -1, c.width)
     if c.posemb == "learn":
       init = nn.initializers.normal(stddev=1 / math.sqrt(c.width))
       z += self.param("pos_embedding", init, (1, *z.shape[1:])).astype(z.dtype)
@@ -521,7 +533,7 @@ class ViT(nn.Module):
       z += jnp.asarray(posemb_sincos_2d(c.grid, c.width), z.dtype)
     if c.has_class_token:
       cls = self.param("cls", nn.initializers.zeros, (1, 1, c.width))
-      cls = jnp.tile(cls.astype(z.dtype), (len(z), 1, 1))
+      cls = jnp.tile(cls.astype(z.dtype), (z.shape[0], 1, 1))
       z = jnp.concatenate([cls, z], axis=1)
     if embedding_mask is not None:
       z *= embedding_mask.astype(z.dtype)
@@ -534,7 +546,7 @@ class ViT(nn.Module):
     norm = lambda z: edited("encoder_norm", z, encoder_norm(z))
     encoded = norm(z)
     match c.pool_type:
-      case "tok":
+      case "tok" | "0":
         final = encoded[:, 0]
       case "gap":
         final = encoded.mean(axis=1)

@@ -7,6 +7,8 @@ import math
 import re
 from typing import Any
 
+import numpy as np
+
 from vqt_jax import vit
 from vqt_jax.checkpoints import layouts
 from vqt_jax.errors import UserError
@@ -137,6 +139,8 @@ def check_variant(sizes: Mapping[str, Any], variant: str, source: str) -> None:
 
 def decode_variant(variant: str) -> dict[str, Any]:
   """`vit.decode_variant`, whose error is the user's."""
+  if not isinstance(variant, str):
+    raise UserError(f"variant must be text, e.g. 'B/16', not {variant!r}.")
   try:
     return vit.decode_variant(variant)
   except ValueError as error:
@@ -187,6 +191,31 @@ def check_leaves(
         f" {len(surplus)}, of another shape: {len(misshapen)}. Use an undamaged"
         " checkpoint of a plain ViT.\n  " + "\n  ".join(problems)
     )
+
+
+def check_finite(leaves: Mapping[str, np.ndarray], source: str) -> None:
+  """Refuses NaN and infinity.
+
+  Args:
+    leaves: name in the file -> numbers.
+    source: what to call the file.
+
+  Raises:
+    UserError: naming leaves, and how many of their numbers these are.
+  """
+  spoilt = {n: x for n, x in leaves.items() if not np.isfinite(x).all()}
+  if not spoilt:
+    return
+  some = ", ".join(
+      f"{name} ({x.size - np.isfinite(x).sum():,} of {x.size:,} numbers)"
+      for name, x in list(spoilt.items())[:3]
+  )
+  more = f" and {len(spoilt) - 3} more leaves" if len(spoilt) > 3 else ""
+  raise UserError(
+      f"{source} holds NaN or infinity in {some}{more}. Likely its training"
+      " diverged, or numbers were too large for float16 or bfloat16 when it was"
+      " saved: take another checkpoint, or convert it again in float32."
+  )
 
 
 def expected_shapes(

@@ -19,15 +19,17 @@ from vqt_jax.checkpoints import public
 from vqt_jax.checkpoints import resize
 from vqt_jax.checkpoints import sources
 from vqt_jax.errors import UserError
+from vqt_jax.errors import names_checked
 
 _CHOICES = {
     "value_range": tuple(VALUE_RANGES),
-    "pool_type": ("tok", "gap", "map", "mae"),
+    "pool_type": ("tok", "gap", "map", "0", "mae"),
     "gelu": ("tanh", "exact"),
     "dtype": ("float32", "bfloat16", "float16"),
 }
 
 
+@names_checked
 def load_backbone(
     source: str | os.PathLike[str],
     *,
@@ -55,8 +57,8 @@ def load_backbone(
       the positions are resized to fit. Default: what it was trained on.
     value_range: key of `VALUE_RANGES`, how its inputs are scaled. Default: as
       published, "-1..1" for files.
-    pool_type: "tok", "gap", "map" or "mae". Default: as published, or what the
-      leaves serve.
+    pool_type: "tok", "gap", "map", "0" or "mae", as in `vit.ViTConfig`.
+      Default: as published, or what the leaves serve.
     gelu: "tanh" or "exact". Default: as published, "tanh" for files.
     dtype: of the matrix products; the parameters stay float32.
     cache_dir: where downloads are kept. Default: $VQT_JAX_CACHE, or
@@ -71,9 +73,10 @@ def load_backbone(
 
   Raises:
     UserError: there is no such checkpoint, it is damaged or no plain ViT, it is
-      not of this variant, or leaves are missing, unused or of another shape.
+      not of this variant, leaves are missing, unused or of another shape, or
+      one holds NaN or infinity; or an argument makes no sense.
   """
-  name = os.fspath(source)
+  name = _name(source)
   known = _published(name)
   given = {"value_range": value_range, "pool_type": pool_type, "gelu": gelu}
   given = {
@@ -81,10 +84,12 @@ def load_backbone(
       for field, value in given.items()
   }
   _check_choices({**given, "dtype": dtype})
+  image_size = _as_pair(image_size, "image_size")
+  trained_size = _as_pair(trained_size, "trained_size")
   if known:
     _check_published(name, known, variant)
     variant = variant or known.variant
-    trained_size = trained_size or known.image_size
+    trained_size = trained_size or resize.as_pair(known.image_size)
   image_size = image_size or trained_size
 
   place, subtree = sources.split_subtree(known.address if known else name)
@@ -98,22 +103,25 @@ def load_backbone(
       dtype=dtype,
   )
   infer.check_leaves(_shapes(leaves), stored, config, name)
+  infer.check_finite({stored[n]: leaf for n, leaf in leaves.items()}, name)
   if config.posemb == "learn":
-    leaves, image_size = _fit_positions(
-        leaves, stored["pos_embedding"], config, image_size, trained_size
+    leaves, trained_size = _fit_positions(
+        leaves, stored, config, image_size, trained_size
     )
+    image_size = image_size or trained_size
   elif not image_size:
     raise UserError(
         f"{name} has no position embedding, so its positions are computed for"
         " the image size; pass image_size."
     )
-  image_size = resize.as_pair(image_size)
   resize.to_grid(image_size, config.patch_size)
   return Backbone(
       config=dataclasses.replace(config, image_size=image_size),
       params=layouts.nest(layouts.stack_blocks(leaves)),
       value_range=given["value_range"] or "-1..1",
       source=name,
+      trained_size=trained_size if config.posemb == "learn" else None,
+      assumed=tuple(f for f in ("value_range", "gelu") if not given[f]),
   )
 
 
@@ -125,6 +133,7 @@ def read_config(
     pool_type: str = "",
     gelu: str = "",
     dtype: str = "float32",
+    trained_size: int | Sequence[int] | None = None,
 ) -> vit.ViTConfig:
   """The architecture that `load_backbone` would find, without any weights.
 
@@ -134,7 +143,8 @@ def read_config(
   Raises:
     UserError: as `load_backbone`, or nothing tells the architecture.
   """
-  name = os.fspath(source)
+  name = _name(source)
+  image_size = resize.as_pair(image_size)
   known = _published(name)
   if known:
     _check_published(name, known, variant)
@@ -151,6 +161,12 @@ def read_config(
         for new, old in stored.items()
     }
     config = _infer_config(leaves, stored, variant, name)
+    positions = leaves.get("pos_embedding")
+    if positions and len(positions.shape) == 3:
+      _find_positions(
+          positions.shape[1], stored, config.patch_size, image_size,
+          _as_pair(trained_size, "trained_size"),
+      )  # fmt: skip
   elif known or variant:
     variant = known.variant if known else variant
     sizes = infer.decode_variant(variant)
@@ -168,12 +184,26 @@ def read_config(
     _local_path(place, None, None)  # Says so.
   return dataclasses.replace(
       config,
-      image_size=resize.as_pair(image_size),
+      image_size=image_size,
       pool_type=pool_type
       or (known.pool_type if known else config.pool_type),
       gelu=gelu or (known.gelu if known else config.gelu),
       dtype=dtype,
   )
+
+
+def _name(source: str | os.PathLike[str]) -> str:
+  if isinstance(source, (str, os.PathLike)):
+    return os.fspath(source)
+  raise UserError(
+      f"source must be a path, an address or a public name, not {source!r}."
+  )
+
+
+def _as_pair(
+    size: int | Sequence[int] | None, name: str
+) -> tuple[int, int] | None:
+  return None if size is None else resize.as_pair(size, name)
 
 
 def _published(name: str) -> public.PublicViT | None:
@@ -287,32 +317,44 @@ def _infer_config(
 
 def _fit_positions(
     leaves: dict[str, np.ndarray],
-    stored_name: str,
+    stored: Mapping[str, str],
     config: vit.ViTConfig,
-    image_size: int | Sequence[int] | None,
-    trained_size: int | Sequence[int] | None,
+    image_size: resize.Pair | None,
+    trained_size: resize.Pair | None,
 ) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
   """Folds a class row into the class token and resizes the rest.
 
   Returns:
-    The leaves, and the image size (height, width) that they are for.
+    The leaves, and the image size (height, width) that they were trained on.
   """
+  table, leaves = leaves["pos_embedding"], dict(leaves)
   patch = config.patch_size
+  first, old = _find_positions(
+      table.shape[1], stored, patch, image_size, trained_size
+  )
+  if first and "cls" in leaves:
+    leaves["cls"] = leaves["cls"] + table[:, :1]
+  new = resize.to_grid(image_size, patch) if image_size else old
+  leaves["pos_embedding"] = resize.resize_positions(table[:, first:], old, new)
+  return leaves, (old[0] * patch[0], old[1] * patch[1])
+
+
+def _find_positions(
+    rows: int,
+    stored: Mapping[str, str],
+    patch_size: resize.Pair,
+    image_size: resize.Pair | None,
+    trained_size: resize.Pair | None,
+) -> tuple[int, resize.Pair]:
+  """Number of rows of the class token (0 or 1), and the grid of the others."""
   wanted, trained = (
-      resize.to_grid(resize.as_pair(size), patch) if size else None
+      resize.to_grid(size, patch_size) if size else None
       for size in (image_size, trained_size)
   )
-  table, leaves = leaves["pos_embedding"], dict(leaves)
-  told = [grid for grid in (wanted, trained) if grid]
-  if resize.has_class_row(table.shape[1], stored_name, "cls" in leaves, told):
-    if "cls" in leaves:
-      leaves["cls"] = leaves["cls"] + table[:, :1]
-    table = table[:, 1:]
-  old = resize.find_grid(table.shape[1], patch, wanted, trained)
-  leaves["pos_embedding"] = resize.resize_positions(table, old, wanted or old)
-  if image_size:
-    return leaves, resize.as_pair(image_size)
-  return leaves, (old[0] * patch[0], old[1] * patch[1])
+  first = resize.has_class_row(
+      rows, stored["pos_embedding"], "cls" in stored, trained or wanted
+  )
+  return int(first), resize.find_grid(rows - first, patch_size, wanted, trained)
 
 
 def _shapes(leaves: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:

@@ -11,6 +11,9 @@ from vqt_jax.errors import UserError
 
 Pair = tuple[int, int]
 
+# How `main.py` takes a trained size.
+_FLAGS = "--config.trained_size=HEIGHT --config.trained_width=WIDTH"
+
 
 def check_image_size(
     patch_size: int | Sequence[int], image_size: int | Sequence[int]
@@ -43,7 +46,8 @@ def as_pair(size: int | Sequence[int], name: str = "image_size") -> Pair:
   """Side, or (height, width), to (height, width); all must be positive."""
   try:
     pair = (size, size) if isinstance(size, numbers.Integral) else tuple(size)
-    if len(pair) == 2 and all(int(s) == s and s > 0 for s in pair):
+    whole = all(int(s) == s and s is not True for s in pair)
+    if len(pair) == 2 and whole and min(pair) > 0:
       return int(pair[0]), int(pair[1])
   except (TypeError, ValueError):
     pass
@@ -51,6 +55,14 @@ def as_pair(size: int | Sequence[int], name: str = "image_size") -> Pair:
       f"{name} must be a positive number of pixels or a pair"
       f" (height, width), not {size!r}."
   )
+
+
+def size_of(height: int, width: int) -> Pair | None:
+  """(Height, width) of two fields of a config, of which 0 is not given.
+
+  Without a width it is the height; without a height, None.
+  """
+  return (height, width or height) if height else None
 
 
 def to_grid(image_size: Pair, patch_size: Pair) -> Pair:
@@ -65,7 +77,7 @@ def to_grid(image_size: Pair, patch_size: Pair) -> Pair:
 
 
 def has_class_row(
-    rows: int, stored_name: str, has_cls: bool, told: Sequence[Pair]
+    rows: int, stored_name: str, has_cls: bool, told: Pair | None
 ) -> bool:
   """Whether the first position is the class token's.
 
@@ -78,15 +90,14 @@ def has_class_row(
     rows: number of positions in the file.
     stored_name: the table's name in the file.
     has_cls: whether there is a class token.
-    told: grids the user spoke of.
+    told: the grid that the user spoke of, or None.
   """
   if rows == 1 or "Transformer/" not in stored_name:
     return False
   if "posembed_input/" in stored_name and has_cls:
     return True
-  sizes = [math.prod(grid) for grid in told]
-  if rows in sizes or rows - 1 in sizes:
-    return rows not in sizes
+  if told and math.prod(told) in (rows, rows - 1):
+    return math.prod(told) == rows - 1
   return math.isqrt(rows - 1) ** 2 == rows - 1
 
 
@@ -115,8 +126,8 @@ def find_grid(
       return trained
     raise UserError(
         f"The checkpoint has {rows} positions, but images of the given"
-        f" trained_size have {_by(trained)} patches of {_by(patch_size)}"
-        " pixels."
+        f" trained_size have {_by(trained)} patches."
+        f"{_possible(rows, patch_size)}"
     )
   if side**2 == rows:
     if wanted and wanted != (side, side) and math.prod(wanted) == rows:
@@ -124,7 +135,8 @@ def find_grid(
           f"The checkpoint's {rows} positions fit a {side}x{side} and a"
           f" {_by(wanted)} grid of patches; say which one it was trained on:"
           f" trained_size={_pixels((side, side), patch_size)} or"
-          f" trained_size={_pixels(wanted, patch_size)} (height, width)."
+          f" trained_size={_pixels(wanted, patch_size)} (height, width), or"
+          f" {_FLAGS}."
       )
     return side, side
   if wanted and math.prod(wanted) == rows:
@@ -134,9 +146,23 @@ def find_grid(
   if math.prod(grid) == rows and not any(pixels % p for p in patch_size):
     return grid
   raise UserError(
-      f"The checkpoint's {rows} positions are no square grid; pass"
-      " trained_size=(height, width), the image size it was trained on, with"
-      f" {_by(patch_size)} pixels a patch."
+      f"The checkpoint's {rows} positions are no square grid; give the image"
+      f" size it was trained on: trained_size=(height, width), or {_FLAGS}."
+      f"{_possible(rows, patch_size)}"
+  )
+
+
+def _possible(rows: int, patch_size: Pair) -> str:
+  """A sentence of the image sizes with so many patches, squarest first."""
+  grids = [(n, rows // n) for n in range(1, rows + 1) if rows % n == 0]
+  stretch = lambda grid: abs(
+      math.log(grid[0] * patch_size[0]) - math.log(grid[1] * patch_size[1])
+  )
+  sizes = [_pixels(grid, patch_size) for grid in sorted(grids, key=stretch)]
+  more = ", ..." if len(sizes) > 6 else ""
+  return (
+      f" With {_by(patch_size)} pixels a patch it is one of"
+      f" {', '.join(sizes[:6])}{more} (height, width)."
   )
 
 

@@ -18,8 +18,8 @@ def save_npz(path: str | os.PathLike[str], backbone: Backbone | Any) -> None:
   vision_transformer and third-party converters all read. Leaves keep their
   dtype (bfloat16 becomes two-byte void, as in Big Vision); `load_backbone`
   gives the same bits back.
-  What the format has no place for (gelu, value range, a non-square grid) is to
-  be given again when loading.
+  What the format has no place for (gelu, value range, a non-square grid, "mae"
+  and "0" as pooling) is to be given again when loading.
 
   Args:
     path: where to; written under another name first, so that a file of this

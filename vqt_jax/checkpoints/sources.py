@@ -11,6 +11,7 @@ import urllib.parse
 
 import fsspec
 
+from vqt_jax.checkpoints import containers
 from vqt_jax.checkpoints import download
 from vqt_jax.errors import UserError
 
@@ -23,6 +24,15 @@ def split_subtree(source: str) -> tuple[str, str]:
     return source, ""
   match = re.fullmatch(r"((?:\w+://[^/]+/)?[^:]+):(\w[\w/]*)", source)
   return (match[1], match[2]) if match else (source, "")
+
+
+def local_path(source: str) -> str | None:
+  """The source by its absolute path; None if it is no file or folder here."""
+  place, subtree = split_subtree(source)
+  path = pathlib.Path(place).expanduser()
+  if "://" in place or not containers.resolve(path):
+    return None
+  return os.path.abspath(path) + (f":{subtree}" if subtree else "")
 
 
 def default_cache() -> pathlib.Path:

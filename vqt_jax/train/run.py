@@ -115,7 +115,7 @@ def _prepare(config, workdir, console) -> Job:
     console.note(warning)
 
   on_cpu = jax.default_backend() == "cpu"
-  image_size = (config.image_size, config.image_width or config.image_size)
+  image_size = checkpoints.size_of(config.image_size, config.image_width)
   with contextlib.ExitStack() as download:
     backbone = checkpoints.load_backbone(
         config.init,
@@ -125,6 +125,9 @@ def _prepare(config, workdir, console) -> Job:
         pool_type=config.pool_type,
         gelu=config.gelu,
         dtype=config.dtype or ("float32" if on_cpu else "bfloat16"),
+        trained_size=checkpoints.size_of(
+            config.trained_size, config.trained_width
+        ),
         progress=_download_line(console, download),
     )
   checkpoints.check_image_size(backbone.config.patch_size, image_size)
@@ -193,7 +196,7 @@ def _count(tree: Any) -> int:
 
 
 def _describe(job: Job) -> list[str]:
-  """The resolved setting in two lines."""
+  """The resolved setting in two lines, and what of it is assumed in a third."""
   c, tuner = job.backbone.config, job.tuner
   size = "x".join(map(str, dict.fromkeys(c.image_size)))
   group = " (vtab-1k)" if job.task.group else ""
@@ -213,4 +216,17 @@ def _describe(job: Job) -> list[str]:
       f" {c.dtype}   {job.mesh.size} x {jax.devices()[0].device_kind}",
       f"frozen {_count(job.backbone.params):,}   trained"
       f" {_count(trained):,}: {shapes}",
+      *_assumed(job.backbone),
   ]
+
+
+def _assumed(backbone: backbone_lib.Backbone) -> list[str]:
+  """A line of the settings that nothing told, and their flags."""
+  settings = {
+      "value_range": f"inputs {backbone.value_range}",
+      "gelu": f"{backbone.config.gelu} GELU",
+  }
+  each = [f"{settings[x]} (--config.{x})" for x in backbone.assumed]
+  if not each:
+    return []
+  return [f"assumed, as the file does not tell: {', '.join(each)}"]
