@@ -394,17 +394,6 @@ def spread(rates: tuple[float, ...], count: int) -> tuple[float, ...]:
   return tuple(float(f"{rate:.3g}") for rate in np.exp(logs))
 
 
-def image_sizes(
-    config: Config,
-) -> tuple[tuple[int, int], tuple[int, int] | None]:
-  """(Height, width) of images, and of those it was trained on, if given."""
-  image, trained = config.image_size, config.trained_size
-  return (
-      (image, config.image_width or image),
-      (trained, config.trained_width or trained) if trained else None,
-  )
-
-
 def of_tuner(config: Config) -> dict[str, Any]:
   """A resolved config's part of `make_tuner`'s options."""
   sizes = [field.name for field in dataclasses.fields(editors.Options)]

@@ -95,7 +95,7 @@ def make_job(config: ml_collections.ConfigDict, where: str) -> programs.Job:
   chip, devices = chips.find(where)
   platform = devices[0].platform
   dtype = "float32" if platform == "cpu" else "bfloat16"
-  image_size, trained_size = config_lib.image_sizes(config)
+  image_size = checkpoints.size_of(config.image_size, config.image_width)
   vit_config = checkpoints.read_config(
       config.init,
       image_size=image_size,
@@ -103,7 +103,9 @@ def make_job(config: ml_collections.ConfigDict, where: str) -> programs.Job:
       pool_type=config.pool_type,
       gelu=config.gelu,
       dtype=config.dtype or dtype,
-      trained_size=trained_size,
+      trained_size=checkpoints.size_of(
+          config.trained_size, config.trained_width
+      ),
   )
   checkpoints.check_image_size(vit_config.patch_size, image_size)
   task = data.make_task(

@@ -228,6 +228,9 @@ def init_queries(
 COMBINE = ("concat", "mean", "weighted_sum")
 
 
+COMBINE = ("concat", "mean", "weighted_sum")
+
+
 def combine(
     outputs: jax.Array, how: str, weights: jax.Array | None = None
 ) -> jax.Array:

@@ -5,6 +5,7 @@ from vqt_jax.checkpoints.load import load_backbone
 from vqt_jax.checkpoints.load import read_config
 from vqt_jax.checkpoints.public import PUBLIC
 from vqt_jax.checkpoints.resize import check_image_size
+from vqt_jax.checkpoints.resize import size_of
 from vqt_jax.checkpoints.save import save_npz
 from vqt_jax.checkpoints.sources import local_path
 
@@ -16,4 +17,5 @@ __all__ = [
     "local_path",
     "read_config",
     "save_npz",
+    "size_of",
 ]

@@ -57,6 +57,14 @@ def as_pair(size: int | Sequence[int], name: str = "image_size") -> Pair:
   )
 
 
+def size_of(height: int, width: int) -> Pair | None:
+  """(Height, width) of two fields of a config, of which 0 is not given.
+
+  Without a width it is the height; without a height, None.
+  """
+  return (height, width or height) if height else None
+
+
 def to_grid(image_size: Pair, patch_size: Pair) -> Pair:
   """Patches per column and per row; what is left over is ignored."""
   grid = image_size[0] // patch_size[0], image_size[1] // patch_size[1]

@@ -126,7 +126,7 @@ def _prepare(config, workdir, console) -> Job:
     console.note(warning)
 
   on_cpu = jax.default_backend() == "cpu"
-  image_size, trained_size = config_lib.image_sizes(config)
+  image_size = checkpoints.size_of(config.image_size, config.image_width)
   with contextlib.ExitStack() as download:
     backbone = checkpoints.load_backbone(
         config.init,
@@ -136,7 +136,9 @@ def _prepare(config, workdir, console) -> Job:
         pool_type=config.pool_type,
         gelu=config.gelu,
         dtype=config.dtype or ("float32" if on_cpu else "bfloat16"),
-        trained_size=trained_size,
+        trained_size=checkpoints.size_of(
+            config.trained_size, config.trained_width
+        ),
         progress=_download_line(console, download),
     )
   checkpoints.check_image_size(backbone.config.patch_size, image_size)
