@@ -292,8 +292,9 @@ def write(file: Path, content: bytes) -> None:
 def _write_object(file: Path, content: bytes) -> None:
   """Writes it in one request.
 
-  Not through a file of gcsfs: a refusal there leaves a `BytesIO` in a cycle with
-  its buffer, at which the garbage collector of CPython 3.12.0 and 3.12.1 dies.
+  Not through a file of gcsfs: a refusal there leaves a `BytesIO` in a cycle
+  with its buffer, at which the garbage collector of CPython 3.12.0 and 3.12.1
+  dies.
   """
   import fsspec
 
