@@ -6,7 +6,9 @@
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check
+# What is built there asks for a home folder, which not every user has.
+PIP := HOME="$${HOME:-/nonexistent}" \
+  $(PYTHON) -m pip install --quiet --disable-pip-version-check
 # The first of these that is there and fits makes the virtual environment.
 CANDIDATES := python3.11 python3.12 python3.13 python3
 

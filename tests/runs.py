@@ -3,8 +3,7 @@
 In this process, or in others that are forked from one that has imported all.
 """
 
-from collections.abc import Iterator, Mapping
-import contextlib
+from collections.abc import Mapping
 import functools
 import itertools
 import json
@@ -19,7 +18,6 @@ import tempfile
 from typing import Any
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 import numpy as np
 import tensorflow_datasets as tfds
 
@@ -145,29 +143,9 @@ def files(folder: pathlib.Path, pattern: str = "**/*") -> dict[str, bytes]:
   }
 
 
-@contextlib.contextmanager
-def compiled_once(folder: str | os.PathLike) -> Iterator[None]:
-  """Keeps all that is compiled meanwhile, in this process or others."""
-  changes = {
-      "jax_compilation_cache_dir": os.fspath(folder),
-      "jax_persistent_cache_min_compile_time_secs": 0,
-      "jax_persistent_cache_min_entry_size_bytes": -1,
-  }
-  before = {name: getattr(jax.config, name) for name in changes}
-  for name, value in changes.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
-  try:
-    yield
-  finally:
-    for name, value in before.items():
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
 @functools.cache
 def _scratch() -> tempfile.TemporaryDirectory:
-  """For what forked processes compile and say; goes when this one ends."""
+  """For what forked processes say and leave; goes when this one ends."""
   return tempfile.TemporaryDirectory(prefix="vqt_jax_tests_")
 
 
@@ -234,24 +212,22 @@ class Process:
     return self._screen.read_text()
 
 
-def _run(argv, screen, cache, devices, *, signals, environment, largest_file):
+def _run(argv, screen, scratch, devices, *, signals, environment, largest_file):
   """Body of a forked process."""
   file = os.open(screen, os.O_WRONLY | os.O_APPEND)
   os.dup2(file, 1)
   os.dup2(file, 2)
-  os.environ["XLA_FLAGS"] = (
-      f"--xla_force_host_platform_device_count={devices}"
-      " --xla_backend_optimization_level=0"
-  )
+  # Of a flag that is given twice, the last counts.
+  flags = f"--xla_force_host_platform_device_count={devices}"
+  os.environ["XLA_FLAGS"] += f" {flags}"
   os.environ.update(environment)
-  tempfile.tempdir = cache  # What a killed one leaves goes with the rest.
+  tempfile.tempdir = scratch  # What a killed one leaves goes with the rest.
   loop.CALL_SECONDS = 1e9  # Else the machine's speed tells how many calls.
   for name, (call, number) in signals.items():
     _signal_on_call(name, call, number)
   if largest_file is not None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-  with compiled_once(cache):
-    sys.exit(main.main(argv))
+  sys.exit(main.main(argv))
 
 
 def _signal_on_call(name, call, number):

@@ -83,57 +83,56 @@ def terminate(monkeypatch, module, name, call):
 
 def test_all_tasks(start, table, material, tmp_path, monkeypatch):
   workdir, alone = tmp_path / "all", tmp_path / "alone"
-  with runs.compiled_once(tmp_path / "compiled"):
-    with monkeypatch.context() as patch:  # When the first task is done.
-      terminate(patch, plots, "report", 1)
-      status, said = start(workdir)
-    assert (status, said[-1]) == (75, STOPPED)
-    assert said[0] == (
-        "missing  1 of 3 tasks are not prepared in"
-        f" {material}: eurosat. To add them: python -m vqt_jax.data.prepare"
-        f" eurosat/rgb --data_dir {material}, then the same command again."
-    )
-    assert said[1] == "task     1 of 2: caltech101"
-    assert runs.results(workdir / "caltech101")["num_queries"] == 1
-    assert not (workdir / "kitti" / "metrics.jsonl").exists()
-
-    with monkeypatch.context() as patch:  # Within the second.
-      terminate(patch, stages, "_rows", 2)
-      status, said = start(workdir)
-    assert (status, said[-1]) == (75, STOPPED)
-    assert said[1:3] == [
-        "task     1 of 2: caltech101 is finished already",
-        "task     2 of 2: kitti",
-    ]
-    assert not (workdir / "results.json").exists()
-
+  with monkeypatch.context() as patch:  # When the first task is done.
+    terminate(patch, plots, "report", 1)
     status, said = start(workdir)
-    assert status == 0 and any("after epoch" in line for line in said)
-    found = runs.results(workdir)
-    assert found["tasks"].keys() == DONE and found["missing"] == ["eurosat"]
-    for name in DONE:
-      own = runs.results(workdir / name)
-      assert found["tasks"][name]["test_accuracy"] == own["test_accuracy"]
-    assert {path.name for path in workdir.iterdir()} == DONE | {
-        "config.json", "log.txt", "results.json", "vtab.csv", "vtab.png",
-    }  # fmt: skip
-    assert ["eurosat", "not", "prepared"] in [line.split() for line in said]
+  assert (status, said[-1]) == (75, STOPPED)
+  assert said[0] == (
+      "missing  1 of 3 tasks are not prepared in"
+      f" {material}: eurosat. To add them: python -m vqt_jax.data.prepare"
+      f" eurosat/rgb --data_dir {material}, then the same command again."
+  )
+  assert said[1] == "task     1 of 2: caltech101"
+  assert runs.results(workdir / "caltech101")["num_queries"] == 1
+  assert not (workdir / "kitti" / "metrics.jsonl").exists()
 
-    assert start(alone, task="kitti")[0] == 0
-    assert runs.bits(workdir / "kitti") == runs.bits(alone)
-    config = runs.read_json(alone / "config.json")
-    assert config["num_queries"] == 20
-    assert runs.read_json(workdir / "kitti" / "config.json") == config
-    before = runs.files(workdir / "kitti")
-
-    table["eurosat"] = squares("eurosat", group="specialized")
+  with monkeypatch.context() as patch:  # Within the second.
+    terminate(patch, stages, "_rows", 2)
     status, said = start(workdir)
-    assert status == 0 and "task     2 of 3: eurosat" in said
-    found = runs.results(workdir)
-    assert list(found["tasks"]) == list(table) and not found["missing"]
-    assert found["means"]["mean_of_tasks"]["count"] == 3
-    assert "missing" not in "\n".join(said)
-    assert runs.files(workdir / "kitti") == before
+  assert (status, said[-1]) == (75, STOPPED)
+  assert said[1:3] == [
+      "task     1 of 2: caltech101 is finished already",
+      "task     2 of 2: kitti",
+  ]
+  assert not (workdir / "results.json").exists()
+
+  status, said = start(workdir)
+  assert status == 0 and any("after epoch" in line for line in said)
+  found = runs.results(workdir)
+  assert found["tasks"].keys() == DONE and found["missing"] == ["eurosat"]
+  for name in DONE:
+    own = runs.results(workdir / name)
+    assert found["tasks"][name]["test_accuracy"] == own["test_accuracy"]
+  assert {path.name for path in workdir.iterdir()} == DONE | {
+      "config.json", "log.txt", "results.json", "vtab.csv", "vtab.png",
+  }  # fmt: skip
+  assert ["eurosat", "not", "prepared"] in [line.split() for line in said]
+
+  assert start(alone, task="kitti")[0] == 0
+  assert runs.bits(workdir / "kitti") == runs.bits(alone)
+  config = runs.read_json(alone / "config.json")
+  assert config["num_queries"] == 20
+  assert runs.read_json(workdir / "kitti" / "config.json") == config
+  before = runs.files(workdir / "kitti")
+
+  table["eurosat"] = squares("eurosat", group="specialized")
+  status, said = start(workdir)
+  assert status == 0 and "task     2 of 3: eurosat" in said
+  found = runs.results(workdir)
+  assert list(found["tasks"]) == list(table) and not found["missing"]
+  assert found["means"]["mean_of_tasks"]["count"] == 3
+  assert "missing" not in "\n".join(said)
+  assert runs.files(workdir / "kitti") == before
 
   # Finished ones need no data, but another config needs another folder.
   assert start(workdir, data_dir=tmp_path / "none")[0] == 0

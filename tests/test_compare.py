@@ -82,19 +82,18 @@ def started(material, workdir, capfd, **changes):
 def test_methods_are_compared(material, tmp_path, monkeypatch, capfd):
   workdir = tmp_path / "all"
   names = ",".join(METHODS)
-  with runs.compiled_once(tmp_path / "compiled"):
-    with monkeypatch.context() as patch:  # Within the second.
-      test_all_tasks.terminate(patch, stages, "_rows", 10)
-      status, said = started(material, workdir, capfd, methods=names)
-    assert (status, said[-1]) == (75, test_all_tasks.STOPPED)
-    assert said[0] == "method   1 of 3: linear"
-    assert (workdir / "linear" / "results.json").exists()
-    assert not (workdir / "vqt" / "results.json").exists()
-
+  with monkeypatch.context() as patch:  # Within the second.
+    test_all_tasks.terminate(patch, stages, "_rows", 10)
     status, said = started(material, workdir, capfd, methods=names)
-    assert status == 0
-    assert said[0] == "method   1 of 3: linear is finished already"
-    assert runs.results(workdir / "lora")["memory"]["side_by_side"] == 1
+  assert (status, said[-1]) == (75, test_all_tasks.STOPPED)
+  assert said[0] == "method   1 of 3: linear"
+  assert (workdir / "linear" / "results.json").exists()
+  assert not (workdir / "vqt" / "results.json").exists()
+
+  status, said = started(material, workdir, capfd, methods=names)
+  assert status == 0
+  assert said[0] == "method   1 of 3: linear is finished already"
+  assert runs.results(workdir / "lora")["memory"]["side_by_side"] == 1
 
   summary = runs.results(workdir)
   assert set(summary["runs"]) == set(METHODS)

@@ -13,12 +13,6 @@ from vqt_jax import checkpoints
 TOO_HIGH = 3e38 * 256 / 12  # As a peak rate: the largest float32.
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-  with runs.compiled_once(tmp_path_factory.mktemp("compiled")):
-    yield
-
-
 def command(material, workdir, **changes):
   return runs.command(material, workdir, method="linear", **changes)
 

@@ -21,12 +21,6 @@ from vqt_jax.train import protocol
 from vqt_jax.train import store
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-  with runs.compiled_once(tmp_path_factory.mktemp("compiled")):
-    yield
-
-
 @pytest.mark.parametrize(
     "variant, target_size, tokens",
     [

@@ -30,12 +30,6 @@ BEST = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-  with runs.compiled_once(tmp_path_factory.mktemp("compiled")):
-    yield
-
-
 @pytest.mark.parametrize("count, number", [(1000, 5), (48, 7), (3, 3)])
 def test_folds_judge_every_row_once(count, number):
   parts = best.folds(count, number)

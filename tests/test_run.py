@@ -29,12 +29,6 @@ EPOCHS = 3
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-  with runs.compiled_once(tmp_path_factory.mktemp("compiled")):
-    yield
-
-
 @pytest.fixture(scope="module")
 def run(material, tmp_path_factory):
   """Runs the command with changes, once; returns the workdir."""

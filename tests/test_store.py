@@ -36,12 +36,6 @@ RECORDS = "vqt_jax.train.store:rows_of"
 MADE_FROM = {"weights": "abc"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-  with runs.compiled_once(tmp_path_factory.mktemp("compiled")):
-    yield
-
-
 class Case:
   """The features of a few images, on eight devices."""
 
