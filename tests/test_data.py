@@ -338,12 +338,14 @@ def cut_image(tmp_path_factory):
           "image": tfds.features.Image(),
           "label": tfds.features.ClassLabel(num_classes=2),
           "image/file": tfds.features.Text(),
+          "files": tfds.features.Sequence(tfds.features.Text()),
       }),
       split_datasets={
           "train": [
-              (i, {"image": image, "label": i % 2, "image/file": f"{i}.jpg"})
+              (i, {"image": image, "label": i % 2, "image/file": f"{i}.jpg",
+                   "files": ["a", "b"]})
               for i, image in enumerate(images_)
-          ]
+          ]  # fmt: skip
       },
       disable_shuffling=True,
   )

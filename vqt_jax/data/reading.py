@@ -217,14 +217,16 @@ def _wrong_record(task: Task, builder: Any, split: str, error: Any) -> str:
   with contextlib.suppress(tf.errors.OpError):
     for _ in stored_order(task, builder, split):
       number += 1
+  advice = "Make it readable."
+  if not isinstance(error, tf.errors.PermissionDeniedError):
+    advice = _repair(
+        task, builder,
+        "Write the dataset again, or restore its files from a copy.",
+    )  # fmt: skip
   return (
       f"Record {_where(task, builder, split, number)} cannot be read"
-      f" ({type(error).__name__}: {_reason(error)}). "
-      + _repair(
-          task, builder,
-          "Write the dataset again, or restore its files from a copy.",
-      )
-  )  # fmt: skip
+      f" ({type(error).__name__}: {_reason(error)}). {advice}"
+  )
 
 
 def _where(
@@ -233,7 +235,8 @@ def _where(
   """Number in the split, and the names of files that lead to an example."""
   found = [f"split {task.splits[split]!r}, counted from 0"]
   for key, value in (example or {}).items():
-    if "file" in key and getattr(value, "dtype", None) == tf.string:
+    is_text = tf.is_tensor(value) and value.dtype == tf.string
+    if "file" in key and is_text and value.shape == ():
       found.append(f"{key} {value.numpy().decode(errors='replace')!r}")
   return (
       f"{number} of {split} ({'; '.join(found)}) of dataset {task.dataset!r} in"
