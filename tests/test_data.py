@@ -398,11 +398,10 @@ def test_labels_outside_the_classes(task, read):
         ({"train": "aab", "val": "bab", "trainval": "aabbab"}, None),
         ({"train": "ab", "val": "cac", "trainval": "abcac"},
          r"^2 of the 3 images of val are .* train lacks \(cat\).*shuffled"),
-        ({"trainval": "ab", "test": "abcc"}, r"2 of the 4 images of test.*cat"),
         ({"trainval": "bb"}, "All 2 images of trainval .* one class, bee,"),
         ({"train": "a"}, "All 1 images of train .* one class, ant,"),
-        ({"test": "a"}, None),
-        ({"train": "ab", "val": "ab", "trainval": "abab", "test": "ab"},
+        ({}, None),
+        ({"train": "ab", "val": "ab", "trainval": "abab"},
          "^trainval has no image of 1 of 3 classes: cat.$"),
     ],
 )  # fmt: skip

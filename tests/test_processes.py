@@ -13,8 +13,8 @@ import types
 import numpy as np
 import pytest
 
-import main
 from tests import runs
+from vqt_jax import cli
 from vqt_jax import errors
 from vqt_jax import noise
 from vqt_jax import parallel
@@ -237,10 +237,10 @@ def test_who_waits_for_nobody_is_told(monkeypatch, capfd, coordinator):
     said.append(words)
     yield
 
-  monkeypatch.setattr(main, "LONG_SECONDS", 0)
+  monkeypatch.setattr(cli, "LONG_SECONDS", 0)
   monkeypatch.setattr(noise, "last_words", last_words)
   monkeypatch.setattr(parallel, "connect", lambda *args: time.sleep(0.2))
-  main._join(types.SimpleNamespace(
+  cli._join(types.SimpleNamespace(
       coordinator=coordinator, num_processes=None, process_id=None,
       lost_after=60,
   ))  # fmt: skip
@@ -301,7 +301,7 @@ def test_what_fails_on_one_fails_on_both(material, tmp_path, which):
   word = "nowhere is neither"
   if which == 0:
     (tmp_path / "results.json").write_text("{}")
-    second, word = {}, "There is no"
+    second, word = {}, f"{tmp_path / 'results.json'} is there, but no config"
   status, said = group(material, tmp_path, second=second, **changes)
   assert status == [2, 2]
   assert said[which].splitlines()[-1].startswith("error: " + word)

@@ -312,5 +312,5 @@ def test_a_second_run_leaves_the_first_one_alone(material, tmp_path, capfd):
     assert said.startswith("error: Another run is already in ")
     assert said.count("\n") == 1
     with pytest.raises(vqt_jax.UserError, match="Another run is already in"):
-      elsewhere(vqt_jax.train, main.parse(argv).config, tmp_path / "run")
+      elsewhere(vqt_jax.train, cli.parse(argv).config, tmp_path / "run")
     assert runs.files(tmp_path) == before
