@@ -370,10 +370,10 @@ def test_an_image_that_is_cut_is_named(
 ):
   slices = re.escape(cut_image.splits[split])
   message = (
-      rf"Image {number} of {split} \(split '{slices}', counted"
-      r" from 0; image/file '13.jpg'\) of dataset 'cut' in .*/cut/1.0.0 cannot"
-      r" be decoded \(.*Invalid JPEG data.*; [\d,]+ bytes\)\. Replace or remove"
-      r" that image and write the dataset again\.$"
+      rf"^Cannot decode image {number} of {split} \(split '{slices}', counted"
+      r" from 0; image/file '13.jpg'\) of dataset 'cut' in .*/cut/1.0.0"
+      r" \(.*Invalid JPEG data.*; [\d,]+ bytes\)\. Replace or remove that image"
+      r" and write the dataset again\.$"
   )
   with pytest.raises(errors.UserError, match=message):
     list(read(cut_image, split, **READ, **settings))

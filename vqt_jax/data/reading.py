@@ -201,8 +201,9 @@ def _wrong_image(
       except Exception as error:  # Each of the decoders has its own.
         content = example[task.image_key].numpy()
         return (
-            f"Image {_where(task, builder, split, int(number), example)} cannot"
-            f" be decoded ({_reason(error)}; {len(content):,} bytes). "
+            "Cannot decode image"
+            f" {_where(task, builder, split, int(number), example)}"
+            f" ({_reason(error)}; {len(content):,} bytes). "
             + _repair(
                 task, builder,
                 "Replace or remove that image and write the dataset again.",
