@@ -23,6 +23,7 @@ test: $(VENV)/.installed-test
 
 lint: $(VENV)/.installed-test
 	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check --quiet
 
 $(VENV)/.installed-test: requirements-test.txt $(VENV)/.installed
 	$(PIP) --requirement requirements-test.txt --constraint constraints.txt

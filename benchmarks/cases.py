@@ -73,7 +73,7 @@ class Case:
     dynamic = jax.eval_shape(self.build)
     if mesh is not None:
       dynamic = jax.tree_util.tree_map_with_path(
-          functools.partial(_place, mesh), dynamic
+        functools.partial(_place, mesh), dynamic
       )
     return *self.static, *dynamic
 
@@ -91,30 +91,30 @@ def vit_config(variant: str, image_size: int, dtype: str) -> vit.ViTConfig:
   """A variant by name, for square images."""
   sizes = vit.decode_variant(variant)
   return vit.ViTConfig(
-      **sizes, image_size=(image_size, image_size), dtype=dtype
+    **sizes, image_size=(image_size, image_size), dtype=dtype
   )
 
 
 def all_steps(
-    config: vit.ViTConfig, batch_size: int, **options: int
+  config: vit.ViTConfig, batch_size: int, **options: int
 ) -> list[Case]:
   """Linear probe, VQT live, VQT from the store, full fine-tuning."""
   tuners = [
-      vqt_jax.make_tuner("vqt", config, NUM_CLASSES, num_queries=count)
-      for count in QUERY_COUNTS
+    vqt_jax.make_tuner("vqt", config, NUM_CLASSES, num_queries=count)
+    for count in QUERY_COUNTS
   ]
   linear = vqt_jax.make_tuner("linear", config, NUM_CLASSES)
   make = functools.partial(train, batch_size=batch_size, **options)
   return [
-      make(linear),
-      *(make(tuner) for tuner in tuners),
-      *(make(tuner, stored=True) for tuner in tuners),
-      finetune(config, NUM_CLASSES, batch_size, **options),
+    make(linear),
+    *(make(tuner) for tuner in tuners),
+    *(make(tuner, stored=True) for tuner in tuners),
+    finetune(config, NUM_CLASSES, batch_size, **options),
   ]
 
 
 def all_methods(
-    config: vit.ViTConfig, batch_size: int, **options: int
+  config: vit.ViTConfig, batch_size: int, **options: int
 ) -> list[Case]:
   """A live step of each method, and of editors with `remat` as well."""
   steps = []
@@ -138,14 +138,14 @@ def name_of(tuner: tuner_lib.Tuner) -> str:
 
 
 def train(
-    tuner: tuner_lib.Tuner,
-    batch_size: int,
-    *,
-    stored: bool = False,
-    rows: int = 0,
-    runs: int = 1,
-    steps: int = 1,
-    remat: bool = False,
+  tuner: tuner_lib.Tuner,
+  batch_size: int,
+  *,
+  stored: bool = False,
+  rows: int = 0,
+  runs: int = 1,
+  steps: int = 1,
+  remat: bool = False,
 ) -> Case:
   """The package's own training steps.
 
@@ -167,10 +167,10 @@ def train(
     state = step_lib.init(tuner, recipe, params, seeds)
     frozen = tuner_lib.partition(params, tuner.shapes())[1]
     settings = step_lib.Settings(
-        lr=jnp.full(runs, 0.1),
-        weight_decay=jnp.full(runs, 1e-4),
-        query_dropout=jnp.full(runs, 0.1),
-        normalize=jnp.ones(runs, bool),
+      lr=jnp.full(runs, 0.1),
+      weight_decay=jnp.full(runs, 1e-4),
+      query_dropout=jnp.full(runs, 0.1),
+      normalize=jnp.ones(runs, bool),
     )
     order, mask, factor = _batches(batch_size, steps)
     data = _data(tuner, rows or order.size, stored)
@@ -181,22 +181,22 @@ def train(
   stream = 0 if stored else images * flops.stream(config)
   reading = images * runs * flops.reading_step(tuner)
   return Case(
-      name_of(tuner) + (", stored" if stored else ""),
-      step_lib.train_steps,
-      (tuner, recipe),
-      build,
-      stream + reading,
-      reading,
+    name_of(tuner) + (", stored" if stored else ""),
+    step_lib.train_steps,
+    (tuner, recipe),
+    build,
+    stream + reading,
+    reading,
   )
 
 
 def finetune(
-    config: vit.ViTConfig,
-    num_classes: int,
-    batch_size: int,
-    *,
-    rows: int = 0,
-    steps: int = 1,
+  config: vit.ViTConfig,
+  num_classes: int,
+  batch_size: int,
+  *,
+  rows: int = 0,
+  steps: int = 1,
 ) -> Case:
   """What VQT is compared with: the gradient of every leaf, and Adam."""
 
@@ -210,11 +210,11 @@ def finetune(
     return state, data, order, mask
 
   return Case(
-      "full fine-tuning",
-      _finetune_steps,
-      (config,),
-      build,
-      batch_size * steps * flops.finetune_step(config, num_classes),
+    "full fine-tuning",
+    _finetune_steps,
+    (config,),
+    build,
+    batch_size * steps * flops.finetune_step(config, num_classes),
   )
 
 

@@ -23,43 +23,43 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STOPPED = 75  # The exit status of a run that was asked to stop.
 COMMAND = (
-    sys.executable,
-    "main.py",
-    "--config=configs/digits.py",
-    "--config.epochs=8",
-    "--config.lr=1.0,0.25",
-    "--config.weight_decay=0.0",
-    "--config.seeds=1,2",
-    "--config.keep_fraction=0.5",
-    "--config.checkpoint_seconds=0",
+  sys.executable,
+  "main.py",
+  "--config=configs/digits.py",
+  "--config.epochs=8",
+  "--config.lr=1.0,0.25",
+  "--config.weight_decay=0.0",
+  "--config.seeds=1,2",
+  "--config.keep_fraction=0.5",
+  "--config.checkpoint_seconds=0",
 )
 
 
 def start(
-    workdir: pathlib.Path, cache: pathlib.Path, count: int
+  workdir: pathlib.Path, cache: pathlib.Path, count: int
 ) -> list[subprocess.Popen]:
   """Starts the run, or resumes it, in so many processes."""
   environment = {
-      **os.environ,
-      "JAX_COMPILATION_CACHE_DIR": str(cache),
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    **os.environ,
+    "JAX_COMPILATION_CACHE_DIR": str(cache),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   }
   with socket.create_server(("localhost", 0)) as server:
     port = server.getsockname()[1]
   together = (
-      f"--coordinator=localhost:{port}",
-      f"--num_processes={count}",
-      "--lost_after=20",
+    f"--coordinator=localhost:{port}",
+    f"--num_processes={count}",
+    "--lost_after=20",
   )
   return [
-      subprocess.Popen(
-          [*COMMAND, f"--workdir={workdir}"]
-          + ([*together, f"--process_id={i}"] if count > 1 else []),
-          cwd=ROOT,
-          env=environment,
-          stderr=subprocess.DEVNULL,
-      )
-      for i in range(count)
+    subprocess.Popen(
+      [*COMMAND, f"--workdir={workdir}"]
+      + ([*together, f"--process_id={i}"] if count > 1 else []),
+      cwd=ROOT,
+      env=environment,
+      stderr=subprocess.DEVNULL,
+    )
+    for i in range(count)
   ]
 
 
@@ -68,17 +68,17 @@ def outcome(workdir: pathlib.Path) -> dict[str, object]:
   results = json.loads((workdir / "results.json").read_text())
   files = [workdir / "metrics.jsonl", *sorted(workdir.glob("tuned/*/*"))]
   return {
-      "accuracy": results["test_accuracy"],
-      **{str(f.relative_to(workdir)): f.read_bytes() for f in files},
+    "accuracy": results["test_accuracy"],
+    **{str(f.relative_to(workdir)): f.read_bytes() for f in files},
   }
 
 
 def harass(
-    workdir: pathlib.Path,
-    cache: pathlib.Path,
-    count: int,
-    rng: random.Random,
-    longest: float,
+  workdir: pathlib.Path,
+  cache: pathlib.Path,
+  count: int,
+  rng: random.Random,
+  longest: float,
 ) -> list[str]:
   """Starts a run again and again until it is done; returns what it suffered."""
   suffered = []
@@ -121,9 +121,7 @@ def main() -> int:
   runs = signals = 0
   while signals < args.signals:
     workdir = folder / f"killed_{runs}"
-    suffered = harass(
-        workdir, folder / "cache", args.processes, rng, longest
-    )
+    suffered = harass(workdir, folder / "cache", args.processes, rng, longest)
     runs, signals = runs + 1, signals + len(suffered)
     same = outcome(workdir) == expected
     different |= not same

@@ -18,7 +18,7 @@ GIB = 2**30
 
 
 def points(
-    memory: str, comparison: str
+  memory: str, comparison: str
 ) -> list[tuple[str, float, float, float | None]]:
   """Method, accuracy in percent, GiB (temporary and arguments), with remat.
 
@@ -31,12 +31,13 @@ def points(
   plain = {name.split(",")[0]: name for name in fits if "remat" not in name}
   again = {name.split(",")[0]: name for name in fits if "remat" in name}
   with open(comparison, newline="") as file:
-    rows = [(r["method"], float(r["accuracy_percent"]))
-            for r in csv.DictReader(file)]  # fmt: skip
+    rows = [
+      (r["method"], float(r["accuracy_percent"])) for r in csv.DictReader(file)
+    ]
   return [
-      (name, accuracy, fits[plain[name]], fits.get(again.get(name)))
-      for name, accuracy in sorted(rows, key=lambda row: -row[1])
-      if name in plain
+    (name, accuracy, fits[plain[name]], fits.get(again.get(name)))
+    for name, accuracy in sorted(rows, key=lambda row: -row[1])
+    if name in plain
   ]
 
 
@@ -64,7 +65,7 @@ def main() -> None:
   figure.draw_without_rendering()
   sizes = [gib for _, _, gib, _ in found]
   runs = [
-      {"test_accuracy": {"mean": a, "per_seed": {}}} for _, a, _, _ in found
+    {"test_accuracy": {"mean": a, "per_seed": {}}} for _, a, _, _ in found
   ]
   compare_plot.number(ax, runs, sizes)
   figure.set_layout_engine("none")

@@ -42,8 +42,14 @@ from vqt_jax import vit
 
 MIB = 2**20
 TORCH = ("linear probe", "VQT", "VQT, stream cut off", "LoRA", "fine-tuning")
-OURS = ("linear", "vqt", "vqt, stored", "vqt, stored, 20 runs", "lora",
-        "finetune")  # fmt: skip
+OURS = (
+  "linear",
+  "vqt",
+  "vqt, stored",
+  "vqt, stored, 20 runs",
+  "lora",
+  "finetune",
+)
 BASE = "vqt_jax: vqt"
 
 
@@ -55,19 +61,23 @@ def measure_ours(name: str, options: argparse.Namespace) -> dict[str, Any]:
   tuner = vqt_jax.make_tuner(method, config, cases.NUM_CLASSES)
   stored, runs = "stored" in how, 20 if "20 runs" in how else 1
   case = cases.train(
-      tuner, options.batch_size, stored=stored, runs=runs,
-      steps=options.steps, rows=1000 if stored else 0,
-  )  # fmt: skip
+    tuner,
+    options.batch_size,
+    stored=stored,
+    runs=runs,
+    steps=options.steps,
+    rows=1000 if stored else 0,
+  )
   arrays = list(case.arrays())
   first, *seconds = (case.seconds(arrays) for _ in range(1 + options.repeats))
   device = jax.devices()[0]
   stats = device.memory_stats() or {}
   return {
-      "seconds": [each / (options.steps * runs) for each in seconds],
-      "first": first,
-      "peak": stats.get("peak_bytes_in_use"),
-      "versions": f"jax {jax.__version__}",
-      "device": device.device_kind,
+    "seconds": [each / (options.steps * runs) for each in seconds],
+    "first": first,
+    "peak": stats.get("peak_bytes_in_use"),
+    "versions": f"jax {jax.__version__}",
+    "device": device.device_kind,
   }
 
 
@@ -82,12 +92,12 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
     before = _resident()
     figures = peers_torch.measure(
-        case,
-        _config(options),
-        options.batch_size,
-        options.steps,
-        options.repeats,
-        library == "torch.compile",
+      case,
+      _config(options),
+      options.batch_size,
+      options.steps,
+      options.repeats,
+      library == "torch.compile",
     )
   if figures["peak"] is None:
     figures["peak"] = _resident() - before
@@ -108,9 +118,14 @@ def _resident() -> int:
 def show(rows: list[dict[str, Any]], title: str) -> None:
   """Prints the table."""
   table = rich_table.Table(
-      "step", "ms", "ratio", "first, s", "peak, MiB", title=title,
-      box=box.SIMPLE,
-  )  # fmt: skip
+    "step",
+    "ms",
+    "ratio",
+    "first, s",
+    "peak, MiB",
+    title=title,
+    box=box.SIMPLE,
+  )
   for column in table.columns[1:]:
     column.justify = "right"
   median = {row["name"]: statistics.median(row["seconds"]) for row in rows}
@@ -118,9 +133,12 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
     mine = median[row["name"]]
     ratio = f"{mine / median[BASE]:.2f}" if BASE in median else ""
     table.add_row(
-        row["name"], f"{1e3 * mine:,.2f}", ratio, f"{row['first']:.1f}",
-        f"{row['peak'] / MIB:,.0f}",
-    )  # fmt: skip
+      row["name"],
+      f"{1e3 * mine:,.2f}",
+      ratio,
+      f"{row['first']:.1f}",
+      f"{row['peak'] / MIB:,.0f}",
+    )
   out = rich_console.Console(width=100)
   out.print(table)
   out.print("; ".join(dict.fromkeys(row["versions"] for row in rows)))
@@ -128,7 +146,7 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
 
 def main() -> None:
   parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--variant", default="B/16")
   parser.add_argument("--image_size", type=int, default=224, help="pixels")
@@ -159,9 +177,9 @@ def main() -> None:
       rows += _in_own_process(name)
   device = next((x["device"] for x in rows if "device" in x), "")
   title = (
-      f"ViT-{options.variant}, {options.image_size} px, batch"
-      f" {options.batch_size}, {options.dtype}, {device}"
-      f" ({os.cpu_count()} cores)"
+    f"ViT-{options.variant}, {options.image_size} px, batch"
+    f" {options.batch_size}, {options.dtype}, {device}"
+    f" ({os.cpu_count()} cores)"
   )
   show(rows, title)
   if options.json:
@@ -175,11 +193,11 @@ def _in_own_process(name: str) -> list[dict[str, Any]]:
   environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
   command = [sys.executable, "-m", "benchmarks.peers", *sys.argv[1:]]
   done = subprocess.run(
-      [*command, f"--row={name}"],
-      env=environment,
-      capture_output=True,
-      text=True,
-      check=False,
+    [*command, f"--row={name}"],
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=False,
   )
   if done.returncode:
     lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]

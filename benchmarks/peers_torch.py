@@ -22,7 +22,7 @@ from vqt_jax import vit as vit_lib
 
 
 def steps(
-    name: str, config: vit_lib.ViTConfig, batch_size: int, compiled: bool
+  name: str, config: vit_lib.ViTConfig, batch_size: int, compiled: bool
 ) -> tuple[Callable[[int], None], str]:
   """A function that does so many steps and waits for them; the device.
 
@@ -41,9 +41,9 @@ def steps(
     if half and not weights.requires_grad:
       weights.data = weights.data.bfloat16()
   optimizer = torch.optim.Adam(
-      [x for x in model.parameters() if x.requires_grad],
-      lr=1e-3,
-      weight_decay=1e-4,  # Added to the gradient, as the authors do.
+    [x for x in model.parameters() if x.requires_grad],
+    lr=1e-3,
+    weight_decay=1e-4,  # Added to the gradient, as the authors do.
   )
   images = torch.rand(batch_size, 3, *config.image_size, device=device) * 2 - 1
   images = images.bfloat16() if half else images
@@ -68,12 +68,12 @@ def steps(
 
 
 def measure(
-    name: str,
-    config: vit_lib.ViTConfig,
-    batch_size: int,
-    count: int,
-    repeats: int,
-    compiled: bool,
+  name: str,
+  config: vit_lib.ViTConfig,
+  batch_size: int,
+  count: int,
+  repeats: int,
+  compiled: bool,
 ) -> dict[str, Any]:
   """Seconds of a step, of each repeat, and the accelerator's peak memory."""
   run, device = steps(name, config, batch_size, compiled)
@@ -88,26 +88,28 @@ def measure(
   peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
   versions = f"torch {torch.__version__}, peft {peft.__version__}"
   return {
-      "seconds": seconds, "first": first, "peak": peak,
-      "versions": f"{versions}, transformers {transformers.__version__}",
-  }  # fmt: skip
+    "seconds": seconds,
+    "first": first,
+    "peak": peak,
+    "versions": f"{versions}, transformers {transformers.__version__}",
+  }
 
 
 def _backbone(config: vit_lib.ViTConfig) -> torch.nn.Module:
   return transformers.ViTModel(
-      transformers.ViTConfig(
-          hidden_size=config.width,
-          num_hidden_layers=config.depth,
-          num_attention_heads=config.num_heads,
-          intermediate_size=config.mlp_dim,
-          image_size=config.image_size[0],
-          patch_size=config.patch_size[0],
-          hidden_dropout_prob=0.0,
-          attention_probs_dropout_prob=0.0,
-          layer_norm_eps=1e-6,
-          attn_implementation="sdpa",
-      ),
-      add_pooling_layer=False,
+    transformers.ViTConfig(
+      hidden_size=config.width,
+      num_hidden_layers=config.depth,
+      num_attention_heads=config.num_heads,
+      intermediate_size=config.mlp_dim,
+      image_size=config.image_size[0],
+      patch_size=config.patch_size[0],
+      hidden_dropout_prob=0.0,
+      attention_probs_dropout_prob=0.0,
+      layer_norm_eps=1e-6,
+      attn_implementation="sdpa",
+    ),
+    add_pooling_layer=False,
   )
 
 
@@ -118,7 +120,7 @@ def _model(name: str, config: vit_lib.ViTConfig) -> torch.nn.Module:
   vit.requires_grad_(False)
   if name == "LoRA":
     options = peft.LoraConfig(
-        r=8, lora_alpha=8, target_modules=["q_proj", "v_proj"]
+      r=8, lora_alpha=8, target_modules=["q_proj", "v_proj"]
     )
     return Final(peft.get_peft_model(vit, options), config)
   if name == "linear probe":
@@ -132,8 +134,8 @@ def check(config: vit_lib.ViTConfig, batch_size: int) -> None:
   tuner = dataclasses.replace(tuner, normalize=True)
   params = vit_lib.init_params(config, jax.random.key(1))
   params = jax.tree.map(  # Biases and the class token are 0 in the beginning.
-      lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape),
-      params,
+    lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape),
+    params,
   )
   variables = tuner.init(jax.random.key(2))
   shape = (batch_size, *config.image_size, 3)
@@ -148,8 +150,8 @@ def check(config: vit_lib.ViTConfig, batch_size: int) -> None:
   for model.cut_off in (False, True):
     theirs = model(found).detach().numpy()
     print(
-        f"cut off {model.cut_off}: at most {np.abs(theirs - ours).max():.1e}"
-        f" from ours, which are up to {np.abs(ours).max():.1f}"
+      f"cut off {model.cut_off}: at most {np.abs(theirs - ours).max():.1e}"
+      f" from ours, which are up to {np.abs(ours).max():.1f}"
     )
 
 
@@ -216,7 +218,7 @@ class Vqt(torch.nn.Module):
   """
 
   def __init__(
-      self, vit: torch.nn.Module, config: vit_lib.ViTConfig, cut_off: bool
+    self, vit: torch.nn.Module, config: vit_lib.ViTConfig, cut_off: bool
   ):
     super().__init__()
     self.vit, self.cut_off = vit, cut_off
@@ -240,7 +242,7 @@ class Vqt(torch.nn.Module):
           values = heads(layer, layer.attention.v_proj(read))
           stream = block(layer, stream, read, keys, values)
         output = block(
-            layer, query, layer.layernorm_before(query), keys, values
+          layer, query, layer.layernorm_before(query), keys, values
         )
       else:
         rows = torch.cat([query, stream], 1)
@@ -266,11 +268,11 @@ def heads(layer: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
 
 
 def block(
-    layer: torch.nn.Module,
-    rows: torch.Tensor,
-    read: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+  layer: torch.nn.Module,
+  rows: torch.Tensor,
+  read: torch.Tensor,
+  keys: torch.Tensor,
+  values: torch.Tensor,
 ) -> torch.Tensor:
   """A block on `rows`, whose LN_0 is `read`."""
   query = heads(layer, layer.attention.q_proj(read))

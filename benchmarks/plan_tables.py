@@ -24,8 +24,8 @@ PER_CHIP = 64  # images in a step
 STEPS = 4  # in an epoch
 VARIANTS = "B/16,L/16,H/14,g/14"
 SLICES = (
-    "v5e:2x2,v5e:4x4,v5e:8x8,v5e:16x16,v6e:2x2,v6e:4x4,v6e:8x8,v6e:16x16,"
-    "v4:2x2x1,v4:2x2x4,v4:4x4x4,v4:4x8x8"
+  "v5e:2x2,v5e:4x4,v5e:8x8,v5e:16x16,v6e:2x2,v6e:4x4,v6e:8x8,v6e:16x16,"
+  "v4:2x2x1,v4:2x2x4,v4:4x4x4,v4:4x8x8"
 )
 
 
@@ -53,7 +53,8 @@ def figures(variant: str, where: str, features: str) -> list[dict[str, Any]]:
   for program in todo:
     needs = plan.measure(program, job.mesh)
     seconds = needs.seconds(job.chip)
-    rows.append({
+    rows.append(
+      {
         "backbone": variant,
         "slice": where,
         "features": features,
@@ -67,7 +68,8 @@ def figures(variant: str, where: str, features: str) -> list[dict[str, Any]]:
         "flops": needs.flops,
         "traffic": needs.traffic,
         "seconds": seconds,
-    })
+      }
+    )
   return rows
 
 
@@ -77,17 +79,21 @@ def row_of(found: dict[str, Any]) -> list[str]:
   mib = lambda size: f"{size / MIB:,.1f}"
   parts = ("weights", "data", "runs", "temporary")
   return [
-      f"{found['backbone']} {found['program']}", found["slice"], found["chips"],
-      *[f"{memory.get(part, 0) / MIB:,.0f}" for part in parts],
-      f"{(found['total'] or 0) / found['of']:.0%}",
-      mib(found["gradients"]), mib(found["sent"]),
-      f"{1000 * seconds[slowest]:,.2f}", slowest,
-  ]  # fmt: skip
+    f"{found['backbone']} {found['program']}",
+    found["slice"],
+    found["chips"],
+    *[f"{memory.get(part, 0) / MIB:,.0f}" for part in parts],
+    f"{(found['total'] or 0) / found['of']:.0%}",
+    mib(found["gradients"]),
+    mib(found["sent"]),
+    f"{1000 * seconds[slowest]:,.2f}",
+    slowest,
+  ]
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--variants", default=VARIANTS)
   parser.add_argument("--slices", default=SLICES)
@@ -108,11 +114,22 @@ def main() -> None:
       if options.json:
         with open(options.json, "w") as file:
           json.dump(rows, file, indent=1)
-  columns = ["", "slice", "chips", "weights", "data", "runs", "temporary",
-             "of it", "gradients", "sent", "ms at least",
-             "bound by"]  # fmt: skip
+  columns = [
+    "",
+    "slice",
+    "chips",
+    "weights",
+    "data",
+    "runs",
+    "temporary",
+    "of it",
+    "gradients",
+    "sent",
+    "ms at least",
+    "bound by",
+  ]
   console_lib.Console().table(
-      "MiB a chip, and a step", columns, list(map(row_of, rows))
+    "MiB a chip, and a step", columns, list(map(row_of, rows))
   )
 
 

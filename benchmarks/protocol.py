@@ -58,10 +58,10 @@ class Clock:
 
   phase: str = "extract"
   calls: dict[str, list[float]] = dataclasses.field(
-      default_factory=lambda: collections.defaultdict(list)
+    default_factory=lambda: collections.defaultdict(list)
   )
   compiling: dict[str, list[float]] = dataclasses.field(
-      default_factory=lambda: collections.defaultdict(list)
+    default_factory=lambda: collections.defaultdict(list)
   )
   wall: float = 0.0
 
@@ -152,14 +152,14 @@ def measure(config: ConfigDict, live: bool) -> tuple[Clock, dict[str, Any]]:
 def phases(clock: Clock, factors: dict[str, float]) -> dict[str, float]:
   """Seconds of all calls of each phase."""
   return {
-      name: sum(calls) * factors.get(name, 1)
-      for name, calls in clock.calls.items()
+    name: sum(calls) * factors.get(name, 1)
+    for name, calls in clock.calls.items()
   }
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--epochs", type=int, default=0, help="0: the config's")
   parser.add_argument("--live_epochs", type=int, default=0, help="0: as above")
@@ -201,12 +201,15 @@ def cut(config: ConfigDict, epochs: int) -> ConfigDict:
 
 def show(config, clock, ours, theirs, results) -> None:
   table = rich_table.Table(
-      "phase", "stored, s", "live, one by one, s", "live / stored",
-      title=f"{config.method} on {config.task}, {config.num_queries} queries,"
-      f" {len(config.lr) * len(config.weight_decay)} settings,"
-      f" {len(config.seeds)} seeds, {config.epochs} epochs",
-      box=box.SIMPLE,
-  )  # fmt: skip
+    "phase",
+    "stored, s",
+    "live, one by one, s",
+    "live / stored",
+    title=f"{config.method} on {config.task}, {config.num_queries} queries,"
+    f" {len(config.lr) * len(config.weight_decay)} settings,"
+    f" {len(config.seeds)} seeds, {config.epochs} epochs",
+    box=box.SIMPLE,
+  )
   for column in table.columns[1:]:
     column.justify = "right"
 
@@ -222,19 +225,17 @@ def show(config, clock, ours, theirs, results) -> None:
   inside = sum(map(sum, clock.calls.values()))
   compiling = sum(map(sum, clock.compiling.values()))
   out.print(
-      f"stored, as it ran: {clock.wall:.1f} s, in compiled calls {inside:.1f},"
-      f" compiling {compiling:.1f}, else {clock.wall - inside - compiling:.1f}"
+    f"stored, as it ran: {clock.wall:.1f} s, in compiled calls {inside:.1f},"
+    f" compiling {compiling:.1f}, else {clock.wall - inside - compiling:.1f}"
   )
   out.print(
-      "compilations:",
-      ", ".join(f"{n} {len(s)}" for n, s in clock.compiling.items()),
+    "compilations:",
+    ", ".join(f"{n} {len(s)}" for n, s in clock.compiling.items()),
   )
   for name, each in zip(("stored", "live"), results):
     test = each["test_accuracy"]
     seeds = ", ".join(test["per_seed"])
-    out.print(
-        f"test accuracy, {name}: {accuracy.told(test)} % (seeds {seeds})"
-    )
+    out.print(f"test accuracy, {name}: {accuracy.told(test)} % (seeds {seeds})")
 
 
 if __name__ == "__main__":

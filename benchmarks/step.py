@@ -41,8 +41,16 @@ from vqt_jax import tuner as tuner_lib
 
 MIB = 2**20
 COLUMNS = (
-    "step", "ms", "/linear", "GFLOP", "/bound", "XLA", "/bound", "temp", "peak",
-)  # pyformat: disable
+  "step",
+  "ms",
+  "/linear",
+  "GFLOP",
+  "/bound",
+  "XLA",
+  "/bound",
+  "temp",
+  "peak",
+)
 
 
 @contextlib.contextmanager
@@ -64,8 +72,8 @@ def compiled_flops(function: Any, static: int, args: tuple[Any, ...]) -> float:
     args: arrays or shapes.
   """
   fresh = jax.jit(
-      lambda *args: function.__wrapped__(*args),
-      static_argnums=tuple(range(static)),
+    lambda *args: function.__wrapped__(*args),
+    static_argnums=tuple(range(static)),
   )
   with unrolled_loops():
     cost = fresh.lower(*args).compile().cost_analysis()
@@ -90,13 +98,13 @@ def measure(case: cases.Case, forward: float) -> dict[str, Any]:
   memory = case.function.lower(*args).compile().memory_analysis()
   arguments = memory.argument_size_in_bytes - memory.alias_size_in_bytes
   figures = {
-      "step": case.name,
-      "flops": compiled.matmuls(case.function, *args),
-      "flops_bound": case.expected,
-      "temp_bytes": memory.temp_size_in_bytes,
-      "peak_bytes": sum((
-          arguments, memory.output_size_in_bytes, memory.temp_size_in_bytes
-      )),
+    "step": case.name,
+    "flops": compiled.matmuls(case.function, *args),
+    "flops_bound": case.expected,
+    "temp_bytes": memory.temp_size_in_bytes,
+    "peak_bytes": sum(
+      (arguments, memory.output_size_in_bytes, memory.temp_size_in_bytes)
+    ),
   }
   if forward:
     xla = compiled_flops(case.function, len(case.static), args)
@@ -123,13 +131,11 @@ def forward_flops(steps: list[cases.Case]) -> float:
   """`compiled_flops` of the frozen forward pass on one call's images."""
   tuner = steps[0].static[0]
   _, frozen, _, data, *_ = steps[0].shapes()[len(steps[0].static) :]
-  return compiled_flops(
-      _forward, 1, (tuner, frozen["backbone"], data["image"])
-  )
+  return compiled_flops(_forward, 1, (tuner, frozen["backbone"], data["image"]))
 
 
 def benchmark(
-    variant: str, options: argparse.Namespace
+  variant: str, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
   """Figures of all steps on one backbone."""
   config = cases.vit_config(variant, options.image_size, options.dtype)
@@ -166,7 +172,7 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
 
 def main() -> None:
   parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--variants", default="S/14,B/16", help="comma-separated")
   parser.add_argument("--image_size", type=int, default=224, help="pixels")
@@ -174,32 +180,35 @@ def main() -> None:
   parser.add_argument("--dtype", default="float32", help="of matrix products")
   parser.add_argument("--repeats", type=int, default=5, help="0: only compile")
   parser.add_argument(
-      "--no_unroll", action="store_true", help="leave out XLA's count"
+    "--no_unroll", action="store_true", help="leave out XLA's count"
   )
   parser.add_argument("--json", default="", help="file for all figures")
   options = parser.parse_args()
 
   device = jax.devices()[0]
   machine = {
-      "device": device.device_kind,
-      "cores": os.cpu_count(),
-      "python": platform.python_version(),
-      "jax": jax.__version__,
-      "date": time.strftime("%Y-%m-%d"),
+    "device": device.device_kind,
+    "cores": os.cpu_count(),
+    "python": platform.python_version(),
+    "jax": jax.__version__,
+    "date": time.strftime("%Y-%m-%d"),
   }
   rows = []
   for variant in options.variants.split(","):
     rows += benchmark(variant, options)
     mine = [row for row in rows if row["variant"] == variant]
     title = (
-        f"ViT-{variant}, {options.image_size} px, batch {options.batch_size},"
-        f" {options.dtype}, {device.device_kind} ({os.cpu_count()} cores)"
+      f"ViT-{variant}, {options.image_size} px, batch {options.batch_size},"
+      f" {options.dtype}, {device.device_kind} ({os.cpu_count()} cores)"
     )
     show(mine, title)
   if options.json:
     with open(options.json, "w") as file:
-      json.dump({"machine": machine, "options": vars(options), "rows": rows},
-                file, indent=2)  # fmt: skip
+      json.dump(
+        {"machine": machine, "options": vars(options), "rows": rows},
+        file,
+        indent=2,
+      )
 
 
 if __name__ == "__main__":

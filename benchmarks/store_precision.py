@@ -65,7 +65,7 @@ def outcome(config, rounding: Callable[[jax.Array], jax.Array]):
 
 def main() -> None:
   parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   _, rest = parser.parse_known_args()
   argv = ["main.py", "--workdir=unused", *rest]
@@ -73,21 +73,27 @@ def main() -> None:
   config.features, config.feature_dtype = "device", "float32"
   config.store_dir = ""  # No file may keep what is rounded here.
   table = rich_table.Table(
-      "features", "bytes of a number", "chosen", "val %", "test %", "of each",
-      title=f"{config.method} on {config.task}", box=box.SIMPLE,
-  )  # fmt: skip
+    "features",
+    "bytes of a number",
+    "chosen",
+    "val %",
+    "test %",
+    "of each",
+    title=f"{config.method} on {config.task}",
+    box=box.SIMPLE,
+  )
   for rounding, size in ROUNDINGS.items():
     results = outcome(config, rounding)
     test, chosen = results["test_accuracy"], results["chosen"]
     search = results["search"]
     val = search["val_accuracy"][search["chosen"]] if search else float("nan")
     table.add_row(
-        rounding.__name__,
-        str(size),
-        f"{chosen['lr']:g}, {chosen['weight_decay']:g}",
-        f"{100 * val:.1f}",
-        accuracy.told(test),
-        " ".join(f"{100 * a:.1f}" for a in test["per_seed"].values()),
+      rounding.__name__,
+      str(size),
+      f"{chosen['lr']:g}, {chosen['weight_decay']:g}",
+      f"{100 * val:.1f}",
+      accuracy.told(test),
+      " ".join(f"{100 * a:.1f}" for a in test["per_seed"].values()),
     )
   rich_console.Console(width=110).print(table)
 

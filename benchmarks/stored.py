@@ -41,22 +41,27 @@ class Way:
     config.features = place
     job = dataclasses.replace(job, config=config)
     source = examples_lib.Examples(
-        config, job.console, job.task, job.backbone, job.tuner, job.params,
-        job.mesh,
-    ).source("train")  # fmt: skip
+      config,
+      job.console,
+      job.task,
+      job.backbone,
+      job.tuner,
+      job.params,
+      job.mesh,
+    ).source("train")
     phase = loop.Phase("step", runs, source, 1, 0, False, len(runs))
     recipe = step_lib.Recipe(config.optimizer, query_dropout=True)
     data, order, mask = next(source.epoch(0, 0))
     frozen = tuner_lib.partition(
-        job.params, jax.eval_shape(job.tuner.init, jax.random.key(0))
+      job.params, jax.eval_shape(job.tuner.init, jax.random.key(0))
     )[1]
     rest = frozen, phase.settings, data, order[:1], mask[:1], np.ones(1)
     self._start = lambda: step_lib.init_on(job.mesh, job.tuner, recipe)(
-        job.params, np.array([run.seed for run in runs], np.uint32)
+      job.params, np.array([run.seed for run in runs], np.uint32)
     )
     static = job.tuner, recipe
     compiled = step_lib.train_steps.lower(
-        *static, self._start(), *rest
+      *static, self._start(), *rest
     ).compile()
     self._step = lambda state: compiled(state, *rest)
     self.temporary = compiled.memory_analysis().temp_size_in_bytes
@@ -79,14 +84,17 @@ class Way:
 
 def settings(config: ConfigDict, number: int) -> tuple[loop.Run, ...]:
   grid = itertools.islice(
-      itertools.product(config.lr, config.weight_decay), number
+    itertools.product(config.lr, config.weight_decay), number
   )
   return tuple(
-      loop.Run(
-          lr * config.batch_size / 256, decay, config.search_seed,
-          config.query_dropout, config.normalize,
-      )  # fmt: skip
-      for lr, decay in grid
+    loop.Run(
+      lr * config.batch_size / 256,
+      decay,
+      config.search_seed,
+      config.query_dropout,
+      config.normalize,
+    )
+    for lr, decay in grid
   )
 
 
@@ -103,16 +111,16 @@ def compare(name: str, a: str, b: str, times: list[list[float]], factor=1):
   ratios = [factor * y / x for x, y in zip(*times)]
   first, second = map(statistics.median, times)
   print(
-      f"{name}: {a} {first:.3f} s, {b} {factor * second:.3f} s, ratio"
-      f" {statistics.median(ratios):.1f} ({min(ratios):.1f} to"
-      f" {max(ratios):.1f})",
-      flush=True,
+    f"{name}: {a} {first:.3f} s, {b} {factor * second:.3f} s, ratio"
+    f" {statistics.median(ratios):.1f} ({min(ratios):.1f} to"
+    f" {max(ratios):.1f})",
+    flush=True,
   )
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--repeats", type=int, default=5)
   options, rest = parser.parse_known_args()
@@ -126,14 +134,26 @@ def main() -> None:
     live = Way(job, runs[:1], "live")
     a, b = stored.losses(3), live.losses(3)
     print(f"losses of 3 steps, stored / live - 1: {a / b - 1}", flush=True)
-    compare("one step", "stored", "live",
-            in_turn(stored, live, repeats=options.repeats))  # fmt: skip
+    compare(
+      "one step",
+      "stored",
+      "live",
+      in_turn(stored, live, repeats=options.repeats),
+    )
     together = Way(job, runs, "device")
     times = in_turn(together, stored, repeats=options.repeats)
-    compare(f"{len(runs)} settings", "side by side", "one after another",
-            times, len(runs))  # fmt: skip
-    for name, way in (("live", live), ("stored", stored),
-                      ("side by side", together)):  # fmt: skip
+    compare(
+      f"{len(runs)} settings",
+      "side by side",
+      "one after another",
+      times,
+      len(runs),
+    )
+    for name, way in (
+      ("live", live),
+      ("stored", stored),
+      ("side by side", together),
+    ):
       print(f"temporary memory, {name}: {way.temporary / MIB:,.0f} MiB")
 
 

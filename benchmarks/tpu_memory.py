@@ -50,7 +50,7 @@ def slice_mesh(topology: str, model: int) -> jax.sharding.Mesh:
   """The mesh of `parallel.make_mesh`, of a slice that need not be there."""
   try:
     devices = topologies.get_topology_desc(
-        platform="tpu", topology_name=topology
+      platform="tpu", topology_name=topology
     ).devices
   except RuntimeError as e:
     if "not installed" not in str(e):
@@ -58,9 +58,9 @@ def slice_mesh(topology: str, model: int) -> jax.sharding.Mesh:
     wanted = [x for x in importlib.metadata.requires("jax") if "libtpu" in x]
     package = wanted[0].split(";")[0].strip()
     sys.exit(
-        "libtpu, which holds the compiler for TPUs, is not installed. Get it"
-        f' with: pip install --no-deps --target /tmp/libtpu "{package}" and run'
-        " this again with PYTHONPATH=/tmp/libtpu."
+      "libtpu, which holds the compiler for TPUs, is not installed. Get it"
+      f' with: pip install --no-deps --target /tmp/libtpu "{package}" and run'
+      " this again with PYTHONPATH=/tmp/libtpu."
     )
   devices = np.array(devices).reshape(-1, model)
   auto = (AxisType.Auto,) * 2
@@ -77,10 +77,10 @@ def evaluation(train: cases.Case) -> cases.Case:
     return ready, frozen["backbone"], data, order, mask
 
   return cases.Case(
-      train.name + ", evaluation",
-      step_lib.eval_steps,
-      (train.static[:1],),
-      build,
+    train.name + ", evaluation",
+    step_lib.eval_steps,
+    (train.static[:1],),
+    build,
   )
 
 
@@ -89,9 +89,9 @@ def measure(case: cases.Case, mesh: jax.sharding.Mesh) -> dict[str, Any]:
   args = case.shapes(mesh)
   operations = compiled.matmuls(case.function, *args)
   figures = {
-      "step": case.name,
-      "flops": operations // (STEPS * mesh.size),
-      "exceeds": False,
+    "step": case.name,
+    "flops": operations // (STEPS * mesh.size),
+    "exceeds": False,
   }
   try:
     program = compiled.compile_for(mesh, case.function, *args)
@@ -99,9 +99,9 @@ def measure(case: cases.Case, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     return figures | {"exceeds": True, "needed_bytes": e.needed}
   memory = program.memory_analysis()
   return figures | {
-      "temp_bytes": memory.temp_size_in_bytes,
-      "argument_bytes": memory.argument_size_in_bytes,
-      "collectives": talk(program.as_text()),
+    "temp_bytes": memory.temp_size_in_bytes,
+    "argument_bytes": memory.argument_size_in_bytes,
+    "collectives": talk(program.as_text()),
   }
 
 
@@ -123,8 +123,8 @@ def row_of(figures: dict[str, Any]) -> list[str]:
   else:
     memory = [mib("temp_bytes"), mib("argument_bytes")]
   lines = [
-      f"{count} {kind} ({size / MIB:,.1f} MiB)"
-      for kind, (count, size) in figures.get("collectives", {}).items()
+    f"{count} {kind} ({size / MIB:,.1f} MiB)"
+    for kind, (count, size) in figures.get("collectives", {}).items()
   ]
   operations = f"{figures['flops'] / 1e9:,.0f}"
   return [figures["step"], *memory, operations, "\n".join(lines)]
@@ -132,7 +132,7 @@ def row_of(figures: dict[str, Any]) -> list[str]:
 
 def main() -> None:
   parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--topology", default="v5e:2x2", help="slice of TPUs")
   parser.add_argument("--model", type=int, default=1, help="chips per backbone")
@@ -150,17 +150,23 @@ def main() -> None:
   config = cases.vit_config(options.variant, options.image_size, options.dtype)
   make = cases.all_methods if options.methods else cases.all_steps
   steps = make(
-      config, options.batch_per_chip * mesh.shape["data"],
-      rows=options.rows, steps=STEPS,
-  )  # fmt: skip
+    config,
+    options.batch_per_chip * mesh.shape["data"],
+    rows=options.rows,
+    steps=STEPS,
+  )
   if not options.methods:
     steps[3:3] = map(evaluation, steps[1:3])
   table = rich_table.Table(
-      "step", "temp MiB", "arguments MiB", "GFLOP", "communication",
-      title=f"ViT-{options.variant}, {options.image_size} px, {options.dtype},"
-      f" {options.batch_per_chip} images per chip, {options.topology}",
-      box=box.SIMPLE,
-  )  # fmt: skip
+    "step",
+    "temp MiB",
+    "arguments MiB",
+    "GFLOP",
+    "communication",
+    title=f"ViT-{options.variant}, {options.image_size} px, {options.dtype},"
+    f" {options.batch_per_chip} images per chip, {options.topology}",
+    box=box.SIMPLE,
+  )
   for column in table.columns[1:4]:
     column.justify = "right"
   rows = []

@@ -28,21 +28,21 @@ from vqt_jax.configs import vtab
 def get_config(arg: str | None = None) -> ConfigDict:
   """The settings for e.g. "task=dtd,methods=linear,vqt,settings=4"."""
   args = config_lib.parse_arg(
-      arg,
-      methods=(tuner.ALL,),
-      settings=0,
-      task="cifar100",
-      num_queries=0,
-      variant="",
-      init="",
-      image_size=0,
-      data_dir="",
+    arg,
+    methods=(tuner.ALL,),
+    settings=0,
+    task="cifar100",
+    num_queries=0,
+    variant="",
+    init="",
+    image_size=0,
+    data_dir="",
   )
   methods = args.pop("methods")
   if not methods:
     raise errors.UserError(
-        "Config argument methods= names no method: expected e.g."
-        " methods=linear,vqt, or methods=all."
+      "Config argument methods= names no method: expected e.g."
+      " methods=linear,vqt, or methods=all."
     )
   given = {name: value for name, value in args.items() if value}
   if args["task"] == "digits":

@@ -31,15 +31,15 @@ from vqt_jax.data import vtab
 def get_config(arg: str | None = None) -> ConfigDict:
   """The settings for e.g. "task=dtd,variant=S/16,num_queries=10"."""
   args = config_lib.parse_arg(
-      arg,
-      task="cifar100",
-      method="vqt",
-      num_queries=0,
-      variant="",
-      init="",
-      image_size=224,
-      data_dir="",
-      preset="",
+    arg,
+    task="cifar100",
+    method="vqt",
+    num_queries=0,
+    variant="",
+    init="",
+    image_size=224,
+    data_dir="",
+    preset="",
   )
   task = vtab.find(args["task"])
   if task:

@@ -56,7 +56,7 @@ def _layer_norm(params: Any, x: jax.Array) -> jax.Array:
 
 
 def _attend(
-    config: vit.ViTConfig, params: Any, x: jax.Array, batch: int
+  config: vit.ViTConfig, params: Any, x: jax.Array, batch: int
 ) -> jax.Array:
   """Self-attention of tokens (B N, D)."""
   width, heads, size = config.width, config.num_heads, config.head_dim
@@ -76,7 +76,7 @@ def _attend(
 
 
 def _block(
-    config: vit.ViTConfig, params: Any, z: jax.Array, batch: int
+  config: vit.ViTConfig, params: Any, z: jax.Array, batch: int
 ) -> jax.Array:
   """One encoder block on tokens (B N, D)."""
   attention = params["MultiHeadDotProductAttention_0"]
@@ -88,7 +88,7 @@ def _block(
 
 
 def _embed(
-    config: vit.ViTConfig, params: Any, images: jax.Array, kept: jax.Array
+  config: vit.ViTConfig, params: Any, images: jax.Array, kept: jax.Array
 ) -> jax.Array:
   """Grey images (B, height, width) to tokens (B K, D), positions added."""
   (rows, columns), (height, width) = config.grid, config.patch_size
@@ -107,7 +107,7 @@ def _embed(
 
 
 def logits(
-    config: vit.ViTConfig, params: Any, images: jax.Array, kept: jax.Array
+  config: vit.ViTConfig, params: Any, images: jax.Array, kept: jax.Array
 ) -> jax.Array:
   """What the pre-trained head says about images of which it sees some patches.
 

@@ -27,14 +27,14 @@ from vqt_jax import checkpoints
 from vqt_jax import vit
 
 CONFIG = vit.ViTConfig(
-    width=128,
-    depth=6,
-    mlp_dim=512,
-    num_heads=4,
-    patch_size=(4, 4),
-    image_size=(28, 28),
-    pool_type="tok",
-    num_classes=10,
+  width=128,
+  depth=6,
+  mlp_dim=512,
+  num_heads=4,
+  patch_size=(4, 4),
+  image_size=(28, 28),
+  pool_type="tok",
+  num_classes=10,
 )
 NUM_PATCHES = math.prod(CONFIG.grid)
 
@@ -55,8 +55,8 @@ class Recipe:
   """How to train. Angles in radians, shifts in pixels."""
 
   phases: tuple[Phase, ...] = (
-      Phase(11, schedule=12, warmup=1.0, peak_lr=1e-3, kept_patches=16),
-      Phase(2, schedule=2, warmup=0.1, peak_lr=5e-4, kept_patches=NUM_PATCHES),
+    Phase(11, schedule=12, warmup=1.0, peak_lr=1e-3, kept_patches=16),
+    Phase(2, schedule=2, warmup=0.1, peak_lr=5e-4, kept_patches=NUM_PATCHES),
   )
   seed: int = 0
   batch_size: int = 128
@@ -70,12 +70,12 @@ class Recipe:
 
 def load(data_dir: str, split: str) -> tuple[np.ndarray, np.ndarray]:
   """Fashion-MNIST as (n, 28, 28) uint8 images and (n,) int32 labels."""
-  import tensorflow as tf  # pylint: disable=g-import-not-at-top
-  import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
+  import tensorflow as tf
+  import tensorflow_datasets as tfds
 
   tf.config.set_visible_devices([], "GPU")
   data = tfds.load(
-      "fashion_mnist", split=split, data_dir=data_dir or None, batch_size=-1
+    "fashion_mnist", split=split, data_dir=data_dir or None, batch_size=-1
   )
   images = np.asarray(data["image"])[..., 0]
   return images, np.asarray(data["label"]).astype(np.int32)
@@ -105,31 +105,31 @@ def augment(recipe: Recipe, key: jax.Array, images: jax.Array) -> jax.Array:
 
   pixels = images.astype(jnp.float32) / 127.5 - 1.0
   sample = functools.partial(
-      jax.scipy.ndimage.map_coordinates, order=1, mode="constant", cval=-1.0
+    jax.scipy.ndimage.map_coordinates, order=1, mode="constant", cval=-1.0
   )
   pixels = jax.vmap(lambda image, r, c: sample(image, [r, c]))(
-      pixels, rows, columns
+    pixels, rows, columns
   )
   contrast = 1.0 - recipe.contrast * jnp.maximum(u[5], 0.0)
   return (pixels + 1.0) * contrast - 1.0
 
 
 def make_optimizer(
-    recipe: Recipe, phase: Phase, steps_per_epoch: int
+  recipe: Recipe, phase: Phase, steps_per_epoch: int
 ) -> optax.GradientTransformation:
   """AdamW, linear warm-up, cosine to zero; decay on kernels only."""
   schedule = optax.warmup_cosine_decay_schedule(
-      0.0,
-      phase.peak_lr,
-      round(phase.warmup * steps_per_epoch),
-      phase.schedule * steps_per_epoch,
+    0.0,
+    phase.peak_lr,
+    round(phase.warmup * steps_per_epoch),
+    phase.schedule * steps_per_epoch,
   )
   is_kernel = functools.partial(
-      jax.tree_util.tree_map_with_path,
-      lambda path, _: getattr(path[-1], "key", None) == "kernel",
+    jax.tree_util.tree_map_with_path,
+    lambda path, _: getattr(path[-1], "key", None) == "kernel",
   )
   adamw = optax.adamw(
-      schedule, b2=0.98, weight_decay=recipe.weight_decay, mask=is_kernel
+    schedule, b2=0.98, weight_decay=recipe.weight_decay, mask=is_kernel
   )
   return optax.chain(optax.clip_by_global_norm(recipe.clip_norm), adamw)
 
@@ -143,7 +143,7 @@ def choose_patches(key: jax.Array, count: int, kept: int) -> jax.Array:
 
 
 def make_train_steps(
-    recipe: Recipe, phase: Phase, optimizer: optax.GradientTransformation
+  recipe: Recipe, phase: Phase, optimizer: optax.GradientTransformation
 ) -> Callable[..., Any]:
   """Compiles many steps into one call.
 
@@ -189,7 +189,7 @@ def accuracy(params: Any, images: np.ndarray, labels: np.ndarray) -> float:
 
 
 def run_phase(
-    recipe: Recipe, phase: Phase, first_epoch: int, params: Any, data: Any
+  recipe: Recipe, phase: Phase, first_epoch: int, params: Any, data: Any
 ) -> Iterator[tuple[dict[str, Any], Any]]:
   """Yields a record and the parameters after every epoch.
 
@@ -208,15 +208,15 @@ def run_phase(
   _, order_key, step_key = jax.random.split(jax.random.key(recipe.seed), 3)
   for epoch in range(first_epoch, first_epoch + phase.epochs):
     order = jax.random.permutation(
-        jax.random.fold_in(order_key, epoch), len(data[1])
+      jax.random.fold_in(order_key, epoch), len(data[1])
     )[: steps * recipe.batch_size].reshape(steps, -1)
     key = jax.random.fold_in(step_key, epoch)
     state, loss, hits = train_steps(state, *data, order, key)
     record = {
-        "epoch": epoch + 1,
-        "patches": phase.kept_patches,
-        "loss": round(float(loss), 4),
-        "train_accuracy": round(float(hits), 4),
+      "epoch": epoch + 1,
+      "patches": phase.kept_patches,
+      "loss": round(float(loss), 4),
+      "train_accuracy": round(float(hits), 4),
     }
     yield record, jax.device_get(cpu_vit.stacked(state[0]))
 

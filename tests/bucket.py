@@ -53,10 +53,10 @@ class Server(http.server.ThreadingHTTPServer):
     self.address = f"http://127.0.0.1:{self.server_port}"
     # What leads the libraries here, and keeps them from asking for credentials.
     self.environment = {
-        "STORAGE_EMULATOR_HOST": self.address,
-        "TENSORSTORE_GCS_HTTP_URL": self.address,
-        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
-        "NO_GCE_CHECK": "true",
+      "STORAGE_EMULATOR_HOST": self.address,
+      "TENSORSTORE_GCS_HTTP_URL": self.address,
+      "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
+      "NO_GCE_CHECK": "true",
     }
 
   def handle_error(self, request, client_address):
@@ -76,7 +76,7 @@ class Server(http.server.ThreadingHTTPServer):
 def serve() -> Iterator[Server]:
   with Server() as server:
     thread = threading.Thread(
-        target=server.serve_forever, args=(0.01,), daemon=True
+      target=server.serve_forever, args=(0.01,), daemon=True
     )
     thread.start()
     yield server
@@ -85,7 +85,7 @@ def serve() -> Iterator[Server]:
 
 @contextlib.contextmanager
 def serve_tensorflow(
-    server: Server, folder: pathlib.Path
+  server: Server, folder: pathlib.Path
 ) -> Iterator[dict[str, str]]:
   """Leads TensorFlow to a server as well; yields the environment for that.
 
@@ -101,7 +101,6 @@ def serve_tensorflow(
   authority.issue_cert("*.googleapis.com").configure_cert(context)
 
   class Tunnel(socketserver.StreamRequestHandler):
-
     def handle(self):
       while self.rfile.readline().strip():
         pass
@@ -113,11 +112,11 @@ def serve_tensorflow(
   with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Tunnel) as proxy:
     proxy.daemon_threads = True
     threading.Thread(
-        target=proxy.serve_forever, args=(0.01,), daemon=True
+      target=proxy.serve_forever, args=(0.01,), daemon=True
     ).start()
     yield {
-        "https_proxy": f"http://127.0.0.1:{proxy.server_address[1]}",
-        "CURL_CA_BUNDLE": str(folder / "authority.pem"),
+      "https_proxy": f"http://127.0.0.1:{proxy.server_address[1]}",
+      "CURL_CA_BUNDLE": str(folder / "authority.pem"),
     }
     proxy.shutdown()
 
@@ -136,7 +135,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     asked = dict(urllib.parse.parse_qsl(url.query))
     body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
     match = re.fullmatch(
-        r"/(download/|upload/)?storage/v1/b/([^/]+)(?:/o(?:/(.+))?)?", url.path
+      r"/(download/|upload/)?storage/v1/b/([^/]+)(?:/o(?:/(.+))?)?", url.path
     )
     server = self.server
     with server.lock:
@@ -153,8 +152,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self._upload(asked, body)
       name = match[3] and urllib.parse.unquote(match[3])
       if name is None:
-        return self._list(asked) if "/o" in url.path[-2:] else self._json(
-            {"name": server.bucket, "kind": "storage#bucket"}
+        return (
+          self._list(asked)
+          if "/o" in url.path[-2:]
+          else self._json({"name": server.bucket, "kind": "storage#bucket"})
         )
       if name not in server.objects:
         return self._error(404, f"No such object: {server.bucket}/{name}")
@@ -193,13 +194,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   def _described(self, name):
     content = self.server.objects[name]
     return {
-        "kind": "storage#object", "bucket": self.server.bucket, "name": name,
-        "size": str(len(content)), "metageneration": "1",
-        "generation": str(self.server.generations[name]),
-        "md5Hash": base64.b64encode(hashlib.md5(content).digest()).decode(),
-        "updated": "2026-01-01T00:00:00.000Z",
-        "timeCreated": "2026-01-01T00:00:00.000Z",
-    }  # fmt: skip
+      "kind": "storage#object",
+      "bucket": self.server.bucket,
+      "name": name,
+      "size": str(len(content)),
+      "metageneration": "1",
+      "generation": str(self.server.generations[name]),
+      "md5Hash": base64.b64encode(hashlib.md5(content).digest()).decode(),
+      "updated": "2026-01-01T00:00:00.000Z",
+      "timeCreated": "2026-01-01T00:00:00.000Z",
+    }
 
   def _upload(self, asked, body):
     uploads = self.server.uploads
@@ -221,7 +225,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       self.send_response(200)
       path = urllib.parse.urlsplit(self.path).path
       self.send_header(
-          "Location", f"{self.server.address}{path}?upload_id={number}"
+        "Location", f"{self.server.address}{path}?upload_id={number}"
       )
       self.send_header("Content-Length", "0")
       self.end_headers()
@@ -231,7 +235,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     mark = re.search('boundary="?([^";]+)', self.headers["Content-Type"])[1]
     parts = body.split(f"--{mark}".encode(), 2)
     described, content = (
-        re.split(rb"\r?\n\r?\n", part, maxsplit=1)[1] for part in parts[1:]
+      re.split(rb"\r?\n\r?\n", part, maxsplit=1)[1] for part in parts[1:]
     )
     content = content[: content.rindex(f"--{mark}--".encode())]
     content = content.removesuffix(b"\n").removesuffix(b"\r")

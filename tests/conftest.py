@@ -7,8 +7,7 @@ import tempfile
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiling is most of the work of these tests, so it may be sloppy.
 os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8"
-    " --xla_backend_optimization_level=0"
+  "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 if metadata.version("jaxlib").startswith("0.10."):
   # Four times as fast; later versions have no others, and die at the flag.
@@ -17,12 +16,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 if "PYTEST_XDIST_WORKER" not in os.environ:  # Else it has these already.
   _compiled = tempfile.TemporaryDirectory(prefix="vqt_jax_compiled_")
   os.environ |= {
-      "JAX_COMPILATION_CACHE_DIR": _compiled.name,
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-      "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "JAX_COMPILATION_CACHE_DIR": _compiled.name,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
   }
 
-import jax  # pylint: disable=g-import-not-at-top
+import jax
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -40,8 +40,8 @@ def tiny_backbone(seed: int = 0, **changes) -> vqt_jax.Backbone:
   leaves, tree = jax.tree.flatten(shapes)
   rng = np.random.default_rng(seed)
   arrays = [
-      (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32)
-      for leaf in leaves
+    (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32)
+    for leaf in leaves
   ]
   return vqt_jax.Backbone(config, jax.tree.unflatten(tree, arrays))
 
@@ -50,8 +50,8 @@ def tiny_examples(backbone, count: int, classes: int, seed: int = 1):
   rng = np.random.default_rng(seed)
   shape = (count, *backbone.config.image_size, 3)
   return {
-      "image": rng.uniform(-1, 1, shape).astype(np.float32),
-      "label": rng.integers(0, classes, count).astype(np.int32),
+    "image": rng.uniform(-1, 1, shape).astype(np.float32),
+    "label": rng.integers(0, classes, count).astype(np.int32),
   }
 
 

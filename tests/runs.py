@@ -59,17 +59,19 @@ with tfds.core.registered.skip_registration():
 
     def _info(self):
       return tfds.core.DatasetInfo(
-          builder=self,
-          features=tfds.features.FeaturesDict({
-              "image": tfds.features.Image(shape=(8, 8, 3)),
-              "label": tfds.features.ClassLabel(num_classes=CLASSES),
-          }),
+        builder=self,
+        features=tfds.features.FeaturesDict(
+          {
+            "image": tfds.features.Image(shape=(8, 8, 3)),
+            "label": tfds.features.ClassLabel(num_classes=CLASSES),
+          }
+        ),
       )
 
     def _split_generators(self, dl_manager):
       return {
-          split: self._generate_examples(seed, size)
-          for seed, (split, size) in enumerate(SIZES.items())
+        split: self._generate_examples(seed, size)
+        for seed, (split, size) in enumerate(SIZES.items())
       }
 
     def _generate_examples(self, seed, size):
@@ -91,12 +93,12 @@ def make_material(folder: pathlib.Path) -> None:
 
 
 def command(
-    folder: pathlib.Path, workdir: pathlib.Path, **changes: Any
+  folder: pathlib.Path, workdir: pathlib.Path, **changes: Any
 ) -> list[str]:
   """The command line of a run; `splits__test="x"` changes `splits.test`."""
   fields = [
-      f"--config.{name.replace('__', '.')}={value}"
-      for name, value in changes.items()
+    f"--config.{name.replace('__', '.')}={value}"
+    for name, value in changes.items()
   ]
   config = f"--config={folder / 'config.py'}"
   return ["main.py", config, f"--workdir={workdir}", *fields]
@@ -120,11 +122,11 @@ def bits(workdir: pathlib.Path) -> dict[str, Any]:
   found = results(workdir)
   search = found["search"] or {}
   return {
-      "accuracy": found["test_accuracy"],
-      "history": found["seeds"]["history"],
-      "search": {k: v for k, v in search.items() if k != "seconds"},
-      **files(workdir, "tuned/**/*"),
-      **files(workdir, "metrics.jsonl"),
+    "accuracy": found["test_accuracy"],
+    "history": found["seeds"]["history"],
+    "search": {k: v for k, v in search.items() if k != "seconds"},
+    **files(workdir, "tuned/**/*"),
+    **files(workdir, "metrics.jsonl"),
   }
 
 
@@ -137,9 +139,9 @@ def flat(tree: Any) -> dict[str, np.ndarray]:
 def files(folder: pathlib.Path, pattern: str = "**/*") -> dict[str, bytes]:
   """Contents of the files in a folder, by path."""
   return {
-      str(path.relative_to(folder)): path.read_bytes()
-      for path in sorted(folder.glob(pattern))
-      if path.is_file()
+    str(path.relative_to(folder)): path.read_bytes()
+    for path in sorted(folder.glob(pattern))
+    if path.is_file()
   }
 
 
@@ -151,26 +153,28 @@ def _scratch() -> tempfile.TemporaryDirectory:
 
 # A forked process has all imports already; each takes seconds otherwise.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload([
+_CONTEXT.set_forkserver_preload(
+  [
     "tensorflow",
     "tests.runs",
     "vqt_jax.data.digits",
     "vqt_jax.plots",
     "vqt_jax.train.run",
-])
+  ]
+)
 
 
 class Process:
   """A command line that runs in a process of its own."""
 
   def __init__(
-      self,
-      argv: list[str],
-      *,
-      signals: Mapping[str, tuple[int, signal.Signals]] | None = None,
-      devices: int = 1,
-      environment: Mapping[str, str] | None = None,
-      largest_file: int | None = None,
+    self,
+    argv: list[str],
+    *,
+    signals: Mapping[str, tuple[int, signal.Signals]] | None = None,
+    devices: int = 1,
+    environment: Mapping[str, str] | None = None,
+    largest_file: int | None = None,
   ):
     """Starts it.
 
@@ -186,14 +190,14 @@ class Process:
     with tempfile.NamedTemporaryFile(dir=scratch, delete=False) as screen:
       self._screen = pathlib.Path(screen.name)
     self._process = _CONTEXT.Process(
-        target=_run,
-        args=(argv, screen.name, scratch, devices),
-        kwargs={
-            "signals": signals or {},
-            "environment": environment or {},
-            "largest_file": largest_file,
-        },
-        daemon=True,
+      target=_run,
+      args=(argv, screen.name, scratch, devices),
+      kwargs={
+        "signals": signals or {},
+        "environment": environment or {},
+        "largest_file": largest_file,
+      },
+      daemon=True,
     )
     self._process.start()
 

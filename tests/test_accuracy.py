@@ -39,9 +39,11 @@ def test_an_earlier_program_did_not_write_the_interval():
   test = accuracy.summary([7, 8], [0.7, 0.8], 40)
   written = accuracy.columns(test)
   assert written == {
-      "accuracy_percent": "75.00", "std_percent": "7.07",
-      "interval_low_percent": "59.81", "interval_high_percent": "85.81",
-  }  # fmt: skip
+    "accuracy_percent": "75.00",
+    "std_percent": "7.07",
+    "interval_low_percent": "59.81",
+    "interval_high_percent": "85.81",
+  }
   del test["interval"]
   assert accuracy.columns(test) == written
   del test["images"]

@@ -18,31 +18,35 @@ from vqt_jax.train import stages
 
 STOPPED = "Stopped and saved; resume with the same command."
 CHANGES = dict(
-    task="all",
-    splits__train="",
-    splits__val="",
-    splits__test="",
-    lr=0.1,
-    keep_fraction=1.0,
-    checkpoint_seconds=0,
+  task="all",
+  splits__train="",
+  splits__val="",
+  splits__test="",
+  lr=0.1,
+  keep_fraction=1.0,
+  checkpoint_seconds=0,
 )
 DONE = {"caltech101", "kitti"}
 
 
 def squares(name, **changes):
   """The task of that name, if it were as small as our squares."""
-  return data.Task(**{
+  return data.Task(
+    **{
       "name": name,
       "group": vtab.VTAB[name].group,
       "builder": "squares:*.*.*",
       "num_classes": runs.CLASSES,
       "splits": {
-          "train": "train[:32]", "val": "train[32:]", "trainval": "train",
-          "test": "test",
+        "train": "train[:32]",
+        "val": "train[32:]",
+        "trainval": "train",
+        "test": "test",
       },
       "label": labels.feature("label"),
       **changes,
-  })  # fmt: skip
+    }
+  )
 
 
 @pytest.fixture(autouse=True)
@@ -88,9 +92,9 @@ def test_all_tasks(start, table, material, tmp_path, monkeypatch):
     status, said = start(workdir)
   assert (status, said[-1]) == (75, STOPPED)
   assert said[0] == (
-      "missing  1 of 3 tasks are not prepared in"
-      f" {material}: eurosat. To add them: python -m vqt_jax.data.prepare"
-      f" eurosat/rgb --data_dir {material}, then the same command again."
+    "missing  1 of 3 tasks are not prepared in"
+    f" {material}: eurosat. To add them: python -m vqt_jax.data.prepare"
+    f" eurosat/rgb --data_dir {material}, then the same command again."
   )
   assert said[1] == "task     1 of 2: caltech101"
   assert runs.results(workdir / "caltech101")["num_queries"] == 1
@@ -101,8 +105,8 @@ def test_all_tasks(start, table, material, tmp_path, monkeypatch):
     status, said = start(workdir)
   assert (status, said[-1]) == (75, STOPPED)
   assert said[1:3] == [
-      "task     1 of 2: caltech101 is finished already",
-      "task     2 of 2: kitti",
+    "task     1 of 2: caltech101 is finished already",
+    "task     2 of 2: kitti",
   ]
   assert not (workdir / "results.json").exists()
 
@@ -114,8 +118,12 @@ def test_all_tasks(start, table, material, tmp_path, monkeypatch):
     own = runs.results(workdir / name)
     assert found["tasks"][name]["test_accuracy"] == own["test_accuracy"]
   assert {path.name for path in workdir.iterdir()} == DONE | {
-      "config.json", "log.txt", "results.json", "vtab.csv", "vtab.png",
-  }  # fmt: skip
+    "config.json",
+    "log.txt",
+    "results.json",
+    "vtab.csv",
+    "vtab.png",
+  }
   assert ["eurosat", "not", "prepared"] in [line.split() for line in said]
 
   assert start(alone, task="kitti")[0] == 0
@@ -162,11 +170,17 @@ def test_the_folder_of_a_task_holds_another_run(start, tmp_path):
 
 
 def test_damaged_data_is_said_before_anything_is_trained(
-    start, table, tmp_path
+  start, table, tmp_path
 ):
-  table["kitti"] = squares("kitti", splits={
-      "train": "train", "val": "train", "trainval": "train", "test": "nope",
-  })  # fmt: skip
+  table["kitti"] = squares(
+    "kitti",
+    splits={
+      "train": "train",
+      "val": "train",
+      "trainval": "train",
+      "test": "nope",
+    },
+  )
   status, said = start(tmp_path)
   assert status == 2 and len(said) == 1
   assert "Split 'nope' (test of 'kitti') cannot be read" in said[0]

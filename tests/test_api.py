@@ -42,25 +42,25 @@ IMAGES = np.zeros((2, 12, 12, 3), np.float32)
 
 
 @pytest.mark.parametrize(
-    "value_range, images, words",
-    [
-        ("-1..1", np.uint8(IMAGES), r"found uint8 .*: images / 127.5 - 1\.$"),
-        ("0..1", np.int64(IMAGES), r"found int64 .*: images / 255\.$"),
-        ("imagenet", IMAGES > 0, r'found bool .*VALUE_RANGES\["imagenet"\]\.$'),
-        ("-1..1", IMAGES[0], r"found float32 \(12, 12, 3\)\. .*images\[None\]"),
-        ("-1..1", IMAGES.swapaxes(1, 3), r"\(2, 3, 12, 12\)\. Three channels "),
-        ("-1..1", IMAGES[..., :1], r"\(B, 12, 12, 3\) .* Three channels come"),
-        ("-1..1", IMAGES[:, :8], r"\(2, 8, 12, 3\)\. .*image_size=\(8, 12\)\)"),
-        ("-1..1", np.uint8(IMAGES[0]), r"\[None\]\. Scale pixels of 0..255: "),
-        ("-1..1", [IMAGES[0], IMAGES[0, 0]], "images: expected one array"),
-        ("-1..1", IMAGES + 255, r"values of -1..1 \(-1 to 1\), found 255 to 2"),
-        ("-1..1", IMAGES - 2.1, "found -2.1 to -2.1. Scale pixels"),
-        ("0..1", IMAGES - 1, r"0..1 \(0 to 1\), found -1 to -1"),
-        ("imagenet", IMAGES + 255, r"imagenet \(-2.12 to 2.64\), found 255"),
-        ("-1..1", IMAGES + np.inf, "found inf to inf"),
-        ("-1..1", IMAGES + np.nan, "864 of 864 numbers are NaN"),
-    ],
-)  # fmt: skip
+  "value_range, images, words",
+  [
+    ("-1..1", np.uint8(IMAGES), r"found uint8 .*: images / 127.5 - 1\.$"),
+    ("0..1", np.int64(IMAGES), r"found int64 .*: images / 255\.$"),
+    ("imagenet", IMAGES > 0, r'found bool .*VALUE_RANGES\["imagenet"\]\.$'),
+    ("-1..1", IMAGES[0], r"found float32 \(12, 12, 3\)\. .*images\[None\]"),
+    ("-1..1", IMAGES.swapaxes(1, 3), r"\(2, 3, 12, 12\)\. Three channels "),
+    ("-1..1", IMAGES[..., :1], r"\(B, 12, 12, 3\) .* Three channels come"),
+    ("-1..1", IMAGES[:, :8], r"\(2, 8, 12, 3\)\. .*image_size=\(8, 12\)\)"),
+    ("-1..1", np.uint8(IMAGES[0]), r"\[None\]\. Scale pixels of 0..255: "),
+    ("-1..1", [IMAGES[0], IMAGES[0, 0]], "images: expected one array"),
+    ("-1..1", IMAGES + 255, r"values of -1..1 \(-1 to 1\), found 255 to 2"),
+    ("-1..1", IMAGES - 2.1, "found -2.1 to -2.1. Scale pixels"),
+    ("0..1", IMAGES - 1, r"0..1 \(0 to 1\), found -1 to -1"),
+    ("imagenet", IMAGES + 255, r"imagenet \(-2.12 to 2.64\), found 255"),
+    ("-1..1", IMAGES + np.inf, "found inf to inf"),
+    ("-1..1", IMAGES + np.nan, "864 of 864 numbers are NaN"),
+  ],
+)
 def test_images_that_are_refused(value_range, images, words):
   backbone = vqt_jax.Backbone(helpers.tiny_config(), None, value_range)
   with pytest.raises(vqt_jax.UserError, match=words):
@@ -68,8 +68,8 @@ def test_images_that_are_refused(value_range, images, words):
 
 
 @pytest.mark.parametrize(
-    "value_range, low, high",
-    [("-1..1", -1.2, 1.2), ("0..1", -0.1, 1.1), ("imagenet", -2.2, 2.7)],
+  "value_range, low, high",
+  [("-1..1", -1.2, 1.2), ("0..1", -0.1, 1.1), ("imagenet", -2.2, 2.7)],
 )
 @pytest.mark.parametrize("kind", ["float16", "float64", "bfloat16"])
 def test_images_that_are_taken(value_range, low, high, kind):
@@ -90,11 +90,12 @@ def test_all_that_takes_images_checks_them():
   model, images = make_model("vqt")
   pixels = np.uint8(images)
   for take in (
-      model, model.attention, model.backbone, jax.jit(model),
-      lambda x: vqt_jax.apply(
-          model.backbone, model.tuner, model.variables, x
-      ),
-  ):  # fmt: skip
+    model,
+    model.attention,
+    model.backbone,
+    jax.jit(model),
+    lambda x: vqt_jax.apply(model.backbone, model.tuner, model.variables, x),
+  ):
     with pytest.raises(vqt_jax.UserError, match="found uint8"):
       take(pixels)
 
@@ -103,16 +104,16 @@ def test_all_that_takes_images_checks_them():
 
 
 @pytest.mark.parametrize(
-    "method, pool_type, called_with",
-    [
-        ("vqt", "tok", (1, 3)),
-        ("head2toe+vpt_deep", "map", (1,)),
-        ("vqt+ssf", "gap", ()),
-        ("linear", "0", ()),
-    ],
+  "method, pool_type, called_with",
+  [
+    ("vqt", "tok", (1, 3)),
+    ("head2toe+vpt_deep", "map", (1,)),
+    ("vqt+ssf", "gap", ()),
+    ("linear", "0", ()),
+  ],
 )
 def test_any_number_of_images_is_exported_at_once(
-    method, pool_type, called_with
+  method, pool_type, called_with
 ):
   model, images = make_model(method, pool_type=pool_type)
   (count,) = jax.export.symbolic_shape("b")
@@ -131,16 +132,16 @@ def test_any_number_of_images_is_exported_at_once(
 def test_one_line_is_printed():
   model, images = make_model("lora")
   backbone = (
-      "Backbone(ViT-16x1/4, 1 blocks of width 16, 12x12 px, inputs -1..1, from"
-      " '')"
+    "Backbone(ViT-16x1/4, 1 blocks of width 16, 12x12 px, inputs -1..1, from"
+    " '')"
   )
   assert repr(model.backbone) == backbone
   assert repr(model) == f"Tuned(lora, 3 classes, {backbone})"
   assert repr(model(images)) == (
-      "Output(logits=float32[3, 3], features=float32[3, 16], queries=None)"
+    "Output(logits=float32[3, 3], features=float32[3, 16], queries=None)"
   )
   assert repr(model.backbone(images)).startswith(
-      "Stream(tokens=float32[1, 3, 10, 16], blocks=float32[1, 3, 10, 16],"
+    "Stream(tokens=float32[1, 3, 10, 16], blocks=float32[1, 3, 10, 16],"
   )
 
 
@@ -156,24 +157,24 @@ def test_a_tuner_is_made_for_a_backbone_or_its_config():
 
 
 @pytest.mark.parametrize(
-    "changes, words",
-    [
-        ({"backbone": "vit.npz"}, "backbone: expected a Backbone or its ViTCo"),
-        ({"num_querys": 3}, "'num_querys'. Did you mean num_queries"),
-        ({"rnak": 3}, "Unknown option of make_tuner 'rnak'. Did you mean rank"),
-        ({"num_classes": "10"}, "num_classes: expected a whole number of at l"),
-        ({"num_classes": 1}, "num_classes: expected .* at least 2, found 1"),
-        ({"num_queries": 2.0}, r"num_queries: expected .* found 2\.0"),
-        ({"num_queries": (2,)}, r"num_queries: expected .* found \(2,\)"),
-        ({"num_queries": True}, "num_queries: expected .* found True"),
-        ({"normalize": 1}, "normalize: expected True or False, found 1"),
-        ({"combine": "sum"}, "Unknown combine 'sum'"),
-        ({"method": None}, "method: expected text, found None"),
-        ({"options": {"rank": 2}}, "options: expected a .*editors.Options"),
-        ({"options": editors.Options(rank=0)}, "rank: expected .* least 1, fo"),
-        ({"alpha": float("nan")}, "alpha: expected a number .* found nan"),
-        ({"last_blocks": 0}, "last_blocks: expected .* at least 1, found 0"),
-    ],
+  "changes, words",
+  [
+    ({"backbone": "vit.npz"}, "backbone: expected a Backbone or its ViTCo"),
+    ({"num_querys": 3}, "'num_querys'. Did you mean num_queries"),
+    ({"rnak": 3}, "Unknown option of make_tuner 'rnak'. Did you mean rank"),
+    ({"num_classes": "10"}, "num_classes: expected a whole number of at l"),
+    ({"num_classes": 1}, "num_classes: expected .* at least 2, found 1"),
+    ({"num_queries": 2.0}, r"num_queries: expected .* found 2\.0"),
+    ({"num_queries": (2,)}, r"num_queries: expected .* found \(2,\)"),
+    ({"num_queries": True}, "num_queries: expected .* found True"),
+    ({"normalize": 1}, "normalize: expected True or False, found 1"),
+    ({"combine": "sum"}, "Unknown combine 'sum'"),
+    ({"method": None}, "method: expected text, found None"),
+    ({"options": {"rank": 2}}, "options: expected a .*editors.Options"),
+    ({"options": editors.Options(rank=0)}, "rank: expected .* least 1, fo"),
+    ({"alpha": float("nan")}, "alpha: expected a number .* found nan"),
+    ({"last_blocks": 0}, "last_blocks: expected .* at least 1, found 0"),
+  ],
 )
 def test_arguments_of_make_tuner(changes, words):
   given = dict(method="vqt", backbone=helpers.tiny_config(), num_classes=3)
@@ -182,18 +183,18 @@ def test_arguments_of_make_tuner(changes, words):
 
 
 @pytest.mark.parametrize(
-    "changes, words",
-    [
-        ({"image_sise": 8}, "'image_sise'. Did you mean image_size"),
-        ({"image_size": "224"}, "image_size must be .*, not '224'"),
-        ({"image_size": (224,)}, r"image_size must be .*, not \(224,\)"),
-        ({"image_size": 0}, "image_size must be a positive number .* not 0"),
-        ({"image_size": True}, "image_size must be .* not True"),
-        ({"trained_size": 0.5}, "trained_size must be .* not 0.5"),
-        ({"variant": 16}, "variant must be text, .* not 16"),
-        ({"gelu": True}, "gelu must be one of tanh, exact, not True"),
-        ({"source": None}, "source must be a path, .* not None"),
-    ],
+  "changes, words",
+  [
+    ({"image_sise": 8}, "'image_sise'. Did you mean image_size"),
+    ({"image_size": "224"}, "image_size must be .*, not '224'"),
+    ({"image_size": (224,)}, r"image_size must be .*, not \(224,\)"),
+    ({"image_size": 0}, "image_size must be a positive number .* not 0"),
+    ({"image_size": True}, "image_size must be .* not True"),
+    ({"trained_size": 0.5}, "trained_size must be .* not 0.5"),
+    ({"variant": 16}, "variant must be text, .* not 16"),
+    ({"gelu": True}, "gelu must be one of tanh, exact, not True"),
+    ({"source": None}, "source must be a path, .* not None"),
+  ],
 )
 def test_arguments_of_load_backbone(changes, words):
   given = dict(source=helpers.GOLDENS / "bigvision" / "bv_tok.npz")
@@ -214,14 +215,14 @@ def test_a_relative_backbone_is_found_from_any_folder(tmp_path, monkeypatch):
   expected = model(images).logits
   monkeypatch.chdir(tmp_path / "there")
   np.testing.assert_array_equal(
-      tuned.load(tmp_path / "tuned")(images).logits, expected
+    tuned.load(tmp_path / "tuned")(images).logits, expected
   )
   # Both have moved: the path as it was given counts from where one is.
   os.rename(tmp_path / "here" / "vit.npz", "vit.npz")
   assert tuned.load(tmp_path / "tuned").backbone.source == "vit.npz"
   monkeypatch.chdir(tmp_path / "here")
   with pytest.raises(
-      vqt_jax.UserError, match=r"tuned needs .*load\(directory, source=\.\.\.\)"
+    vqt_jax.UserError, match=r"tuned needs .*load\(directory, source=\.\.\.\)"
   ):
     tuned.load(tmp_path / "tuned")
   found = tuned.load(tmp_path / "tuned", source="../there/vit.npz")
@@ -232,7 +233,7 @@ def test_a_trained_size_is_kept_and_old_files_lack_it(tmp_path):
   model, _ = make_model(image_size=(8, 20))
   vqt_jax.save_npz(tmp_path / "vit.npz", model.backbone)
   backbone = vqt_jax.load_backbone(
-      tmp_path / "vit.npz", image_size=12, trained_size=(8, 20)
+    tmp_path / "vit.npz", image_size=12, trained_size=(8, 20)
   )
   assert backbone.trained_size == (8, 20) and backbone.config.grid == (3, 3)
   model = tuned.Tuned(backbone, model.tuner, model.variables, {})
@@ -257,7 +258,7 @@ def test_trained_weights_that_are_not_finite(tmp_path):
   model.variables["head"]["bias"] = bias.at[1:].set(np.nan)
   save(tmp_path / "tuned", str(tmp_path / "vit.npz"), model)
   with pytest.raises(
-      vqt_jax.UserError,
-      match=r"variables.safetensors holds NaN .* head/bias \(2 of 3 numbers\)",
+    vqt_jax.UserError,
+    match=r"variables.safetensors holds NaN .* head/bias \(2 of 3 numbers\)",
   ):
     tuned.load(tmp_path / "tuned")

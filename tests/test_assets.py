@@ -23,7 +23,7 @@ MAX_BYTES = 6_000_000
 def fresh(trained: vqt_jax.Backbone) -> vqt_jax.Backbone:
   """The same architecture before any training."""
   params = jax.jit(vit.init_params, static_argnums=0)(
-      trained.config, jax.random.key(0)
+    trained.config, jax.random.key(0)
   )
   return vqt_jax.Backbone(trained.config, params)
 

@@ -81,23 +81,23 @@ def test_killed(server, material, alone, tmp_path):
   run = server.copy_to(tmp_path) / "runs" / "a"
   assert runs.bits(run) == runs.bits(alone["kept"])
   assert {path.name for path in run.iterdir()} == {
-      path.name for path in alone["device"].iterdir()
+    path.name for path in alone["device"].iterdir()
   }
   assert len(list(run.glob("tensorboard/*/*/events*"))) == 4
   assert [n for n in server.written if n != "runs/a/log.txt"][-1] == (
-      "runs/a/results.json"
+    "runs/a/results.json"
   )
 
 
 def test_two_processes(server, material, tmp_path):
   """Stopped in the middle; both find what the first one wrote."""
   both = functools.partial(
-      test_processes.group,
-      material,
-      WORKDIR,
-      environment=server.environment,
-      checkpoint_seconds=0,
-      **SMALL,
+    test_processes.group,
+    material,
+    WORKDIR,
+    environment=server.environment,
+    checkpoint_seconds=0,
+    **SMALL,
   )
   status, said = both(signals={TRAIN: (2, signal.SIGTERM)})
   assert status == [75, 75] and "Stopped and saved" in said[0]
@@ -108,8 +108,9 @@ def test_two_processes(server, material, tmp_path):
   assert len(runs.metrics(run)) == SMALL["epochs"]
   assert len(list(run.glob("tensorboard/*/*/events*"))) == 1
   assert sorted(path.name for path in run.glob("log*")) == [
-      "log.txt", "log_1.txt",
-  ]  # fmt: skip
+    "log.txt",
+    "log_1.txt",
+  ]
 
 
 def test_refused_in_the_middle(server, material):
@@ -286,14 +287,14 @@ def test_data_that_is_cut(server, data, material, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path, message",
-    [
-        ("/bucket/", "that you may read the folder; the same command resumes."),
-        ("/storage/", "gcloud auth application-default login"),
-    ],
+  "path, message",
+  [
+    ("/bucket/", "that you may read the folder; the same command resumes."),
+    ("/storage/", "gcloud auth application-default login"),
+  ],
 )
 def test_data_that_may_not_be_read(
-    server, data, material, tmp_path, path, message
+  server, data, material, tmp_path, path, message
 ):
   """Of TensorFlow's requests for records, and the others' for all else."""
   server.refused = path
@@ -305,7 +306,7 @@ def test_data_that_may_not_be_read(
 def test_data_in_no_bucket(data, material, tmp_path):
   place = "gs://bukcet/data"
   status, said = read_data(
-      data, material, tmp_path / "run", data_dir=place, task="mnist"
+    data, material, tmp_path / "run", data_dir=place, task="mnist"
   )
   assert status == 2
   assert said[-1].startswith(f"error: The data folder {place} cannot be read: ")

@@ -22,7 +22,7 @@ from vqt_jax.checkpoints import save_npz
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "bigvision"
 EXPECTED = sorted(
-    p.name.removesuffix(".expected.npz") for p in GOLDENS.glob("*.expected.npz")
+  p.name.removesuffix(".expected.npz") for p in GOLDENS.glob("*.expected.npz")
 )
 VIT_MODELS, BIG_VISION = "gs://vit_models/", "gs://big_vision/"
 AUGREG = VIT_MODELS + "augreg/"
@@ -101,15 +101,15 @@ def test_architecture_of_what_is_not_here():
 
 
 @pytest.mark.parametrize(
-    "name, variant, words",
-    [
-        ("gs://a/b.npz", "", "Give its variant"),
-        ("gs://a/b.npz", "H", "expected a patch as well"),
-        ("gs://a/b.npz", "Z/14", "Unknown ViT variant"),
-        ("nowhere.npz", "", "neither a file"),
-        ("howto-i21k-B/16", "L/16", "is not the variant L/16"),
-        ("Mixer-B_16", "", "an MLP-Mixer"),
-    ],
+  "name, variant, words",
+  [
+    ("gs://a/b.npz", "", "Give its variant"),
+    ("gs://a/b.npz", "H", "expected a patch as well"),
+    ("gs://a/b.npz", "Z/14", "Unknown ViT variant"),
+    ("nowhere.npz", "", "neither a file"),
+    ("howto-i21k-B/16", "L/16", "is not the variant L/16"),
+    ("Mixer-B_16", "", "an MLP-Mixer"),
+  ],
 )
 def test_architecture_that_is_not_known(name, variant, words):
   with pytest.raises(UserError, match=words):
@@ -137,28 +137,37 @@ def test_key_biases():
   """No output depends on them, so no golden would notice their loss."""
   leaves = read(source("vt_token_deep"))
   blocks = load_backbone(source("vt_token_deep")).params["Transformer"][
-      "encoderblock"
+    "encoderblock"
   ]
   for i in range(11):
     np.testing.assert_array_equal(
-        blocks["MultiHeadDotProductAttention_0"]["key"]["bias"][i],
-        leaves[
-            f"Transformer/encoderblock_{i}/MultiHeadDotProductAttention_1/key/bias"
-        ],
+      blocks["MultiHeadDotProductAttention_0"]["key"]["bias"][i],
+      leaves[
+        f"Transformer/encoderblock_{i}/MultiHeadDotProductAttention_1/key/bias"
+      ],
     )
 
 
 @pytest.mark.parametrize(
-    "name, expected",
-    [
-        ("vt_token_i21k", dict(width=32, depth=3, mlp_dim=64, num_heads=2,
-                               patch_size=(8, 8), rep_size=24, num_classes=11)),
-        ("bv_old_map_inline", dict(depth=2, num_heads=4, pool_type="map")),
-        ("bv_gap_sincos2d",
-         dict(posemb="sincos2d", pool_type="gap", rep_size=32)),
-        ("bv_map_scan", dict(mlp_dim=96, pool_type="map", num_classes=None)),
-    ],
-)  # fmt: skip
+  "name, expected",
+  [
+    (
+      "vt_token_i21k",
+      dict(
+        width=32,
+        depth=3,
+        mlp_dim=64,
+        num_heads=2,
+        patch_size=(8, 8),
+        rep_size=24,
+        num_classes=11,
+      ),
+    ),
+    ("bv_old_map_inline", dict(depth=2, num_heads=4, pool_type="map")),
+    ("bv_gap_sincos2d", dict(posemb="sincos2d", pool_type="gap", rep_size=32)),
+    ("bv_map_scan", dict(mlp_dim=96, pool_type="map", num_classes=None)),
+  ],
+)
 def test_config_is_read_from_the_file(name, expected):
   config = load_backbone(source(name), image_size=32).config
   assert {key: getattr(config, key) for key in expected} == expected
@@ -167,18 +176,21 @@ def test_config_is_read_from_the_file(name, expected):
 
 def test_what_a_file_cannot_tell_is_taken_from_arguments():
   backbone = load_backbone(
-      source("bv_tok"), gelu="exact", pool_type="mae", value_range="imagenet",
-      dtype="bfloat16",
-  )  # fmt: skip
+    source("bv_tok"),
+    gelu="exact",
+    pool_type="mae",
+    value_range="imagenet",
+    dtype="bfloat16",
+  )
   config = backbone.config
   assert (config.gelu, config.pool_type, config.dtype) == (
-      "exact",
-      "mae",
-      "bfloat16",
+    "exact",
+    "mae",
+    "bfloat16",
   )
   assert backbone.value_range == "imagenet"
   assert {a.dtype for a in jax.tree.leaves(backbone.params)} == {
-      np.dtype("float32")
+    np.dtype("float32")
   }
 
 
@@ -188,7 +200,7 @@ def test_the_first_patch_without_a_class_token(name):
   expected = read(GOLDENS / f"{name}.expected.npz")
   images = expected["images"]
   backbone = load_backbone(
-      source(name), image_size=images.shape[1:3], pool_type="0"
+    source(name), image_size=images.shape[1:3], pool_type="0"
   )
   stream = backbone(images)
   final = expected["encoded"][:, 0]
@@ -219,7 +231,7 @@ def test_numbers_that_are_not_finite(tmp_path):
 def test_folder_of_one_step_and_pointer_agree():
   folder = GOLDENS / "bv_ts" / "checkpoint.bv-000000005"
   assert_same(
-      load_backbone(folder).params, load_backbone(source("bv_ts")).params
+    load_backbone(folder).params, load_backbone(source("bv_ts")).params
   )
 
 
@@ -235,15 +247,15 @@ def test_half_precision_is_read_exactly(tmp_path):
 def test_optimiser_is_not_even_read(tmp_path):
   leaves = {f"params/{k}": a for k, a in read(source("bv_tok_params")).items()}
   path = write(
-      tmp_path / "x.npz", {**leaves, "opt/0": np.array({"an": "object"})}
+    tmp_path / "x.npz", {**leaves, "opt/0": np.array({"an": "object"})}
   )
   assert_same(
-      load_backbone(path).params, load_backbone(source("bv_tok_params")).params
+    load_backbone(path).params, load_backbone(source("bv_tok_params")).params
   )
 
 
 @pytest.mark.parametrize(
-    "name", ["vt_token_i21k", "bv_ts", "bv_map_scan", "bv_bf16"]
+  "name", ["vt_token_i21k", "bv_ts", "bv_map_scan", "bv_bf16"]
 )
 def test_round_trip_is_exact(name, tmp_path):
   backbone = load_backbone(source(name))
@@ -265,7 +277,7 @@ def test_saves_the_names_that_big_vision_saves(tmp_path):
 def test_saves_bfloat16_as_big_vision_does(tmp_path):
   params = load_backbone(source("bv_bf16")).params
   save_npz(
-      tmp_path / "x.npz", jax.tree.map(lambda a: a.astype("bfloat16"), params)
+    tmp_path / "x.npz", jax.tree.map(lambda a: a.astype("bfloat16"), params)
   )
   theirs = read(source("bv_bf16"))
   for name, array in read(tmp_path / "x.npz").items():
@@ -305,7 +317,7 @@ def test_resampled_grids():
   for name in olds:
     old, new = re.fullmatch(r"old_(\d+)x\d+_to_(\d+)x\d+", name).groups()
     table = resize.resize_positions(
-        grids[name], (int(old),) * 2, (int(new),) * 2
+      grids[name], (int(old),) * 2, (int(new),) * 2
     )
     np.testing.assert_array_equal(table, grids[name.replace("old", "new")])
 
@@ -338,7 +350,7 @@ def test_non_square_grid_is_taken_as_it_is(tmp_path):
   backbone = load_backbone(path, image_size=(16, 40))
   np.testing.assert_array_equal(backbone.params["pos_embedding"], table)
   np.testing.assert_array_equal(
-      backbone.params["cls"], read(source("bv_tok_params"))["cls"]
+    backbone.params["cls"], read(source("bv_tok_params"))["cls"]
   )
   assert backbone.config.grid == (2, 5)
   stream = backbone(np.zeros((1, 16, 40, 3), np.float32))
@@ -348,7 +360,7 @@ def test_non_square_grid_is_taken_as_it_is(tmp_path):
 def test_non_square_grid_is_resized_if_told(tmp_path):
   path, table = tall(tmp_path, 6)
   params = load_backbone(
-      path, image_size=(24, 40), trained_size=(16, 24)
+    path, image_size=(24, 40), trained_size=(16, 24)
   ).params
   grid = params["pos_embedding"].reshape(3, 5, 32)
   old = table.reshape(2, 3, 32)
@@ -394,26 +406,26 @@ def test_class_row_without_class_token(tmp_path, told, kept):
 def test_positions_that_fit_two_grids(tmp_path):
   path, table = tall(tmp_path, 16)
   with pytest.raises(
-      UserError, match=r"4x4 and a 2x8.*trained_size=\(16, 64\)"
+    UserError, match=r"4x4 and a 2x8.*trained_size=\(16, 64\)"
   ):
     load_backbone(path, image_size=(16, 64))
   params = load_backbone(
-      path, image_size=(16, 64), trained_size=(16, 64)
+    path, image_size=(16, 64), trained_size=(16, 64)
   ).params
   np.testing.assert_array_equal(params["pos_embedding"], table)
 
 
 @pytest.mark.parametrize(
-    "positions, options, message",
-    [
-        (10, {}, r"10 positions are no square .* --config.trained_size=HEIGHT"),
-        (10, {"image_size": 24}, r"one of \(16, 40\), \(40, 16\), \(8, 80\), "),
-        (10, {"trained_size": 16}, r"10 positions, but .* 2x2 .* \(16, 40\)"),
-        (360, {}, r"one of \(144, 160\), \(160, 144\), .*, \.\.\. \(height"),
-        (16, {"image_size": 7}, "7x7 is smaller than one 8x8 patch"),
-        (16, {"image_size": 0.5}, "positive number of pixels"),
-        (16, {"image_size": (32, 32, 3)}, "positive number of pixels"),
-    ],
+  "positions, options, message",
+  [
+    (10, {}, r"10 positions are no square .* --config.trained_size=HEIGHT"),
+    (10, {"image_size": 24}, r"one of \(16, 40\), \(40, 16\), \(8, 80\), "),
+    (10, {"trained_size": 16}, r"10 positions, but .* 2x2 .* \(16, 40\)"),
+    (360, {}, r"one of \(144, 160\), \(160, 144\), .*, \.\.\. \(height"),
+    (16, {"image_size": 7}, "7x7 is smaller than one 8x8 patch"),
+    (16, {"image_size": 0.5}, "positive number of pixels"),
+    (16, {"image_size": (32, 32, 3)}, "positive number of pixels"),
+  ],
 )
 def test_positions_that_cannot_be_placed(tmp_path, positions, options, message):
   with pytest.raises(UserError, match=message):
@@ -421,11 +433,11 @@ def test_positions_that_cannot_be_placed(tmp_path, positions, options, message):
 
 
 @pytest.mark.parametrize(
-    "trained_size, words",
-    [(None, "10 positions are no square"), ((8, 40), "have 1x5 patches")],
+  "trained_size, words",
+  [(None, "10 positions are no square"), ((8, 40), "have 1x5 patches")],
 )
 def test_a_plan_of_positions_that_cannot_be_placed(
-    tmp_path, trained_size, words
+  tmp_path, trained_size, words
 ):
   path, _ = tall(tmp_path, 10)
   with pytest.raises(UserError, match=words):
@@ -439,9 +451,7 @@ def test_the_trained_size_tells_a_class_row(tmp_path):
   path, table = tall(tmp_path, 10, "Transformer/pos_embedding")
   params = load_backbone(path, image_size=(16, 40), trained_size=24).params
   assert params["pos_embedding"].shape == table.shape
-  np.testing.assert_array_equal(
-      params["pos_embedding"][:, 0], table[:, 1]
-  )
+  np.testing.assert_array_equal(params["pos_embedding"][:, 0], table[:, 1])
 
 
 def test_non_square_patches(tmp_path):
@@ -464,16 +474,16 @@ def test_image_size_that_fits(size):
 
 
 @pytest.mark.parametrize(
-    "patch, size, message",
-    [
-        (
-            14,
-            224 + 1,
-            "225x225 is not a multiple .* 14x14 .* 224x224 or 238x238",
-        ),
-        ((8, 4), (32, 10), "32x10 is not a multiple .* 8x4 .* 32x8 or 32x12"),
-        (16, 10, "are 16x16 pixels"),
-    ],
+  "patch, size, message",
+  [
+    (
+      14,
+      224 + 1,
+      "225x225 is not a multiple .* 14x14 .* 224x224 or 238x238",
+    ),
+    ((8, 4), (32, 10), "32x10 is not a multiple .* 8x4 .* 32x8 or 32x12"),
+    (16, 10, "are 16x16 pixels"),
+  ],
 )
 def test_image_size_that_does_not_fit(patch, size, message):
   with pytest.raises(UserError, match=message):
@@ -488,7 +498,7 @@ def test_public_table():
   assert len(plain) == len(PUBLIC)
   for name, known in PUBLIC.items():
     assert re.fullmatch(
-        r"gs://[\w+.-]+(/[\w+.-]+)+\.npz(:img)?", known.address
+      r"gs://[\w+.-]+(/[\w+.-]+)+\.npz(:img)?", known.address
     ), name
     vit.decode_variant(known.variant.split("+")[-1])
   addresses = [known.address for known in PUBLIC.values()]
@@ -496,55 +506,90 @@ def test_public_table():
 
 
 @pytest.mark.parametrize(
-    "name, address, variant, size, pool",
-    [
-        ("howto-i21k-B/16", AUGREG + "B_16-i21k-300ep-lr_0.001-aug_medium1"
-         "-wd_0.1-do_0.0-sd_0.0.npz", "B/16", 224, "tok"),
-        ("howto-i21k-i1k-Ti/16", AUGREG + "Ti_16-i21k-300ep-lr_0.001-aug_none"
-         "-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_384.npz",
-         "Ti/16", 384, "tok"),
-        ("SigLIP2 B/16 256", BIG_VISION + "siglip2/siglip2_b16_256.npz:img",
-         "B/16", 256, "map"),
-        ("siglip2 g-opt/16 384",
-         BIG_VISION + "siglip2/siglip2_g-opt16_384.npz:img",
-         "g-opt/16", 384, "map"),
-        ("SIGLIP so400m/14  224",
-         BIG_VISION + "siglip/webli_en_so400m_224_57633886.npz:img",
-         "So400m/14", 224, "map"),
-        ("deit3_B_224_21k", BIG_VISION + "zoo/deit3/bv_deit_3_base_224_21k.npz",
-         "B/16", 224, "tok"),
-        ("i1k-s16-90ep", BIG_VISION + "vit_s16_i1k_90ep.npz",
-         "S/16", 224, "gap"),
-        ("LiT-L16L", VIT_MODELS + "lit/LiT-L16L.npz:img", "L/16", 224, "tok"),
-        ("imagenet21k ViT-B_16", VIT_MODELS + "imagenet21k/ViT-B_16.npz",
-         "B/16", 224, "tok"),
-        ("imagenet21k+imagenet2012/ViT-L_16-224",
-         VIT_MODELS + "imagenet21k+imagenet2012/ViT-L_16-224.npz",
-         "L/16", 224, "tok"),
-        ("gsam/ViT-S_32", VIT_MODELS + "gsam/ViT-S_32.npz",
-         "S/32", 224, "gap"),
-    ],
-)  # fmt: skip
+  "name, address, variant, size, pool",
+  [
+    (
+      "howto-i21k-B/16",
+      AUGREG + "B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0.npz",
+      "B/16",
+      224,
+      "tok",
+    ),
+    (
+      "howto-i21k-i1k-Ti/16",
+      AUGREG + "Ti_16-i21k-300ep-lr_0.001-aug_none"
+      "-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_384.npz",
+      "Ti/16",
+      384,
+      "tok",
+    ),
+    (
+      "SigLIP2 B/16 256",
+      BIG_VISION + "siglip2/siglip2_b16_256.npz:img",
+      "B/16",
+      256,
+      "map",
+    ),
+    (
+      "siglip2 g-opt/16 384",
+      BIG_VISION + "siglip2/siglip2_g-opt16_384.npz:img",
+      "g-opt/16",
+      384,
+      "map",
+    ),
+    (
+      "SIGLIP so400m/14  224",
+      BIG_VISION + "siglip/webli_en_so400m_224_57633886.npz:img",
+      "So400m/14",
+      224,
+      "map",
+    ),
+    (
+      "deit3_B_224_21k",
+      BIG_VISION + "zoo/deit3/bv_deit_3_base_224_21k.npz",
+      "B/16",
+      224,
+      "tok",
+    ),
+    ("i1k-s16-90ep", BIG_VISION + "vit_s16_i1k_90ep.npz", "S/16", 224, "gap"),
+    ("LiT-L16L", VIT_MODELS + "lit/LiT-L16L.npz:img", "L/16", 224, "tok"),
+    (
+      "imagenet21k ViT-B_16",
+      VIT_MODELS + "imagenet21k/ViT-B_16.npz",
+      "B/16",
+      224,
+      "tok",
+    ),
+    (
+      "imagenet21k+imagenet2012/ViT-L_16-224",
+      VIT_MODELS + "imagenet21k+imagenet2012/ViT-L_16-224.npz",
+      "L/16",
+      224,
+      "tok",
+    ),
+    ("gsam/ViT-S_32", VIT_MODELS + "gsam/ViT-S_32.npz", "S/32", 224, "gap"),
+  ],
+)
 def test_public_name(name, address, variant, size, pool):
   known = PUBLIC[public.find(name)]
   assert known.address == address
   assert (known.variant, known.image_size, known.pool_type) == (
-      variant,
-      size,
-      pool,
+    variant,
+    size,
+    pool,
   )
   assert known.value_range == "-1..1"
 
 
 @pytest.mark.parametrize(
-    "name, kind",
-    [
-        ("howto-i21k-R26+S/32", "hybrid"),
-        ("imagenet21k/R50+ViT-B_16", "hybrid"),
-        ("FlexiViT-B i1k", "FlexiViT"),
-        ("SigLIP2 B/16 NaFlex", "NaFlex"),
-        ("Mixer-B_16", "MLP-Mixer"),
-    ],
+  "name, kind",
+  [
+    ("howto-i21k-R26+S/32", "hybrid"),
+    ("imagenet21k/R50+ViT-B_16", "hybrid"),
+    ("FlexiViT-B i1k", "FlexiViT"),
+    ("SigLIP2 B/16 NaFlex", "NaFlex"),
+    ("Mixer-B_16", "MLP-Mixer"),
+  ],
 )
 def test_public_models_that_are_no_plain_vits(name, kind):
   with pytest.raises(UserError, match=kind):
@@ -575,13 +620,13 @@ def test_no_such_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, message",
-    [
-        (b"", "is empty"),
-        (b"\x80\x04\x95", "is a Python pickle, which is never loaded"),
-        (b"\x93NUMPY\x01\x00", "is a single NumPy array"),
-        (b"<html>not found</html>", "is not an npz file"),
-    ],
+  "content, message",
+  [
+    (b"", "is empty"),
+    (b"\x80\x04\x95", "is a Python pickle, which is never loaded"),
+    (b"\x93NUMPY\x01\x00", "is a single NumPy array"),
+    (b"<html>not found</html>", "is not an npz file"),
+  ],
 )
 def test_not_an_npz(tmp_path, content, message):
   path = tmp_path / "x.npz"
@@ -627,30 +672,35 @@ def test_random_arrays(tmp_path):
 
 def test_leaves_that_are_no_floats(tmp_path):
   leaves = read(source("bv_tok_params"))
-  path = write(tmp_path / "x.npz", leaves, **{
-      "cls": np.zeros((1, 1, 32), int), "head/bias": np.zeros(11, "V4"),
-  })  # fmt: skip
+  path = write(
+    tmp_path / "x.npz",
+    leaves,
+    **{
+      "cls": np.zeros((1, 1, 32), int),
+      "head/bias": np.zeros(11, "V4"),
+    },
+  )
   bad(path, "2 of its leaves hold no floating-point numbers, such as .*int64")
 
 
 @pytest.mark.parametrize(
-    "names, kind",
-    [
-        (["conv_root/kernel", "embedding/kernel"], "a hybrid"),
-        (
-            ["MixerBlock_0/token_mixing/Dense_0/kernel", "stem/kernel"],
-            "an MLP-Mixer",
-        ),
-        (["Embed_0/embedding", "Encoder_0/encoder_norm/bias"], "a text tower"),
-        (
-            ["img/embedding/kernel", "txt/head/bias", "t"],
-            "several towers.*`:img`",
-        ),
-    ],
+  "names, kind",
+  [
+    (["conv_root/kernel", "embedding/kernel"], "a hybrid"),
+    (
+      ["MixerBlock_0/token_mixing/Dense_0/kernel", "stem/kernel"],
+      "an MLP-Mixer",
+    ),
+    (["Embed_0/embedding", "Encoder_0/encoder_norm/bias"], "a text tower"),
+    (
+      ["img/embedding/kernel", "txt/head/bias", "t"],
+      "several towers.*`:img`",
+    ),
+  ],
 )
 def test_no_plain_vit(tmp_path, names, kind):
   path = write(
-      tmp_path / "x.npz", {name: np.ones(2, np.float32) for name in names}
+    tmp_path / "x.npz", {name: np.ones(2, np.float32) for name in names}
   )
   bad(path, f"is no plain ViT but .*{kind}")
 
@@ -663,16 +713,16 @@ def test_naflex(tmp_path):
 
 def test_unknown_subtree():
   bad(
-      source("bv_map_scan") + "age",
-      "no parameters under 'imgage'; .* b, img, t, txt",
+    source("bv_map_scan") + "age",
+    "no parameters under 'imgage'; .* b, img, t, txt",
   )
 
 
 def test_wrong_variant():
   message = bad(
-      source("bv_tok"),
-      "bv_tok.npz is not the variant mu/16 asked for",
-      variant="mu/16",
+    source("bv_tok"),
+    "bv_tok.npz is not the variant mu/16 asked for",
+    variant="mu/16",
   )
   assert "depth 3 instead of 1" in message
   assert "patch_size 8x8 instead of 16x16" in message
@@ -684,25 +734,25 @@ def test_variant_without_patch_is_checked_too():
 
 
 @pytest.mark.parametrize(
-    "field, value, message",
-    [
-        ("variant", "X/16", "Unknown ViT variant 'X/16'"),
-        (
-            "value_range",
-            "0-1",
-            "value_range must be one of -1..1, 0..1, imagenet",
-        ),
-        ("pool_type", "max", "pool_type must be one of tok, gap, map, 0, mae"),
-        ("gelu", "erf", "gelu must be one of tanh, exact"),
-        ("dtype", "int8", "dtype must be one of float32, bfloat16"),
-    ],
+  "field, value, message",
+  [
+    ("variant", "X/16", "Unknown ViT variant 'X/16'"),
+    (
+      "value_range",
+      "0-1",
+      "value_range must be one of -1..1, 0..1, imagenet",
+    ),
+    ("pool_type", "max", "pool_type must be one of tok, gap, map, 0, mae"),
+    ("gelu", "erf", "gelu must be one of tanh, exact"),
+    ("dtype", "int8", "dtype must be one of float32, bfloat16"),
+  ],
 )
 def test_unknown_choice(field, value, message):
   bad(source("bv_tok"), message, **{field: value})
 
 
 @pytest.mark.parametrize(
-    "name", ["bv_tok_params", "vt_token_augreg", "bv_map_scan"]
+  "name", ["bv_tok_params", "vt_token_augreg", "bv_map_scan"]
 )
 def test_every_single_leaf_is_missed(name, tmp_path):
   path, _, subtree = source(name).partition(":")
@@ -723,7 +773,10 @@ def test_every_single_leaf_is_missed(name, tmp_path):
 def test_all_wrong_leaves_are_told_at_once(tmp_path):
   leaves = read(source("vt_token_augreg"))
   block = "Transformer/encoderblock_1"
-  path = write(tmp_path / "x.npz", leaves, **{
+  path = write(
+    tmp_path / "x.npz",
+    leaves,
+    **{
       "embedding/kernel": None,
       f"{block}/LayerNorm_2/scale": None,
       f"{block}/LayerNorm_1/scale/extra": np.ones(3, np.float32),
@@ -731,23 +784,24 @@ def test_all_wrong_leaves_are_told_at_once(tmp_path):
       "head/bias": np.ones(12, np.float32),
       f"{block}/MlpBlock_3/Dense_0/kernel": np.ones((48, 95), np.float32),
       "Transformer/posembed_input/pos_embedding": np.ones((65, 48), np.float32),
-  })  # fmt: skip
+    },
+  )
   message = bad(path, "missing: 2, unused: 2, of another shape: 3")
   for line in (
-      "missing: embedding/kernel",
-      f"missing: {block}/LayerNorm_1/scale (48,)",
-      f"unused: {block}/LayerNorm_1/scale/extra (3,)",
-      "unused: extra/kernel (2, 5)",
-      "wrong shape: head/bias is (12,), expected (11,)",
-      f"wrong shape: {block}/MlpBlock_3/Dense_0/kernel is (48, 95), expected"
-      " (48, 96)",
-      "wrong shape: Transformer/posembed_input/pos_embedding is (65, 48)",
+    "missing: embedding/kernel",
+    f"missing: {block}/LayerNorm_1/scale (48,)",
+    f"unused: {block}/LayerNorm_1/scale/extra (3,)",
+    "unused: extra/kernel (2, 5)",
+    "wrong shape: head/bias is (12,), expected (11,)",
+    f"wrong shape: {block}/MlpBlock_3/Dense_0/kernel is (48, 95), expected"
+    " (48, 96)",
+    "wrong shape: Transformer/posembed_input/pos_embedding is (65, 48)",
   ):
     assert line in message
 
 
 def test_lost_patch_kernel_is_missed_whatever_the_variant(
-    tmp_path, monkeypatch
+  tmp_path, monkeypatch
 ):
   monkeypatch.setitem(vit.VARIANTS, "S", (32, 3, 128, 2))
   leaves = read(source("bv_tok_params"))
@@ -767,7 +821,7 @@ def test_positions_of_another_width(tmp_path):
   table = np.ones((1, 16, 31), np.float32)
   leaves = read(source("bv_tok_params"))
   message = bad(
-      write(tmp_path / "x.npz", leaves, pos_embedding=table), "shape: 1"
+    write(tmp_path / "x.npz", leaves, pos_embedding=table), "shape: 1"
   )
   assert "pos_embedding is (1, 16, 31), expected (1, N, 32)" in message
 
@@ -777,8 +831,8 @@ def test_lost_block(tmp_path):
   kept = {k: a for k, a in leaves.items() if "encoderblock_1/" not in k}
   message = bad(write(tmp_path / "x.npz", kept), "missing: 16, unused: 0")
   assert (
-      "missing: Transformer/encoderblock_1/MlpBlock_0/Dense_1/bias (32,)"
-      in message
+    "missing: Transformer/encoderblock_1/MlpBlock_0/Dense_1/bias (32,)"
+    in message
   )
 
 

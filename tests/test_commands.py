@@ -28,7 +28,7 @@ def test_version(monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", __main__.COMMANDS)
 def test_each_command_has_help_and_refuses_other_flags(
-    monkeypatch, capsys, name
+  monkeypatch, capsys, name
 ):
   module = importlib.import_module(__main__.COMMANDS[name])
   for flag in ("--help", "-h"):
@@ -40,14 +40,14 @@ def test_each_command_has_help_and_refuses_other_flags(
 
 
 @pytest.mark.parametrize(
-    "args, words",
-    [
-        (["trian"], "Unknown command 'trian'. Did you mean train?"),
-        (["--config=digits"], "Known: prepare, train, compare."),
-        (["prepare"], "Name the datasets to prepare"),
-        (["compare"], "No runs given. Usage: WORKDIR..."),
-        (["train"], "--config is missing. Usage"),
-    ],
+  "args, words",
+  [
+    (["trian"], "Unknown command 'trian'. Did you mean train?"),
+    (["--config=digits"], "Known: prepare, train, compare."),
+    (["prepare"], "Name the datasets to prepare"),
+    (["compare"], "No runs given. Usage: WORKDIR..."),
+    (["train"], "--config is missing. Usage"),
+  ],
 )
 def test_mistakes(monkeypatch, capsys, args, words):
   assert run(monkeypatch, *args) == 2

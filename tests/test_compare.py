@@ -33,36 +33,39 @@ def outcome(method="vqt", accuracy=0.9, peak=2**30, task="digits", queries=1):
   """What a comparison needs of a `results.json`."""
   seeds = {str(seed): accuracy + seed / 100 for seed in (-1, 0, 1)}
   return {
-      "method": method,
-      "task": task,
-      "backbone": "ViT-64x4/4 /folder/tiny.npz",
-      "weights": "a" * 64,
-      "image_size": [8, 12],
-      "value_range": "-1..1",
-      "resize": "bilinear",
-      "pool_type": "tok",
-      "gelu": "tanh",
-      "dtype": "float32",
-      "data": {
-          "dataset": f"{task}/1.0.0",
-          "num_classes": 10,
-          "sha256": "b" * 64,
-          "splits": {
-              split: {"slices": f"{split}[:1%]", "images": 1797}
-              for split in data.SPLITS
-          },
+    "method": method,
+    "task": task,
+    "backbone": "ViT-64x4/4 /folder/tiny.npz",
+    "weights": "a" * 64,
+    "image_size": [8, 12],
+    "value_range": "-1..1",
+    "resize": "bilinear",
+    "pool_type": "tok",
+    "gelu": "tanh",
+    "dtype": "float32",
+    "data": {
+      "dataset": f"{task}/1.0.0",
+      "num_classes": 10,
+      "sha256": "b" * 64,
+      "splits": {
+        split: {"slices": f"{split}[:1%]", "images": 1797}
+        for split in data.SPLITS
       },
-      "device": "1 x cpu",
-      "num_queries": queries if "vqt" in method else 0,
-      "test_accuracy": {"mean": accuracy, "std": 0.01, "per_seed": seeds,
-                        "images": 400},  # pyformat: disable
-      "chosen": {"lr": 0.1, "weight_decay": 1e-4, "keep_fraction": 1.0},
-      "search": {"runs": [{}] * 4},
-      "trained_parameters": 12345,
-      "memory": {"peak_bytes": peak, "step_bytes": 3 * 2**20,
-                 "side_by_side": 5},  # pyformat: disable
-      "seconds": {"training": 6.7, "epoch": 0.125},
-      "tuned_bytes": 2048,
+    },
+    "device": "1 x cpu",
+    "num_queries": queries if "vqt" in method else 0,
+    "test_accuracy": {
+      "mean": accuracy,
+      "std": 0.01,
+      "per_seed": seeds,
+      "images": 400,
+    },
+    "chosen": {"lr": 0.1, "weight_decay": 1e-4, "keep_fraction": 1.0},
+    "search": {"runs": [{}] * 4},
+    "trained_parameters": 12345,
+    "memory": {"peak_bytes": peak, "step_bytes": 3 * 2**20, "side_by_side": 5},
+    "seconds": {"training": 6.7, "epoch": 0.125},
+    "tuned_bytes": 2048,
   }
 
 
@@ -98,11 +101,16 @@ def test_methods_are_compared(material, tmp_path, monkeypatch, capfd):
   summary = runs.results(workdir)
   assert set(summary["runs"]) == set(METHODS)
   assert {path.name for path in workdir.iterdir()} == {
-      *METHODS, "attention_vqt.png", "compare.csv", "compare.png",
-      "config.json", "log.txt", "results.json",
-  }  # fmt: skip
+    *METHODS,
+    "attention_vqt.png",
+    "compare.csv",
+    "compare.png",
+    "config.json",
+    "log.txt",
+    "results.json",
+  }
   assert said[-1] == (
-      f"results  {workdir / 'compare.csv'}   compare.png   attention_vqt.png"
+    f"results  {workdir / 'compare.csv'}   compare.png   attention_vqt.png"
   )
   rows = read_csv((workdir / "compare.csv").read_text())
   assert [row["run"] for row in rows] == list(summary["runs"])
@@ -119,12 +127,10 @@ def test_methods_are_compared(material, tmp_path, monkeypatch, capfd):
   # One more method joins those that are finished; other changes do not, but of
   # what only other methods use.
   before = runs.files(workdir / "vqt")
-  status, said = started(
-      material, workdir, capfd, methods="vqt,linear", rank=2
-  )
+  status, said = started(material, workdir, capfd, methods="vqt,linear", rank=2)
   assert status == 0 and said[:2] == [
-      "method   1 of 2: vqt is finished already",
-      "method   2 of 2: linear is finished already",
+    "method   1 of 2: vqt is finished already",
+    "method   2 of 2: linear is finished already",
   ]
   assert runs.files(workdir / "vqt") == before
   status, said = started(material, workdir, capfd, methods=names, rank=2)
@@ -140,17 +146,17 @@ def test_methods_are_compared(material, tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(
-    "arg, words",
-    [
-        ("methods=", "names no method: expected e.g. methods=linear,vqt"),
-        ("methods=linear,vqtt", "Unknown config.methods 'vqtt'. Did you mean"),
-        ("methods=vqt+lra", "Unknown editor of config.methods 'lra'."),
-        ("methods=vqt,linear,vqt", "names vqt twice"),
-        ("methods=vqt,tsk=dtd", "'tsk'. Did you mean task?"),
-        ("linear,vqt", "Unknown config argument 'linear'"),
-        ("methods=vqt,settings=few", "expected settings=value, with a whole"),
-        ("methods=vqt,task=all", "to compare config.methods=vqt, name one"),
-    ],
+  "arg, words",
+  [
+    ("methods=", "names no method: expected e.g. methods=linear,vqt"),
+    ("methods=linear,vqtt", "Unknown config.methods 'vqtt'. Did you mean"),
+    ("methods=vqt+lra", "Unknown editor of config.methods 'lra'."),
+    ("methods=vqt,linear,vqt", "names vqt twice"),
+    ("methods=vqt,tsk=dtd", "'tsk'. Did you mean task?"),
+    ("linear,vqt", "Unknown config argument 'linear'"),
+    ("methods=vqt,settings=few", "expected settings=value, with a whole"),
+    ("methods=vqt,task=all", "to compare config.methods=vqt, name one"),
+  ],
 )
 def test_what_is_refused(arg, words, tmp_path, capsys):
   argv = ["main.py", f"--config=configs/compare.py:{arg}"]
@@ -160,12 +166,12 @@ def test_what_is_refused(arg, words, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "changes, words",
-    [
-        ({"method": "lora"}, "give one of them"),
-        ({"preset": "authors"}, "depends on the method"),
-        ({"features": "host"}, "config.method=lora changes the stream"),
-    ],
+  "changes, words",
+  [
+    ({"method": "lora"}, "give one of them"),
+    ({"preset": "authors"}, "depends on the method"),
+    ({"features": "host"}, "config.method=lora changes the stream"),
+  ],
 )
 def test_what_does_not_go_with_methods(changes, words):
   config = compare_config.get_config("methods=vqt,lora")
@@ -180,8 +186,9 @@ def test_a_comparison_has_the_configs_of_single_runs():
   assert config.methods == "linear,vqt,lora"
   assert config_lib.resolve(config) == config
   for method, rates in {
-      "linear": (2.0, 0.5, 0.1), "lora": (5e-3, 5e-4, 1e-4),
-  }.items():  # fmt: skip
+    "linear": (2.0, 0.5, 0.1),
+    "lora": (5e-3, 5e-4, 1e-4),
+  }.items():
     alone = digits.get_config(f"method={method}")
     alone.settings = 3
     alone = config_lib.resolve(alone)
@@ -199,15 +206,15 @@ def test_all_methods():
 
 
 @pytest.mark.parametrize(
-    "count, rates",
-    [
-        (1, (1.0,)),
-        (2, (100.0, 0.01)),
-        (3, (100.0, 1.0, 0.01)),
-        (4, (100.0, 10.0, 0.1, 0.01)),
-        (5, (100.0, 10.0, 1.0, 0.1, 0.01)),
-        (9, (100, 31.6, 10, 3.16, 1, 0.316, 0.1, 0.0316, 0.01)),
-    ],
+  "count, rates",
+  [
+    (1, (1.0,)),
+    (2, (100.0, 0.01)),
+    (3, (100.0, 1.0, 0.01)),
+    (4, (100.0, 10.0, 0.1, 0.01)),
+    (5, (100.0, 10.0, 1.0, 0.1, 0.01)),
+    (9, (100, 31.6, 10, 3.16, 1, 0.316, 0.1, 0.0316, 0.01)),
+  ],
 )
 def test_settings_are_spread_evenly(count, rates):
   assert config_lib.spread((100.0, 10.0, 1.0, 0.1, 0.01), count) == rates
@@ -250,8 +257,9 @@ def test_table_and_file(tmp_path, capsys):
   rows = read_csv(compare.to_csv(summary))
   assert [row["accuracy_percent"] for row in rows] == ["90.00", "70.00"]
   assert (rows[0]["peak_bytes"], rows[1]["peak_bytes"]) == (str(2**30), "")
-  assert compare.main(["compare", str(tmp_path / "b"),
-                       f"--output={tmp_path}"]) == 0  # pyformat: disable
+  assert (
+    compare.main(["compare", str(tmp_path / "b"), f"--output={tmp_path}"]) == 0
+  )
   lines = capsys.readouterr().err.splitlines()
   assert lines[0].split()[:3] == ["digits", "test", "accuracy"]
   assert lines[1].split()[:4] == ["lora", "70.00", "+-", "1.00"]
@@ -285,12 +293,12 @@ def test_what_runs_do_not_have_in_common_is_said(capsys):
   compare.show(console_lib.Console(), summary)
   *_, said = capsys.readouterr().err.splitlines()
   assert said == (
-      "differ   not the same in all runs: backbone ViT-64x4/4 /folder/tiny.npz"
-      " (a, c), ViT-64x4/4 /elsewhere/tiny.npz (b); image size 8x12 (a, c),"
-      " 16x16 (b); dtype float32 (a), bfloat16 (b), unknown (c); test split"
-      " test[:1%], 1,797 images (a), test[:200], 1,797 images (b), unknown (c);"
-      " not known of c: weights, dataset, classes, contents of the dataset,"
-      " train split, val split, trainval split"
+    "differ   not the same in all runs: backbone ViT-64x4/4 /folder/tiny.npz"
+    " (a, c), ViT-64x4/4 /elsewhere/tiny.npz (b); image size 8x12 (a, c),"
+    " 16x16 (b); dtype float32 (a), bfloat16 (b), unknown (c); test split"
+    " test[:1%], 1,797 images (a), test[:200], 1,797 images (b), unknown (c);"
+    " not known of c: weights, dataset, classes, contents of the dataset,"
+    " train split, val split, trainval split"
   )
   rows = read_csv(compare.to_csv(summary))
   assert [row["image_size"] for row in rows] == ["8x12", "16x16", "8x12"]
@@ -303,16 +311,16 @@ def test_what_runs_do_not_have_in_common_is_said(capsys):
   told = compare.differences_told(compare.summarize({"a": same, "b": other}))
   where = "of ViT-64x4/4 /folder/tiny.npz"
   assert told == (
-      f"not the same in all runs: weights aaaaaaaa {where} (a), cccccccc"
-      f" {where} (b)"
+    f"not the same in all runs: weights aaaaaaaa {where} (a), cccccccc"
+    f" {where} (b)"
   )
 
 
 def test_runs_of_one_method_are_told_apart():
   found = {"a": outcome("vqt"), "b": outcome("vqt"), "c": outcome("linear")}
   told = {
-      name: run["details"]
-      for name, run in compare.summarize(found)["runs"].items()
+    name: run["details"]
+    for name, run in compare.summarize(found)["runs"].items()
   }
   assert told["a"].endswith(", a") and told["b"].endswith(", b")
   assert not told["c"].endswith(", c")
@@ -323,7 +331,7 @@ def test_runs_of_one_method_are_told_apart():
 
 
 def test_runs_that_are_called_alike_get_longer_names(
-    tmp_path, monkeypatch, capsys
+  tmp_path, monkeypatch, capsys
 ):
   paths = [compare.files.path(p) for p in ("x/vqt", "y/vqt")]
   assert list(compare._names(paths)) == ["x_vqt", "y_vqt"]
@@ -338,8 +346,8 @@ def test_runs_that_are_called_alike_get_longer_names(
 def test_picture(tmp_path, count):
   methods = [*tuner.METHODS, "vqt+lora", *tuner.METHODS]
   outcomes = {
-      f"{i} {name}": outcome(name, 0.8 + i / 200, (2**28) * (1 + i % 5))
-      for i, name in enumerate(methods[:count])
+    f"{i} {name}": outcome(name, 0.8 + i / 200, (2**28) * (1 + i % 5))
+    for i, name in enumerate(methods[:count])
   }
   outcomes[f"{count - 1} {methods[count - 1]}"]["memory"] = None
   path = tmp_path / "compare.png"

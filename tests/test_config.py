@@ -32,7 +32,7 @@ def load(name: str):
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem
+  "path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem
 )
 def test_every_shipped_config_builds(path):
   module = load(path.stem)
@@ -98,56 +98,56 @@ def test_a_preset_leaves_what_is_asked_for_and_is_applied_once():
 
 
 @pytest.mark.parametrize(
-    "changes, words",
-    [
-        ({"method": "vqtt"}, "Unknown config.method 'vqtt'. Did you mean vqt?"),
-        ({"method": "vqt+lra"}, "editor of config.method 'lra'. Did you mean"),
-        ({"method": "lora", "features": "host"}, "use features=live"),
-        ({"rank": 0}, "config.rank: expected at least 1"),
-        ({"method": "head2to"}, "Did you mean head2toe?"),
-        ({"target_size": 0}, "config.target_size: expected at least 1"),
-        ({"keep_fraction": (0.0, 0.5)}, "with a fraction of 0 no feature is"),
-        ({"keep_fraction": (1.5,)}, "fraction: expected 0 to 1, found 1.5"),
-        ({"optimizer": "adm"}, "Did you mean adam"),
-        ({"schedule": "steps"}, "Did you mean step?"),
-        ({"combine": "cat"}, "Known: concat, mean, weighted_sum"),
-        ({"resize": "legcy"}, "Did you mean legacy?"),
-        ({"value_range": "0.1"}, "Did you mean 0..1"),
-        ({"gelu": "erf"}, "Known: \"\", tanh, exact"),
-        ({"dtype": "float16"}, "Did you mean bfloat16"),
-        ({"pool_type": "cls"}, "Unknown config.pool_type"),
-        ({"features": "store"}, "Known: \"\", device, host, disk, live"),
-        ({"data": "disk"}, "Known: \"\", device, stream"),
-        ({"preset": "author"}, "Did you mean authors?"),
-        ({"task": ""}, "config.task is empty"),
-        ({"variant": "Q/16"}, "config.variant: Unknown ViT variant 'Q/16'"),
-        ({"num_queries": -1}, "num_queries: expected at least 0, found -1"),
-        ({"image_size": -1}, "config.image_size: expected at least 1"),
-        ({"batch_size": 0}, "config.batch_size: expected at least 1"),
-        ({"query_dropout": 1.0}, "expected 0 to 0.99, found 1.0"),
-        ({"lr": (float("nan"),)}, "config.lr: expected at least 0, found nan"),
-        ({"lr": (0.0, 0.1)}, "with a rate of 0 nothing is trained"),
-        ({"lr": ()}, "config.lr: expected numbers separated by commas"),
-        ({"lr": ("a",)}, "found ('a',)"),
-        ({"weight_decay": (-1.0,)}, "config.weight_decay: expected at least 0"),
-        ({"seeds": (1.5,)}, "config.seeds: expected whole numbers"),
-        ({"seeds": np.eye(2)}, "found array([[1., 0.], [0., 1.]])."),
-        ({"epochs": 5.0}, "config.epochs: expected a whole number, found 5.0"),
-        ({"epochs": True}, "config.epochs: expected a whole number, found Tr"),
-        ({"task": None}, "config.task: expected text, found None"),
-        ({"epoch": 3}, "Unknown config field 'epoch'. Did you mean epochs?"),
-        ({"splits": {"trian": ""}}, "'splits.trian'. Did you mean splits"),
-        ({"mesh": 3}, "config.mesh is a group of fields; set config.mesh.data"),
-        ([], "config: expected default_config() with changes, or a dict"),
-        ({"seeds": (1, 1)}, "holds the same value twice"),
-        ({"warmup_epochs": 100}, "config.warmup_epochs=100 must be smaller"),
-        ({"mesh": {"data": 0}}, "config.mesh.data=0"),
-        (
-            {"embedding_dropout": 0.1, "features": "host"},
-            "cannot be stored: use features=live",
-        ),
-    ],
-)  # fmt: skip
+  "changes, words",
+  [
+    ({"method": "vqtt"}, "Unknown config.method 'vqtt'. Did you mean vqt?"),
+    ({"method": "vqt+lra"}, "editor of config.method 'lra'. Did you mean"),
+    ({"method": "lora", "features": "host"}, "use features=live"),
+    ({"rank": 0}, "config.rank: expected at least 1"),
+    ({"method": "head2to"}, "Did you mean head2toe?"),
+    ({"target_size": 0}, "config.target_size: expected at least 1"),
+    ({"keep_fraction": (0.0, 0.5)}, "with a fraction of 0 no feature is"),
+    ({"keep_fraction": (1.5,)}, "fraction: expected 0 to 1, found 1.5"),
+    ({"optimizer": "adm"}, "Did you mean adam"),
+    ({"schedule": "steps"}, "Did you mean step?"),
+    ({"combine": "cat"}, "Known: concat, mean, weighted_sum"),
+    ({"resize": "legcy"}, "Did you mean legacy?"),
+    ({"value_range": "0.1"}, "Did you mean 0..1"),
+    ({"gelu": "erf"}, 'Known: "", tanh, exact'),
+    ({"dtype": "float16"}, "Did you mean bfloat16"),
+    ({"pool_type": "cls"}, "Unknown config.pool_type"),
+    ({"features": "store"}, 'Known: "", device, host, disk, live'),
+    ({"data": "disk"}, 'Known: "", device, stream'),
+    ({"preset": "author"}, "Did you mean authors?"),
+    ({"task": ""}, "config.task is empty"),
+    ({"variant": "Q/16"}, "config.variant: Unknown ViT variant 'Q/16'"),
+    ({"num_queries": -1}, "num_queries: expected at least 0, found -1"),
+    ({"image_size": -1}, "config.image_size: expected at least 1"),
+    ({"batch_size": 0}, "config.batch_size: expected at least 1"),
+    ({"query_dropout": 1.0}, "expected 0 to 0.99, found 1.0"),
+    ({"lr": (float("nan"),)}, "config.lr: expected at least 0, found nan"),
+    ({"lr": (0.0, 0.1)}, "with a rate of 0 nothing is trained"),
+    ({"lr": ()}, "config.lr: expected numbers separated by commas"),
+    ({"lr": ("a",)}, "found ('a',)"),
+    ({"weight_decay": (-1.0,)}, "config.weight_decay: expected at least 0"),
+    ({"seeds": (1.5,)}, "config.seeds: expected whole numbers"),
+    ({"seeds": np.eye(2)}, "found array([[1., 0.], [0., 1.]])."),
+    ({"epochs": 5.0}, "config.epochs: expected a whole number, found 5.0"),
+    ({"epochs": True}, "config.epochs: expected a whole number, found Tr"),
+    ({"task": None}, "config.task: expected text, found None"),
+    ({"epoch": 3}, "Unknown config field 'epoch'. Did you mean epochs?"),
+    ({"splits": {"trian": ""}}, "'splits.trian'. Did you mean splits"),
+    ({"mesh": 3}, "config.mesh is a group of fields; set config.mesh.data"),
+    ([], "config: expected default_config() with changes, or a dict"),
+    ({"seeds": (1, 1)}, "holds the same value twice"),
+    ({"warmup_epochs": 100}, "config.warmup_epochs=100 must be smaller"),
+    ({"mesh": {"data": 0}}, "config.mesh.data=0"),
+    (
+      {"embedding_dropout": 0.1, "features": "host"},
+      "cannot be stored: use features=live",
+    ),
+  ],
+)
 def test_bad_values_are_refused_in_words(changes, words):
   with pytest.raises(errors.UserError) as caught:
     config_lib.resolve(changes)
@@ -155,19 +155,19 @@ def test_bad_values_are_refused_in_words(changes, words):
 
 
 @pytest.mark.parametrize(
-    "name, given, held",
-    [
-        ("lr", 1, (1.0,)),
-        ("lr", [0.5, 1], (0.5, 1.0)),
-        ("lr", np.array([0.5, 1]), (0.5, 1.0)),
-        ("seeds", range(3), (0, 1, 2)),
-        ("seeds", jnp.arange(3), (0, 1, 2)),
-        ("best.normalize", False, (False,)),
-        ("alpha", np.float32(2), 2.0),
-        ("epochs", np.int64(3), 3),
-        ("init", pathlib.Path("/a/b"), "/a/b"),
-        ("splits.train", np.str_("train"), "train"),
-    ],
+  "name, given, held",
+  [
+    ("lr", 1, (1.0,)),
+    ("lr", [0.5, 1], (0.5, 1.0)),
+    ("lr", np.array([0.5, 1]), (0.5, 1.0)),
+    ("seeds", range(3), (0, 1, 2)),
+    ("seeds", jnp.arange(3), (0, 1, 2)),
+    ("best.normalize", False, (False,)),
+    ("alpha", np.float32(2), 2.0),
+    ("epochs", np.int64(3), 3),
+    ("init", pathlib.Path("/a/b"), "/a/b"),
+    ("splits.train", np.str_("train"), "train"),
+  ],
 )
 def test_fields_take_what_stands_for_their_values(name, given, held):
   config = config_lib.default_config()
@@ -202,14 +202,14 @@ def test_a_saved_config_is_the_same_again():
 
 
 @pytest.mark.parametrize(
-    "changes, epochs",
-    [
-        ({}, 10),
-        ({"epochs": 30}, 3),
-        ({"epochs": 5}, 0),
-        ({"epochs": 5, "warmup_epochs": 2}, 2),
-        ({"epochs": 5, "methods": "linear,vqt"}, 0),
-    ],
+  "changes, epochs",
+  [
+    ({}, 10),
+    ({"epochs": 30}, 3),
+    ({"epochs": 5}, 0),
+    ({"epochs": 5, "warmup_epochs": 2}, 2),
+    ({"epochs": 5, "methods": "linear,vqt"}, 0),
+  ],
 )
 def test_warm_up_is_a_tenth_unless_it_is_given(changes, epochs):
   assert config_lib.resolve(changes).warmup_epochs == epochs
@@ -230,12 +230,12 @@ def test_missing_fields_are_refused():
 
 
 @pytest.mark.parametrize(
-    "name, words",
-    [
-        ("splits.trian", "Did you mean splits.train"),
-        ("splits", "set config.splits.test"),
-        ("zzz", "Unknown config field 'zzz'. Did you mean"),
-    ],
+  "name, words",
+  [
+    ("splits.trian", "Did you mean splits.train"),
+    ("splits", "set config.splits.test"),
+    ("zzz", "Unknown config field 'zzz'. Did you mean"),
+  ],
 )
 def test_check_field_names_the_nearest(name, words):
   with pytest.raises(errors.UserError) as caught:
@@ -249,17 +249,20 @@ def test_string_arguments_have_the_types_of_their_defaults():
   assert parse(None, **defaults) == defaults
   assert parse("", **defaults) == defaults
   assert parse("n=3, x=2,on=true,task=gs://b/c=d", **defaults) == {
-      "task": "gs://b/c=d", "n": 3, "x": 2.0, "on": True,
-  }  # fmt: skip
+    "task": "gs://b/c=d",
+    "n": 3,
+    "x": 2.0,
+    "on": True,
+  }
 
 
 @pytest.mark.parametrize(
-    "arg, words",
-    [
-        ("tsak=dtd", "Unknown config argument 'tsak'. Did you mean task?"),
-        ("n=ten", "expected n=value, with a whole number as the value"),
-        ("task", "expected task=value"),
-    ],
+  "arg, words",
+  [
+    ("tsak=dtd", "Unknown config argument 'tsak'. Did you mean task?"),
+    ("n=ten", "expected n=value, with a whole number as the value"),
+    ("task", "expected task=value"),
+  ],
 )
 def test_bad_string_arguments_are_refused(arg, words):
   with pytest.raises(errors.UserError) as caught:
@@ -278,22 +281,22 @@ def test_vtab_takes_task_variant_method_and_queries():
 
 
 @pytest.mark.parametrize(
-    "arg, num_queries, keep_fraction",
-    [
-        ("task=svhn", 20, (1.0,)),
-        ("task=vtab-svhn", 20, (1.0,)),
-        ("task=clevr_distance", 10, (1.0,)),
-        ("task=dtd", 1, (0.7,)),
-        ("task=dtd,num_queries=2", 2, (1.0,)),
-        ("task=svhn,num_queries=1", 1, (0.7,)),
-        ("task=cifar10", 1, (1.0,)),
-        ("task=cifar10,num_queries=2", 2, (1.0,)),
-        ("task=cifar10,method=linear", 1, (1.0,)),
-        ("task=dtd,method=head2toe", 1, config_lib.HEAD2TOE_KEEP),
-        ("method=head2toe+lora", 1, config_lib.HEAD2TOE_KEEP),
-        ("task=all", 0, (0.0,)),
-        ("task=all,num_queries=3", 3, (0.0,)),
-    ],
+  "arg, num_queries, keep_fraction",
+  [
+    ("task=svhn", 20, (1.0,)),
+    ("task=vtab-svhn", 20, (1.0,)),
+    ("task=clevr_distance", 10, (1.0,)),
+    ("task=dtd", 1, (0.7,)),
+    ("task=dtd,num_queries=2", 2, (1.0,)),
+    ("task=svhn,num_queries=1", 1, (0.7,)),
+    ("task=cifar10", 1, (1.0,)),
+    ("task=cifar10,num_queries=2", 2, (1.0,)),
+    ("task=cifar10,method=linear", 1, (1.0,)),
+    ("task=dtd,method=head2toe", 1, config_lib.HEAD2TOE_KEEP),
+    ("method=head2toe+lora", 1, config_lib.HEAD2TOE_KEEP),
+    ("task=all", 0, (0.0,)),
+    ("task=all,num_queries=3", 3, (0.0,)),
+  ],
 )
 def test_the_authors_queries_and_selection(arg, num_queries, keep_fraction):
   config = config_lib.resolve(load("vtab").get_config(arg))
@@ -349,16 +352,29 @@ def test_digits_needs_no_folder():
 
 
 @pytest.mark.parametrize(
-    "method",
-    ["linear", "vqt+lora", "head2toe+vpt_deep", "vpt_shallow", "adapter",
-     "adaptformer", "partial"],
-)  # pyformat: disable
+  "method",
+  [
+    "linear",
+    "vqt+lora",
+    "head2toe+vpt_deep",
+    "vpt_shallow",
+    "adapter",
+    "adaptformer",
+    "partial",
+  ],
+)
 def test_a_method_computes_with_the_fields_it_uses_and_no_others(method):
   changes = {
-      "num_queries": 3, "combine": "mean", "normalize": False,
-      "target_size": 32, "num_prompts": 3, "bottleneck": 3, "rank": 3,
-      "alpha": 3.0, "last_blocks": 2,
-  }  # fmt: skip
+    "num_queries": 3,
+    "combine": "mean",
+    "normalize": False,
+    "target_size": 32,
+    "num_prompts": 3,
+    "bottleneck": 3,
+    "rank": 3,
+    "alpha": 3.0,
+    "last_blocks": 2,
+  }
   assert set(changes) <= set(config_lib.USED_BY)
   images = jax.ShapeDtypeStruct((2, 12, 12, 3), jnp.float32)
 
@@ -367,7 +383,7 @@ def test_a_method_computes_with_the_fields_it_uses_and_no_others(method):
     config = config_lib.default_config()
     config.update({"method": method, "num_queries": 2, **changed})
     tuner = tuner_lib.make_tuner(
-        method, helpers.tiny_config(), 5, **config_lib.of_tuner(config)
+      method, helpers.tiny_config(), 5, **config_lib.of_tuner(config)
     )
     params = vit.param_shapes(tuner.config)
 
@@ -395,12 +411,12 @@ def test_json_and_differences():
   as_json = config_lib.to_json(new)
   assert json.loads(json.dumps(as_json)) == as_json
   assert config_lib.differences(config_lib.to_json(old), as_json) == {
-      "epochs": (100, 7),
-      "warmup_epochs": (-1, 10),
-      "keep_fraction": ([0.0], [0.7]),
-      "num_queries": (0, 1),
-      "lr": ([0.0], [0.1]),
-      "optimizer": ("", "adam"),
-      "editor_rate": (0.0, 1.0),
-      "splits.test": ("", "test[:9]"),
+    "epochs": (100, 7),
+    "warmup_epochs": (-1, 10),
+    "keep_fraction": ([0.0], [0.7]),
+    "num_queries": (0, 1),
+    "lr": ([0.0], [0.1]),
+    "optimizer": ("", "adam"),
+    "editor_rate": (0.0, 1.0),
+    "splits.test": ("", "test[:9]"),
   }

@@ -70,8 +70,8 @@ def test_a_pipe_gets_plain_lines_now_and_then(clock):
   assert "\x1b" not in stream.getvalue() and "\r" not in stream.getvalue()
   lines = stream.getvalue().splitlines()
   assert lines[0] == (  # As soon as anything is known.
-      "sweep    epoch   5/100  loss 0.500  accuracy 61.5 %  3,120 images/s"
-      "  01:35 left"
+    "sweep    epoch   5/100  loss 0.500  accuracy 61.5 %  3,120 images/s"
+    "  01:35 left"
   )
   assert len(lines) == 11  # At 5, 15, ..., 95 %, and the last.
   assert lines[-1] == "sweep    20 settings  best val 61.5 %  0:01:40"
@@ -118,7 +118,7 @@ def test_nothing_is_said_of_a_phase_that_fails(clock):
 
 
 def test_a_terminal_gets_one_live_line_that_ends_as_a_plain_one(
-    terminal, clock
+  terminal, clock
 ):
   stream, console = terminal(100)
   with console.phase("seeds", 100) as phase:
@@ -131,8 +131,8 @@ def test_a_terminal_gets_one_live_line_that_ends_as_a_plain_one(
   assert "\n" not in stream.getvalue().split("said meanwhile")[0]
   live = [line for line in lines if "50/100" in line and "━" in line]
   assert live and all(
-      part in live[-1]
-      for part in ("seeds", "loss 0.500", "61.5 %", "images/s", "00:50 left")
+    part in live[-1]
+    for part in ("seeds", "loss 0.500", "61.5 %", "images/s", "00:50 left")
   )
   assert lines[-1].startswith("seeds    epoch  50/100  loss 0.500")
 
@@ -152,7 +152,7 @@ def test_the_live_line_fits(terminal, clock, width):
 
 @pytest.mark.parametrize("name, value", [("CI", "true"), ("TERM", "dumb")])
 def test_ci_and_dumb_terminals_get_plain_lines(
-    monkeypatch, terminal, name, value
+  monkeypatch, terminal, name, value
 ):
   monkeypatch.setenv(name, value)
   del terminal
@@ -161,7 +161,7 @@ def test_ci_and_dumb_terminals_get_plain_lines(
   console.header(["vqt on cifar100", "frozen 85.8 M"])
   console.note("1,000 images", "store")
   assert stream.getvalue() == (
-      "vqt on cifar100\nfrozen 85.8 M\nstore    1,000 images\n"
+    "vqt on cifar100\nfrozen 85.8 M\nstore    1,000 images\n"
   )
 
 
@@ -174,12 +174,15 @@ def test_long_lines_are_not_broken_on_a_pipe():
 def test_tables_align_numbers():
   stream = io.StringIO()
   console_lib.Console(stream).table(
-      "Test", ["method", "accuracy"], [["vqt", "60.9"], ["linear", 5]]
+    "Test", ["method", "accuracy"], [["vqt", "60.9"], ["linear", 5]]
   )
   lines = [line.rstrip() for line in stream.getvalue().splitlines()]
   assert lines == [
-      "Test", "method   accuracy", "vqt          60.9", "linear          5",
-  ]  # fmt: skip
+    "Test",
+    "method   accuracy",
+    "vqt          60.9",
+    "linear          5",
+  ]
 
 
 def test_letters_that_the_stream_lacks_are_replaced():
@@ -201,7 +204,7 @@ def test_a_closed_pipe_does_not_stop_a_run():
 
 
 def test_a_full_disk_or_a_closed_stream_does_not_stop_a_run(
-    monkeypatch, tmp_path
+  monkeypatch, tmp_path
 ):
   saved, full = os.dup(2), os.open("/dev/full", os.O_WRONLY)
   os.dup2(full, 2)
@@ -233,8 +236,12 @@ def test_noise_goes_to_the_log_and_the_console_to_the_screen(tmp_path, capfd):
   assert out == ""
   assert err == "seen\nseen after\n"
   for text in (
-      "printed", "to stderr", "C++ to stdout", "C++ to stderr", "logged",
-      "warned",
-  ):  # fmt: skip
+    "printed",
+    "to stderr",
+    "C++ to stdout",
+    "C++ to stderr",
+    "logged",
+    "warned",
+  ):
     assert text in log.read_text()
   assert logging.root.handlers is before

@@ -36,18 +36,20 @@ with tfds.core.registered.skip_registration():
 
     def _info(self):
       return tfds.core.DatasetInfo(
-          builder=self,
-          features=tfds.features.FeaturesDict({
-              "picture": tfds.features.Image(shape=(4, 4, 1)),
-              "kind": tfds.features.ClassLabel(num_classes=7),
-              "key": np.int64,
-          }),
+        builder=self,
+        features=tfds.features.FeaturesDict(
+          {
+            "picture": tfds.features.Image(shape=(4, 4, 1)),
+            "kind": tfds.features.ClassLabel(num_classes=7),
+            "key": np.int64,
+          }
+        ),
       )
 
     def _split_generators(self, dl_manager):
       return {
-          split: self._generate_examples(range(size))
-          for split, size in SIZES.items()
+        split: self._generate_examples(range(size))
+        for split, size in SIZES.items()
       }
 
     def _generate_examples(self, keys):
@@ -62,7 +64,7 @@ def data_dir(tmp_path_factory):
   folder = str(tmp_path_factory.mktemp("tfds"))
   tfds.disable_progress_bar()
   Numbered(data_dir=folder).download_and_prepare(
-      download_config=tfds.download.DownloadConfig(num_shards=3)
+    download_config=tfds.download.DownloadConfig(num_shards=3)
   )
   return folder
 
@@ -85,15 +87,15 @@ def keys_of(batch):
 def stored_order(split):
   """TFDS's order: ascending md5 of split name and key."""
   return sorted(
-      range(SIZES[split]),
-      key=lambda key: hashlib.md5(f"{split}{key}".encode()).hexdigest(),
+    range(SIZES[split]),
+    key=lambda key: hashlib.md5(f"{split}{key}".encode()).hexdigest(),
   )
 
 
 def test_importing_the_package_does_not_import_tensorflow():
   check = (
-      "import sys, vqt_jax.data; vqt_jax.data.make_task('kitti');"
-      " assert 'tensorflow' not in sys.modules"
+    "import sys, vqt_jax.data; vqt_jax.data.make_task('kitti');"
+    " assert 'tensorflow' not in sys.modules"
   )
   subprocess.run([sys.executable, "-c", check], check=True, timeout=60)
 
@@ -117,7 +119,7 @@ def test_an_identity_is_that_of_every_copy(task, data_dir, tmp_path):
   assert '"numBytes": "' in text
   info.write_text(text.replace('"numBytes": "', '"numBytes": "1', 1))
   assert data.identity(again) == found | {
-      "sha256": data.identity(again)["sha256"]
+    "sha256": data.identity(again)["sha256"]
   }
   assert data.identity(again)["sha256"] != found["sha256"]
 
@@ -130,21 +132,21 @@ def test_any_dataset_in_the_data_folder_is_a_task(data_dir):
   assert (task.image_key, task.num_classes) == ("picture", 7)
   assert task.builder == "numbered:*.*.*"
   assert dict(task.splits) == {
-      "train": "train[:800]",
-      "val": "train[800:1000]",
-      "trainval": "train[:800]+train[800:1000]",
-      "test": "test",
+    "train": "train[:800]",
+    "val": "train[800:1000]",
+    "trainval": "train[:800]+train[800:1000]",
+    "test": "test",
   }
 
 
 def test_features_and_splits_from_the_config(data_dir):
   task = lookup.make_task(
-      "numbered:1.2.0",
-      data_dir=data_dir,
-      splits={"train": "train[:10]", "val": "test[:2]", "trainval": ""},
-      image_key="picture",
-      label_key="key",
-      num_classes=30,
+    "numbered:1.2.0",
+    data_dir=data_dir,
+    splits={"train": "train[:10]", "val": "test[:2]", "trainval": ""},
+    image_key="picture",
+    label_key="key",
+    num_classes=30,
   )
   assert data.num_examples(task, "trainval") == 12
   assert task.num_classes == 30
@@ -158,38 +160,38 @@ def test_registered_datasets_are_known_without_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name,settings,message",
-    [
-        ("cifar", {}, "Unknown task or dataset 'cifar'.*Nearest.*'cifar100'"),
-        ("numberd", {}, "Nearest names: 'numbered'"),
-        ("cifar10/big", {}, "'cifar10' has no config 'big'.*none"),
-        ("eurosat/grey", {}, "no config 'grey'.*rgb, all"),
-        ("cifar10:9.9.9", {}, "no version '9.9.9'.*TFDS can prepare: 3.0.2"),
-        ("cifar10:3", {}, "no version '3'.*: none; TFDS can prepare: 3.0.2"),
-        ("cifar10:latest", {}, "no version 'latest'"),
-        ("cifar10:", {}, "no version ''"),
-        ("numbered:01.2.0", {}, "no version '01.2.0'. In .*: 1.2.0. Without"),
-        ("numbered:2.*.*", {}, r"no version '2.\*.\*'. In .*: 1.2.0. Without"),
-        ("numbered:latest", {}, "no version 'latest'. In .*: 1.2.0. Without"),
-        ("nosuch:latest", {}, "Unknown task or dataset 'nosuch'"),
-        ("/a/photos/1.0.0", {}, "data_dir to '/a' and task to 'photos'"),
-        ("numbered/big", {}, r"expected numbered/\[config/\]version/"),
-        ("a b", {}, "Unknown task or dataset 'a b'"),
-        ("a/b/c", {}, "expected name"),
-        ("huggingface:mnist", {}, "another hub.*TFDS has 'mnist'"),
-        ("hf://datasets/mnist", {}, "another hub"),
-        ("https://host/x.zip", {}, "another hub or site"),
-        ("/a/photos", {}, "is a path: .*data_dir to '/a' and task to 'photos'"),
-        ("./photos", {}, "is a path"),
-        ("gs://bucket/photos", {}, "is a path: .*data_dir to 'gs://bucket'"),
-        ("clevr", {}, "is the label.*clevr_count, clevr_distance"),
-        ("dsprites", {}, "is the label.*label_scale.*label_key"),
-        ("imdb_reviews", {}, "No feature .* can be the image.*label: Class"),
-        ("numbered", {"image_key": "image"}, "'image'.*not exist.*: picture"),
-        ("numbered", {"label_key": "picture"}, "the label: key, kind"),
-        ("numbered", {"label_key": "key"}, "Set num_classes"),
-        ("numbered", {"splits": {"valid": "x"}}, "'valid'.*train, val"),
-    ],
+  "name,settings,message",
+  [
+    ("cifar", {}, "Unknown task or dataset 'cifar'.*Nearest.*'cifar100'"),
+    ("numberd", {}, "Nearest names: 'numbered'"),
+    ("cifar10/big", {}, "'cifar10' has no config 'big'.*none"),
+    ("eurosat/grey", {}, "no config 'grey'.*rgb, all"),
+    ("cifar10:9.9.9", {}, "no version '9.9.9'.*TFDS can prepare: 3.0.2"),
+    ("cifar10:3", {}, "no version '3'.*: none; TFDS can prepare: 3.0.2"),
+    ("cifar10:latest", {}, "no version 'latest'"),
+    ("cifar10:", {}, "no version ''"),
+    ("numbered:01.2.0", {}, "no version '01.2.0'. In .*: 1.2.0. Without"),
+    ("numbered:2.*.*", {}, r"no version '2.\*.\*'. In .*: 1.2.0. Without"),
+    ("numbered:latest", {}, "no version 'latest'. In .*: 1.2.0. Without"),
+    ("nosuch:latest", {}, "Unknown task or dataset 'nosuch'"),
+    ("/a/photos/1.0.0", {}, "data_dir to '/a' and task to 'photos'"),
+    ("numbered/big", {}, r"expected numbered/\[config/\]version/"),
+    ("a b", {}, "Unknown task or dataset 'a b'"),
+    ("a/b/c", {}, "expected name"),
+    ("huggingface:mnist", {}, "another hub.*TFDS has 'mnist'"),
+    ("hf://datasets/mnist", {}, "another hub"),
+    ("https://host/x.zip", {}, "another hub or site"),
+    ("/a/photos", {}, "is a path: .*data_dir to '/a' and task to 'photos'"),
+    ("./photos", {}, "is a path"),
+    ("gs://bucket/photos", {}, "is a path: .*data_dir to 'gs://bucket'"),
+    ("clevr", {}, "is the label.*clevr_count, clevr_distance"),
+    ("dsprites", {}, "is the label.*label_scale.*label_key"),
+    ("imdb_reviews", {}, "No feature .* can be the image.*label: Class"),
+    ("numbered", {"image_key": "image"}, "'image'.*not exist.*: picture"),
+    ("numbered", {"label_key": "picture"}, "the label: key, kind"),
+    ("numbered", {"label_key": "key"}, "Set num_classes"),
+    ("numbered", {"splits": {"valid": "x"}}, "'valid'.*train, val"),
+  ],
 )
 def test_unusable_names_and_settings(data_dir, name, settings, message):
   with pytest.raises(errors.UserError, match=message):
@@ -202,8 +204,8 @@ def test_unusable_names_and_settings(data_dir, name, settings, message):
 def test_unprepared_dataset_names_the_command(tmp_path):
   task = lookup.make_task("cifar100", data_dir=str(tmp_path))
   command = (
-      r"not prepared in .*: python -m vqt_jax\.data\.prepare cifar100"
-      rf" --data_dir {tmp_path}$"
+    r"not prepared in .*: python -m vqt_jax\.data\.prepare cifar100"
+    rf" --data_dir {tmp_path}$"
   )
   with pytest.raises(errors.UserError, match=command):
     data.check_prepared(task)
@@ -212,14 +214,14 @@ def test_unprepared_dataset_names_the_command(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "slices,message",
-    [
-        ("validation", r"Unknown split 'validation'.*train \(23\), test"),
-        ("train[:800]", r"\[:800\].*23 examples"),
-        ("train[:0]", "is empty"),
-        ("train[5:3]", "is empty"),
-        ("train[:x]", r": Error parsing split 'train\[:x\]'. Splits there"),
-    ],
+  "slices,message",
+  [
+    ("validation", r"Unknown split 'validation'.*train \(23\), test"),
+    ("train[:800]", r"\[:800\].*23 examples"),
+    ("train[:0]", "is empty"),
+    ("train[5:3]", "is empty"),
+    ("train[:x]", r": Error parsing split 'train\[:x\]'. Splits there"),
+  ],
 )
 def test_splits_that_are_not_there(task, slices, message):
   task = dataclasses.replace(task, splits={**task.splits, "val": slices})
@@ -231,7 +233,7 @@ def test_splits_that_are_not_there(task, slices, message):
 
 
 @pytest.mark.parametrize(
-    "name", ["Mk0", "my-data", "v1.2", "My Photos", "2024", "größe", "a+b/c d"]
+  "name", ["Mk0", "my-data", "v1.2", "My Photos", "2024", "größe", "a+b/c d"]
 )
 def test_folders_may_have_any_name(data_dir, tmp_path, name):
   for version in ("1.10.0", "1.9.0"):
@@ -275,19 +277,17 @@ def test_folder_without_metadata(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "train, val, trainval, same",
-    [
-        ("train[:9]", "train[9:]", "train", True),
-        ("train[:9]", "train[9:12]", "train[:12]", True),
-        ("train[9:]", "train[:9]", "train", False),  # Another order.
-        ("train[:9]", "train[10:]", "train", False),
-        ("train", "test", "train+test", True),
-        ("train[:9]+test", "train[9:]", "train+test", False),
-    ],
+  "train, val, trainval, same",
+  [
+    ("train[:9]", "train[9:]", "train", True),
+    ("train[:9]", "train[9:12]", "train[:12]", True),
+    ("train[9:]", "train[:9]", "train", False),  # Another order.
+    ("train[:9]", "train[10:]", "train", False),
+    ("train", "test", "train+test", True),
+    ("train[:9]+test", "train[9:]", "train+test", False),
+  ],
 )
-def test_splits_that_are_parts_of_another(
-    data_dir, train, val, trainval, same
-):
+def test_splits_that_are_parts_of_another(data_dir, train, val, trainval, same):
   splits = {"train": train, "val": val, "trainval": trainval}
   task = lookup.make_task("numbered", data_dir=str(data_dir), splits=splits)
   assert data.are_rows_of(task, ("train", "val"), "trainval") == same
@@ -311,8 +311,8 @@ def test_damaged_files(tmp_path):
   task = lookup.make_task("numbered", data_dir=str(tmp_path))
   (file,) = tmp_path.glob("numbered/1.2.0/*test.tfrecord*")
   message = (
-      r"Record {} of test \(split 'test', counted from 0\).*: {}.*"
-      r"\. Write the dataset again, or restore its files from a copy\.$"
+    r"Record {} of test \(split 'test', counted from 0\).*: {}.*"
+    r"\. Write the dataset again, or restore its files from a copy\.$"
   )
   file.write_bytes(file.read_bytes()[:-20])
   cut = message.format(10, "truncated record")
@@ -331,49 +331,66 @@ def cut_image(tmp_path_factory):
   images_ = [coded(PIL.Image.fromarray(pixels), "JPEG") for pixels in noise]
   images_[13] = images_[13][:-300]
   tfds.dataset_builders.store_as_tfds_dataset(
-      name="cut",
-      version="1.0.0",
-      data_dir=folder,
-      features=tfds.features.FeaturesDict({
-          "image": tfds.features.Image(),
-          "label": tfds.features.ClassLabel(num_classes=2),
-          "image/file": tfds.features.Text(),
-          "files": tfds.features.Sequence(tfds.features.Text()),
-      }),
-      split_datasets={
-          "train": [
-              (i, {"image": image, "label": i % 2, "image/file": f"{i}.jpg",
-                   "files": ["a", "b"]})
-              for i, image in enumerate(images_)
-          ]  # fmt: skip
-      },
-      disable_shuffling=True,
+    name="cut",
+    version="1.0.0",
+    data_dir=folder,
+    features=tfds.features.FeaturesDict(
+      {
+        "image": tfds.features.Image(),
+        "label": tfds.features.ClassLabel(num_classes=2),
+        "image/file": tfds.features.Text(),
+        "files": tfds.features.Sequence(tfds.features.Text()),
+      }
+    ),
+    split_datasets={
+      "train": [
+        (
+          i,
+          {
+            "image": image,
+            "label": i % 2,
+            "image/file": f"{i}.jpg",
+            "files": ["a", "b"],
+          },
+        )
+        for i, image in enumerate(images_)
+      ]
+    },
+    disable_shuffling=True,
   )
   splits = {"train": "train", "val": "train[10:]", "test": "train"}
   return lookup.make_task("cut", data_dir=folder, splits=splits)
 
 
 @pytest.mark.parametrize(
-    "read, split, number, settings",
-    [
-        (data.load_arrays, "train", 13, {}),
-        (data.load_arrays, "val", 3, {}),
-        (data.batches, "train", 13, {"batch_size": 4, "start": 3}),
-        (data.batches, "train", 13,
-         {"batch_size": 8, "process_index": 1, "process_count": 2}),
-        (data.train_batches, "train", 13,
-         {"batch_size": 4, "epoch": 1, "seed": 2, "start_step": 1}),
-    ],
-)  # fmt: skip
+  "read, split, number, settings",
+  [
+    (data.load_arrays, "train", 13, {}),
+    (data.load_arrays, "val", 3, {}),
+    (data.batches, "train", 13, {"batch_size": 4, "start": 3}),
+    (
+      data.batches,
+      "train",
+      13,
+      {"batch_size": 8, "process_index": 1, "process_count": 2},
+    ),
+    (
+      data.train_batches,
+      "train",
+      13,
+      {"batch_size": 4, "epoch": 1, "seed": 2, "start_step": 1},
+    ),
+  ],
+)
 def test_an_image_that_is_cut_is_named(
-    cut_image, read, split, number, settings
+  cut_image, read, split, number, settings
 ):
   slices = re.escape(cut_image.splits[split])
   message = (
-      rf"^Cannot decode image {number} of {split} \(split '{slices}', counted"
-      r" from 0; image/file '13.jpg'\) of dataset 'cut' in .*/cut/1.0.0"
-      r" \(.*Invalid JPEG data.*; [\d,]+ bytes\)\. Replace or remove that image"
-      r" and write the dataset again\.$"
+    rf"^Cannot decode image {number} of {split} \(split '{slices}', counted"
+    r" from 0; image/file '13.jpg'\) of dataset 'cut' in .*/cut/1.0.0"
+    r" \(.*Invalid JPEG data.*; [\d,]+ bytes\)\. Replace or remove that image"
+    r" and write the dataset again\.$"
   )
   with pytest.raises(errors.UserError, match=message):
     list(read(cut_image, split, **READ, **settings))
@@ -393,26 +410,30 @@ def test_labels_outside_the_classes(task, read):
 
 
 @pytest.mark.parametrize(
-    "labels, message",
-    [
-        ({"train": "aab", "val": "bab", "trainval": "aabbab"}, None),
-        ({"train": "ab", "val": "cac", "trainval": "abcac"},
-         r"^2 of the 3 images of val are .* train lacks \(cat\).*shuffled"),
-        ({"trainval": "bb"}, "All 2 images of trainval .* one class, bee,"),
-        ({"train": "a"}, "All 1 images of train .* one class, ant,"),
-        ({}, None),
-        ({"train": "ab", "val": "ab", "trainval": "abab"},
-         "^trainval has no image of 1 of 3 classes: cat.$"),
-    ],
-)  # fmt: skip
+  "labels, message",
+  [
+    ({"train": "aab", "val": "bab", "trainval": "aabbab"}, None),
+    (
+      {"train": "ab", "val": "cac", "trainval": "abcac"},
+      r"^2 of the 3 images of val are .* train lacks \(cat\).*shuffled",
+    ),
+    ({"trainval": "bb"}, "All 2 images of trainval .* one class, bee,"),
+    ({"train": "a"}, "All 1 images of train .* one class, ant,"),
+    ({}, None),
+    (
+      {"train": "ab", "val": "ab", "trainval": "abab"},
+      "^trainval has no image of 1 of 3 classes: cat.$",
+    ),
+  ],
+)
 def test_classes_that_are_not_trained_on(task, labels, message):
   names = ("ant", "bee", "cat")
   task = dataclasses.replace(task, num_classes=3, class_names=names)
   if labels == {"train": "aab", "val": "bab", "trainval": "aabbab"}:
     task = dataclasses.replace(task, num_classes=2)
   found = {
-      split: np.array(["abc".index(x) for x in text])
-      for split, text in labels.items()
+    split: np.array(["abc".index(x) for x in text])
+    for split, text in labels.items()
   }
   if message and message.startswith("All"):
     with pytest.raises(errors.UserError, match=message):
@@ -439,21 +460,21 @@ def test_arrays_come_in_stored_order(task):
 
 
 @pytest.mark.parametrize(
-    "batch_size,processes", [(1, 1), (4, 1), (11, 1), (50, 1), (4, 2), (8, 8)]
+  "batch_size,processes", [(1, 1), (4, 1), (11, 1), (50, 1), (4, 2), (8, 8)]
 )
 def test_every_example_exactly_once(task, batch_size, processes):
   parts = [
-      list(
-          data.batches(
-              task,
-              "test",
-              batch_size=batch_size,
-              process_index=p,
-              process_count=processes,
-              **READ,
-          )
+    list(
+      data.batches(
+        task,
+        "test",
+        batch_size=batch_size,
+        process_index=p,
+        process_count=processes,
+        **READ,
       )
-      for p in range(processes)
+    )
+    for p in range(processes)
   ]
   steps = -(-SIZES["test"] // batch_size)
   assert [len(part) for part in parts] == [steps] * processes
@@ -474,13 +495,13 @@ def test_more_processes_than_examples(task):
   masks = []
   for p in range(8):
     (batch,) = data.batches(
-        task, "test", batch_size=8, process_index=p, process_count=8, **READ
+      task, "test", batch_size=8, process_index=p, process_count=8, **READ
     )
     masks += batch["mask"].tolist()
   assert masks == [1.0] * 3 + [0.0] * 5
   with pytest.raises(errors.UserError, match="3 examples.*8 processes"):
     data.train_batches(
-        task, "test", batch_size=8, epoch=0, seed=0, process_count=8, **READ
+      task, "test", batch_size=8, epoch=0, seed=0, process_count=8, **READ
     )
 
 
@@ -527,7 +548,7 @@ def test_training_batches_are_the_same_on_two_processes(task):
   for batch, *halves in zip(whole, *parts, strict=True):
     for key, value in batch.items():
       np.testing.assert_array_equal(
-          np.concatenate([half[key] for half in halves]), value
+        np.concatenate([half[key] for half in halves]), value
       )
 
 
@@ -546,7 +567,7 @@ def test_shuffle_buffer_is_the_split_or_what_fits(task, monkeypatch):
 def test_legacy_preprocessing_is_the_authors(case):
   with np.load(GOLDENS / "preprocess.npz", allow_pickle=False) as golden:
     raw, unit, normalised = (
-        golden[f"case{case}/{key}"] for key in ("raw", "unit", "normalised")
+      golden[f"case{case}/{key}"] for key in ("raw", "unit", "normalised")
     )
   for value_range, expected in (("0..1", unit), ("imagenet", normalised)):
     fn = images.make_preprocess(unit.shape[0], value_range, "legacy")
@@ -568,38 +589,38 @@ def pictures():
   deep = PIL.Image.fromarray(np.asarray(grey).astype(np.uint16) * 256 + 17)
   moving = {"save_all": True, "append_images": [rgb.rotate(180)]}
   return {
-      "JPEG": (coded(rgb, "JPEG"), None),
-      "grey JPEG": (coded(grey, "JPEG"), None),
-      "CMYK JPEG": (coded(rgb.convert("CMYK"), "JPEG"), None),
-      "PNG": (coded(rgb, "PNG"), rgb),
-      "PNG with alpha": (coded(rgba, "PNG"), rgb),
-      "grey PNG with alpha": (coded(rgba.convert("LA"), "PNG"), grey),
-      "PNG with palette": (coded(few, "PNG", transparency=3), few),
-      "PNG of 1 bit": (coded(two, "PNG"), two),
-      "PNG of 16 bits": (coded(deep, "PNG"), grey),
-      "moving PNG": (coded(rgb, "PNG", **moving), rgb),
-      "GIF": (coded(few, "GIF", transparency=3), few),
-      "moving GIF": (coded(few, "GIF", **moving), few),
-      "WebP": (coded(rgb, "WEBP", lossless=True), rgb),
-      "WebP with alpha": (coded(rgba, "WEBP", lossless=True, exact=True), rgb),
-      "moving WebP": (coded(rgb, "WEBP", lossless=True, **moving), rgb),
-      "BMP": (coded(rgb, "BMP"), rgb),
-      "BMP with palette": (coded(few, "BMP"), few),
-      "BMP of 1 bit": (coded(two, "BMP"), two),
-      "TIFF": (coded(rgb, "TIFF", compression="tiff_lzw"), rgb),
-      "TIFF of 16 bits": (coded(deep, "TIFF"), grey),
-      "CMYK TIFF": (coded(rgb.convert("CMYK"), "TIFF"), rgb),
-      "JPEG 2000": (coded(rgb, "JPEG2000"), rgb),
+    "JPEG": (coded(rgb, "JPEG"), None),
+    "grey JPEG": (coded(grey, "JPEG"), None),
+    "CMYK JPEG": (coded(rgb.convert("CMYK"), "JPEG"), None),
+    "PNG": (coded(rgb, "PNG"), rgb),
+    "PNG with alpha": (coded(rgba, "PNG"), rgb),
+    "grey PNG with alpha": (coded(rgba.convert("LA"), "PNG"), grey),
+    "PNG with palette": (coded(few, "PNG", transparency=3), few),
+    "PNG of 1 bit": (coded(two, "PNG"), two),
+    "PNG of 16 bits": (coded(deep, "PNG"), grey),
+    "moving PNG": (coded(rgb, "PNG", **moving), rgb),
+    "GIF": (coded(few, "GIF", transparency=3), few),
+    "moving GIF": (coded(few, "GIF", **moving), few),
+    "WebP": (coded(rgb, "WEBP", lossless=True), rgb),
+    "WebP with alpha": (coded(rgba, "WEBP", lossless=True, exact=True), rgb),
+    "moving WebP": (coded(rgb, "WEBP", lossless=True, **moving), rgb),
+    "BMP": (coded(rgb, "BMP"), rgb),
+    "BMP with palette": (coded(few, "BMP"), few),
+    "BMP of 1 bit": (coded(two, "BMP"), two),
+    "TIFF": (coded(rgb, "TIFF", compression="tiff_lzw"), rgb),
+    "TIFF of 16 bits": (coded(deep, "TIFF"), grey),
+    "CMYK TIFF": (coded(rgb.convert("CMYK"), "TIFF"), rgb),
+    "JPEG 2000": (coded(rgb, "JPEG2000"), rgb),
   }
 
 
 def test_all_kinds_of_images():
   files = [content for content, _ in pictures().values()]
   found = tf.data.Dataset.from_tensor_slices(files).map(
-      lambda content: images.decode(content, 3)
+    lambda content: images.decode(content, 3)
   )
   for (kind, (content, picture)), rgb in zip(
-      pictures().items(), found.as_numpy_iterator(), strict=True
+    pictures().items(), found.as_numpy_iterator(), strict=True
   ):
     if re.search("JPEG$|PNG", kind):  # As VTAB's program does.
       expected = tfds.features.Image().decode_example(content)
@@ -613,13 +634,13 @@ def test_all_kinds_of_images():
 
 
 @pytest.mark.parametrize(
-    "content, message",
-    [
-        (b"", "not a kind of image"),
-        (b"<html>404</html>", "not a kind of image"),
-        (coded(PIL.Image.new("F", (2, 2)), "TIFF"), "TIFF with 32 bits per"),
-        (coded(PIL.Image.new("RGB", (9, 9)), "WEBP")[:-9], "decode"),
-    ],
+  "content, message",
+  [
+    (b"", "not a kind of image"),
+    (b"<html>404</html>", "not a kind of image"),
+    (coded(PIL.Image.new("F", (2, 2)), "TIFF"), "TIFF with 32 bits per"),
+    (coded(PIL.Image.new("RGB", (9, 9)), "WEBP")[:-9], "decode"),
+  ],
 )
 def test_no_images(content, message):
   with pytest.raises((ValueError, OSError), match=message):
@@ -627,7 +648,7 @@ def test_no_images(content, message):
 
 
 @pytest.mark.parametrize(
-    "resize,row", [("bilinear", [0, 0.25, 0.75, 1]), ("legacy", [0, 0.5, 1, 1])]
+  "resize,row", [("bilinear", [0, 0.25, 0.75, 1]), ("legacy", [0, 0.5, 1, 1])]
 )
 def test_resizes_differ_in_where_pixels_lie(resize, row):
   image = np.array([[[0], [255]]], np.uint8)
@@ -642,20 +663,20 @@ def test_shapes_channels_and_ranges():
   np.testing.assert_allclose(found, -0.6, atol=1e-6)
   alpha = np.stack([grey[..., 0]] * 3 + [grey[..., 0] * 0], -1)
   np.testing.assert_allclose(
-      images.make_preprocess((6, 3), "-1..1")(alpha), found
+    images.make_preprocess((6, 3), "-1..1")(alpha), found
   )
   binary = images.make_preprocess(2, "0..1", pixel_scale=255)
   np.testing.assert_allclose(binary(np.ones((4, 4, 1), np.uint8)), 1.0)
 
 
 @pytest.mark.parametrize(
-    "settings,message",
-    [
-        ((8, "0..255"), "value_range '0..255'.*-1..1, 0..1, imagenet"),
-        ((8, "0..1", "nearest"), "resize 'nearest'.*bilinear, legacy"),
-        ((0, "0..1"), "image_size 0"),
-        (((8, 8, 3), "0..1"), "image_size"),
-    ],
+  "settings,message",
+  [
+    ((8, "0..255"), "value_range '0..255'.*-1..1, 0..1, imagenet"),
+    ((8, "0..1", "nearest"), "resize 'nearest'.*bilinear, legacy"),
+    ((0, "0..1"), "image_size 0"),
+    (((8, 8, 3), "0..1"), "image_size"),
+  ],
 )
 def test_preprocessing_refuses(settings, message):
   with pytest.raises(errors.UserError, match=message):

@@ -22,10 +22,10 @@ def test_a_run_stops_with_epoch_step_and_setting(material, tmp_path, capfd):
     assert main.main(command(material, tmp_path, lr=TOO_HIGH)) == 2
     error = capfd.readouterr().err.splitlines()[-1]
     told = re.fullmatch(
-        r"error: The loss became (nan|inf) in epoch 2, step (\d) of 4 \(lr"
-        r" 6\.4e\+39 \(3e\+38 used: batch 12\), weight decay 0.0001, seed 7,"
-        r" phase seeds\)\. .*",
-        error,
+      r"error: The loss became (nan|inf) in epoch 2, step (\d) of 4 \(lr"
+      r" 6\.4e\+39 \(3e\+38 used: batch 12\), weight decay 0.0001, seed 7,"
+      r" phase seeds\)\. .*",
+      error,
     )
     assert told and 2 <= int(told[2]) <= 4, error
   assert [row["epoch"] for row in runs.metrics(tmp_path)] == [1, 1]

@@ -28,29 +28,31 @@ from vqt_jax.train import step as step_lib
 L, D, M = 12, 768, 3072
 BLOCK = 4 * D * (D + 1) + D * (M + 1) + M * (D + 1) + 4 * D
 INSERTED = {
-    "linear": 0,
-    "vqt": L * D,
-    "head2toe": 0,
-    "finetune": L * BLOCK + 2 * D + (768 + 1 + 196 + 1) * D,  # 85.8 M
-    "bitfit": (L * 11 + 2) * D,  # 0.10 M
-    "partial": BLOCK + 2 * D,
-    "vpt_shallow": 10 * D,
-    "vpt_deep": L * 10 * D,
-    "adapter": L * (2 * D * D // 8 + D // 8 + D),
-    "adaptformer": L * (2 * D * 64 + 64 + D),  # 1.19 M
-    "lora": L * 2 * 2 * D * 8,  # 0.29 M
-    "ssf": 2 * (L * 11 + 2) * D,  # 0.21 M
-    "vqt+vpt_deep": L * D + L * 10 * D,
-    "vqt+adaptformer": L * D + L * (2 * D * 64 + 64 + D),
-    "head2toe+lora": L * 2 * 2 * D * 8,
+  "linear": 0,
+  "vqt": L * D,
+  "head2toe": 0,
+  "finetune": L * BLOCK + 2 * D + (768 + 1 + 196 + 1) * D,  # 85.8 M
+  "bitfit": (L * 11 + 2) * D,  # 0.10 M
+  "partial": BLOCK + 2 * D,
+  "vpt_shallow": 10 * D,
+  "vpt_deep": L * 10 * D,
+  "adapter": L * (2 * D * D // 8 + D // 8 + D),
+  "adaptformer": L * (2 * D * 64 + 64 + D),  # 1.19 M
+  "lora": L * 2 * 2 * D * 8,  # 0.29 M
+  "ssf": 2 * (L * 11 + 2) * D,  # 0.21 M
+  "vqt+vpt_deep": L * D + L * 10 * D,
+  "vqt+adaptformer": L * D + L * (2 * D * 64 + 64 + D),
+  "head2toe+lora": L * 2 * 2 * D * 8,
 }
 # Features of a block, in D.
 PER_BLOCK = {"vqt": 1, "head2toe": 197 // (197 * D // 8192)}
 # Every editor, some of them with another reader.
 READ_BY = {
-    "vpt_deep": "vqt+", "ssf": "vqt+", "lora": "head2toe+",
-    "vpt_shallow": "head2toe+",
-}  # fmt: skip
+  "vpt_deep": "vqt+",
+  "ssf": "vqt+",
+  "lora": "head2toe+",
+  "vpt_shallow": "head2toe+",
+}
 TRAINED = ["head2toe", *(READ_BY.get(e, "") + e for e in editors.EDITORS)]
 CLASSES = 5
 SEEDS = np.array([3, 4], np.uint32)
@@ -65,8 +67,8 @@ def weights_of(name, golden):
       prompts = [golden["prompt_embeddings"], golden["deep_prompt_embeddings"]]
       return {"encoderblock": {"input": np.concatenate(prompts)}}
   parts = {
-      part: {n: golden[f"adapter/{part}_{n}"] for n in ("kernel", "bias")}
-      for part in ("down", "up")
+    part: {n: golden[f"adapter/{part}_{n}"] for n in ("kernel", "bias")}
+    for part in ("down", "up")
   }
   return {"encoderblock": {"MlpBlock_0": parts}}
 
@@ -94,13 +96,13 @@ def head_of(golden):
 
 
 @pytest.mark.parametrize(
-    "name, remat",
-    [
-        ("vpt_shallow", False),
-        ("vpt_deep", True),
-        ("adapter", False),
-        ("adaptformer", True),
-    ],
+  "name, remat",
+  [
+    ("vpt_shallow", False),
+    ("vpt_deep", True),
+    ("adapter", False),
+    ("adaptformer", True),
+  ],
 )
 def test_gradients_equal_the_official_program(name, remat):
   golden = helpers.golden(name)
@@ -108,20 +110,20 @@ def test_gradients_equal_the_official_program(name, remat):
   options = editors.Options(num_prompts=5)
   tuner = vqt_jax.make_tuner(name, backbone.config, 7, options=options)
   variables = {
-      "tuner": {"editor": weights_of(name, golden)},
-      "head": head_of(golden),
+    "tuner": {"editor": weights_of(name, golden)},
+    "head": head_of(golden),
   }
   (loss, logits), grads = gradients(tuner, backbone, variables, golden, remat)
   helpers.assert_close(loss, golden["loss"], name="loss")
   helpers.assert_close(logits, golden["logits"], name="logits")
   of_golden = {
-      key.removeprefix("grad/"): value
-      for key, value in golden.items()
-      if key.startswith("grad/")
+    key.removeprefix("grad/"): value
+    for key, value in golden.items()
+    if key.startswith("grad/")
   }
   expected = {
-      "tuner": {"editor": weights_of(name, of_golden)},
-      "head": head_of(of_golden),
+    "tuner": {"editor": weights_of(name, of_golden)},
+    "head": head_of(of_golden),
   }
   jax.tree.map(helpers.assert_close, grads, expected)
 
@@ -137,15 +139,18 @@ def test_fine_tuning_gradients_equal_the_official_program(tmp_path):
   helpers.assert_close(logits, golden["logits"], name="logits")
   # Gradients have the shapes of weights: the loader knows the layout.
   prefix = "grad/backbone/"
-  np.savez(tmp_path / "grads.npz", **{
+  np.savez(
+    tmp_path / "grads.npz",
+    **{
       key.removeprefix(prefix): value
       for key, value in golden.items()
       if key.startswith(prefix)
-  })  # fmt: skip
+    },
+  )
   expected = vqt_jax.load_backbone(tmp_path / "grads.npz", gelu="exact").params
   expected["cls"] = golden[f"{prefix}cls"]  # Loading adds its position to it.
   jax.tree.map(
-      helpers.assert_close, grads["tuner"]["editor"]["backbone"], expected
+    helpers.assert_close, grads["tuner"]["editor"]["backbone"], expected
   )
 
 
@@ -157,7 +162,7 @@ def test_the_official_initialisation_of_adapters_is_dead():
   ours = tuner.init(jax.random.key(0))["tuner"]
   zeros = jax.tree.map(jnp.zeros_like, ours)
   (loss, logits), grads = gradients(
-      tuner, backbone, {"tuner": zeros, "head": head_of(golden)}, golden
+    tuner, backbone, {"tuner": zeros, "head": head_of(golden)}, golden
   )
   helpers.assert_close(logits, golden["official_init/logits"])
   helpers.assert_close(loss, golden["official_init/loss"])
@@ -166,7 +171,7 @@ def test_the_official_initialisation_of_adapters_is_dead():
   helpers.assert_close(up, golden["official_init/grad/adapter/up_bias"])
   assert not any(np.abs(x).max() for x in jax.tree.leaves(grads))
   _, grads = gradients(
-      tuner, backbone, {"tuner": ours, "head": head_of(golden)}, golden
+    tuner, backbone, {"tuner": ours, "head": head_of(golden)}, golden
   )
   grads = grads["tuner"]["editor"]["encoderblock"]["MlpBlock_0"]
   assert np.abs(grads["up"]["kernel"]).max() > 0
@@ -175,7 +180,7 @@ def test_the_official_initialisation_of_adapters_is_dead():
 def tiny_tuner(method, backbone):
   options = editors.Options(num_prompts=2, bottleneck=3, rank=2)
   return vqt_jax.make_tuner(
-      method, backbone.config, CLASSES, options=options, target_size=48
+    method, backbone.config, CLASSES, options=options, target_size=48
   )
 
 
@@ -185,16 +190,23 @@ def train(tuner, backbone, seeds, recipe, steps=3):
   state = step_lib.init(tuner, recipe, backbone.params, seeds)
   start = jax.tree.map(np.array, state.trained)
   settings = step_lib.Settings(
-      np.full(len(seeds), 0.01, np.float32),
-      np.full(len(seeds), 1e-3, np.float32),
-      normalize=np.ones(len(seeds), bool),
+    np.full(len(seeds), 0.01, np.float32),
+    np.full(len(seeds), 1e-3, np.float32),
+    normalize=np.ones(len(seeds), bool),
   )
   order = np.tile(np.arange(8, dtype=np.int32), (steps, 1))
   frozen = tuner_lib.partition(backbone.params, tuner.shapes())[1]
   state, losses, _ = step_lib.train_steps(
-      tuner, recipe, state, frozen, settings, examples, order,
-      np.ones(order.shape, np.float32), np.ones(steps, np.float32),
-  )  # fmt: skip
+    tuner,
+    recipe,
+    state,
+    frozen,
+    settings,
+    examples,
+    order,
+    np.ones(order.shape, np.float32),
+    np.ones(steps, np.float32),
+  )
   own = lambda tree: {name: tree[name] for name in tuner_lib.TRAINED}
   return own(start), jax.tree.map(np.array, own(state.trained)), losses
 
@@ -217,9 +229,7 @@ def test_methods_listed_are_methods_tested():
 
 @pytest.mark.parametrize("method", INSERTED)
 def test_sizes_for_vit_b_are_the_papers(method):
-  config = vit.ViTConfig(
-      **vit.decode_variant("B/16"), image_size=(224, 224)
-  )
+  config = vit.ViTConfig(**vit.decode_variant("B/16"), image_size=(224, 224))
   shapes = vqt_jax.make_tuner(method, config, 100).shapes()
   size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
   assert size(shapes["tuner"]) == INSERTED[method]
@@ -232,8 +242,8 @@ def test_sizes_for_vit_b_are_the_papers(method):
 def test_trained_leaves_move_and_the_backbone_keeps_its_bits(method):
   backbone, _, start, end = trained(method)
   for leaf, same in zip(
-      jax.tree.leaves(backbone.params),
-      jax.tree.leaves(helpers.tiny_backbone().params),
+    jax.tree.leaves(backbone.params),
+    jax.tree.leaves(helpers.tiny_backbone().params),
   ):
     np.testing.assert_array_equal(leaf, same)
   change = lambda a, b: np.abs(a - b).max((0, -1)).min()
@@ -256,15 +266,15 @@ def test_training_starts_from_the_backbone_as_it_is(method):
 
 
 @pytest.mark.parametrize(
-    "name", ["adapter", "adaptformer", "lora", "ssf", "vpt_deep"]
+  "name", ["adapter", "adaptformer", "lora", "ssf", "vpt_deep"]
 )
 def test_a_query_passes_through_an_edited_block_as_a_token_would(name):
   backbone = helpers.tiny_backbone()
   tuner = tiny_tuner(name, backbone)
   rng = np.random.default_rng(0)
   own = jax.tree.map(
-      lambda x: 0.3 * rng.standard_normal(x.shape[1:]).astype(np.float32),
-      tuner.shapes()["tuner"]["editor"]["encoderblock"],
+    lambda x: 0.3 * rng.standard_normal(x.shape[1:]).astype(np.float32),
+    tuner.shapes()["tuner"]["editor"]["encoderblock"],
   )
   blocks = backbone.params["Transformer"]["encoderblock"]
   params = {"params": jax.tree.map(lambda x: x[0], blocks)}
@@ -286,13 +296,13 @@ def test_of_a_leaf_in_part_only_the_last_rows_train():
   assert set(copies) == {"encoderblock", "encoder_norm"}
   blocks = backbone.params["Transformer"]["encoderblock"]
   for copy, leaf in zip(
-      jax.tree.leaves(copies["encoderblock"]), jax.tree.leaves(blocks)
+    jax.tree.leaves(copies["encoderblock"]), jax.tree.leaves(blocks)
   ):
     assert copy[0].shape == (1, *leaf.shape[1:])
   params = editors.replaced(backbone.params, run_of(end["tuner"]["editor"], 0))
   for new, old in zip(
-      jax.tree.leaves(params["Transformer"]["encoderblock"]),
-      jax.tree.leaves(blocks),
+    jax.tree.leaves(params["Transformer"]["encoderblock"]),
+    jax.tree.leaves(blocks),
   ):
     np.testing.assert_array_equal(new[:-1], old[:-1])
     assert np.abs(new[-1] - old[-1]).max() > 0
@@ -326,9 +336,13 @@ def test_what_is_shipped_does_what_was_trained(method, tmp_path):
   images = helpers.tiny_examples(backbone, 3, CLASSES)["image"]
   logits = vqt_jax.apply(backbone, tuner, variables, images).logits
   tuned.save(
-      tmp_path / "tuned", str(tmp_path / "vit.npz"), backbone, tuner,
-      variables, {},
-  )  # fmt: skip
+    tmp_path / "tuned",
+    str(tmp_path / "vit.npz"),
+    backbone,
+    tuner,
+    variables,
+    {},
+  )
   loaded = tuned.load(tmp_path / "tuned")
   assert loaded.tuner == tuner
   np.testing.assert_array_equal(loaded(images).logits, logits)
@@ -339,7 +353,7 @@ def test_what_is_shipped_does_what_was_trained(method, tmp_path):
   folded = loaded.folded()
   vqt_jax.save_npz(tmp_path / "folded.npz", folded.backbone)
   again = vqt_jax.load_backbone(
-      tmp_path / "folded.npz", image_size=backbone.config.image_size
+    tmp_path / "folded.npz", image_size=backbone.config.image_size
   )
   assert not folded.tuner.editor
   assert folded.tuner.method == tuner_lib.parse(method)[0]
@@ -382,7 +396,7 @@ def test_copies_need_the_backbone():
   config = helpers.tiny_config()
   with pytest.raises(vqt_jax.UserError, match="last_blocks of at most 3"):
     vqt_jax.make_tuner(
-        "partial", config, 3, options=editors.Options(last_blocks=4)
+      "partial", config, 3, options=editors.Options(last_blocks=4)
     )
 
 
@@ -393,8 +407,8 @@ def test_memory_of_a_run_is_foreseen(remat):
   tuner = vqt_jax.make_tuner("lora", config, cases.NUM_CLASSES)
   case = cases.train(tuner, 32, remat=remat)
   held = sum(
-      x.size * x.dtype.itemsize
-      for x in jax.tree.leaves(jax.eval_shape(case.build)[0])
+    x.size * x.dtype.itemsize
+    for x in jax.tree.leaves(jax.eval_shape(case.build)[0])
   )
   compiled = case.function.lower(*case.shapes()).compile()
   needed = compiled.memory_analysis().temp_size_in_bytes + held
@@ -407,8 +421,12 @@ def test_memory_of_a_run_is_foreseen(remat):
 def test_a_run_is_resumed_to_the_bit(material, tmp_path):
   """Queries and prompts, through the backbone in every step."""
   changes = dict(
-      method="vqt+vpt_deep", lr="0.5,", epochs=2, num_prompts=2, remat=True,
-  )  # fmt: skip
+    method="vqt+vpt_deep",
+    lr="0.5,",
+    epochs=2,
+    num_prompts=2,
+    remat=True,
+  )
   command = lambda name: runs.command(material, tmp_path / name, **changes)
   alone = runs.Process(command("alone"))
   assert alone.wait() == 0, alone.said()

@@ -20,11 +20,18 @@ COUNTS = {"train": 800, "val": 200, "trainval": 1000, "test": 5000}
 def start(method, extracted=None, **changes):
   """A forecast, the planned stages, and what will be said."""
   config = config_lib.default_config()
-  config.update({
-      "method": method, "task": "digits", "epochs": 10, "warmup_epochs": 1,
-      "batch_size": 100, "lr": (1.0, 0.1), "weight_decay": (0.0, 0.1),
+  config.update(
+    {
+      "method": method,
+      "task": "digits",
+      "epochs": 10,
+      "warmup_epochs": 1,
+      "batch_size": 100,
+      "lr": (1.0, 0.1),
+      "weight_decay": (0.0, 0.1),
       **changes,
-  })  # fmt: skip
+    }
+  )
   config, stream = config_lib.resolve(config), io.StringIO()
   tuner = tuner_lib.make_tuner(method, helpers.tiny_config(), 5)
   console = console_lib.Console(stream)
@@ -36,7 +43,7 @@ def start(method, extracted=None, **changes):
 
 def told(stream):
   """The words of the line, and seconds of each part and of all."""
-  line, = stream.getvalue().splitlines()
+  (line,) = stream.getvalue().splitlines()
   words, parts = line.removeprefix("time     ").split(": ", 1)
   found = dict(part.rsplit(" ", 1) for part in parts.split(", "))
   found["all"] = re.search(r"[\d:]+", words)[0]
@@ -59,10 +66,15 @@ def test_from_stored_features():
   words, found = told(said)
   assert words == "about T to go"
   seeds = 8.4 + 100 * 0.6 * (2 + 5) / (2 + 4)
-  assert found == pytest.approx({
-      "search": 77 * 0.6, "seeds": seeds, "test": 53,
+  assert found == pytest.approx(
+    {
+      "search": 77 * 0.6,
+      "seeds": seeds,
+      "test": 53,
       "all": 77 * 0.6 + seeds + 53,
-  }, abs=0.51)  # fmt: skip
+    },
+    abs=0.51,
+  )
 
 
 def test_of_an_editor_in_packs_of_which_some_are_done():
@@ -75,10 +87,15 @@ def test_of_an_editor_in_packs_of_which_some_are_done():
   forecast.hear(78, 1, 3.0)
   _, found = told(said)
   image = 0.03 / 3  # A step takes 3 s; a third of it is the way there.
-  assert found == pytest.approx({
-      "search": (78 + 80) * 3 + 2 * 200 * image, "seeds": 2 + 2 * 100 * 3,
-      "test": 2 * 5000 * image, "all": 474 + 4 + 602 + 100,
-  }, abs=0.51)  # fmt: skip
+  assert found == pytest.approx(
+    {
+      "search": (78 + 80) * 3 + 2 * 200 * image,
+      "seeds": 2 + 2 * 100 * 3,
+      "test": 2 * 5000 * image,
+      "all": 474 + 4 + 602 + 100,
+    },
+    abs=0.51,
+  )
 
 
 def test_a_live_step_is_nearly_all_backbone():
@@ -92,16 +109,16 @@ def test_a_live_step_is_nearly_all_backbone():
 
 
 @pytest.mark.parametrize(
-    "extracted, protocol_name, words",
-    [
-        (None, "full", "about T to go before the test"),
-        ((0.0, 0.001), "full", "about T to go"),
-        (None, "best", "at least T to go before the test"),
-    ],
+  "extracted, protocol_name, words",
+  [
+    (None, "full", "about T to go before the test"),
+    ((0.0, 0.001), "full", "about T to go"),
+    (None, "best", "at least T to go before the test"),
+  ],
 )
 def test_of_a_search_that_is_over_quickly(extracted, protocol_name, words):
   forecast, (search, _), said = start(
-      "linear", extracted, protocol=protocol_name
+    "linear", extracted, protocol=protocol_name
   )
   forecast.begin(search, 20, set(), live=False)
   forecast.hear(12, 1, 2.0)
@@ -113,7 +130,7 @@ def test_of_a_search_that_is_over_quickly(extracted, protocol_name, words):
 def test_a_part_that_is_not_planned_comes_first():
   forecast, planned, said = start("linear", protocol="best")
   fold = stages.Stage(
-      "fold_1_1", "fold 1", planned[0].tuner, planned[0].runs, "setting"
+    "fold_1_1", "fold 1", planned[0].tuner, planned[0].runs, "setting"
   )
   done = {stage.name for stage in planned}
   forecast.begin(fold, 20, done, live=False)

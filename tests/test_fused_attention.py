@@ -52,8 +52,8 @@ def _mesh(data, model):
 def test_value_and_gradient(cudnn, tokens, mesh):
   shape = (8, tokens, 4, 8)
   q, k, v, c = (
-      jax.random.normal(key, shape, jnp.bfloat16)
-      for key in jax.random.split(jax.random.key(0), 4)
+    jax.random.normal(key, shape, jnp.bfloat16)
+    for key in jax.random.split(jax.random.key(0), 4)
   )
 
   def value_and_gradient(attend):
@@ -64,7 +64,7 @@ def test_value_and_gradient(cudnn, tokens, mesh):
   with _mesh(*mesh):
     got = jax.jit(lambda: value_and_gradient(fused_attention.attend))()
     np.testing.assert_array_equal(
-        jax.jit(fused_attention.attend)(q, k, v), want[0]
+      jax.jit(fused_attention.attend)(q, k, v), want[0]
     )
   for a, b in zip(got, want, strict=True):
     a, b = (np.asarray(x, np.float32) for x in (a, b))
@@ -105,15 +105,15 @@ def test_a_step_with_it(cudnn, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "shape, keys, dtype",
-    [
-        ((8, 6, 2, 8), (8, 6, 2, 8), "float32"),
-        ((8, 1, 2, 8), (8, 6, 2, 8), "bfloat16"),  # Queries, attention pooling.
-        ((8, 6, 2, 4), (8, 6, 2, 4), "bfloat16"),
-        ((8, 6, 2, 136), (8, 6, 2, 136), "bfloat16"),
-        ((1, 6, 2, 8), (1, 6, 2, 8), "bfloat16"),  # Of two devices.
-        ((8, 6, 3, 8), (8, 6, 3, 8), "bfloat16"),  # The same, of heads.
-    ],
+  "shape, keys, dtype",
+  [
+    ((8, 6, 2, 8), (8, 6, 2, 8), "float32"),
+    ((8, 1, 2, 8), (8, 6, 2, 8), "bfloat16"),  # Queries, attention pooling.
+    ((8, 6, 2, 4), (8, 6, 2, 4), "bfloat16"),
+    ((8, 6, 2, 136), (8, 6, 2, 136), "bfloat16"),
+    ((1, 6, 2, 8), (1, 6, 2, 8), "bfloat16"),  # Of two devices.
+    ((8, 6, 3, 8), (8, 6, 3, 8), "bfloat16"),  # The same, of heads.
+  ],
 )
 def test_what_it_leaves_to_others(cudnn, shape, keys, dtype):
   q, k = jnp.ones(shape, dtype), jnp.ones(keys, dtype)
@@ -124,15 +124,15 @@ def test_what_it_leaves_to_others(cudnn, shape, keys, dtype):
 
 
 @pytest.mark.parametrize(
-    "platform, capability, expected",
-    [
-        ("gpu", "9.0", True),
-        ("gpu", "8.6", True),
-        ("gpu", "12.0", True),
-        ("gpu", "7.5", False),
-        ("gpu", "gfx90a", False),
-        ("tpu", "9.0", False),
-    ],
+  "platform, capability, expected",
+  [
+    ("gpu", "9.0", True),
+    ("gpu", "8.6", True),
+    ("gpu", "12.0", True),
+    ("gpu", "7.5", False),
+    ("gpu", "gfx90a", False),
+    ("tpu", "9.0", False),
+  ],
 )
 def test_where_it_is(monkeypatch, platform, capability, expected):
   class Device:
@@ -148,9 +148,9 @@ def test_steps_lower_for_gpus(monkeypatch, method):
   """JAX does so without one, if it is made to believe in one."""
   module = "jax._src.cudnn.fused_attention_stablehlo"
   for name, answer in (
-      ("check_cudnn_version", 91000),
-      ("check_compute_capability", True),
-      ("is_cuda_compute_capability_equal", False),
+    ("check_cudnn_version", 91000),
+    ("check_compute_capability", True),
+    ("is_cuda_compute_capability_equal", False),
   ):
     monkeypatch.setattr(f"{module}.{name}", lambda *_, x=answer: x)
   monkeypatch.setattr(fused_attention, "is_available", lambda: True)
@@ -185,7 +185,7 @@ def test_frozen_backbone_uses_it(cudnn):
   config = cases.vit_config("Ti/16", 48, "bfloat16")
   images = jnp.ones((2, 48, 48, 3))
   jax.eval_shape(
-      lambda p: vit.ViT(config).apply({"params": p}, images),
-      vit.param_shapes(config),
+    lambda p: vit.ViT(config).apply({"params": p}, images),
+    vit.param_shapes(config),
   )
   assert (2, 10, 3, 64) in cudnn.shapes

@@ -22,16 +22,16 @@ from vqt_jax.train import store
 
 
 @pytest.mark.parametrize(
-    "variant, target_size, tokens",
-    [
-        ("B/16", 1, 197),
-        ("B/16", 512, 197),
-        ("B/16", 768, 197),
-        ("B/16", 1536, 98),
-        ("B/16", 8192, 18),  # 10 times; 17 tokens are left over.
-        ("S/14", 8192, 12),
-        ("B/16", 10**9, 1),
-    ],
+  "variant, target_size, tokens",
+  [
+    ("B/16", 1, 197),
+    ("B/16", 512, 197),
+    ("B/16", 768, 197),
+    ("B/16", 1536, 98),
+    ("B/16", 8192, 18),  # 10 times; 17 tokens are left over.
+    ("S/14", 8192, 12),
+    ("B/16", 10**9, 1),
+  ],
 )
 def test_windows_of_the_official_program(variant, target_size, tokens):
   sizes = vit.decode_variant(variant)
@@ -54,16 +54,23 @@ def reference(tokens, final, size, normalize=True):
 
 
 @pytest.mark.parametrize(
-    "pool_type, target_size, size, normalize",
-    [("tok", 48, 3, True), ("gap", 64, 2, True), ("tok", 9, 10, False),
-     ("tok", 999, 1, True)],
-)  # fmt: skip
+  "pool_type, target_size, size, normalize",
+  [
+    ("tok", 48, 3, True),
+    ("gap", 64, 2, True),
+    ("tok", 9, 10, False),
+    ("tok", 999, 1, True),
+  ],
+)
 def test_features_equal_numpy(pool_type, target_size, size, normalize):
   backbone = helpers.tiny_backbone(pool_type=pool_type)
   tuner = vqt_jax.make_tuner(
-      "head2toe", backbone.config, 5, target_size=target_size,
-      normalize=normalize,
-  )  # fmt: skip
+    "head2toe",
+    backbone.config,
+    5,
+    target_size=target_size,
+    normalize=normalize,
+  )
   assert tuner.window == size
   images = helpers.tiny_examples(backbone, 4, 5)["image"]
   variables = tuner.init(jax.random.key(0))
@@ -83,14 +90,17 @@ def test_prompts_are_in_no_window(target_size):
   backbone = helpers.tiny_backbone()
   options = editors.Options(num_prompts=2)
   tuner = vqt_jax.make_tuner(
-      "head2toe+vpt_deep", backbone.config, 5, options=options,
-      target_size=target_size,
-  )  # fmt: skip
+    "head2toe+vpt_deep",
+    backbone.config,
+    5,
+    options=options,
+    target_size=target_size,
+  )
   variables = tuner.init(jax.random.key(0))
   images = helpers.tiny_examples(backbone, 2, 5)["image"]
   # A reader of single tokens gets the prompts as well.
   other = vqt_jax.make_tuner(
-      "vqt+vpt_deep", backbone.config, 5, options=options
+    "vqt+vpt_deep", backbone.config, 5, options=options
   )
   everything = {**variables, "backbone": backbone.params}
   stream = jax.tree.map(np.asarray, other.stream(everything, images))
@@ -157,17 +167,23 @@ def test_val_picks_the_fraction(material, tmp_path):
   assert alone["selection"] is None
   assert alone["test_accuracy"] == found["test_accuracy"]
   files = [
-      runs.files(tmp_path / name, "tuned/**/*.safetensors")
-      for name in ("several", "alone")
+    runs.files(tmp_path / name, "tuned/**/*.safetensors")
+    for name in ("several", "alone")
   ]
   assert files[0] == files[1] and len(files[0]) == 2
 
 
 def test_the_best_protocol_tries_all_fractions(material, tmp_path):
   found = run(
-      material, tmp_path, protocol="best", keep_fraction="0.2,0.5", lr="4.0,",
-      best__keep_fractions="0.5,0.7", best__finalists=1, best__folds=2,
-  )  # fmt: skip
+    material,
+    tmp_path,
+    protocol="best",
+    keep_fraction="0.2,0.5",
+    lr="4.0,",
+    best__keep_fractions="0.5,0.7",
+    best__finalists=1,
+    best__folds=2,
+  )
   tried = [f["keep_fraction"] for f in found["best"]["keep_fractions"]]
   assert tried == [0.2, 0.5, 0.7, 1.0]
   assert found["best"]["searched"] == 1
@@ -180,9 +196,13 @@ def test_an_old_model_loads_without_a_target_size(tmp_path):
   tuner = vqt_jax.make_tuner("linear", backbone.config, 5)
   variables = tuner.init(jax.random.key(0))
   tuned.save(
-      tmp_path / "tuned", str(tmp_path / "vit.npz"), backbone, tuner,
-      variables, {},
-  )  # fmt: skip
+    tmp_path / "tuned",
+    str(tmp_path / "vit.npz"),
+    backbone,
+    tuner,
+    variables,
+    {},
+  )
   info = runs.read_json(tmp_path / "tuned" / "info.json")
   del info["target_size"]
   (tmp_path / "tuned" / "info.json").write_text(json.dumps(info))

@@ -64,33 +64,33 @@ def test_communication_of_a_known_text():
   found = {each.kind: each for each in hlo.collectives(TEXT)}
   assert len(found) == len(hlo.collectives(TEXT)) == 4
   assert found["all-to-all"] == hlo.Collective(
-      "all-to-all", 32, ("f32",), devices=4, times=36, loops=2
+    "all-to-all", 32, ("f32",), devices=4, times=36, loops=2
   )
   assert found["all-reduce"] == hlo.Collective(
-      "all-reduce", 96, ("f32",), devices=4, times=3, loops=1
+    "all-reduce", 96, ("f32",), devices=4, times=3, loops=1
   )
   assert found["all-gather"] == hlo.Collective(
-      "all-gather", 256, ("bf16",), devices=4, times=1, loops=0
+    "all-gather", 256, ("bf16",), devices=4, times=1, loops=0
   )
   assert found["collective-permute"].size == 64
   sent = {kind: each.sent for kind, each in found.items()}
   assert sent == {
-      "all-to-all": 36 * 32 * 3 / 4,
-      "all-reduce": 3 * 96 * 2 * 3 / 4,
-      "all-gather": 256 * 3 / 4,
-      "collective-permute": 64,
+    "all-to-all": 36 * 32 * 3 / 4,
+    "all-reduce": 3 * 96 * 2 * 3 / 4,
+    "all-gather": 256 * 3 / 4,
+    "collective-permute": 64,
   }
 
 
 def test_what_is_started_names_what_comes_out_behind_what_goes_in():
   line = (
-      "  %s = ((f32[2,8], f32[4]), (f32[8,8], f32[16])) all-gather-start(%a,"
-      " %b), replica_groups={{0,1,2,3}}, dimensions={0}"
+    "  %s = ((f32[2,8], f32[4]), (f32[8,8], f32[16])) all-gather-start(%a,"
+    " %b), replica_groups={{0,1,2,3}}, dimensions={0}"
   )
   assert hlo._operation(line).size == 4 * (64 + 16)
   line = (
-      "  %s = (f32[64], f32[16], u32[], u32[]) reduce-scatter-start(%a),"
-      " replica_groups={{0,1,2,3}}"
+    "  %s = (f32[64], f32[16], u32[], u32[]) reduce-scatter-start(%a),"
+    " replica_groups={{0,1,2,3}}"
   )
   assert hlo._operation(line).size == 4 * 16
 
@@ -111,9 +111,12 @@ def test_products_are_those_of_all_devices():
   product = lambda x, y: x @ y
   rows = jax.sharding.PartitionSpec("data")
   of_parts = jax.shard_map(
-      product, mesh=mesh, in_specs=(rows, jax.sharding.PartitionSpec()),
-      out_specs=rows, axis_names={"data"},
-  )  # fmt: skip
+    product,
+    mesh=mesh,
+    in_specs=(rows, jax.sharding.PartitionSpec()),
+    out_specs=rows,
+    axis_names={"data"},
+  )
   x, y = jnp.ones((8, 16)), jnp.ones((16, 32))
   for function in (product, of_parts):
     assert compiled.matmuls(jax.jit(function), x, y) == 2 * 8 * 16 * 32
@@ -159,14 +162,14 @@ def exchanged(method, stored=False, data=8, model=1):
 
 
 @pytest.mark.parametrize(
-    "method, stored",
-    [
-        ("vqt", False),
-        ("vqt", True),
-        ("linear", False),
-        ("finetune", False),
-        ("vqt+vpt_deep", False),
-    ],
+  "method, stored",
+  [
+    ("vqt", False),
+    ("vqt", True),
+    ("linear", False),
+    ("finetune", False),
+    ("vqt+vpt_deep", False),
+  ],
 )
 def test_gradients_are_summed_once_a_step_in_float32(method, stored):
   """All of them together, and none inside the loop over blocks."""
@@ -201,7 +204,7 @@ def test_extraction_exchanges_features_once():
   params = vit.param_shapes(config)
   params = parallel.backbone_shapes(params, mesh, "float32")
   images = jax.ShapeDtypeStruct(
-      (16, 16, 16, 3), jnp.float32, sharding=parallel.batch_sharding(mesh)
+    (16, 16, 16, 3), jnp.float32, sharding=parallel.batch_sharding(mesh)
   )
   done = compiled.compile_for(mesh, store.runner(layout), params, images)
   found = hlo.collectives(done.as_text())

@@ -48,14 +48,14 @@ def test_help_has_every_field(capsys, flag):
 
 
 @pytest.mark.parametrize(
-    "name, given, counts",
-    [
-        ("lr", ["=0.1", "=0.5"], (0.5,)),
-        ("lr", ["=(1,2)", "=3,4"], (3.0, 4.0)),
-        ("seeds", ["=1", " [1,2]", " 3,4"], (3, 4)),
-        ("best.normalize", ["=True", "=False,True"], (False, True)),
-        ("epochs", ["=1", " 2"], 2),
-    ],
+  "name, given, counts",
+  [
+    ("lr", ["=0.1", "=0.5"], (0.5,)),
+    ("lr", ["=(1,2)", "=3,4"], (3.0, 4.0)),
+    ("seeds", ["=1", " [1,2]", " 3,4"], (3, 4)),
+    ("best.normalize", ["=True", "=False,True"], (False, True)),
+    ("epochs", ["=1", " 2"], 2),
+  ],
 )
 def test_of_a_field_given_twice_the_last_counts(name, given, counts):
   argv = " ".join(f"--config.{name}{value}" for value in given).split(" ")
@@ -70,7 +70,7 @@ def test_of_two_config_files_the_last_counts():
 
 
 @pytest.mark.parametrize(
-    "name", ["digits", "digits.py", "configs/digits", "configs/digits.py"]
+  "name", ["digits", "digits.py", "configs/digits", "configs/digits.py"]
 )
 def test_shipped_configs_are_found_from_anywhere(name, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
@@ -80,28 +80,28 @@ def test_shipped_configs_are_found_from_anywhere(name, tmp_path, monkeypatch):
   mine = tmp_path / name  # What lies in the folder comes first.
   mine.parent.mkdir(exist_ok=True)
   mine.write_text(
-      "from vqt_jax.configs import digits\n"
-      "def get_config(arg):\n"
-      "  config = digits.get_config(arg)\n"
-      "  config.update(epochs=7, lr=0.3)\n"
-      "  return config\n"
+    "from vqt_jax.configs import digits\n"
+    "def get_config(arg):\n"
+    "  config = digits.get_config(arg)\n"
+    "  config.update(epochs=7, lr=0.3)\n"
+    "  return config\n"
   )
   config = cli.parse([*argv, "--config.lr=1,2"]).config
   assert (config.method, config.epochs, config.lr) == ("linear", 7, (1.0, 2.0))
 
 
 @pytest.mark.parametrize(
-    "plugin, given, expected",
-    [
-        ("xla_cuda13", "", parallel.GPU_FLAGS),
-        # The last one wins.
-        ("xla_cuda13", "--a=1", f"{parallel.GPU_FLAGS} --a=1"),
-        ("xla_cuda13", "flags.txt", "flags.txt"),
-        ("other", "--a=1", "--a=1"),
-    ],
+  "plugin, given, expected",
+  [
+    ("xla_cuda13", "", parallel.GPU_FLAGS),
+    # The last one wins.
+    ("xla_cuda13", "--a=1", f"{parallel.GPU_FLAGS} --a=1"),
+    ("xla_cuda13", "flags.txt", "flags.txt"),
+    ("other", "--a=1", "--a=1"),
+  ],
 )
 def test_gpus_are_asked_for_the_same_bits_each_time(
-    monkeypatch, plugin, given, expected
+  monkeypatch, plugin, given, expected
 ):
   plugins = [types.SimpleNamespace(name=plugin)]
   monkeypatch.setattr("importlib.metadata.entry_points", lambda group: plugins)
@@ -112,22 +112,35 @@ def test_gpus_are_asked_for_the_same_bits_each_time(
 
 
 @pytest.mark.parametrize(
-    "name, value, error, found",
-    [
-        ("JAX_PLATFORMS", "CPU",
-         RuntimeError("Unable to initialize backend 'CPU': Backend 'CPU' is not"
-                      " in the list of known backends: ['cpu', 'tpu']. (set"
-                      " JAX_PLATFORMS='' to automatically choose one)"),
-         "['cpu', 'tpu']). Unset JAX_PLATFORMS,"),
-        ("JAX_PLATFORMS", "cuda", AssertionError(), "(it sees no GPU). Unset"),
-        ("JAX_PLATFORM_NAME", "gpu", RuntimeError("Unknown backend: 'gpu'"),
-         "(Unknown backend: 'gpu'). Unset JAX_PLATFORM_NAME,"),
-        ("JAX_PLATFORMS", "", RuntimeError("Unable to initialize backend 'a'"),
-         "JAX finds no devices: Unable to initialize backend 'a'"),
-    ],
-)  # fmt: skip
+  "name, value, error, found",
+  [
+    (
+      "JAX_PLATFORMS",
+      "CPU",
+      RuntimeError(
+        "Unable to initialize backend 'CPU': Backend 'CPU' is not"
+        " in the list of known backends: ['cpu', 'tpu']. (set"
+        " JAX_PLATFORMS='' to automatically choose one)"
+      ),
+      "['cpu', 'tpu']). Unset JAX_PLATFORMS,",
+    ),
+    ("JAX_PLATFORMS", "cuda", AssertionError(), "(it sees no GPU). Unset"),
+    (
+      "JAX_PLATFORM_NAME",
+      "gpu",
+      RuntimeError("Unknown backend: 'gpu'"),
+      "(Unknown backend: 'gpu'). Unset JAX_PLATFORM_NAME,",
+    ),
+    (
+      "JAX_PLATFORMS",
+      "",
+      RuntimeError("Unable to initialize backend 'a'"),
+      "JAX finds no devices: Unable to initialize backend 'a'",
+    ),
+  ],
+)
 def test_devices_that_are_not_there(
-    capsys, tmp_path, monkeypatch, name, value, error, found
+  capsys, tmp_path, monkeypatch, name, value, error, found
 ):
   def fail():
     raise error
@@ -159,7 +172,7 @@ def train(monkeypatch):
 
 
 def test_a_run_gets_the_resolved_config_and_its_noise_the_log(
-    capfd, tmp_path, train
+  capfd, tmp_path, train
 ):
   seen = []
 
@@ -171,7 +184,7 @@ def test_a_run_gets_the_resolved_config_and_its_noise_the_log(
   workdir = str(tmp_path / "run")
   args = [CONFIG, f"--workdir={workdir}", "--config.preset=authors"]
   assert main.main(["main.py", *args, "--config.gelu=tanh"]) == 0
-  (config, given), = seen
+  ((config, given),) = seen
   assert given == workdir
   assert (config.embedding_dropout, config.gelu) == (0.1, "tanh")
   assert capfd.readouterr() == ("", "")
@@ -186,7 +199,7 @@ def test_a_workdir_of_another_config_stays_untouched(capsys, tmp_path, train):
   (tmp_path / "results.json").write_text("{}")
   before = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
   status, said = run(
-      capsys, CONFIG, f"--workdir={tmp_path}", "--config.num_queries=10"
+    capsys, CONFIG, f"--workdir={tmp_path}", "--config.num_queries=10"
   )
   assert status == 2
   assert "holds a run of another config: " in said
@@ -195,7 +208,7 @@ def test_a_workdir_of_another_config_stays_untouched(capsys, tmp_path, train):
 
 
 def test_an_error_of_the_run_is_said_after_the_log_is_closed(
-    capfd, tmp_path, train
+  capfd, tmp_path, train
 ):
   def fake(config, workdir):
     raise errors.UserError("The data is not prepared.")
@@ -226,24 +239,29 @@ def test_an_interrupted_run_promises_no_save(capfd, tmp_path, train):
 
 
 @pytest.mark.parametrize(
-    "end, words",
-    [("", ""), ("os.abort()", "error: It's over; see the log.\n"),
-     ("os.kill(os.getpid(), 9)", "error: It's over; see the log.\n")],
-)  # fmt: skip
+  "end, words",
+  [
+    ("", ""),
+    ("os.abort()", "error: It's over; see the log.\n"),
+    ("os.kill(os.getpid(), 9)", "error: It's over; see the log.\n"),
+  ],
+)
 def test_last_words(tmp_path, end, words):
   """Of a process that dies in C++ code, or is killed, another one tells."""
   log = tmp_path / "log.txt"
   program = (
-      "import os\n"
-      "from vqt_jax import noise\n"
-      f"with noise.quiet({str(log)!r}) as screen:\n"
-      "  with noise.last_words(screen, \"It's over; see the log.\"):\n"
-      f"    {end or 'pass'}\n"
+    "import os\n"
+    "from vqt_jax import noise\n"
+    f"with noise.quiet({str(log)!r}) as screen:\n"
+    '  with noise.last_words(screen, "It\'s over; see the log."):\n'
+    f"    {end or 'pass'}\n"
   )
   done = subprocess.run(  # Ends when nobody holds its standard error any more.
-      [sys.executable, "-c", program], capture_output=True, text=True,
-      check=False,
-  )  # fmt: skip
+    [sys.executable, "-c", program],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert (done.stdout, done.stderr) == ("", words)
   assert ("Fatal Python error: Abort" in log.read_text()) == ("abort" in end)
 
@@ -251,21 +269,21 @@ def test_last_words(tmp_path, end, words):
 def test_closed_streams(tmp_path):
   """What is opened meanwhile does not get what is printed."""
   program = (
-      "import os, sys\n"
-      "from vqt_jax import noise\n"
-      "noise.open_streams()\n"
-      "file = open(sys.argv[1], 'w')\n"
-      "with noise.quiet(sys.argv[2]):\n"
-      "  print('printed')\n"
-      "  os.write(2, b'written')\n"
-      "print('to nobody')\n"
-      "print('to nobody', file=sys.stderr)\n"
+    "import os, sys\n"
+    "from vqt_jax import noise\n"
+    "noise.open_streams()\n"
+    "file = open(sys.argv[1], 'w')\n"
+    "with noise.quiet(sys.argv[2]):\n"
+    "  print('printed')\n"
+    "  os.write(2, b'written')\n"
+    "print('to nobody')\n"
+    "print('to nobody', file=sys.stderr)\n"
   )
   names = tmp_path / "file.txt", tmp_path / "log.txt"
   closing = 'exec "$@" 0<&- >&- 2>&-'
   subprocess.run(
-      ["sh", "-c", closing, "sh", sys.executable, "-c", program, *names],
-      check=True,
+    ["sh", "-c", closing, "sh", sys.executable, "-c", program, *names],
+    check=True,
   )
   assert [name.read_text() for name in names] == ["", "printed\nwritten"]
 
@@ -281,9 +299,12 @@ def test_without_a_home_folder_none_is_made(monkeypatch):
 
 def test_a_variable_that_jax_does_not_take():
   done = subprocess.run(
-      [sys.executable, "main.py", "--help"], capture_output=True, text=True,
-      env=os.environ | {"JAX_ENABLE_X64": "maybe"}, check=False,
-  )  # fmt: skip
+    [sys.executable, "main.py", "--help"],
+    capture_output=True,
+    text=True,
+    env=os.environ | {"JAX_ENABLE_X64": "maybe"},
+    check=False,
+  )
   assert (done.returncode, done.stdout) == (2, "")
   assert done.stderr.startswith("error: JAX does not take a variable of the")
   assert "JAX_ENABLE_X64" in done.stderr and done.stderr.count("\n") == 1
@@ -291,13 +312,13 @@ def test_a_variable_that_jax_does_not_take():
 
 def test_the_command_itself():
   done = subprocess.run(
-      [sys.executable, "main.py", CONFIG, "--config.num_querys=3"],
-      capture_output=True,
-      text=True,
-      check=False,
+    [sys.executable, "main.py", CONFIG, "--config.num_querys=3"],
+    capture_output=True,
+    text=True,
+    check=False,
   )
   assert done.returncode == 2
   assert done.stdout == ""
   assert done.stderr == (
-      "error: Unknown config field 'num_querys'. Did you mean num_queries?\n"
+    "error: Unknown config field 'num_querys'. Did you mean num_queries?\n"
   )

@@ -17,9 +17,13 @@ from vqt_jax.train import packing
 
 BATCH = 32
 CONFIG = vit.ViTConfig(
-    width=64, depth=6, mlp_dim=256, num_heads=4,
-    patch_size=(4, 4), image_size=(32, 32),
-)  # fmt: skip
+  width=64,
+  depth=6,
+  mlp_dim=256,
+  num_heads=4,
+  patch_size=(4, 4),
+  image_size=(32, 32),
+)
 TOKEN_BYTES = 4 * CONFIG.depth * BATCH * CONFIG.num_tokens * CONFIG.width
 
 
@@ -27,7 +31,7 @@ def tuner_of(num_queries: int, config=CONFIG) -> tuner_lib.Tuner:
   """VQT, or with 0 queries the linear probe."""
   method = "vqt" if num_queries else "linear"
   return tuner_lib.make_tuner(
-      method, config, cases.NUM_CLASSES, num_queries=num_queries or 1
+    method, config, cases.NUM_CLASSES, num_queries=num_queries or 1
   )
 
 
@@ -55,9 +59,13 @@ def test_step_keeps_the_tokens_and_little_else():
 
 def test_scores_of_one_head_at_a_time():
   config = vit.ViTConfig(
-      width=32, depth=2, mlp_dim=32, num_heads=8,
-      patch_size=(2, 2), image_size=(32, 32),
-  )  # fmt: skip
+    width=32,
+    depth=2,
+    mlp_dim=32,
+    num_heads=8,
+    patch_size=(2, 2),
+    image_size=(32, 32),
+  )
   of_one = 4 * BATCH * config.num_tokens**2
   step = temporary_bytes(cases.train(tuner_of(1, config), BATCH))
   assert step < config.num_heads * of_one
@@ -73,7 +81,7 @@ def test_step_from_the_store_holds_no_batch_of_tokens():
 @pytest.mark.parametrize("num_queries", [0, 1, 10])
 @pytest.mark.parametrize("runs", [1, 3])
 def test_step_computes_the_forward_pass_and_the_reading(
-    runs, num_queries, stored
+  runs, num_queries, stored
 ):
   """Nothing goes back through the backbone, and no run repeats the stream."""
   config = cases.vit_config("S/14", 224, "bfloat16")
@@ -84,7 +92,7 @@ def test_step_computes_the_forward_pass_and_the_reading(
 
 
 @pytest.mark.parametrize(
-    "num_queries, runs", [(0, 8), (1, 8), (10, 4), ("head2toe", 8)]
+  "num_queries, runs", [(0, 8), (1, 8), (10, 4), ("head2toe", 8)]
 )
 def test_memory_of_a_run_is_foreseen(num_queries, runs):
   """A bit too much rather than too little: packs are made by it.
@@ -98,8 +106,8 @@ def test_memory_of_a_run_is_foreseen(num_queries, runs):
     tuner = tuner_of(num_queries, config)
   case = lambda runs: cases.train(tuner, BATCH, stored=True, runs=runs)
   held = sum(
-      x.size * x.dtype.itemsize
-      for x in jax.tree.leaves(jax.eval_shape(case(1).build)[0])
+    x.size * x.dtype.itemsize
+    for x in jax.tree.leaves(jax.eval_shape(case(1).build)[0])
   )
   more = temporary_bytes(case(2 * runs)) - temporary_bytes(case(runs))
   needed = more / runs + held

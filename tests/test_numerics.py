@@ -23,14 +23,14 @@ from vqt_jax.train import run
 def unusual():
   """As `JAX_ENABLE_X64=1` and others would have it, in this thread."""
   with (
-      jax.enable_x64(True),
-      jax.default_prng_impl("rbg"),
-      jax.threefry_partitionable(False),
-      jax.numpy_dtype_promotion("strict"),
-      jax.numpy_rank_promotion("raise"),
-      jax.debug_nans(True),
-      jax.debug_infs(True),
-      jax.disable_jit(True),
+    jax.enable_x64(True),
+    jax.default_prng_impl("rbg"),
+    jax.threefry_partitionable(False),
+    jax.numpy_dtype_promotion("strict"),
+    jax.numpy_rank_promotion("raise"),
+    jax.debug_nans(True),
+    jax.debug_infs(True),
+    jax.disable_jit(True),
   ):
     yield
 
@@ -60,14 +60,16 @@ def test_models_are_float32(method):
   backbone = helpers.tiny_backbone()
   images = jnp.zeros((2, *backbone.config.image_size, 3), jnp.float32)
   tuner = vqt_jax.make_tuner(
-      method, backbone.config, 3,
-      **({"combine": "weighted_sum"} if method == "vqt" else {}),
-  )  # fmt: skip
+    method,
+    backbone.config,
+    3,
+    **({"combine": "weighted_sum"} if method == "vqt" else {}),
+  )
   shapes = jax.eval_shape(tuner.init, jax.random.key(0), backbone.params)
   with jax.enable_x64(True):
     own = jax.eval_shape(tuner.init, jax.random.key(0), backbone.params)
     output = jax.eval_shape(
-        lambda own: vqt_jax.apply(backbone, tuner, own, images), shapes
+      lambda own: vqt_jax.apply(backbone, tuner, own, images), shapes
     )
   assert own == shapes
   for leaf in jax.tree.leaves((own, output)):
@@ -76,7 +78,8 @@ def test_models_are_float32(method):
 
 def test_figures_need_no_backend_of_the_screen():
   done = subprocess.run(
-      [sys.executable, "-P", figures.__file__],
-      env=os.environ | {"MPLBACKEND": "of_a_notebook"}, check=False,
-  )  # fmt: skip
+    [sys.executable, "-P", figures.__file__],
+    env=os.environ | {"MPLBACKEND": "of_a_notebook"},
+    check=False,
+  )
   assert done.returncode == 0

@@ -62,8 +62,9 @@ def test_what_does_not_fit_exits_with_3(material, tmp_path, capfd, monkeypatch):
 def test_weights_count_as_far_as_a_device_holds_them(material, tmp_path):
   parts = []
   for model in (1, 2):
-    _, job = planned(material, tmp_path, mesh__data=8 // model,
-                     mesh__model=model)  # fmt: skip
+    _, job = planned(
+      material, tmp_path, mesh__data=8 // model, mesh__model=model
+    )
     parts.append(plan.measure(programs.extraction(job), job.mesh).memory)
   assert parts[1]["weights"] < 0.7 * parts[0]["weights"]
 
@@ -72,7 +73,7 @@ def test_keys_and_values_of_one_cpu(material, tmp_path):
   """As the run itself would hold them."""
   _, job = planned(material, tmp_path)
   one = dataclasses.replace(
-      job, mesh=parallel.make_mesh(1, 1, jax.devices()[:1])
+    job, mesh=parallel.make_mesh(1, 1, jax.devices()[:1])
   )
   small = dataclasses.replace(one, room=9)
   for each, ndim in ((job, 4), (one, 6), (small, 4)):
@@ -82,16 +83,20 @@ def test_keys_and_values_of_one_cpu(material, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"keep_fraction": 0.5},
-        {"features": "host", "query_dropout": 0.0},
-        {"method": "linear", "features": "live"},
-        {"method": "linear", "features": "live", "data": "stream",
-         "batch_size": 16},
-    ],
-    ids=str,
-)  # fmt: skip
+  "changes",
+  [
+    {"keep_fraction": 0.5},
+    {"features": "host", "query_dropout": 0.0},
+    {"method": "linear", "features": "live"},
+    {
+      "method": "linear",
+      "features": "live",
+      "data": "stream",
+      "batch_size": 16,
+    },
+  ],
+  ids=str,
+)
 def test_planned_is_called(material, tmp_path, monkeypatch, changes):
   """Same functions, with arguments of the same shapes in the same places."""
   changes = {"epochs": 2, "seeds": "7,8,9"} | changes
@@ -132,9 +137,9 @@ def test_planned_is_called(material, tmp_path, monkeypatch, changes):
 def signature(args):
   """Static arguments as they are; types, shapes and places of others."""
   return [
-      describe(leaf)
-      for arg in args
-      for leaf in jax.tree.leaves(arg) or [arg]  # Holes have none.
+    describe(leaf)
+    for arg in args
+    for leaf in jax.tree.leaves(arg) or [arg]  # Holes have none.
   ]
 
 
@@ -162,13 +167,13 @@ def test_no_compiler_for_tpus(material, tmp_path, capfd, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "where, words",
-    [
-        ("v5e:3x3", "Unknown slice 'v5e:3x3'. There are: v5e:1x1, v5e:2x2"),
-        ("v5e", "Unknown slice 'v5e'"),
-        ("v9:2x2", "Unknown kind of TPU 'v9'. Known: v4, v5e"),
-        ("hare", "Did you mean here?"),
-    ],
+  "where, words",
+  [
+    ("v5e:3x3", "Unknown slice 'v5e:3x3'. There are: v5e:1x1, v5e:2x2"),
+    ("v5e", "Unknown slice 'v5e'"),
+    ("v9:2x2", "Unknown kind of TPU 'v9'. Known: v4, v5e"),
+    ("hare", "Did you mean here?"),
+  ],
 )
 def test_slices_that_are_not(material, tmp_path, capfd, where, words):
   argv = runs.command(material, tmp_path)
@@ -178,11 +183,11 @@ def test_slices_that_are_not(material, tmp_path, capfd, where, words):
 
 
 @pytest.mark.parametrize(
-    "changes, words",
-    [
-        ({"methods": "linear,vqt"}, "is for one method: add e.g. --config.me"),
-        ({"mesh__model": 4}, "mesh model=4 cannot share the 2 attention heads"),
-    ],
+  "changes, words",
+  [
+    ({"methods": "linear,vqt"}, "is for one method: add e.g. --config.me"),
+    ({"mesh__model": 4}, "mesh model=4 cannot share the 2 attention heads"),
+  ],
 )
 def test_what_a_run_refuses_has_no_plan(material, tmp_path, changes, words):
   argv = runs.command(material, tmp_path, **changes)

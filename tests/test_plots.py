@@ -13,57 +13,65 @@ from vqt_jax.data import vtab
 
 
 def outcome(
-    method="vqt", num_queries=2, seeds=3, settings=4, task="digits",
-    best=False, selected=False, fractions=False,
-):  # fmt: skip
+  method="vqt",
+  num_queries=2,
+  seeds=3,
+  settings=4,
+  task="digits",
+  best=False,
+  selected=False,
+  fractions=False,
+):
   """Contents of a `results.json`."""
   accuracy = np.linspace(0.8, 0.9, seeds)
   runs = [
-      {"lr": 0.1 * (1 + i % 2), "weight_decay": 0.01 * (i // 2), "seed": 1}
-      for i in range(settings)
+    {"lr": 0.1 * (1 + i % 2), "weight_decay": 0.01 * (i // 2), "seed": 1}
+    for i in range(settings)
   ]
   search = {
-      "chosen": settings - 1,
-      "runs": runs,
-      "val_accuracy": np.linspace(0.5, 0.6, settings).tolist(),
-      "diverged": [0],
+    "chosen": settings - 1,
+    "runs": runs,
+    "val_accuracy": np.linspace(0.5, 0.6, settings).tolist(),
+    "diverged": [0],
   }
   test = accuracy_lib.summary(range(seeds), accuracy.tolist(), 797)
   tested = ["all"] + ["selected"] * selected
   tested += ["best_" + name for name in tested] * best
   return {
-      "task": task,
-      "method": method,
-      "num_queries": num_queries if method == "vqt" else 0,
-      "backbone": "ViT-64x4/4 tiny.npz",
-      "test_accuracy": test,
-      "tested": [
-          {
-              "name": name,
-              "test_accuracy": test,
-              "trained_parameters": 12345,
-              "training_seconds": 6.7,
-              "kept_share": [1, 0.5, 0.2] if "selected" in name else None,
-          }
-          for name in tested
+    "task": task,
+    "method": method,
+    "num_queries": num_queries if method == "vqt" else 0,
+    "backbone": "ViT-64x4/4 tiny.npz",
+    "test_accuracy": test,
+    "tested": [
+      {
+        "name": name,
+        "test_accuracy": test,
+        "trained_parameters": 12345,
+        "training_seconds": 6.7,
+        "kept_share": [1, 0.5, 0.2] if "selected" in name else None,
+      }
+      for name in tested
+    ],
+    "selection": {
+      "keep_fractions": [
+        {"keep_fraction": x, "val_accuracy": x} for x in (0.1, 0.5)
       ],
-      "selection": {
-          "keep_fractions": [
-              {"keep_fraction": x, "val_accuracy": x} for x in (0.1, 0.5)
-          ],
-          "chosen": 0.5,
-      } if fractions else None,
-      "best": _best(method) if best else None,
-      "search": search if settings > 1 else None,
-      "seeds": {
-          "runs": [{"seed": s} for s in range(seeds)],
-          "history": [
-              {"loss": [1 / (e + 1)] * seeds, "accuracy": [0.1 * e] * seeds}
-              for e in range(5)
-          ],
-      },
-      "trained_parameters": 12345,
-      "device": "1 x cpu",
+      "chosen": 0.5,
+    }
+    if fractions
+    else None,
+    "best": _best(method) if best else None,
+    "search": search if settings > 1 else None,
+    "seeds": {
+      "runs": [{"seed": s} for s in range(seeds)],
+      "history": [
+        {"loss": [1 / (e + 1)] * seeds, "accuracy": [0.1 * e] * seeds}
+        for e in range(5)
+      ],
+    },
+    "trained_parameters": 12345,
+    "device": "1 x cpu",
   }
 
 
@@ -75,16 +83,16 @@ def _best(method):
   other = setting | {"lr": 0.2}
   fractions = (0.5, 1.0) if method == "vqt" else (1.0,)
   return {
-      "searched": 60,
-      "folds": 5,
-      "finalists": [
-          {**setting, "val_accuracy": 0.8, "cv_accuracy": 0.7, "full": False},
-          {**other, "val_accuracy": None, "cv_accuracy": 0.8, "full": True},
-      ],
-      "keep_fractions": [
-          {"keep_fraction": x, "cv_accuracy": 0.7 + x / 10} for x in fractions
-      ],
-      "chosen": {**other, "keep_fraction": 1.0},
+    "searched": 60,
+    "folds": 5,
+    "finalists": [
+      {**setting, "val_accuracy": 0.8, "cv_accuracy": 0.7, "full": False},
+      {**other, "val_accuracy": None, "cv_accuracy": 0.8, "full": True},
+    ],
+    "keep_fractions": [
+      {"keep_fraction": x, "cv_accuracy": 0.7 + x / 10} for x in fractions
+    ],
+    "chosen": {**other, "keep_fraction": 1.0},
   }
 
 
@@ -101,14 +109,14 @@ def test_report(tmp_path, seeds, settings):
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"selected": True},
-        {"method": "head2toe", "fractions": True, "selected": True},
-        {"best": True, "selected": True},
-        {"best": True, "method": "linear"},
-    ],
-    ids=str,
+  "changes",
+  [
+    {"selected": True},
+    {"method": "head2toe", "fractions": True, "selected": True},
+    {"best": True, "selected": True},
+    {"best": True, "method": "linear"},
+  ],
+  ids=str,
 )
 def test_report_of_more_than_one_candidate(tmp_path, changes):
   path = tmp_path / "report.png"

@@ -109,9 +109,7 @@ def test_prepare_from_manual_files(tmp_path, capsys):
   assert run_prepare("resisc45", **where) == 0  # And now does nothing.
 
 
-def test_prepare_trusts_other_files_only_when_told(
-    tmp_path, capsys
-):
+def test_prepare_trusts_other_files_only_when_told(tmp_path, capsys):
   with zipfile.ZipFile(tmp_path / "EuroSAT.zip", "w") as archive:
     for name in ("Forest/Forest_1.jpg", "River/River_1.jpg"):
       archive.writestr(f"2750/{name}", jpeg(64, "green"))
@@ -127,9 +125,7 @@ def test_a_version_that_cannot_be_made_any_more(tmp_path, capsys):
   assert "Preparing 'clevr' failed: " in capsys.readouterr().err
 
 
-def test_prepare_explains_what_is_missing(
-    tmp_path, monkeypatch, capsys
-):
+def test_prepare_explains_what_is_missing(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None)
   (tmp_path / "cifar100" / "3.0.2").mkdir(parents=True)
   assert run_prepare("kitti", "cifar100", "nosuch", data_dir=str(tmp_path)) == 2

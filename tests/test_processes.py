@@ -25,9 +25,16 @@ ROWS = "vqt_jax.train.stages:_rows"  # As a stage begins; after each epoch.
 
 
 def group(
-    material, workdir, *, count=2, second=None, signals=None, slurm=False,
-    environment=None, **changes,
-):  # fmt: skip
+  material,
+  workdir,
+  *,
+  count=2,
+  second=None,
+  signals=None,
+  slurm=False,
+  environment=None,
+  **changes,
+):
   """Runs all to their end: statuses, and what each said.
 
   Args:
@@ -45,26 +52,26 @@ def group(
     argv = [*runs.command(material, workdir, **own), "--lost_after=20"]
     if not slurm:
       argv += [
-          f"--coordinator=localhost:{port}",
-          f"--num_processes={count}",
-          f"--process_id={i}",
+        f"--coordinator=localhost:{port}",
+        f"--num_processes={count}",
+        f"--process_id={i}",
       ]
     told = {
-        "JAX_COORDINATOR_PORT": str(port),
-        "SLURM_JOB_ID": "1",
-        "SLURM_STEP_NODELIST": "localhost",
-        "SLURM_STEP_NUM_TASKS": str(count),
-        "SLURM_NTASKS": str(count),
-        "SLURM_PROCID": str(i),
-        "SLURM_LOCALID": str(i),
+      "JAX_COORDINATOR_PORT": str(port),
+      "SLURM_JOB_ID": "1",
+      "SLURM_STEP_NODELIST": "localhost",
+      "SLURM_STEP_NUM_TASKS": str(count),
+      "SLURM_NTASKS": str(count),
+      "SLURM_PROCID": str(i),
+      "SLURM_LOCALID": str(i),
     }
     processes.append(
-        runs.Process(
-            argv,
-            devices=2,
-            environment=(environment or {}) | (told if slurm else {}),
-            signals=signals if i == 1 else None,
-        )
+      runs.Process(
+        argv,
+        devices=2,
+        environment=(environment or {}) | (told if slurm else {}),
+        signals=signals if i == 1 else None,
+      )
     )
   status = [p.wait() for p in processes]
   if any(number < 0 for number in status):
@@ -73,7 +80,7 @@ def group(
 
 
 def assert_same_outcome(
-    workdir, alone, devices=4, logs=("log_1.txt",), atol=1e-6
+  workdir, alone, devices=4, logs=("log_1.txt",), atol=1e-6
 ):
   """Same choices and accuracies, weights to `atol`, and all only once."""
   ours, theirs = runs.results(workdir), runs.results(alone)
@@ -87,7 +94,7 @@ def assert_same_outcome(
     b, _ = results.load_tuned(tuned)
     for name, value in runs.flat(a).items():
       np.testing.assert_allclose(
-          value, runs.flat(b)[name], rtol=0, atol=atol, err_msg=name
+        value, runs.flat(b)[name], rtol=0, atol=atol, err_msg=name
       )
   ours, theirs = runs.metrics(workdir), runs.metrics(alone)
   assert len(ours) == len(theirs)
@@ -127,23 +134,25 @@ def test_stopped_and_resumed(material, alone, tmp_path):
 def test_nothing_is_said_of_an_exchange_after_it():
   """Devices connect in threads of their own; the screen is then given back."""
   program = (
-      "import sys\n"
-      "from vqt_jax import parallel\n"
-      "i, port = sys.argv[1:]\n"
-      "parallel.connect('localhost:' + port, 2, int(i))\n"
-      "print(parallel.any_process(i == '1'), flush=True)\n"
-      "print(parallel.any_process(False), parallel.smallest(0.5 + int(i)))\n"
+    "import sys\n"
+    "from vqt_jax import parallel\n"
+    "i, port = sys.argv[1:]\n"
+    "parallel.connect('localhost:' + port, 2, int(i))\n"
+    "print(parallel.any_process(i == '1'), flush=True)\n"
+    "print(parallel.any_process(False), parallel.smallest(0.5 + int(i)))\n"
   )
   with socket.create_server(("localhost", 0)) as server:
     port = server.getsockname()[1]
   flags = "--xla_force_host_platform_device_count=4"
   processes = [
-      subprocess.Popen(
-          [sys.executable, "-c", program, str(i), str(port)], text=True,
-          env=os.environ | {"XLA_FLAGS": flags}, stdout=subprocess.PIPE,
-      )
-      for i in range(2)
-  ]  # fmt: skip
+    subprocess.Popen(
+      [sys.executable, "-c", program, str(i), str(port)],
+      text=True,
+      env=os.environ | {"XLA_FLAGS": flags},
+      stdout=subprocess.PIPE,
+    )
+    for i in range(2)
+  ]
   for process in processes:
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0
@@ -172,9 +181,11 @@ def test_a_process_is_lost(material, alone, tmp_path):
   assert stopped.wait() == 75
   began = time.monotonic()
   status, said = group(
-      material, tmp_path, signals={ROWS: (3, signal.SIGKILL)},
-      checkpoint_seconds=0,
-  )  # fmt: skip
+    material,
+    tmp_path,
+    signals={ROWS: (3, signal.SIGKILL)},
+    checkpoint_seconds=0,
+  )
   assert time.monotonic() - began < 90
   assert status[0] in (1, -signal.SIGABRT) and status[1] == -signal.SIGKILL
   assert "Traceback" not in said[0] and "resume   search after" in said[0]
@@ -188,12 +199,14 @@ def test_data_that_one_process_cannot_read(material, tmp_path):
   """It is in the midst of the images that are computed together."""
   spoilt = tmp_path / "spoilt"
   shutil.copytree(material / "squares", spoilt / "squares")
-  record, = spoilt.glob("*/*/*train*")
+  (record,) = spoilt.glob("*/*/*train*")
   record.write_bytes(record.read_bytes()[:-500])
   status, said = group(
-      material, tmp_path / "run", second={"data_dir": spoilt},
-      eval_batch_size=4,
-  )  # fmt: skip
+    material,
+    tmp_path / "run",
+    second={"data_dir": spoilt},
+    eval_batch_size=4,
+  )
   assert status == [2, 2]
   assert "(DataLossError: truncated record" in said[1]
   error = said[0].splitlines()[-1]
@@ -201,22 +214,22 @@ def test_data_that_one_process_cannot_read(material, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "told, installed, found",
-    [
-        ({}, (), None),
-        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"}, (), None),
-        ({"SLURM_STEP_NUM_TASKS": "4"}, (), "slurm"),
-        ({"SLURM_STEP_NUM_TASKS": "4(x2)"}, (), None),
-        ({"OMPI_COMM_WORLD_SIZE": "4"}, (), "ompi"),
-        ({"JOB_COMPLETION_INDEX": "0"}, (), None),
-        ({"JOB_COMPLETION_INDEX": "0"}, ("kubernetes",), ""),
-        ({}, ("libtpu",), "gcetpu"),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, ("libtpu",), "gketpu"),
-    ],
+  "told, installed, found",
+  [
+    ({}, (), None),
+    ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"}, (), None),
+    ({"SLURM_STEP_NUM_TASKS": "4"}, (), "slurm"),
+    ({"SLURM_STEP_NUM_TASKS": "4(x2)"}, (), None),
+    ({"OMPI_COMM_WORLD_SIZE": "4"}, (), "ompi"),
+    ({"JOB_COMPLETION_INDEX": "0"}, (), None),
+    ({"JOB_COMPLETION_INDEX": "0"}, ("kubernetes",), ""),
+    ({}, ("libtpu",), "gcetpu"),
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, ("libtpu",), "gketpu"),
+  ],
 )
 def test_what_platforms_tell(monkeypatch, told, installed, found):
   spec = lambda name: types.SimpleNamespace(
-      origin=f"{name}.py" if name in installed else None  # None: a folder.
+    origin=f"{name}.py" if name in installed else None  # None: a folder.
   )
   monkeypatch.setattr(parallel.importlib.util, "find_spec", spec)
   for name, value in told.items():
@@ -240,19 +253,27 @@ def test_who_waits_for_nobody_is_told(monkeypatch, capfd, coordinator):
   monkeypatch.setattr(cli, "LONG_SECONDS", 0)
   monkeypatch.setattr(noise, "last_words", last_words)
   monkeypatch.setattr(parallel, "connect", lambda *args: time.sleep(0.2))
-  cli._join(types.SimpleNamespace(
-      coordinator=coordinator, num_processes=None, process_id=None,
+  cli._join(
+    types.SimpleNamespace(
+      coordinator=coordinator,
+      num_processes=None,
+      process_id=None,
       lost_after=60,
-  ))  # fmt: skip
+    )
+  )
   assert "start the same command on all" in said[0]
   assert ("--coordinator=none" in said[0]) == (coordinator is None)
   assert capfd.readouterr().err.startswith("Waiting for the other processes")
 
 
-@pytest.mark.parametrize("error", [
-    OSError("no metadata server"), RuntimeError("... before any JAX calls"),
+@pytest.mark.parametrize(
+  "error",
+  [
+    OSError("no metadata server"),
+    RuntimeError("... before any JAX calls"),
     ValueError("coordinator_address should be defined."),
-])  # fmt: skip
+  ],
+)
 def test_libtpu_without_a_tpu_is_no_cluster(monkeypatch, error):
   def fail(**kwargs):
     raise error

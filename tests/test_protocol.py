@@ -20,13 +20,13 @@ from vqt_jax.train import step as step_lib
 TOO_HIGH = 3e38 * 256 / 12  # As a peak rate: the largest float32.
 # Everything a protocol can do, as small as it gets.
 BEST = {
-    "protocol": "best",
-    "keep_fraction": 0.5,
-    "best__num_queries": "1,2",
-    "best__normalize": "True,",
-    "best__keep_fractions": "0.5,0.25",
-    "best__finalists": 2,
-    "best__folds": 2,
+  "protocol": "best",
+  "keep_fraction": 0.5,
+  "best__num_queries": "1,2",
+  "best__normalize": "True,",
+  "best__keep_fractions": "0.5,0.25",
+  "best__finalists": 2,
+  "best__folds": 2,
 }
 
 
@@ -53,25 +53,25 @@ def test_of_equal_settings_the_simplest():
   tuner = lambda queries: tuner_lib.Tuner("vqt", None, 3, queries)
   run = lambda lr, decay, normalize: loop.Run(lr, decay, 1, 0.1, normalize)
   ranked = [
-      (tuner(1), run(0.1, 0.0, True)),
-      (tuner(1), run(0.1, 0.0, False)),
-      (tuner(1), run(0.1, 0.1, True)),
-      (tuner(1), run(0.5, 0.0, True)),
-      (tuner(2), run(0.1, 0.0, True)),
+    (tuner(1), run(0.1, 0.0, True)),
+    (tuner(1), run(0.1, 0.0, False)),
+    (tuner(1), run(0.1, 0.1, True)),
+    (tuner(1), run(0.5, 0.0, True)),
+    (tuner(2), run(0.1, 0.0, True)),
   ]
   assert sorted(reversed(ranked), key=best.simplest) == ranked
 
 
 @pytest.mark.parametrize(
-    "size, changes",
-    [
-        (1, {"keep_fraction": 0.5, "seeds": "7,8", "lr": "0.1"}),
-        (1, {"method": "linear", "lr": f"{TOO_HIGH},{TOO_HIGH / 2},0.1"}),
-    ],
-    ids=["selection", "diverged"],
+  "size, changes",
+  [
+    (1, {"keep_fraction": 0.5, "seeds": "7,8", "lr": "0.1"}),
+    (1, {"method": "linear", "lr": f"{TOO_HIGH},{TOO_HIGH / 2},0.1"}),
+  ],
+  ids=["selection", "diverged"],
 )
 def test_packs_give_what_all_together_give(
-    material, tmp_path, monkeypatch, size, changes
+  material, tmp_path, monkeypatch, size, changes
 ):
   """Also where a pack holds nothing but runs that diverge."""
   found = []
@@ -96,9 +96,14 @@ def test_packs_give_what_all_together_give(
 def test_the_last_pack_is_what_is_left():
   run = loop.Run(0.1, 0.0, 1)
   stage = stages.Stage(
-      "seeds", "", None, (run,) * 3, "", held={"head": np.arange(3)},
-      kept=np.eye(3),
-  )  # fmt: skip
+    "seeds",
+    "",
+    None,
+    (run,) * 3,
+    "",
+    held={"head": np.arange(3)},
+    kept=np.eye(3),
+  )
   first, last = (stages._part(stage, start, 2) for start in (0, 2))
   assert (first.name, last.name) == ("seeds_1-2", "seeds_3-3")
   assert (len(first.runs), len(last.runs)) == (2, 1)
@@ -107,7 +112,7 @@ def test_the_last_pack_is_what_is_left():
 
 
 def test_if_all_packs_diverge_it_is_said(
-    material, tmp_path, monkeypatch, capfd
+  material, tmp_path, monkeypatch, capfd
 ):
   monkeypatch.setattr(packing, "runs_at_once", lambda *args: 1)
   changes = {"method": "linear", "lr": f"{TOO_HIGH},{TOO_HIGH / 2}"}
@@ -125,7 +130,7 @@ def _check_choice(found):
   for name in (*order, "normalize"):
     assert found["chosen"][name] == chosen[name]
   fractions = {
-      f["keep_fraction"]: f["cv_accuracy"] for f in found["keep_fractions"]
+    f["keep_fraction"]: f["cv_accuracy"] for f in found["keep_fractions"]
   }
   assert set(fractions) == {0.25, 0.5, 1.0}
   assert fractions[1.0] == chosen["cv_accuracy"]
@@ -136,7 +141,7 @@ def _check_choice(found):
 
 
 def test_the_best_protocol_never_looks_at_the_test_split(
-    material, tmp_path, monkeypatch
+  material, tmp_path, monkeypatch
 ):
   """Before the last step of the last training is done."""
   events = []
@@ -156,7 +161,7 @@ def test_the_best_protocol_never_looks_at_the_test_split(
   assert main.main(runs.command(material, tmp_path, **BEST)) == 0
   assert set(events) == {"a step", "trainval", "test"}
   assert events.index("test") > max(
-      i for i, event in enumerate(events) if event == "a step"
+    i for i, event in enumerate(events) if event == "a step"
   )
 
   found = runs.results(tmp_path)
@@ -209,15 +214,13 @@ def _untimed(found):
 
 def test_killed_in_every_kind_of_stage(material, tmp_path):
   whole, workdir = tmp_path / "whole", tmp_path / "killed"
-  undisturbed = runs.Process(
-      runs.command(material, whole, **BEST)
-  )
+  undisturbed = runs.Process(runs.command(material, whole, **BEST))
   was_in = []
   for moment in (
-      (ROWS, 3),  # Of its start and three epochs.
-      (WRITE, 3),
-      (ROWS, 14),
-      (WRITE, 6),
+    (ROWS, 3),  # Of its start and three epochs.
+    (WRITE, 3),
+    (ROWS, 14),
+    (WRITE, 6),
   ):
     status, said = _go(material, workdir, moment)
     assert status == -KILL, (moment, said)
@@ -234,26 +237,26 @@ def test_killed_in_every_kind_of_stage(material, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "rates, chosen, end",
-    [
-        ((4.0, 1.0, 0.1), 0, "; the largest lr that was tried"),
-        ((4.0, 1.0, 0.1), 1, ""),
-        ((4.0, 1.0, 0.1), 2, "; the smallest lr that was tried"),
-        ((4.0, 0.1), 0, ""),  # Not a search of any width.
-    ],
+  "rates, chosen, end",
+  [
+    ((4.0, 1.0, 0.1), 0, "; the largest lr that was tried"),
+    ((4.0, 1.0, 0.1), 1, ""),
+    ((4.0, 1.0, 0.1), 2, "; the smallest lr that was tried"),
+    ((4.0, 0.1), 0, ""),  # Not a search of any width.
+  ],
 )
 def test_a_choice_at_an_end_of_the_grid_is_told(rates, chosen, end):
   found = {
-      "chosen": chosen,
-      "runs": [{"lr": r, "weight_decay": 0.0, "seed": 1} for r in rates],
-      "val_accuracy": [0.5] * len(rates),
-      "diverged": [],
+    "chosen": chosen,
+    "runs": [{"lr": r, "weight_decay": 0.0, "seed": 1} for r in rates],
+    "val_accuracy": [0.5] * len(rates),
+    "diverged": [],
   }
   assert protocol._choice(found, 256).endswith(f" within 0.5{end})")
 
 
 @pytest.mark.parametrize(
-    "batch_size, told", [(256, "0.25"), (128, "0.5 (0.25 used: batch 128)")]
+  "batch_size, told", [(256, "0.25"), (128, "0.5 (0.25 used: batch 128)")]
 )
 def test_a_rate_is_told_as_it_was_asked_for(batch_size, told):
   run = loop.Run(lr=0.25, weight_decay=1e-3, seed=1)

@@ -17,24 +17,24 @@ from vqt_jax import tuner as tuner_lib
 from vqt_jax import vit
 
 CASES = {
-    "vqt_T1": {},
-    "vqt_T5": {},
-    "vqt_T5_nonorm": {"normalize": False},
-    "vqt_T5_pool": {"combine": "mean"},
-    "vqt_T5_wsum": {"combine": "weighted_sum"},
-    "vqt_mae": {},
-    "vqt_train_dropout": {},
-    "linear": {},
+  "vqt_T1": {},
+  "vqt_T5": {},
+  "vqt_T5_nonorm": {"normalize": False},
+  "vqt_T5_pool": {"combine": "mean"},
+  "vqt_T5_wsum": {"combine": "weighted_sum"},
+  "vqt_mae": {},
+  "vqt_train_dropout": {},
+  "linear": {},
 }
 
 
 def _variables(golden):
   variables = {
-      "tuner": {},
-      "head": {
-          "kernel": golden["head/kernel"],
-          "bias": golden["head/bias"],
-      },
+    "tuner": {},
+    "head": {
+      "kernel": golden["head/kernel"],
+      "bias": golden["head/bias"],
+    },
   }
   if "queries" in golden:
     variables["tuner"]["queries"] = golden["queries"]
@@ -50,47 +50,47 @@ def test_forward_and_gradients_equal_the_official_program(name):
   method = "linear" if name == "linear" else "vqt"
   queries = golden["queries"].shape[1] if method == "vqt" else 1
   tuner = vqt_jax.make_tuner(
-      method, backbone.config, 7, num_queries=queries, **CASES[name]
+    method, backbone.config, 7, num_queries=queries, **CASES[name]
   )
   stream = tuner_lib.run_backbone(
-      tuner.config,
-      tuner.reads_blocks,
-      backbone.params,
-      golden["images"],
-      golden.get("embedding_dropout_mask"),
+    tuner.config,
+    tuner.reads_blocks,
+    backbone.params,
+    golden["images"],
+    golden.get("embedding_dropout_mask"),
   )
 
   def objective(variables):
     out = tuner(
-        {**variables, "backbone": backbone.params},
-        stream.tokens,
-        stream.final,
-        golden.get("query_dropout_mask"),
+      {**variables, "backbone": backbone.params},
+      stream.tokens,
+      stream.final,
+      golden.get("query_dropout_mask"),
     )
     losses = optax.softmax_cross_entropy_with_integer_labels(
-        out.logits, golden["labels"]
+      out.logits, golden["labels"]
     )
     return losses.mean(), out
 
   variables = _variables(golden)
   (loss, out), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(
-      variables
+    variables
   )
   helpers.assert_close(out.logits, golden["logits"], name="logits")
   helpers.assert_close(loss, golden["loss"], name="loss")
   for key in ("kernel", "bias"):
     helpers.assert_close(
-        grads["head"][key], golden[f"grad/head/{key}"], name=key
+      grads["head"][key], golden[f"grad/head/{key}"], name=key
     )
   if method == "vqt":
     helpers.assert_close(out.queries, golden["query_outputs"], name="outputs")
     helpers.assert_close(out.features, golden["features"], name="features")
     helpers.assert_close(
-        grads["tuner"]["queries"], golden["grad/queries"], name="grad queries"
+      grads["tuner"]["queries"], golden["grad/queries"], name="grad queries"
     )
   if "combine_params" in golden:
     helpers.assert_close(
-        grads["tuner"]["combine"], golden["grad/combine_params"]
+      grads["tuner"]["combine"], golden["grad/combine_params"]
     )
   if "block_outputs" in golden and "embedding_dropout_mask" not in golden:
     stream = jax.jit(backbone)(golden["images"])
@@ -227,9 +227,10 @@ def test_a_batch_read_by_parts_is_the_same(monkeypatch, dropout, projected):
   asked = []
   by_parts = readers.token_mean.by_parts
   monkeypatch.setattr(
-      readers.token_mean, "by_parts",
-      lambda *args: asked.append(args[2].shape) or by_parts(*args),
-  )  # fmt: skip
+    readers.token_mean,
+    "by_parts",
+    lambda *args: asked.append(args[2].shape) or by_parts(*args),
+  )
   size = tokens[0, :8].nbytes // (2 if projected else 1)
   monkeypatch.setattr(readers, "CACHE_BYTES", size)
   parts = jax.jit(lambda queries: grad(queries))(queries)
@@ -247,23 +248,21 @@ def test_the_stream_is_intact():
 
   @jax.jit
   def with_queries(variables):
-    stream = tuner_lib.run_backbone(
-        tuner.config, True, backbone.params, images
-    )
+    stream = tuner_lib.run_backbone(tuner.config, True, backbone.params, images)
     everything = {**variables, "backbone": backbone.params}
     out = tuner(everything, stream.tokens, stream.final)
     return stream, out.queries
 
   stream, queries = with_queries(variables)
   plain = jax.jit(
-      lambda: vit.ViT(backbone.config).apply(
-          {"params": backbone.params}, images, collect=("tokens",)
-      )
+    lambda: vit.ViT(backbone.config).apply(
+      {"params": backbone.params}, images, collect=("tokens",)
+    )
   )()
   assert np.abs(queries).max() > 0
   for name in ("tokens", "encoded", "final"):
     np.testing.assert_array_equal(
-        getattr(stream, name), getattr(plain, name), err_msg=name
+      getattr(stream, name), getattr(plain, name), err_msg=name
     )
 
 
@@ -274,12 +273,14 @@ def test_queries_do_not_see_each_other():
   one = vqt_jax.make_tuner("vqt", backbone.config, 3, num_queries=1)
   queries = many.init(jax.random.key(1))["tuner"]["queries"]
   head_of = lambda tuner: tuner.init(jax.random.key(0))["head"]
-  out = lambda tuner, queries: vqt_jax.apply(
+  out = lambda tuner, queries: (
+    vqt_jax.apply(
       backbone,
       tuner,
       {"tuner": {"queries": queries}, "head": head_of(tuner)},
       images,
-  ).queries
+    ).queries
+  )
   together = out(many, queries)
   for t in range(3):
     alone = out(one, queries[:, t : t + 1])
@@ -294,33 +295,29 @@ def test_attention_weights_are_those_of_reading():
   tokens = rng.standard_normal((2, 10, 16)).astype(np.float32)
   queries = rng.standard_normal((3, 16)).astype(np.float32)
   block = vit.Block(backbone.config)
-  weights = block.apply(
-      {"params": params}, tokens, queries, method="attention"
-  )
+  weights = block.apply({"params": params}, tokens, queries, method="attention")
   assert weights.shape == (2, 2, 3, 10)
   np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
 
 
 def test_normalize_has_no_nan_at_zero():
   value, grad = jax.value_and_grad(lambda x: head.normalize(x).sum())(
-      jnp.zeros(4)
+    jnp.zeros(4)
   )
   assert value == 0
   np.testing.assert_allclose(grad, 1 / head.NORM_FLOOR, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "options, features",
-    [
-        ({}, 768 + 12 * 768),
-        ({"num_queries": 10}, 92_928),
-        ({"num_queries": 10, "combine": "mean"}, 768 * 13),
-    ],
+  "options, features",
+  [
+    ({}, 768 + 12 * 768),
+    ({"num_queries": 10}, 92_928),
+    ({"num_queries": 10, "combine": "mean"}, 768 * 13),
+  ],
 )
 def test_sizes_for_vit_b(options, features):
-  config = vit.ViTConfig(
-      **vit.decode_variant("B/16"), image_size=(224, 224)
-  )
+  config = vit.ViTConfig(**vit.decode_variant("B/16"), image_size=(224, 224))
   tuner = vqt_jax.make_tuner("vqt", config, 100, **options)
   shapes = jax.eval_shape(tuner.init, jax.random.key(0))
   queries = options.get("num_queries", 1)
@@ -331,9 +328,7 @@ def test_sizes_for_vit_b(options, features):
 
 def test_initialisation_is_the_authors():
   """Queries uniform within 0.0625 for B/16; bias -log 99; std sqrt(2/C)."""
-  config = vit.ViTConfig(
-      **vit.decode_variant("B/16"), image_size=(224, 224)
-  )
+  config = vit.ViTConfig(**vit.decode_variant("B/16"), image_size=(224, 224))
   variables = vqt_jax.make_tuner("vqt", config, 100).init(jax.random.key(0))
   queries = np.asarray(variables["tuner"]["queries"])
   assert 0.0620 < np.abs(queries).max() <= 0.0625

@@ -29,17 +29,17 @@ def opened(config, workdir):
 
 def rows(first, last, scale=1.0):
   return [
-      {"epoch": e, "run": r, "lr": 0.5, "seed": r, "loss": scale / e}
-      for e in range(first, last + 1)
-      for r in range(2)
+    {"epoch": e, "run": r, "lr": 0.5, "seed": r, "loss": scale / e}
+    for e in range(first, last + 1)
+    for r in range(2)
   ]
 
 
 def epochs_written(workdir):
   return [
-      (row["phase"], row["epoch"])
-      for row in results.read_metrics(workdir)
-      if row["run"] == 0
+    (row["phase"], row["epoch"])
+    for row in results.read_metrics(workdir)
+    if row["run"] == 0
   ]
 
 
@@ -61,15 +61,26 @@ def test_json_is_replaced_at_once_and_holds_plain_numbers(tmp_path):
   path = tmp_path / "new" / "a.json"
   results.write_json(path, {"old": 1})
   value = {
-      "f32": np.float32(0.1), "array": np.arange(3), "nan": float("nan"),
-      "tuple": (1, "a"), "path": path, 3: np.inf, "flag": np.bool_(True),
-      "none": None,
-  }  # fmt: skip
+    "f32": np.float32(0.1),
+    "array": np.arange(3),
+    "nan": float("nan"),
+    "tuple": (1, "a"),
+    "path": path,
+    3: np.inf,
+    "flag": np.bool_(True),
+    "none": None,
+  }
   results.write_json(path, value)
   assert json.loads(path.read_text()) == {
-      "f32": 0.1, "array": [0, 1, 2], "nan": None, "tuple": [1, "a"],
-      "path": str(path), "3": None, "flag": True, "none": None,
-  }  # fmt: skip
+    "f32": 0.1,
+    "array": [0, 1, 2],
+    "nan": None,
+    "tuple": [1, "a"],
+    "path": str(path),
+    "3": None,
+    "flag": True,
+    "none": None,
+  }
   assert os.listdir(path.parent) == ["a.json"]
 
 
@@ -105,9 +116,13 @@ def test_metrics_go_to_jsonl_and_tensorboard(tmp_path):
   lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
   assert len(lines) == 6
   assert json.loads(lines[0]) == {
-      "phase": "search", "epoch": 1, "run": 0, "lr": 0.5, "seed": 0,
-      "loss": 1.0,
-  }  # fmt: skip
+    "phase": "search",
+    "epoch": 1,
+    "run": 0,
+    "lr": 0.5,
+    "seed": 0,
+    "loss": 1.0,
+  }
   folder = tmp_path / "tensorboard" / "search" / "01 lr=0.5 seed=1"
   assert scalars(folder) == [(1, "loss"), (2, "loss"), (3, "loss")]
 
@@ -172,9 +187,7 @@ def test_a_full_disk_is_told_with_the_path(tmp_path):
 def test_an_unwritable_place_is_told_and_left_alone(tmp_path):
   (tmp_path / "file").write_text("mine")
   with pytest.raises(errors.UserError, match="Cannot write .*file"):
-    opened(
-        config_lib.default_config(), tmp_path / "file" / "workdir"
-    )
+    opened(config_lib.default_config(), tmp_path / "file" / "workdir")
   assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -221,21 +234,19 @@ def test_a_workdir_of_another_config_is_refused_and_untouched(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, content, begun",
-    [
-        ("config.json", '{"model_type": "vit", "lr": 0.1}', False),
-        ("config.json", '["task", "init"]', False),
-        ("config.json", "", False),
-        ("metrics.jsonl", '{"step": 1, "loss": 2.0}\n', False),
-        ("metrics.jsonl", '{"step": 1, "loss": 2.0}\n', True),
-        ("results.json", "{}", False),
-        ("checkpoints/epoch=1.ckpt", "weights", False),
-        ("tuned/model.bin", "weights", False),
-    ],
+  "name, content, begun",
+  [
+    ("config.json", '{"model_type": "vit", "lr": 0.1}', False),
+    ("config.json", '["task", "init"]', False),
+    ("config.json", "", False),
+    ("metrics.jsonl", '{"step": 1, "loss": 2.0}\n', False),
+    ("metrics.jsonl", '{"step": 1, "loss": 2.0}\n', True),
+    ("results.json", "{}", False),
+    ("checkpoints/epoch=1.ckpt", "weights", False),
+    ("tuned/model.bin", "weights", False),
+  ],
 )
-def test_a_folder_of_another_program_is_refused(
-    tmp_path, name, content, begun
-):
+def test_a_folder_of_another_program_is_refused(tmp_path, name, content, begun):
   """Also one where a run of this program was begun, but never trained."""
   config = config_lib.default_config()
   if begun:
@@ -251,9 +262,9 @@ def test_a_folder_of_another_program_is_refused(
 def test_events_of_another_program_stay(tmp_path):
   folder = tmp_path / "tensorboard" / "search" / "01 lr=0.5 seed=1"
   others = {
-      tmp_path / "tensorboard" / "events.out.tfevents.1.run",
-      tmp_path / "tensorboard" / "other" / "a" / "events.out.tfevents.1.host.2",
-      folder / "events.out.tfevents.1.host.2.v2",
+    tmp_path / "tensorboard" / "events.out.tfevents.1.run",
+    tmp_path / "tensorboard" / "other" / "a" / "events.out.tfevents.1.host.2",
+    folder / "events.out.tfevents.1.host.2.v2",
   }
   for path in others:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -316,31 +327,37 @@ def test_paths_that_people_write(tmp_path, monkeypatch):
     files.path("~nobody_here/a")
   monkeypatch.chdir(tmp_path)
   assert files.path(files.path("./~a")) == tmp_path / "~a"
-  for place, what in ((r"a\b", r"\\"), ("a/logs:/b", "gs:"),
-                      ("gs://bucket/lr=[1]", "'\\['")):  # pyformat: disable
+  for place, what in (
+    (r"a\b", r"\\"),
+    ("a/logs:/b", "gs:"),
+    ("gs://bucket/lr=[1]", "'\\['"),
+  ):
     with pytest.raises(errors.UserError, match=f"take {what} .*literally"):
       files.path(place)
 
 
 @pytest.mark.parametrize(
-    "method, ignored, decides",
-    [
-        ("linear", "num_queries", "epochs"),
-        ("vqt", "rank", "num_queries"),
-        ("lora", "best.normalize", "rank"),
-        ("vqt+lora", "target_size", "query_dropout"),
-        ("", "num_prompts", "keep_fraction"),  # Of several methods.
-    ],
+  "method, ignored, decides",
+  [
+    ("linear", "num_queries", "epochs"),
+    ("vqt", "rank", "num_queries"),
+    ("lora", "best.normalize", "rank"),
+    ("vqt+lora", "target_size", "query_dropout"),
+    ("", "num_prompts", "keep_fraction"),  # Of several methods.
+  ],
 )
 def test_fields_that_a_method_does_not_use_may_change(
-    method, ignored, decides, tmp_path
+  method, ignored, decides, tmp_path
 ):
   config = config_lib.default_config()
   config.method = method
   opened(config, tmp_path)
   (tmp_path / "metrics.jsonl").write_text(ROW)
-  changes = {"best.normalize": (True,), "query_dropout": 0.5,
-             "keep_fraction": (0.5,)}  # pyformat: disable
+  changes = {
+    "best.normalize": (True,),
+    "query_dropout": 0.5,
+    "keep_fraction": (0.5,),
+  }
   config.update_from_flattened_dict({ignored: changes.get(ignored, 7)})
   assert opened(config, tmp_path)
   config.update_from_flattened_dict({decides: changes.get(decides, 7)})
@@ -366,15 +383,15 @@ def test_a_workdir_of_all_tasks_is_begun_with_one_of_them(tmp_path):
 
 def test_tuned_weights_make_the_round_trip(tmp_path):
   variables = {
-      "tuner": {"queries": np.arange(6, dtype=np.float32).reshape(1, 2, 3).T},
-      "head": {"kernel": np.ones((3, 2), np.float32), "bias": np.zeros(2)},
+    "tuner": {"queries": np.arange(6, dtype=np.float32).reshape(1, 2, 3).T},
+    "head": {"kernel": np.ones((3, 2), np.float32), "bias": np.zeros(2)},
   }
   for _ in range(2):  # The second replaces the first.
     results.save_tuned(tmp_path / "tuned", variables, {"method": "vqt"})
   loaded, info = results.load_tuned(tmp_path / "tuned")
   assert info == {"method": "vqt"}
   np.testing.assert_array_equal(
-      loaded["tuner"]["queries"], variables["tuner"]["queries"]
+    loaded["tuner"]["queries"], variables["tuner"]["queries"]
   )
   np.testing.assert_array_equal(loaded["head"]["kernel"], np.ones((3, 2)))
   assert os.listdir(tmp_path) == ["tuned"]

@@ -57,13 +57,13 @@ def recount(workdir, task):
   for seed in SEEDS:
     model = tuned.load(workdir / "tuned" / f"seed_{seed}")
     examples = data.load_arrays(
-        task,
-        "test",
-        image_size=model.backbone.config.image_size,
-        value_range=model.backbone.value_range,
+      task,
+      "test",
+      image_size=model.backbone.config.image_size,
+      value_range=model.backbone.value_range,
     )
     out = vqt_jax.apply(
-        model.backbone, model.tuner, model.variables, examples["image"]
+      model.backbone, model.tuner, model.variables, examples["image"]
     )
     right = np.argmax(np.asarray(out.logits), -1) == examples["label"]
     accuracies[str(seed)] = right.mean()
@@ -73,9 +73,15 @@ def recount(workdir, task):
 def test_what_a_run_leaves_behind(run, material):
   workdir = run()
   assert {path.name for path in workdir.iterdir()} == {
-      "checkpoints", "config.json", "log.txt", "metrics.jsonl", "report.png",
-      "results.json", "tensorboard", "tuned",
-  }  # pyformat: disable
+    "checkpoints",
+    "config.json",
+    "log.txt",
+    "metrics.jsonl",
+    "report.png",
+    "results.json",
+    "tensorboard",
+    "tuned",
+  }
   assert (workdir / "report.png").read_bytes().startswith(PNG)
   assert len(list((workdir / "tensorboard").glob("*/*/events*"))) == 2 + 2
   values = cli.parse(runs.command(material, workdir))
@@ -84,10 +90,10 @@ def test_what_a_run_leaves_behind(run, material):
 
   rows = runs.metrics(workdir)
   assert [(r["phase"], r["epoch"], r["run"]) for r in rows] == [
-      (phase, epoch, run)
-      for phase in ("search", "seeds")
-      for epoch in range(1, EPOCHS + 1)
-      for run in range(2)
+    (phase, epoch, run)
+    for phase in ("search", "seeds")
+    for epoch in range(1, EPOCHS + 1)
+    for run in range(2)
   ]
   for row in rows:
     size = 32 if row["phase"] == "search" else 48
@@ -104,7 +110,7 @@ def test_what_a_run_leaves_behind(run, material):
   c = helpers.tiny_config()
   features = c.width * (1 + c.depth)
   assert found["trained_parameters"] == (
-      c.depth * c.width + (features + 1) * runs.CLASSES
+    c.depth * c.width + (features + 1) * runs.CLASSES
   )
   assert min(found["seconds"].values()) > 0
   assert found["versions"]["jax"] == jax.__version__
@@ -112,17 +118,17 @@ def test_what_a_run_leaves_behind(run, material):
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"method": "linear"},
-        {"method": "lora", "lr": "0.1,0.01"},
-        {"method": "head2toe+ssf", "keep_fraction": 0.3, "lr": "0.1,"},
-        {"data": "stream", "batch_size": 16},
-        {"image_width": 12, "num_queries": 2},
-        {"keep_fraction": 0.5},
-    ],
-    ids=str,
+  "changes",
+  [
+    {},
+    {"method": "linear"},
+    {"method": "lora", "lr": "0.1,0.01"},
+    {"method": "head2toe+ssf", "keep_fraction": 0.3, "lr": "0.1,"},
+    {"data": "stream", "batch_size": 16},
+    {"image_width": 12, "num_queries": 2},
+    {"keep_fraction": 0.5},
+  ],
+  ids=str,
 )
 def test_accuracies_are_those_of_the_shipped_weights(run, task, changes):
   workdir = run(**changes)
@@ -131,7 +137,7 @@ def test_accuracies_are_those_of_the_shipped_weights(run, task, changes):
 
 
 def test_weights_that_have_changed_are_not_taken_for_the_same(
-    material, tmp_path, capfd
+  material, tmp_path, capfd
 ):
   """Neither by what was trained on them, nor by a run that is resumed."""
   init = tmp_path / "vit.npz"
@@ -202,7 +208,7 @@ def test_the_search_chooses_and_does_nothing_else(run):
   assert settings == [(4.0 * 12 / 256, 1e-4), (0.1 * 12 / 256, 1e-4)]
   assert {r["seed"] for r in search["runs"]} == {100}
   assert (chosen["lr"], chosen["weight_decay"]) == min(
-      settings, key=lambda s: (-accuracy[settings.index(s)], s)
+    settings, key=lambda s: (-accuracy[settings.index(s)], s)
   )
   alone = run(lr=chosen["lr"] * 256 / 12)
   assert "search" not in {row["phase"] for row in runs.metrics(alone)}
@@ -224,7 +230,7 @@ def test_stored_and_live_features_give_the_same(run):
 
 
 def test_streaming_shows_every_example_once_an_epoch(
-    material, task, tmp_path, monkeypatch
+  material, task, tmp_path, monkeypatch
 ):
   seen = []
   on_devices = sources.on_devices
@@ -245,7 +251,7 @@ def test_streaming_shows_every_example_once_an_epoch(
     order = np.lexsort(images.reshape(48, -1).T)
     orders.append(tuple(order))
     np.testing.assert_array_equal(
-        images[order], wanted[np.lexsort(wanted.reshape(48, -1).T)]
+      images[order], wanted[np.lexsort(wanted.reshape(48, -1).T)]
     )
   assert len(set(orders)) == EPOCHS
   batches = seen  # Of the test.
@@ -283,13 +289,13 @@ def test_the_rate_follows_epochs_or_steps(monkeypatch):
 def test_digits(material, tmp_path, capfd):
   """The config that comes along, with its data; another, smaller ViT."""
   changes = {
-      "init": material / "vit.npz",
-      "image_size": 8,
-      "data_dir": tmp_path / "data",
-      "epochs": 6,
-      "lr": 0.1,
-      "weight_decay": 0.0,
-      "seeds": "7",
+    "init": material / "vit.npz",
+    "image_size": 8,
+    "data_dir": tmp_path / "data",
+    "epochs": 6,
+    "lr": 0.1,
+    "weight_decay": 0.0,
+    "seeds": "7",
   }
   argv = runs.command(material, tmp_path / "run", method="linear", **changes)
   argv[1] = f"--config={helpers.HERE.parent / 'configs' / 'digits.py'}"

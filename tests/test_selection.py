@@ -19,10 +19,10 @@ from vqt_jax.train import stages
 from vqt_jax.train import step as step_lib
 
 CASES = {
-    case["name"]: case
-    for case in json.loads(
-        (helpers.GOLDENS / "vqt" / "hparam_selection.json").read_text()
-    )["cases"]
+  case["name"]: case
+  for case in json.loads(
+    (helpers.GOLDENS / "vqt" / "hparam_selection.json").read_text()
+  )["cases"]
 }
 
 
@@ -41,16 +41,16 @@ def _choose(name):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "plain",
-        "last_epoch_counts_not_best",
-        "tie_smaller_lr_later",
-        "tie_smaller_lr_first",
-        "tie_three_way",
-        "empty_run_skipped",
-        "zero_accuracy",
-    ],
+  "name",
+  [
+    "plain",
+    "last_epoch_counts_not_best",
+    "tie_smaller_lr_later",
+    "tie_smaller_lr_first",
+    "tie_three_way",
+    "empty_run_skipped",
+    "zero_accuracy",
+  ],
 )
 def test_choice_of_the_official_program(name):
   ours, theirs = _choose(name)
@@ -62,25 +62,35 @@ def test_all_features_are_judged_with_the_head_that_is_shipped():
   asked = []
 
   class Stages:
-
     def run(self, stage):
       asked.append(stage)
       share = {"keep_all": [0.7], "keep_selected": [0.6, 0.5]}.get(stage.name)
       kernel = np.ones((1, 4, 2), np.float32)
       return stages.Outcome(
-          [], 1.0, [], share if stage.judge else None,
-          {"tuner": {}, "head": {"kernel": kernel}},
-      )  # fmt: skip
+        [],
+        1.0,
+        [],
+        share if stage.judge else None,
+        {"tuner": {}, "head": {"kernel": kernel}},
+      )
 
   tuner = vqt_jax.make_tuner("vqt", helpers.tiny_config(), 2)
   accuracy, _ = selection.compare(
-      Stages(), "keep_", "keep", tuner, loop.Run(0.1, 0.0, 1), (1.0, 0.5, 0.25),
-      judge=("val", None), split="train",
-  )  # fmt: skip
+    Stages(),
+    "keep_",
+    "keep",
+    tuner,
+    loop.Run(0.1, 0.0, 1),
+    (1.0, 0.5, 0.25),
+    judge=("val", None),
+    split="train",
+  )
   assert accuracy == [0.7, 0.6, 0.5]
   assert [stage.name for stage in asked] == [
-      "keep_all", "keep_scores", "keep_selected"
-  ]  # fmt: skip
+    "keep_all",
+    "keep_scores",
+    "keep_selected",
+  ]
 
 
 def test_a_tie_of_equal_rates_goes_to_the_smaller_decay():
@@ -108,22 +118,31 @@ class Head:
     start = {**held, "head": {"kernel": kernel, "bias": bias}}
     start = jax.tree.map(lambda x: jnp.asarray(x)[None], start)
     trained, frozen = tuner_lib.partition(
-        self.backbone.params, start, self.recipe.trains
+      self.backbone.params, start, self.recipe.trains
     )
     state = step_lib.init(
-        self.tuner, self.recipe, self.backbone.params, np.zeros(1, np.uint32)
+      self.tuner, self.recipe, self.backbone.params, np.zeros(1, np.uint32)
     ).replace(trained=trained)
     settings = step_lib.Settings(
-        jnp.array([lr]), jnp.array([decay]), held={"tuner": start["tuner"]},
-        kept=None if kept is None else kept[None],
-    )  # fmt: skip
+      jnp.array([lr]),
+      jnp.array([decay]),
+      held={"tuner": start["tuner"]},
+      kept=None if kept is None else kept[None],
+    )
     data = {"image": self.golden["images"], "label": self.golden["labels"]}
     count = len(data["label"])
     order = np.tile(np.arange(count), (len(factors), 1))
     state, losses, _ = step_lib.train_steps(
-        self.tuner, self.recipe, state, frozen, settings, data, order,
-        np.ones(order.shape, np.float32), np.array(factors, np.float32),
-    )  # fmt: skip
+      self.tuner,
+      self.recipe,
+      state,
+      frozen,
+      settings,
+      data,
+      order,
+      np.ones(order.shape, np.float32),
+      np.array(factors, np.float32),
+    )
     head = state.trained["head"]
     losses = np.asarray(losses[:, 0]) / count
     return losses, np.asarray(head["kernel"][0]), np.asarray(head["bias"][0])
@@ -149,7 +168,7 @@ def test_group_lasso_of_the_official_program(coefficient):
 def _start(golden, part):
   kernel, bias = (golden[f"{part}/init/head/{x}"] for x in ("kernel", "bias"))
   curve = optim.schedule(
-      int(golden["hparam/epochs"]), int(golden["hparam/warmup_epochs"])
+    int(golden["hparam/epochs"]), int(golden["hparam/warmup_epochs"])
   )
   factors = [float(curve(e)) for e in range(int(golden["hparam/epochs"]))]
   lr = float(golden["hparam/lr_search"]) * selection.RATE
@@ -168,8 +187,8 @@ def test_scores_of_the_official_program():
   before += [*golden["compress/head_kernel_per_step"][:-1]]
   penalty = [head_lib.scores({"kernel": kernel}).sum() for kernel in before]
   helpers.assert_close(
-      losses + selection.LASSO * np.array(penalty),
-      golden["compress/loss_per_epoch"],
+    losses + selection.LASSO * np.array(penalty),
+    golden["compress/loss_per_epoch"],
   )
   helpers.assert_close(kernel, golden["compress/head_kernel_per_step"][-1])
   helpers.assert_close(bias, golden["compress/head_bias_per_step"][-1])
@@ -178,7 +197,7 @@ def test_scores_of_the_official_program():
   for ours in (scores, golden["scores"]):
     kept = head_lib.best(ours, float(golden["hparam/keep_frac"]))
     np.testing.assert_array_equal(
-        np.flatnonzero(kept), golden["kept_indices_sorted"]
+      np.flatnonzero(kept), golden["kept_indices_sorted"]
     )
 
 

@@ -57,16 +57,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
       self._answer(self.server.files.get(key))
     elif path.startswith("/storage/v1/b/bucket/o/"):
       content = self.server.files.get(
-          path.removeprefix("/storage/v1/b/bucket/o")
+        path.removeprefix("/storage/v1/b/bucket/o")
       )
       described = content and self._object(path.split("/o/")[1], content)
       self._answer(described, plain=True)
     elif path == "/storage/v1/b/bucket/o":
       prefix = urllib.parse.parse_qs(url.query).get("prefix", [""])[0]
       items = [
-          json.loads(self._object(name[1:], content))
-          for name, content in self.server.files.items()
-          if name[1:].startswith(prefix)
+        json.loads(self._object(name[1:], content))
+        for name, content in self.server.files.items()
+        if name[1:].startswith(prefix)
       ]
       self._answer(json.dumps({"items": items}).encode(), plain=True)
     else:
@@ -74,10 +74,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
   def _object(self, name, content):
     md5 = base64.b64encode(hashlib.md5(content).digest()).decode()
-    return json.dumps({
-        "name": name, "size": str(len(content)), "generation": "1",
+    return json.dumps(
+      {
+        "name": name,
+        "size": str(len(content)),
+        "generation": "1",
         "md5Hash": self.server.headers.get("Content-MD5", md5),
-    }).encode()  # fmt: skip
+      }
+    ).encode()
 
   def _answer(self, content, send=True, plain=False):
     server, status = self.server, 200
@@ -109,7 +113,7 @@ def server(monkeypatch):
   monkeypatch.setattr(download, "_CHUNK", 20_000)
   with Server() as server:
     thread = threading.Thread(
-        target=server.serve_forever, args=(0.01,), daemon=True
+      target=server.serve_forever, args=(0.01,), daemon=True
     )
     thread.start()
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.address)
@@ -157,7 +161,7 @@ def test_address_cannot_leave_the_cache(server, tmp_path):
 def test_resumes_a_later_call_where_it_stopped(server, tmp_path):
   server.statuses = [200] + [503] * download._ATTEMPTS
   with pytest.raises(
-      UserError, match="failed: .*503.*what has come so far is kept"
+    UserError, match="failed: .*503.*what has come so far is kept"
   ):
     fetch(server, tmp_path)
   assert not list(tmp_path.rglob("ckpt.npz"))
@@ -208,11 +212,11 @@ def test_server_without_ranges_resumes(server, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "headers",
-    [
-        {"Content-MD5": base64.b64encode(hashlib.md5(b"x").digest()).decode()},
-        {"Digest": "SHA-256=" + base64.b64encode(b"0" * 32).decode()},
-    ],
+  "headers",
+  [
+    {"Content-MD5": base64.b64encode(hashlib.md5(b"x").digest()).decode()},
+    {"Digest": "SHA-256=" + base64.b64encode(b"0" * 32).decode()},
+  ],
 )
 def test_wrong_checksum_is_refused(server, tmp_path, headers):
   server.headers = headers
@@ -276,7 +280,7 @@ def test_full_disk(server, tmp_path, monkeypatch):
       raise OSError(28, "No space left on device")
 
   with pytest.raises(
-      UserError, match="No space left on device. Free some space"
+    UserError, match="No space left on device. Free some space"
   ):
     download._write(Full(), b"x")
 
@@ -284,8 +288,8 @@ def test_full_disk(server, tmp_path, monkeypatch):
 def test_two_downloads_at_once(server, tmp_path):
   paths = []
   threads = [
-      threading.Thread(target=lambda: paths.append(fetch(server, tmp_path)))
-      for _ in range(4)
+    threading.Thread(target=lambda: paths.append(fetch(server, tmp_path)))
+    for _ in range(4)
   ]
   for thread in threads:
     thread.start()
@@ -311,8 +315,8 @@ def test_a_part_that_goes_while_one_waits_for_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "address",
-    ["gs://bucket/d/x.npz", "https://storage.googleapis.com/bucket/d/x.npz"],
+  "address",
+  ["gs://bucket/d/x.npz", "https://storage.googleapis.com/bucket/d/x.npz"],
 )
 def test_bucket(server, tmp_path, address):
   server.files["/d/x.npz"] = CONTENT
@@ -371,7 +375,7 @@ def test_public_name_sets_everything(server, tmp_path, monkeypatch):
   content = (GOLDENS / "bv_map_scan.npz").read_bytes()
   server.files["/bv_map_scan.npz"] = content
   known = public.PublicViT(
-      f"{server.address}/bv_map_scan.npz:img", "S/8", 37, "map", "exact", "0..1"
+    f"{server.address}/bv_map_scan.npz:img", "S/8", 37, "map", "exact", "0..1"
   )
   monkeypatch.setitem(public.PUBLIC, "Test S/8 37", known)
   monkeypatch.setitem(vit.VARIANTS, "S", (32, 3, 96, 4))
@@ -379,9 +383,9 @@ def test_public_name_sets_everything(server, tmp_path, monkeypatch):
   config = backbone.config
   assert not backbone.assumed
   assert (config.pool_type, config.gelu, config.variant) == (
-      "map",
-      "exact",
-      "S/8",
+    "map",
+    "exact",
+    "S/8",
   )
   assert config.image_size == (37, 37) and config.grid == (4, 4)
   assert backbone.value_range == "0..1"
@@ -389,19 +393,19 @@ def test_public_name_sets_everything(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "source, place, subtree",
-    [
-        ("ckpt.npz", "ckpt.npz", ""),
-        ("ckpt.npz:img", "ckpt.npz", "img"),
-        ("a/ckpt.npz:a/b", "a/ckpt.npz", "a/b"),
-        ("a:b/ckpt.npz:img", "a:b/ckpt.npz", "img"),
-        ("gs://b/d/x.npz", "gs://b/d/x.npz", ""),
-        ("gs://b/d/x.npz:img", "gs://b/d/x.npz", "img"),
-        ("gs://b/run/checkpoint.bv:img", "gs://b/run/checkpoint.bv", "img"),
-        ("https://host:80/x.npz", "https://host:80/x.npz", ""),
-        ("https://host:80/x", "https://host:80/x", ""),
-        ("https://host:80/x.npz:img", "https://host:80/x.npz", "img"),
-    ],
+  "source, place, subtree",
+  [
+    ("ckpt.npz", "ckpt.npz", ""),
+    ("ckpt.npz:img", "ckpt.npz", "img"),
+    ("a/ckpt.npz:a/b", "a/ckpt.npz", "a/b"),
+    ("a:b/ckpt.npz:img", "a:b/ckpt.npz", "img"),
+    ("gs://b/d/x.npz", "gs://b/d/x.npz", ""),
+    ("gs://b/d/x.npz:img", "gs://b/d/x.npz", "img"),
+    ("gs://b/run/checkpoint.bv:img", "gs://b/run/checkpoint.bv", "img"),
+    ("https://host:80/x.npz", "https://host:80/x.npz", ""),
+    ("https://host:80/x", "https://host:80/x", ""),
+    ("https://host:80/x.npz:img", "https://host:80/x.npz", "img"),
+  ],
 )
 def test_subtree_of_a_source(source, place, subtree):
   assert sources.split_subtree(source) == (place, subtree)

@@ -19,11 +19,11 @@ from vqt_jax.train import step as step_lib
 from vqt_jax.train import store
 
 TRAJECTORIES = [
-    ("traj_adam", "adam", ""),
-    ("traj_sgd", "sgd", ""),
-    ("traj_adam_minibatch", "adam", ""),
-    ("traj_no_weight_decay", "adam", "adam/"),
-    ("traj_no_weight_decay", "sgd", "sgd/"),
+  ("traj_adam", "adam", ""),
+  ("traj_sgd", "sgd", ""),
+  ("traj_adam_minibatch", "adam", ""),
+  ("traj_no_weight_decay", "adam", "adam/"),
+  ("traj_no_weight_decay", "sgd", "sgd/"),
 ]
 
 
@@ -36,8 +36,8 @@ def test_trajectories_of_the_official_trainer(name, optimizer, prefix):
   recipe = step_lib.Recipe(optimizer)
   kernel, bias = get("init/head/kernel"), get("init/head/bias")
   start = {
-      "tuner": {"queries": get("init/queries")},
-      "head": {"kernel": kernel, "bias": bias},
+    "tuner": {"queries": get("init/queries")},
+    "head": {"kernel": kernel, "bias": bias},
   }
   start = jax.tree.map(lambda x: jnp.asarray(x)[None], start)
   trained, frozen = tuner_lib.partition(backbone.params, start)
@@ -56,9 +56,16 @@ def test_trajectories_of_the_official_trainer(name, optimizer, prefix):
     rate = float(factor(epoch))
     helpers.assert_close(rate * lr, get("lr_per_epoch")[epoch], 1e-6)
     state, losses, _ = step_lib.train_steps(
-        tuner, recipe, state, frozen, settings, data, order, mask,
-        jnp.full(len(order), rate),
-    )  # fmt: skip
+      tuner,
+      recipe,
+      state,
+      frozen,
+      settings,
+      data,
+      order,
+      mask,
+      jnp.full(len(order), rate),
+    )
     loss = float(losses.sum()) / 16
     helpers.assert_close(loss, get("loss_per_epoch")[epoch], name="loss")
   trained = jax.tree.map(lambda x: x[0], state.trained)
@@ -92,14 +99,12 @@ class Case:
 
   def __init__(self, method="vqt", recipe=None, mesh=None, **options):
     self.backbone = helpers.tiny_backbone()
-    self.tuner = vqt_jax.make_tuner(
-        method, self.backbone.config, 5, **options
-    )
+    self.tuner = vqt_jax.make_tuner(method, self.backbone.config, 5, **options)
     self.recipe = recipe or step_lib.Recipe(query_dropout=True)
     self.examples = helpers.tiny_examples(self.backbone, 21, 5)
     self.mesh = mesh or single_device_mesh()
     self.params = parallel.place_backbone(
-        self.backbone.params, self.mesh, "float32"
+      self.backbone.params, self.mesh, "float32"
     )
     variables = self.tuner.init(jax.random.key(0))
     self.frozen = tuner_lib.partition(self.params, variables)[1]
@@ -115,7 +120,7 @@ class Case:
       return sources.Resident(held, rows, 8, 0, self.mesh)
     reads = self.tuner.reads_blocks
     layout = store.Layout(
-        self.tuner.config, reads, "float32", self.mesh, self.tuner.window
+      self.tuner.config, reads, "float32", self.mesh, self.tuner.window
     )
     images = np.pad(self.examples["image"], [(0, 3)] + 3 * [(0, 0)])
     batches = [{"image": images[i : i + 8]} for i in range(0, 24, 8)]
@@ -131,42 +136,54 @@ class Case:
     return sources.Resident(held, rows, 8, 0, self.mesh)
 
   def train(
-      self, how="live", seeds=(3,), lr=(0.1,), decay=(1e-3,), epochs=3,
-      normalize=None, dropout=None, kept=None,
-  ):  # fmt: skip
+    self,
+    how="live",
+    seeds=(3,),
+    lr=(0.1,),
+    decay=(1e-3,),
+    epochs=3,
+    normalize=None,
+    dropout=None,
+    kept=None,
+  ):
     settings = step_lib.Settings(
-        np.array(lr, np.float32),
-        np.array(decay, np.float32),
-        np.array(dropout or [0.2] * len(lr), np.float32),
-        np.array(normalize or [True] * len(lr)),
-        kept=kept,
+      np.array(lr, np.float32),
+      np.array(decay, np.float32),
+      np.array(dropout or [0.2] * len(lr), np.float32),
+      np.array(normalize or [True] * len(lr)),
+      kept=kept,
     )
     source = self.source(how)
     with jax.set_mesh(self.mesh):
       state = step_lib.init_on(self.mesh, self.tuner, self.recipe)(
-          self.params, np.array(seeds, np.uint32)
+        self.params, np.array(seeds, np.uint32)
       )
       for epoch in range(epochs):
         losses = []
         for data, order, mask in source.epoch(epoch, 0):
           state, some, _ = step_lib.train_steps(
-              self.tuner, self.recipe, state, self.frozen, settings, data,
-              order, mask, np.full(len(order), 1.0, np.float32),
-          )  # fmt: skip
+            self.tuner,
+            self.recipe,
+            state,
+            self.frozen,
+            settings,
+            data,
+            order,
+            mask,
+            np.full(len(order), 1.0, np.float32),
+          )
           losses.append(some)
       ready = step_lib.Ready(
-          {name: state.trained[name] for name in ("tuner", "head")},
-          settings.normalize,
+        {name: state.trained[name] for name in ("tuner", "head")},
+        settings.normalize,
       )
       count = sum(
-          step_lib.eval_steps(
-              (self.tuner,), (ready,), self.params, *chunk
-          )[0]
-          for chunk in source.epoch(0, 0)
+        step_lib.eval_steps((self.tuner,), (ready,), self.params, *chunk)[0]
+        for chunk in source.epoch(0, 0)
       )
     losses = np.concatenate(losses)
     return jax.tree.map(
-        np.asarray, {"trained": state.trained, "loss": losses, "eval": count}
+      np.asarray, {"trained": state.trained, "loss": losses, "eval": count}
     )
 
 
@@ -178,18 +195,18 @@ def single_device_mesh():
 
 def assert_trees_close(a, b, tolerance):
   for (path, x), y in zip(
-      jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
   ):
     name = jax.tree_util.keystr(path)
     helpers.assert_close(x, y, tolerance, name)
 
 
 @pytest.mark.parametrize(
-    "method, how",
-    [
-        *itertools.product(["vqt", "head2toe", "linear"], ["device", "host"]),
-        ("vqt", "projected"),
-    ],
+  "method, how",
+  [
+    *itertools.product(["vqt", "head2toe", "linear"], ["device", "host"]),
+    ("vqt", "projected"),
+  ],
 )
 def test_stored_equals_live(method, how):
   case = Case(method, target_size=48)  # Of 10 tokens, 3 times 3.
@@ -207,26 +224,34 @@ def test_together_equals_alone(how):
   together = case.train(how, seeds, lr, decay, 3, normalize, dropout, kept)
   for i in range(3):
     one = slice(i, i + 1)
-    alone = case.train(how, seeds[one], lr[one], decay[one], 3,
-                       normalize[one], dropout[one], kept[one])  # fmt: skip
+    alone = case.train(
+      how,
+      seeds[one],
+      lr[one],
+      decay[one],
+      3,
+      normalize[one],
+      dropout[one],
+      kept[one],
+    )
     run = slice(i, i + 1)
     mine = {
-        "trained": jax.tree.map(lambda x, r=run: x[r], together["trained"]),
-        "loss": together["loss"][:, run],
-        "eval": together["eval"][run],
+      "trained": jax.tree.map(lambda x, r=run: x[r], together["trained"]),
+      "loss": together["loss"][:, run],
+      "eval": together["eval"][run],
     }
     assert_trees_close(mine, alone, 2e-5)
 
 
 @pytest.mark.parametrize("data, model", [(8, 1), (4, 2), (1, 8)])
 @pytest.mark.parametrize(
-    "how, method",
-    [
-        ("live", "vqt"),
-        ("device", "vqt"),
-        ("host", "vqt"),
-        ("device", "head2toe"),
-    ],
+  "how, method",
+  [
+    ("live", "vqt"),
+    ("device", "vqt"),
+    ("host", "vqt"),
+    ("device", "head2toe"),
+  ],
 )
 def test_sharded_equals_single(data, model, how, method):
   single = Case(method, target_size=48).train(how)
@@ -248,7 +273,7 @@ def test_rows_that_fill_up_a_batch_change_nothing(monkeypatch):
       yield data, pad(order), pad(mask)
 
   monkeypatch.setattr(
-      case, "source", lambda _: types.SimpleNamespace(epoch=longer)
+    case, "source", lambda _: types.SimpleNamespace(epoch=longer)
   )
   found = case.train()
   assert_trees_close(found["trained"], expected["trained"], 2e-5)
@@ -275,7 +300,7 @@ def test_editors_sharded_equal_single():
   """Each device has its own part of noise, and one share of the lasso."""
   method, data, model = "vqt+lora", 4, 2
   recipe = step_lib.Recipe(
-      "sgd", query_dropout=True, embedding_dropout=0.1, lasso=1e-2
+    "sgd", query_dropout=True, embedding_dropout=0.1, lasso=1e-2
   )
   settings = dict(lr=(0.01,), epochs=2)
   single = Case(method, recipe).train(**settings)
@@ -288,14 +313,14 @@ def test_editors_sharded_equal_single():
 def test_backbone_is_sharded_over_model():
   mesh = parallel.make_mesh(4, 2)
   params = parallel.place_backbone(
-      helpers.tiny_backbone().params, mesh, "float32"
+    helpers.tiny_backbone().params, mesh, "float32"
   )
   block = params["Transformer"]["encoderblock"]
   for leaf in (
-      block["MlpBlock_0"]["Dense_0"]["kernel"],
-      block["MlpBlock_0"]["Dense_1"]["kernel"],
-      block["MultiHeadDotProductAttention_0"]["query"]["kernel"],
-      block["MultiHeadDotProductAttention_0"]["out"]["kernel"],
+    block["MlpBlock_0"]["Dense_0"]["kernel"],
+    block["MlpBlock_0"]["Dense_1"]["kernel"],
+    block["MultiHeadDotProductAttention_0"]["query"]["kernel"],
+    block["MultiHeadDotProductAttention_0"]["out"]["kernel"],
   ):
     assert leaf.addressable_shards[0].data.size * 2 == leaf.size
 
@@ -308,8 +333,8 @@ def test_frozen_leaves_keep_their_bits_and_trained_ones_move():
   for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(case.params)):
     np.testing.assert_array_equal(a, b)
   for (path, a), b in zip(
-      jax.tree_util.tree_leaves_with_path(start["trained"]),
-      jax.tree.leaves(after["trained"]),
+    jax.tree_util.tree_leaves_with_path(start["trained"]),
+    jax.tree.leaves(after["trained"]),
   ):
     assert np.abs(a - b).max() > 0, path
 

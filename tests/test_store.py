@@ -51,8 +51,7 @@ class Case:
   def stream(self, start=0, stop=24):
     self.started.append(start)
     batches = (
-        {"image": self.images[i : i + BATCH]}
-        for i in range(start, stop, BATCH)
+      {"image": self.images[i : i + BATCH]} for i in range(start, stop, BATCH)
     )
     yield from store.stream(self.layout, self.params, batches)
     if stop < 24:
@@ -83,9 +82,7 @@ def test_file_host_and_devices_hold_the_same(tmp_path, dtype, data, model):
   rows = np.array([20, 3, 3, 0, 7, 8, 19, 1])
   sent = kept.send(rows)
   for name, axis in (("tokens", 1), ("final", 0)):
-    np.testing.assert_array_equal(
-        sent[name], jnp.take(held[name], rows, axis)
-    )
+    np.testing.assert_array_equal(sent[name], jnp.take(held[name], rows, axis))
   assert sent["tokens"].shape == (3, 8, 10, 16)
   assert sent["tokens"].addressable_shards[0].data.shape[-1] == 16 // data
   np.testing.assert_array_equal(held["label"][:COUNT], label)
@@ -223,22 +220,27 @@ def test_images_that_cannot_be_read_cost_nothing(tmp_path):
 def test_a_file_that_is_there_needs_no_more_room(material, tmp_path):
   """Else the next run, or this one resumed, would find the disk too full."""
   config = cli.parse(
-      runs.command(
-          material, tmp_path, store_dir=tmp_path / "store", batch_size=16
-      )
+    runs.command(
+      material, tmp_path, store_dir=tmp_path / "store", batch_size=16
+    )
   ).config
   backbone = checkpoints.load_backbone(config.init, image_size=(8, 8))
   task = data.make_task(
-      "squares", data_dir=config.data_dir, splits=config.splits
+    "squares", data_dir=config.data_dir, splits=config.splits
   )
   mesh = parallel.make_mesh(8, 1)
   params = parallel.place_backbone(backbone.params, mesh, "float32")
 
   def examples(method, room):
     made = examples_lib.Examples(
-        config, console_lib.Console(io.StringIO()), task, backbone,
-        tuner.make_tuner(method, backbone.config, 3), params, mesh,
-    )  # fmt: skip
+      config,
+      console_lib.Console(io.StringIO()),
+      task,
+      backbone,
+      tuner.make_tuner(method, backbone.config, 3),
+      params,
+      mesh,
+    )
     made._room = {"device": 0, "host": 0, "disk": room}
     return made
 
@@ -255,13 +257,16 @@ def test_a_file_that_is_there_needs_no_more_room(material, tmp_path):
 def test_keys_and_values_where_a_cpu_has_room(material, tmp_path):
   """Of features from a file, too; with room for tokens alone, those."""
   argv = runs.command(
-      material, tmp_path, store_dir=tmp_path / "store", batch_size=16,
-      features="device",
-  )  # fmt: skip
+    material,
+    tmp_path,
+    store_dir=tmp_path / "store",
+    batch_size=16,
+    features="device",
+  )
   config = cli.parse(argv).config
   backbone = checkpoints.load_backbone(config.init, image_size=(8, 8))
   task = data.make_task(
-      "squares", data_dir=config.data_dir, splits=config.splits
+    "squares", data_dir=config.data_dir, splits=config.splits
   )
 
   def held(room, devices=1, method="vqt", **changes):
@@ -270,10 +275,14 @@ def test_keys_and_values_where_a_cpu_has_room(material, tmp_path):
     mine = config.copy_and_resolve_references()
     mine.update(changes)
     made = examples_lib.Examples(
-        mine, console_lib.Console(said), task, backbone,
-        tuner.make_tuner(method, backbone.config, 3),
-        parallel.place_backbone(backbone.params, mesh, "float32"), mesh,
-    )  # fmt: skip
+      mine,
+      console_lib.Console(said),
+      task,
+      backbone,
+      tuner.make_tuner(method, backbone.config, 3),
+      parallel.place_backbone(backbone.params, mesh, "float32"),
+      mesh,
+    )
     made._room = {"device": room, "host": 0, "disk": 10**9}
     tokens = made.source("train").data.get("tokens")
     projected = tokens is not None and tokens.ndim == 6
@@ -287,9 +296,12 @@ def test_keys_and_values_where_a_cpu_has_room(material, tmp_path):
   assert found and "found in" in said
   assert held(size, store_dir="")[0]
   for changes in (
-      {"room": size - 1}, {"devices": 8}, {"feature_dtype": "bfloat16"},
-      {"method": "head2toe"}, {"method": "linear"},
-  ):  # fmt: skip
+    {"room": size - 1},
+    {"devices": 8},
+    {"feature_dtype": "bfloat16"},
+    {"method": "head2toe"},
+    {"method": "linear"},
+  ):
     assert not held(**{"room": size} | changes)[0], changes
 
 
@@ -329,14 +341,19 @@ def test_classes_are_compared(material, tmp_path, monkeypatch, where):
   argv = runs.command(material, tmp_path, data=where, batch_size=16)
   config, said = cli.parse(argv).config, io.StringIO()
   job = run_lib._prepare(
-      config_lib.resolve(config), tmp_path, console_lib.Console(io.StringIO())
+    config_lib.resolve(config), tmp_path, console_lib.Console(io.StringIO())
   )
 
   def check():
     examples_lib.Examples(
-        config, console_lib.Console(said), job.task, job.backbone, job.tuner,
-        job.params, job.mesh,
-    ).check_classes()  # fmt: skip
+      config,
+      console_lib.Console(said),
+      job.task,
+      job.backbone,
+      job.tuner,
+      job.params,
+      job.mesh,
+    ).check_classes()
 
   check()
   assert said.getvalue() == ""
@@ -362,18 +379,22 @@ def test_other_inputs_have_other_features(material, tmp_path):
     config = config_lib.resolve(cli.parse(argv).config)
     job = run_lib._prepare(config, tmp_path / "run", quiet)
     examples = examples_lib.Examples(
-        config, quiet, job.task, job.backbone, job.tuner, job.params, job.mesh
+      config, quiet, job.task, job.backbone, job.tuner, job.params, job.mesh
     )
     return examples._files("train")[0].path
 
   paths = [
-      path(**changes)
-      for changes in (
-          {}, {"value_range": "0..1"}, {"resize": "legacy"},
-          {"image_width": 12}, {"gelu": "exact"},
-          {"feature_dtype": "bfloat16"}, {"splits__train": "train[1:33]"},
-          {"method": "linear"},
-      )  # fmt: skip
+    path(**changes)
+    for changes in (
+      {},
+      {"value_range": "0..1"},
+      {"resize": "legacy"},
+      {"image_width": 12},
+      {"gelu": "exact"},
+      {"feature_dtype": "bfloat16"},
+      {"splits__train": "train[1:33]"},
+      {"method": "linear"},
+    )
   ]
   os.utime(record, (before + 10, before + 10))
   try:
@@ -392,14 +413,14 @@ def test_weights_decide_too():
 
 
 @pytest.mark.parametrize(
-    "call, error",
-    [
-        ("exists", PermissionError(13, "Permission denied")),
-        ("expanduser", RuntimeError("Could not determine home directory.")),
-    ],
+  "call, error",
+  [
+    ("exists", PermissionError(13, "Permission denied")),
+    ("expanduser", RuntimeError("Could not determine home directory.")),
+  ],
 )
 def test_a_folder_that_is_not_for_us_has_no_room(
-    monkeypatch, tmp_path, call, error
+  monkeypatch, tmp_path, call, error
 ):
   """It is the default one, say, and features are to stay in memory."""
 
@@ -429,8 +450,9 @@ def test_killed_while_extracting(material, tmp_path):
   process = runs.Process(argv, signals={RECORDS: (2, signal.SIGKILL)})
   assert process.wait() == 0, process.said()
   (path,) = (tmp_path / "store").iterdir()
-  whole = runs.command(material, tmp_path / "other",
-                       **changes | {"store_dir": tmp_path / "again"})
+  whole = runs.command(
+    material, tmp_path / "other", **changes | {"store_dir": tmp_path / "again"}
+  )
   full = runs.Process(whole, largest_file=20000)
   assert full.wait() == 2
   last = full.said().splitlines()[-1]
@@ -446,18 +468,18 @@ ROOM = {"device": 100, "host": 1000, "disk": 10_000}
 
 
 @pytest.mark.parametrize(
-    "changes, stored, backend, place, why",
-    [
-        ({}, 100, "cpu", "device", "has room for 0.1 KiB"),
-        ({}, 101, "cpu", "disk", "has room for 9.8 KiB"),
-        ({}, 101, "tpu", "host", "has room for 1.0 KiB"),
-        ({}, 1001, "tpu", "images", "since features would take 1.0 KiB"),
-        ({}, 10_001, "cpu", "images", "since features would take 9.8 KiB"),
-        ({"features": "host"}, 9**9, "cpu", "host", "as features=host says"),
-        ({"features": "live"}, 1, "gpu", "images", "as features=live says"),
-        ({"data": "stream"}, 1, "cpu", "stream", "as data=stream says"),
-        ({"embedding_dropout": 0.1}, 1, "cpu", "images", "embedding_dropout"),
-    ],
+  "changes, stored, backend, place, why",
+  [
+    ({}, 100, "cpu", "device", "has room for 0.1 KiB"),
+    ({}, 101, "cpu", "disk", "has room for 9.8 KiB"),
+    ({}, 101, "tpu", "host", "has room for 1.0 KiB"),
+    ({}, 1001, "tpu", "images", "since features would take 1.0 KiB"),
+    ({}, 10_001, "cpu", "images", "since features would take 9.8 KiB"),
+    ({"features": "host"}, 9**9, "cpu", "host", "as features=host says"),
+    ({"features": "live"}, 1, "gpu", "images", "as features=live says"),
+    ({"data": "stream"}, 1, "cpu", "stream", "as data=stream says"),
+    ({"embedding_dropout": 0.1}, 1, "cpu", "images", "embedding_dropout"),
+  ],
 )
 def test_the_place_is_chosen_by_size(changes, stored, backend, place, why):
   config = config_lib.default_config()

@@ -39,21 +39,19 @@ def go(material, workdir, moment=None, **changes):
 def saves(workdir):
   """Folders of complete saves."""
   return [
-      path
-      for path in (workdir / "checkpoints").iterdir()
-      if path.name.isdigit()
+    path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()
   ]
 
 
 def test_killed_again_and_again(material, alone, tmp_path):
   """At each of these moments in turn, each time started again."""
   for moment in (
-      (EXTRACT, 2, KILL),
-      (TRAIN, 3, KILL),  # While the save after epoch 2 is being written.
-      (RENAME, 2, KILL),
-      (EVALUATE, 1, KILL),  # On val.
-      (TRAIN, 3, KILL),  # Seeds.
-      (RENAME, 2, KILL),
+    (EXTRACT, 2, KILL),
+    (TRAIN, 3, KILL),  # While the save after epoch 2 is being written.
+    (RENAME, 2, KILL),
+    (EVALUATE, 1, KILL),  # On val.
+    (TRAIN, 3, KILL),  # Seeds.
+    (RENAME, 2, KILL),
   ):
     assert go(material, tmp_path, moment)[0] == -KILL, moment
   status, said = go(material, tmp_path, (EVALUATE, 2, KILL))  # On test.
@@ -95,13 +93,13 @@ def test_interrupted_within_an_epoch(material, alone, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "compiling, each, calls",
-    [
-        (0, 1, [1, 4, 5, 5]),
-        (30, 1, [1, 1, 4, 5]),
-        (0, 60, [1, 1, 1, 1]),
-        (0, 0.001, [1, 4, 16, 64]),
-    ],
+  "compiling, each, calls",
+  [
+    (0, 1, [1, 4, 5, 5]),
+    (30, 1, [1, 1, 4, 5]),
+    (0, 60, [1, 1, 1, 1]),
+    (0, 0.001, [1, 4, 16, 64]),
+  ],
 )
 def test_no_call_takes_long(monkeypatch, compiling, each, calls):
   """Seconds to compile, of a step, and steps of the first calls."""
@@ -142,16 +140,24 @@ def test_nobody_waits_for_steps_just_started(monkeypatch, several):
     monkeypatch.setattr(loop.parallel, "ask", ask)
   chunk = {}, np.zeros((1, 1), np.int32), np.ones((1, 1))
   source = types.SimpleNamespace(
-      steps=1, num_examples=1, epoch=lambda *args: iter([chunk])
+    steps=1, num_examples=1, epoch=lambda *args: iter([chunk])
   )
   phase = loop.Phase("", (loop.Run(1.0, 0.0, 0),), source, 9, 0, False, 1)
   due = lambda: len(calls) == 1
   with pytest.raises(checkpoint.Stopped):
     loop.train_phase(
-        phase, None, None, None, {}, loop.Progress(), due=due, stop=stop,
-        save=lambda state: saves.append(len(calls)),
-        report=lambda *args: None, timed=lambda *args: None,
-    )  # fmt: skip
+      phase,
+      None,
+      None,
+      None,
+      {},
+      loop.Progress(),
+      due=due,
+      stop=stop,
+      save=lambda state: saves.append(len(calls)),
+      report=lambda *args: None,
+      timed=lambda *args: None,
+    )
   if several:
     assert saves == [2, 4] and heard == [(0, 1), (1, 2), (2, 3), (3, 4)]
   else:
@@ -161,8 +167,12 @@ def test_nobody_waits_for_steps_just_started(monkeypatch, several):
 def test_a_full_disk(material, alone, tmp_path):
   """Each time more files fit; in the end all do."""
   argv = runs.command(material, tmp_path, checkpoint_seconds=0)
-  for size, what in ((500, "config.json"), (2000, "checkpoints"),
-                     (12000, "report.png"), (None, "")):  # pyformat: disable
+  for size, what in (
+    (500, "config.json"),
+    (2000, "checkpoints"),
+    (12000, "report.png"),
+    (None, ""),
+  ):
     process = runs.Process(argv, largest_file=size)
     status, said = process.wait(), process.said().splitlines()
     if what:

@@ -16,59 +16,200 @@ from vqt_jax.data import vtab
 
 # name, group, builder, classes, full sizes, val, test, test size; facts of
 # VTAB's definition (task_adaptation) and of the TFDS catalogue.
-# fmt: off
+
 FACTS = [
-    ("caltech101", "natural", "caltech101", 102,
-     {"train": 3060, "test": 6084}, "train[2754:2954]", "test", 6084),
-    ("cifar100", "natural", "cifar100", 100,
-     {"train": 50000, "test": 10000}, "train[45000:45200]", "test", 10000),
-    ("dtd", "natural", "dtd", 47,
-     {"train": 1880, "validation": 1880, "test": 1880},
-     "validation[:200]", "test", 1880),
-    ("flowers102", "natural", "oxford_flowers102", 102,
-     {"train": 1020, "validation": 1020, "test": 6149},
-     "validation[:200]", "test", 6149),
-    ("pets", "natural", "oxford_iiit_pet", 37,
-     {"train": 3680, "test": 3669}, "train[2944:3144]", "test", 3669),
-    ("svhn", "natural", "svhn_cropped", 10,
-     {"train": 73257, "test": 26032, "extra": 531131},
-     "train[65931:66131]", "test", 26032),
-    ("sun397", "natural", "sun397/tfds", 397,
-     {"train": 76128, "validation": 10875, "test": 21750},
-     "validation[:200]", "test", 21750),
-    ("patch_camelyon", "specialized", "patch_camelyon", 2,
-     {"train": 262144, "validation": 32768, "test": 32768},
-     "validation[:200]", "test", 32768),
-    ("eurosat", "specialized", "eurosat/rgb", 10,
-     {"train": 27000}, "train[16200:16400]", "train[21600:]", 5400),
-    ("resisc45", "specialized", "resisc45", 45,
-     {"train": 31500}, "train[18900:19100]", "train[25200:]", 6300),
-    ("retinopathy", "specialized",
-     "diabetic_retinopathy_detection/btgraham-300", 5,
-     {"sample": 10, "train": 35126, "validation": 10906, "test": 42670},
-     "validation[:200]", "test", 42670),
-    ("clevr_count", "structured", "clevr", 8,
-     {"train": 70000, "validation": 15000, "test": 15000},
-     "train[63000:63200]", "validation", 15000),
-    ("clevr_distance", "structured", "clevr", 6,
-     {"train": 70000, "validation": 15000, "test": 15000},
-     "train[63000:63200]", "validation", 15000),
-    ("dmlab", "structured", "dmlab", 6,
-     {"train": 65550, "validation": 22628, "test": 22735},
-     "validation[:200]", "test", 22735),
-    ("kitti", "structured", "kitti", 4,
-     {"train": 6347, "validation": 423, "test": 711},
-     "validation[:200]", "test", 711),
-    ("dsprites_location", "structured", "dsprites", 16,
-     {"train": 737280}, "train[589824:590024]", "train[663552:]", 73728),
-    ("dsprites_orientation", "structured", "dsprites", 16,
-     {"train": 737280}, "train[589824:590024]", "train[663552:]", 73728),
-    ("smallnorb_azimuth", "structured", "smallnorb", 18,
-     {"train": 24300, "test": 24300}, "test[:200]", "test[50%:]", 12150),
-    ("smallnorb_elevation", "structured", "smallnorb", 9,
-     {"train": 24300, "test": 24300}, "test[:200]", "test[50%:]", 12150),
+  (
+    "caltech101",
+    "natural",
+    "caltech101",
+    102,
+    {"train": 3060, "test": 6084},
+    "train[2754:2954]",
+    "test",
+    6084,
+  ),
+  (
+    "cifar100",
+    "natural",
+    "cifar100",
+    100,
+    {"train": 50000, "test": 10000},
+    "train[45000:45200]",
+    "test",
+    10000,
+  ),
+  (
+    "dtd",
+    "natural",
+    "dtd",
+    47,
+    {"train": 1880, "validation": 1880, "test": 1880},
+    "validation[:200]",
+    "test",
+    1880,
+  ),
+  (
+    "flowers102",
+    "natural",
+    "oxford_flowers102",
+    102,
+    {"train": 1020, "validation": 1020, "test": 6149},
+    "validation[:200]",
+    "test",
+    6149,
+  ),
+  (
+    "pets",
+    "natural",
+    "oxford_iiit_pet",
+    37,
+    {"train": 3680, "test": 3669},
+    "train[2944:3144]",
+    "test",
+    3669,
+  ),
+  (
+    "svhn",
+    "natural",
+    "svhn_cropped",
+    10,
+    {"train": 73257, "test": 26032, "extra": 531131},
+    "train[65931:66131]",
+    "test",
+    26032,
+  ),
+  (
+    "sun397",
+    "natural",
+    "sun397/tfds",
+    397,
+    {"train": 76128, "validation": 10875, "test": 21750},
+    "validation[:200]",
+    "test",
+    21750,
+  ),
+  (
+    "patch_camelyon",
+    "specialized",
+    "patch_camelyon",
+    2,
+    {"train": 262144, "validation": 32768, "test": 32768},
+    "validation[:200]",
+    "test",
+    32768,
+  ),
+  (
+    "eurosat",
+    "specialized",
+    "eurosat/rgb",
+    10,
+    {"train": 27000},
+    "train[16200:16400]",
+    "train[21600:]",
+    5400,
+  ),
+  (
+    "resisc45",
+    "specialized",
+    "resisc45",
+    45,
+    {"train": 31500},
+    "train[18900:19100]",
+    "train[25200:]",
+    6300,
+  ),
+  (
+    "retinopathy",
+    "specialized",
+    "diabetic_retinopathy_detection/btgraham-300",
+    5,
+    {"sample": 10, "train": 35126, "validation": 10906, "test": 42670},
+    "validation[:200]",
+    "test",
+    42670,
+  ),
+  (
+    "clevr_count",
+    "structured",
+    "clevr",
+    8,
+    {"train": 70000, "validation": 15000, "test": 15000},
+    "train[63000:63200]",
+    "validation",
+    15000,
+  ),
+  (
+    "clevr_distance",
+    "structured",
+    "clevr",
+    6,
+    {"train": 70000, "validation": 15000, "test": 15000},
+    "train[63000:63200]",
+    "validation",
+    15000,
+  ),
+  (
+    "dmlab",
+    "structured",
+    "dmlab",
+    6,
+    {"train": 65550, "validation": 22628, "test": 22735},
+    "validation[:200]",
+    "test",
+    22735,
+  ),
+  (
+    "kitti",
+    "structured",
+    "kitti",
+    4,
+    {"train": 6347, "validation": 423, "test": 711},
+    "validation[:200]",
+    "test",
+    711,
+  ),
+  (
+    "dsprites_location",
+    "structured",
+    "dsprites",
+    16,
+    {"train": 737280},
+    "train[589824:590024]",
+    "train[663552:]",
+    73728,
+  ),
+  (
+    "dsprites_orientation",
+    "structured",
+    "dsprites",
+    16,
+    {"train": 737280},
+    "train[589824:590024]",
+    "train[663552:]",
+    73728,
+  ),
+  (
+    "smallnorb_azimuth",
+    "structured",
+    "smallnorb",
+    18,
+    {"train": 24300, "test": 24300},
+    "test[:200]",
+    "test[50%:]",
+    12150,
+  ),
+  (
+    "smallnorb_elevation",
+    "structured",
+    "smallnorb",
+    9,
+    {"train": 24300, "test": 24300},
+    "test[:200]",
+    "test[50%:]",
+    12150,
+  ),
 ]
-# fmt: on
+
 NAMES = [row[0] for row in FACTS]
 
 
@@ -88,10 +229,10 @@ def test_row(row):
   assert task.image_key == "image"
   assert task.pixel_scale == (255 if builder == "dsprites" else 1)
   assert dict(task.splits) == {
-      "train": "train[:800]",
-      "val": val,
-      "trainval": f"train[:800]+{val}",
-      "test": test,
+    "train": "train[:800]",
+    "val": val,
+    "trainval": f"train[:800]+{val}",
+    "test": test,
   }
 
 
@@ -100,8 +241,8 @@ def test_slices_have_their_sizes_in_the_full_dataset(row):
   name, _, _, _, sizes, _, _, test_size = row
   assert vtab.VTAB[name].sizes == sizes
   found = {
-      split: data.expected_examples(vtab.VTAB[name], split)
-      for split in data.SPLITS
+    split: data.expected_examples(vtab.VTAB[name], split)
+    for split in data.SPLITS
   }
   expected = {"train": 800, "val": 200, "trainval": 1000, "test": test_size}
   assert found == expected
@@ -141,19 +282,19 @@ def test_clevr_count(objects, expected):
 
 
 @pytest.mark.parametrize(
-    "depths,expected",
-    [
-        ([9.9, 0.5, 30.0], 0),
-        ([8.0], 0),  # A bound belongs to the class below it.
-        ([8.0001, 12.0], 1),
-        ([8.5], 1),
-        ([8.6], 2),
-        ([9.0], 2),
-        ([9.5], 3),
-        ([9.75], 4),
-        ([10.0], 4),
-        ([10.01, 14.0], 5),
-    ],
+  "depths,expected",
+  [
+    ([9.9, 0.5, 30.0], 0),
+    ([8.0], 0),  # A bound belongs to the class below it.
+    ([8.0001, 12.0], 1),
+    ([8.5], 1),
+    ([8.6], 2),
+    ([9.0], 2),
+    ([9.5], 3),
+    ([9.75], 4),
+    ([10.0], 4),
+    ([10.01, 14.0], 5),
+  ],
 )
 def test_clevr_distance(depths, expected):
   coords = np.zeros((len(depths), 3), np.float32)
@@ -164,39 +305,39 @@ def test_clevr_distance(depths, expected):
 
 
 @pytest.mark.parametrize(
-    "types,metres,expected",
-    [
-        ([0, 1, 2], [30.0, 7.9, 50.0], 0),
-        ([0], [8.0], 0),
-        ([2], [8.01], 1),
-        ([1], [20.0], 1),
-        ([0], [20.5], 2),
-        ([0, 3], [25.0, 1.0], 2),  # A pedestrian is no vehicle.
-        ([3, 4, 5, 6, 7], [1.0, 2.0, 3.0, 4.0, 5.0], 3),
-        ([], [], 3),
-    ],
+  "types,metres,expected",
+  [
+    ([0, 1, 2], [30.0, 7.9, 50.0], 0),
+    ([0], [8.0], 0),
+    ([2], [8.01], 1),
+    ([1], [20.0], 1),
+    ([0], [20.5], 2),
+    ([0, 3], [25.0, 1.0], 2),  # A pedestrian is no vehicle.
+    ([3, 4, 5, 6, 7], [1.0, 2.0, 3.0, 4.0, 5.0], 3),
+    ([], [], 3),
+  ],
 )
 def test_kitti_vehicle(types, metres, expected):
   location = np.zeros((len(types), 3), np.float32)
   location[:, 2] = metres
   example = {
-      "objects": {"type": np.array(types, np.int64), "location": location}
+    "objects": {"type": np.array(types, np.int64), "location": location}
   }
   assert _label(labels.kitti_vehicle, example) == expected
 
 
 def test_dsprites_x():
   found = [
-      _label(labels.dsprites_x, {"label_x_position": np.int64(i)})
-      for i in (0, 1, 2, 3, 30, 31)
+    _label(labels.dsprites_x, {"label_x_position": np.int64(i)})
+    for i in (0, 1, 2, 3, 30, 31)
   ]
   assert found == [0, 0, 1, 1, 15, 15]
 
 
 def test_dsprites_o():
   found = [
-      _label(labels.dsprites_o, {"label_orientation": np.int64(i)})
-      for i in range(40)
+    _label(labels.dsprites_o, {"label_orientation": np.int64(i)})
+    for i in range(40)
   ]
   assert found == [int(np.floor(i / 2.5)) for i in range(40)]
   assert found[:9] == [0, 0, 0, 1, 1, 2, 2, 2, 3]
@@ -243,7 +384,7 @@ def _prepare(request, data_dir, keys):
 
   builder._split_generators = split_generators
   builder.download_and_prepare(
-      download_config=tfds.download.DownloadConfig(num_shards=2)
+    download_config=tfds.download.DownloadConfig(num_shards=2)
   )
   return builder
 
@@ -254,7 +395,7 @@ def copies(tmp_path_factory):
   folder = str(tmp_path_factory.mktemp("tfds"))
   tfds.disable_progress_bar()
   for request, sizes in {
-      task.builder: task.sizes for task in vtab.VTAB.values()
+    task.builder: task.sizes for task in vtab.VTAB.values()
   }.items():
     _prepare(request, folder, {split: range(4) for split in sizes})
   tfds.enable_progress_bar()
@@ -266,11 +407,11 @@ def test_task_reads_its_dataset(name, copies):
   task = lookup.make_task(name, data_dir=copies)
   last = task.splits["test"].partition("[")[0]
   task = dataclasses.replace(
-      task, splits={"train": "train[:3]", "test": f"{last}[1:]"}
+    task, splits={"train": "train[:3]", "test": f"{last}[1:]"}
   )
   for split in task.splits:
     arrays = data.load_arrays(
-        task, split, image_size=6, value_range="0..1", resize="legacy"
+      task, split, image_size=6, value_range="0..1", resize="legacy"
     )
     assert arrays["image"].shape == (3, 6, 6, 3)
     assert arrays["image"].dtype == np.float32
@@ -290,8 +431,8 @@ def test_cifar100_order_is_the_published_one(tmp_path):
   tfds.disable_progress_bar()
   _prepare("cifar100", tmp_path, {"train": keys})  # Labels: places in `keys`.
   task = dataclasses.replace(
-      lookup.make_task("cifar100", data_dir=str(tmp_path)),
-      splits={"train": "train[:5]"},
+    lookup.make_task("cifar100", data_dir=str(tmp_path)),
+    splits={"train": "train[:5]"},
   )
   arrays = data.load_arrays(task, "train", image_size=4, value_range="0..1")
   assert [keys[label] for label in arrays["label"]] == first

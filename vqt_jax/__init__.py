@@ -25,15 +25,15 @@ from vqt_jax.vit import ViTConfig
 __version__ = "0.1.0"
 
 __all__ = [
-    "Backbone",
-    "Output",
-    "Stream",
-    "Tuner",
-    "UserError",
-    "ViTConfig",
-    "apply",
-    "load_backbone",
-    "make_tuner",
-    "save_npz",
-    "train",
+  "Backbone",
+  "Output",
+  "Stream",
+  "Tuner",
+  "UserError",
+  "ViTConfig",
+  "apply",
+  "load_backbone",
+  "make_tuner",
+  "save_npz",
+  "train",
 ]

@@ -18,9 +18,9 @@ import vqt_jax
 from vqt_jax import errors
 
 COMMANDS = {
-    "prepare": "vqt_jax.data.prepare",
-    "train": "vqt_jax.cli",
-    "compare": "vqt_jax.compare",
+  "prepare": "vqt_jax.data.prepare",
+  "train": "vqt_jax.cli",
+  "compare": "vqt_jax.compare",
 }
 
 

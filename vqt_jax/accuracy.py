@@ -23,16 +23,16 @@ LEVEL = 0.95
 
 
 def summary(
-    seeds: Sequence[int], accuracy: Sequence[float], images: int
+  seeds: Sequence[int], accuracy: Sequence[float], images: int
 ) -> dict[str, Any]:
   """The accuracy of several seeds on the same images."""
   mean = float(np.mean(accuracy))
   return {
-      "mean": mean,
-      "std": float(np.std(accuracy, ddof=1)) if len(seeds) > 1 else None,
-      "interval": list(interval(mean, images)),
-      "per_seed": dict(zip(map(str, seeds), accuracy)),
-      "images": images,
+    "mean": mean,
+    "std": float(np.std(accuracy, ddof=1)) if len(seeds) > 1 else None,
+    "interval": list(interval(mean, images)),
+    "per_seed": dict(zip(map(str, seeds), accuracy)),
+    "images": images,
   }
 
 
@@ -69,7 +69,7 @@ def told(test: Mapping[str, Any], decimals: int = 2, sign: str = "+-") -> str:
   """Mean and spread in per cent, e.g. "97.72 +- 0.35"; of one seed the mean."""
   parts = (test["mean"], spread(test))
   return f" {sign} ".join(
-      f"{100 * x:.{decimals}f}" for x in parts if x is not None
+    f"{100 * x:.{decimals}f}" for x in parts if x is not None
   )
 
 
@@ -82,13 +82,13 @@ def columns(test: Mapping[str, Any]) -> dict[str, str]:
   """What CSV files have of it; empty where it is unknown."""
   low, high = bounds(test) or (None, None)
   values = {
-      "accuracy_percent": test["mean"],
-      "std_percent": spread(test),
-      "interval_low_percent": low,
-      "interval_high_percent": high,
+    "accuracy_percent": test["mean"],
+    "std_percent": spread(test),
+    "interval_low_percent": low,
+    "interval_high_percent": high,
   }
   return {
-      name: "" if x is None else f"{100 * x:.2f}" for name, x in values.items()
+    name: "" if x is None else f"{100 * x:.2f}" for name, x in values.items()
   }
 
 

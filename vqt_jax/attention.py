@@ -23,18 +23,18 @@ def draw(workdir: files.Path, path: files.Path) -> None:
   seed = next(iter(results["test_accuracy"]["per_seed"]))
   tuned = tuned_lib.load(workdir / "tuned" / f"seed_{seed}")
   task = data.make_task(
-      config["task"], **{k: config[k] for k in config_lib.TASK_FIELDS}
+    config["task"], **{k: config[k] for k in config_lib.TASK_FIELDS}
   )
   c = tuned.backbone.config
   batch = next(
-      data.batches(
-          task,
-          "test",
-          batch_size=IMAGES,
-          image_size=c.image_size,
-          value_range=tuned.backbone.value_range,
-          resize=config["resize"],
-      )
+    data.batches(
+      task,
+      "test",
+      batch_size=IMAGES,
+      image_size=c.image_size,
+      value_range=tuned.backbone.value_range,
+      resize=config["resize"],
+    )
   )
   weights = tuned.attention(batch["image"]).mean(axis=(2, 3))
   if c.has_class_token:

@@ -14,18 +14,18 @@ from vqt_jax import vit
 
 # Name -> (mean, std) per RGB channel, for images in 0..1.
 VALUE_RANGES = {
-    "-1..1": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "0..1": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+  "-1..1": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+  "0..1": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+  "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 # How to get there from 0..255, for messages.
 _FROM_PIXELS = {
-    "-1..1": "images / 127.5 - 1",
-    "0..1": "images / 255",
-    "imagenet": (
-        "(images / 255 - mean) / std, with mean, std ="
-        ' vqt_jax.backbone.VALUE_RANGES["imagenet"]'
-    ),
+  "-1..1": "images / 127.5 - 1",
+  "0..1": "images / 255",
+  "imagenet": (
+    "(images / 255 - mean) / std, with mean, std ="
+    ' vqt_jax.backbone.VALUE_RANGES["imagenet"]'
+  ),
 }
 
 
@@ -58,9 +58,9 @@ class Backbone:
   def __repr__(self) -> str:
     c = self.config
     return (
-        f"Backbone(ViT-{c.variant}, {c.depth} blocks of width {c.width},"
-        f" {c.image_size[0]}x{c.image_size[1]} px, inputs {self.value_range},"
-        f" from {self.source!r})"
+      f"Backbone(ViT-{c.variant}, {c.depth} blocks of width {c.width},"
+      f" {c.image_size[0]}x{c.image_size[1]} px, inputs {self.value_range},"
+      f" from {self.source!r})"
     )
 
   def __call__(self, images: jax.Array) -> vit.Stream:
@@ -93,10 +93,10 @@ class Backbone:
     if not (right_shape and right_dtype):
       shape = f"({', '.join(map(str, images.shape))})"
       raise errors.UserError(
-          f"images: expected floats {wanted} scaled to {self.value_range},"
-          f" found {images.dtype} {shape}."
-          + ("" if right_shape else self._shape_advice(images.shape))
-          + ("" if right_dtype else self._scale_advice)
+        f"images: expected floats {wanted} scaled to {self.value_range},"
+        f" found {images.dtype} {shape}."
+        + ("" if right_shape else self._shape_advice(images.shape))
+        + ("" if right_dtype else self._scale_advice)
       )
     if isinstance(images, jax.core.Tracer) or not images.size:
       return images
@@ -115,13 +115,13 @@ class Backbone:
       return
     if np.isnan(found).any():
       raise errors.UserError(
-          f"images: {np.isnan(images).sum():,} of {images.size:,} numbers are"
-          " NaN; leave out the images that hold them."
+        f"images: {np.isnan(images).sum():,} of {images.size:,} numbers are"
+        " NaN; leave out the images that hold them."
       )
     raise errors.UserError(
-        f"images: expected values of {self.value_range} ({low:.3g} to"
-        f" {high:.3g}), found {found[0]:.3g} to {found[1]:.3g}."
-        f"{self._scale_advice}"
+      f"images: expected values of {self.value_range} ({low:.3g} to"
+      f" {high:.3g}), found {found[0]:.3g} to {found[1]:.3g}."
+      f"{self._scale_advice}"
     )
 
   @property
@@ -134,8 +134,8 @@ class Backbone:
     if len(shape) == 3:
       return " Add an axis for the batch: images[None]."
     return (
-        " Resize them, or load the backbone for them: load_backbone(...,"
-        f" image_size=({shape[1]}, {shape[2]}))."
+      " Resize them, or load the backbone for them: load_backbone(...,"
+      f" image_size=({shape[1]}, {shape[2]}))."
     )
 
   @functools.cached_property

@@ -16,68 +16,68 @@ from vqt_jax.data import vtab
 from vqt_jax.train import optim
 
 CHOICES = {
-    "combine": readers.COMBINE,
-    "optimizer": ("", *optim.OPTIMIZERS),
-    "schedule": ("epoch", "step"),
-    "resize": ("bilinear", "legacy"),
-    "value_range": ("", *VALUE_RANGES),
-    "pool_type": ("", "tok", "gap", "map", "0", "mae"),
-    "gelu": ("", "tanh", "exact"),
-    "dtype": ("", "float32", "bfloat16"),
-    "features": ("", "device", "host", "disk", "live"),
-    "feature_dtype": ("", "float32", "bfloat16"),
-    "data": ("", "device", "stream"),
-    "protocol": ("full", "best"),
-    "preset": ("", "authors"),
+  "combine": readers.COMBINE,
+  "optimizer": ("", *optim.OPTIMIZERS),
+  "schedule": ("epoch", "step"),
+  "resize": ("bilinear", "legacy"),
+  "value_range": ("", *VALUE_RANGES),
+  "pool_type": ("", "tok", "gap", "map", "0", "mae"),
+  "gelu": ("", "tanh", "exact"),
+  "dtype": ("", "float32", "bfloat16"),
+  "features": ("", "device", "host", "disk", "live"),
+  "feature_dtype": ("", "float32", "bfloat16"),
+  "data": ("", "device", "stream"),
+  "protocol": ("full", "best"),
+  "preset": ("", "authors"),
 }
 
 # Field -> (smallest, largest) value, or element of a tuple; always finite.
 BOUNDS = {
-    "image_size": (1, math.inf),
-    "image_width": (0, math.inf),
-    "trained_size": (0, math.inf),
-    "trained_width": (0, math.inf),
-    "num_classes": (0, math.inf),
-    "num_queries": (0, math.inf),
-    "target_size": (1, math.inf),
-    "query_dropout": (0, 0.99),
-    "num_prompts": (1, math.inf),
-    "bottleneck": (0, math.inf),
-    "rank": (1, math.inf),
-    "alpha": (0, math.inf),
-    "last_blocks": (1, math.inf),
-    "editor_rate": (0, math.inf),
-    "embedding_dropout": (0, 0.99),
-    "epochs": (1, math.inf),
-    "warmup_epochs": (-1, math.inf),
-    "batch_size": (1, math.inf),
-    "eval_batch_size": (1, math.inf),
-    "settings": (0, math.inf),
-    "lr": (0, math.inf),
-    **{f"reader_lr.{name}": (0, math.inf) for name in readers.READERS},
-    "weight_decay": (0, math.inf),
-    "search_seed": (0, 2**32 - 1),
-    "seeds": (0, 2**32 - 1),
-    "seed": (0, 2**32 - 1),
-    "mesh.data": (-1, math.inf),
-    "mesh.model": (1, math.inf),
-    "checkpoint_seconds": (0, math.inf),
-    "keep_fraction": (0, 1),
-    "best.num_queries": (1, math.inf),
-    "best.query_dropout": (0, 0.99),
-    "best.keep_fractions": (0.01, 0.99),  # All features are always tried.
-    "best.finalists": (1, math.inf),
-    "best.folds": (2, math.inf),
+  "image_size": (1, math.inf),
+  "image_width": (0, math.inf),
+  "trained_size": (0, math.inf),
+  "trained_width": (0, math.inf),
+  "num_classes": (0, math.inf),
+  "num_queries": (0, math.inf),
+  "target_size": (1, math.inf),
+  "query_dropout": (0, 0.99),
+  "num_prompts": (1, math.inf),
+  "bottleneck": (0, math.inf),
+  "rank": (1, math.inf),
+  "alpha": (0, math.inf),
+  "last_blocks": (1, math.inf),
+  "editor_rate": (0, math.inf),
+  "embedding_dropout": (0, 0.99),
+  "epochs": (1, math.inf),
+  "warmup_epochs": (-1, math.inf),
+  "batch_size": (1, math.inf),
+  "eval_batch_size": (1, math.inf),
+  "settings": (0, math.inf),
+  "lr": (0, math.inf),
+  **{f"reader_lr.{name}": (0, math.inf) for name in readers.READERS},
+  "weight_decay": (0, math.inf),
+  "search_seed": (0, 2**32 - 1),
+  "seeds": (0, 2**32 - 1),
+  "seed": (0, 2**32 - 1),
+  "mesh.data": (-1, math.inf),
+  "mesh.model": (1, math.inf),
+  "checkpoint_seconds": (0, math.inf),
+  "keep_fraction": (0, 1),
+  "best.num_queries": (1, math.inf),
+  "best.query_dropout": (0, 0.99),
+  "best.keep_fractions": (0.01, 0.99),  # All features are always tried.
+  "best.finalists": (1, math.inf),
+  "best.folds": (2, math.inf),
 }
 
 # Fields for datasets that are no VTAB task.
 OF_OTHERS = ("splits.", "image_key", "label_key", "num_classes")
 
 _TYPE_NAMES = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
+  bool: "true or false",
+  int: "a whole number",
+  float: "a number",
+  str: "text",
 }
 
 
@@ -129,69 +129,69 @@ def _methods(config: ConfigDict) -> tuple[str, ...]:
 def _check_combinations(config: ConfigDict) -> None:
   if config.warmup_epochs >= config.epochs:
     raise errors.UserError(
-        f"config.warmup_epochs={config.warmup_epochs} must be smaller than"
-        f" config.epochs={config.epochs}: nothing would be left to train."
+      f"config.warmup_epochs={config.warmup_epochs} must be smaller than"
+      f" config.epochs={config.epochs}: nothing would be left to train."
     )
   if config.trained_width and not config.trained_size:
     raise errors.UserError(
-        f"config.trained_width={config.trained_width} is a width alone; give"
-        " the height as well, config.trained_size."
+      f"config.trained_width={config.trained_width} is a width alone; give"
+      " the height as well, config.trained_size."
     )
   if "://" in config.store_dir:
     raise errors.UserError(
-        f"config.store_dir={config.store_dir}: expected a folder, since its"
-        " files are mapped into memory. Name one on a local disk, or mount the"
-        " bucket."
+      f"config.store_dir={config.store_dir}: expected a folder, since its"
+      " files are mapped into memory. Name one on a local disk, or mount the"
+      " bucket."
     )
   if config.mesh.data == 0:
     raise errors.UserError(
-        "config.mesh.data=0: expected a number of devices, or -1 for all."
+      "config.mesh.data=0: expected a number of devices, or -1 for all."
     )
   for name, rates in flatten(config).items():
     is_rate = name == "lr" or name.startswith("reader_lr.")
     if is_rate and not all(rates) and len(rates) > 1:
       raise errors.UserError(
-          f"config.{name}={rates}: with a rate of 0 nothing is trained."
+        f"config.{name}={rates}: with a rate of 0 nothing is trained."
       )
   if not all(config.keep_fraction) and len(config.keep_fraction) > 1:
     raise errors.UserError(
-        f"config.keep_fraction={config.keep_fraction}: with a fraction of 0 no"
-        " feature is left."
+      f"config.keep_fraction={config.keep_fraction}: with a fraction of 0 no"
+      " feature is left."
     )
   given = [
-      f"config.{name}"
-      for name, value in flatten(config).items()
-      if name.startswith(OF_OTHERS) and value
+    f"config.{name}"
+    for name, value in flatten(config).items()
+    if name.startswith(OF_OTHERS) and value
   ]
   if config.task == vtab.ALL and given:
     raise errors.UserError(
-        f"config.task={vtab.ALL} takes VTAB's tasks as they are: leave"
-        f" {', '.join(given)} empty."
+      f"config.task={vtab.ALL} takes VTAB's tasks as they are: leave"
+      f" {', '.join(given)} empty."
     )
   _check_methods(config)
   if config.embedding_dropout and config.features not in ("", "live"):
     raise errors.UserError(
-        f"config.embedding_dropout={config.embedding_dropout} makes the stream"
-        " differ in every step, so it cannot be stored: use features=live."
+      f"config.embedding_dropout={config.embedding_dropout} makes the stream"
+      " differ in every step, so it cannot be stored: use features=live."
     )
 
 
 def _check_methods(config: ConfigDict) -> None:
   if config.methods and config.task == vtab.ALL:
     raise errors.UserError(
-        f"config.task={vtab.ALL} takes one config.method; to compare"
-        f" config.methods={config.methods}, name one task."
+      f"config.task={vtab.ALL} takes one config.method; to compare"
+      f" config.methods={config.methods}, name one task."
     )
   if config.methods and config.preset:
     raise errors.UserError(
-        f"config.preset={config.preset} depends on the method; set its fields"
-        " one by one to compare config.methods."
+      f"config.preset={config.preset} depends on the method; set its fields"
+      " one by one to compare config.methods."
     )
   for method in _methods(config):
     if tuner.parse(method)[1] and config.features not in ("", "live"):
       raise errors.UserError(
-          f"config.method={method} changes the stream in every step, so it"
-          " cannot be stored: use features=live."
+        f"config.method={method} changes the stream in every step, so it"
+        " cannot be stored: use features=live."
       )
 
 
@@ -205,7 +205,7 @@ def check_field(name: str, defaults: ConfigDict) -> Any:
   inside = [f"config.{f}" for f in fields if f.startswith(f"{name}.")]
   if inside:
     raise errors.UserError(
-        f"config.{name} is a group of fields; set {', '.join(inside)}."
+      f"config.{name} is a group of fields; set {', '.join(inside)}."
     )
   if name not in fields:
     alike = [field for field in fields if "." in name or "." not in field]
@@ -262,7 +262,7 @@ def convert(name: str, value: Any, like: Any) -> Any:
   if not fine:
     found = " ".join(repr(found).split())
     raise errors.UserError(
-        f"config.{name}: expected {expected(like)}, found {found}."
+      f"config.{name}: expected {expected(like)}, found {found}."
     )
   return converted
 
@@ -283,7 +283,7 @@ def _check_fields(values: dict[str, Any], defaults: dict[str, Any]) -> None:
   for name in defaults:
     if name not in values:
       raise errors.UserError(
-          f"config.{name} is missing: start from default_config()."
+        f"config.{name} is missing: start from default_config()."
       )
 
 
@@ -295,6 +295,4 @@ def _check_bounds(name: str, value: Any, low: float, high: float) -> None:
       wanted = f"at least {low}" if high == math.inf else f"{low} to {high}"
       raise errors.UserError(f"config.{name}: expected {wanted}, found {x}.")
   if len(set(values)) < len(values):
-    raise errors.UserError(
-        f"config.{name}={value} holds the same value twice."
-    )
+    raise errors.UserError(f"config.{name}={value} holds the same value twice.")

@@ -21,8 +21,17 @@ from vqt_jax import parallel
 GIB = 2**30
 HERE = "here"
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8",
-         "8x8x8", "8x8x16")  # pyformat: disable
+_DEEP = (
+  "2x2x1",
+  "2x2x2",
+  "2x2x4",
+  "2x4x4",
+  "4x4x4",
+  "4x4x8",
+  "4x8x8",
+  "8x8x8",
+  "8x8x16",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +61,33 @@ class Chip:
 
 _MEGACORE = (("chip_config_name", "megacore"),)  # Two cores are one device.
 CHIPS = {
-    "v4": Chip("TPU v4", int(30.75 * GIB), 101 * GIB, 275e12, 1.2e12, 300e9,
-               _DEEP, _MEGACORE),
-    "v5e": Chip("TPU v5e", int(15.75 * GIB), 64 * GIB, 197e12, 819e9, 200e9,
-                _FLAT),
-    "v5p": Chip("TPU v5p", int(95.74 * GIB), 112 * GIB, 459e12, 2.765e12,
-                600e9, _DEEP, _MEGACORE),
-    "v6e": Chip("TPU v6e", int(31.25 * GIB), 192 * GIB, 918e12, 1.6e12, 400e9,
-                _FLAT),
-}  # fmt: skip
+  "v4": Chip(
+    "TPU v4",
+    int(30.75 * GIB),
+    101 * GIB,
+    275e12,
+    1.2e12,
+    300e9,
+    _DEEP,
+    _MEGACORE,
+  ),
+  "v5e": Chip(
+    "TPU v5e", int(15.75 * GIB), 64 * GIB, 197e12, 819e9, 200e9, _FLAT
+  ),
+  "v5p": Chip(
+    "TPU v5p",
+    int(95.74 * GIB),
+    112 * GIB,
+    459e12,
+    2.765e12,
+    600e9,
+    _DEEP,
+    _MEGACORE,
+  ),
+  "v6e": Chip(
+    "TPU v6e", int(31.25 * GIB), 192 * GIB, 918e12, 1.6e12, 400e9, _FLAT
+  ),
+}
 
 
 def find(where: str) -> tuple[Chip, list[jax.Device]]:
@@ -80,22 +107,24 @@ def find(where: str) -> tuple[Chip, list[jax.Device]]:
   chip = CHIPS[generation]
   if shape not in chip.slices:
     raise errors.UserError(
-        f"Unknown slice {where!r}. There are:"
-        f" {', '.join(f'{generation}:{x}' for x in chip.slices)}."
+      f"Unknown slice {where!r}. There are:"
+      f" {', '.join(f'{generation}:{x}' for x in chip.slices)}."
     )
   jax.config.update("jax_platforms", "cpu")  # The compiler is asked by name.
-  os.environ.update({
+  os.environ.update(
+    {
       "TPU_SKIP_MDS_QUERY": "1",
       "TPU_WORKER_HOSTNAMES": "localhost",
       "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # Others may use the chips meanwhile.
-  })
+    }
+  )
   os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
   options = dict(chip.options)
   if shape == "1x1":
     options["chips_per_host_bounds"] = (1, 1, 1)
   try:
     slice_ = topologies.get_topology_desc(
-        platform="tpu", topology_name=where, **options
+      platform="tpu", topology_name=where, **options
     )
   except RuntimeError as e:
     raise errors.UserError(_trouble(where, e)) from e
@@ -107,14 +136,17 @@ def _here() -> tuple[Chip, list[jax.Device]]:
   devices = jax.devices()
   kind, count = devices[0].device_kind, jax.local_device_count()
   known = {
-      "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
-      "TPU v6 lite": "v6e",
-  }  # fmt: skip
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+  }
   chip = CHIPS[known[kind]] if kind in known else Chip(kind, 0, 0)
   return dataclasses.replace(
-      chip,
-      memory=memory.device_memory(),
-      host_memory=memory.host_memory() // count,
+    chip,
+    memory=memory.device_memory(),
+    host_memory=memory.host_memory() // count,
   ), devices
 
 
@@ -124,7 +156,7 @@ def _trouble(where: str, error: RuntimeError) -> str:
   wanted = [x for x in importlib.metadata.requires("jax") if "libtpu" in x]
   package = wanted[0].split(";")[0].strip()
   return (
-      "libtpu, which holds the compiler for TPUs, is not installed. Get it"
-      f' with: pip install --no-deps --target /tmp/libtpu "{package}" and put'
-      " PYTHONPATH=/tmp/libtpu before this command."
+    "libtpu, which holds the compiler for TPUs, is not installed. Get it"
+    f' with: pip install --no-deps --target /tmp/libtpu "{package}" and put'
+    " PYTHONPATH=/tmp/libtpu before this command."
   )

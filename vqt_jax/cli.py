@@ -64,8 +64,17 @@ RESUMES = "the same command goes on from the last save, if there is one."
 LONG_SECONDS = 10  # To wait without a word.
 
 USAGE = "Usage: --config FILE --workdir DIR (--help tells more)."
-FLAGS = ("config", "workdir", "plan", "debug", "help", "coordinator",
-         "num_processes", "process_id", "lost_after")  # fmt: skip
+FLAGS = (
+  "config",
+  "workdir",
+  "plan",
+  "debug",
+  "help",
+  "coordinator",
+  "num_processes",
+  "process_id",
+  "lost_after",
+)
 
 
 class _Tuples(flags.ArgumentParser):
@@ -146,8 +155,8 @@ def run(values: flags.FlagValues) -> int:
     raise errors.UserError(f"{missing} is missing. {USAGE}")
   if not isinstance(config, ConfigDict):
     raise errors.UserError(
-        f"{values['config'].config_filename}: expected get_config() to return"
-        f" a ConfigDict, found {type(config).__name__}."
+      f"{values['config'].config_filename}: expected get_config() to return"
+      f" a ConfigDict, found {type(config).__name__}."
     )
   given = tuple(values["config"].override_values)
   config = config_lib.resolve(config, keep=given)
@@ -155,10 +164,10 @@ def run(values: flags.FlagValues) -> int:
     return plan(config, values.plan)
   status = 0
   with (
-      _begin(config, values) as (logs, name),
-      noise.quiet(logs.folder / name) as screen,
-      noise.last_words(screen, _crashed(logs.folder / name)),
-      _closing(logs),
+    _begin(config, values) as (logs, name),
+    noise.quiet(logs.folder / name) as screen,
+    noise.last_words(screen, _crashed(logs.folder / name)),
+    _closing(logs),
   ):
     # Imported late: errors above come at once, and noise goes to the log.
     from vqt_jax import train
@@ -184,9 +193,9 @@ def run(values: flags.FlagValues) -> int:
 def plan(config: ConfigDict, where: str) -> int:
   """Says what a run would need; returns the exit status."""
   with (
-      noise.quiet(os.devnull) as screen,
-      noise.last_words(screen, _jax_crashed()),
-      numerics.as_usual(),
+    noise.quiet(os.devnull) as screen,
+    noise.last_words(screen, _jax_crashed()),
+    numerics.as_usual(),
   ):
     from vqt_jax import plan as plan_lib
 
@@ -207,34 +216,34 @@ def _crashed(log: files.Path) -> str:
   """What to say where Python cannot, or need not, say what happened."""
   if not parallel.is_connected():
     return (
-        f"The program crashed or was killed; see the end of {log}. When that is"
-        f" mended, {RESUMES}"
+      f"The program crashed or was killed; see the end of {log}. When that is"
+      f" mended, {RESUMES}"
     )
   return (
-      "This process ended without saving: most likely another process of this"
-      f" run is gone (see the end of {log}). When that is mended, start the"
-      " same command on all of them: they go on from the last save, if there is"
-      " one."
+    "This process ended without saving: most likely another process of this"
+    f" run is gone (see the end of {log}). When that is mended, start the"
+    " same command on all of them: they go on from the last save, if there is"
+    " one."
   )
 
 
 def _jax_crashed() -> str:
   """What to say where JAX dies before there is a log."""
   given = {
-      "XLA_FLAGS": parallel.flags_given(),
-      "LIBTPU_INIT_ARGS": os.environ.get("LIBTPU_INIT_ARGS"),
+    "XLA_FLAGS": parallel.flags_given(),
+    "LIBTPU_INIT_ARGS": os.environ.get("LIBTPU_INIT_ARGS"),
   }
   flags_of = [f"{name}={value}" for name, value in given.items() if value]
   unknown = " It may not know a flag of {}." if flags_of else ""
   return (
-      f"JAX crashed.{unknown.format(' and '.join(flags_of))} To see what it"
-      f" says: {sys.executable} -c 'import jax; jax.devices()'"
+    f"JAX crashed.{unknown.format(' and '.join(flags_of))} To see what it"
+    f" says: {sys.executable} -c 'import jax; jax.devices()'"
   )
 
 
 @contextlib.contextmanager
 def _begin(
-    config: ConfigDict, values: flags.FlagValues
+  config: ConfigDict, values: flags.FlagValues
 ) -> Iterator[tuple[files.Growing, str]]:
   """Joins the other processes, if any, and opens the workdir.
 
@@ -250,8 +259,8 @@ def _begin(
   workdir = files.path(values.workdir)
   joined = not alone and _join(values)
   with (
-      noise.quiet(os.devnull) as screen,
-      noise.last_words(screen, _jax_crashed()),
+    noise.quiet(os.devnull) as screen,
+    noise.last_words(screen, _jax_crashed()),
   ):
     parallel.find_devices()  # Before the workdir is touched.
   together = parallel.together if joined else contextlib.nullcontext
@@ -272,20 +281,22 @@ def _join(values: flags.FlagValues) -> bool:
   if values.coordinator is None:  # As in the shell of a Slurm step.
     alone = " If there are none, add --coordinator=none to run alone."
   nobody = (
-      f"The other processes did not come within {parallel.CONNECT_SECONDS} s:"
-      " start the same command on all of them, and see that each reaches the"
-      f" first one (coordinator {values.coordinator or 'of the platform'})."
-      f"{alone}"
+    f"The other processes did not come within {parallel.CONNECT_SECONDS} s:"
+    " start the same command on all of them, and see that each reaches the"
+    f" first one (coordinator {values.coordinator or 'of the platform'})."
+    f"{alone}"
   )  # Then JAX aborts.
   with (
-      noise.quiet(os.devnull) as screen,
-      noise.last_words(screen, nobody),
-      _if_long(screen, f"Waiting for the other processes.{alone}"),
+    noise.quiet(os.devnull) as screen,
+    noise.last_words(screen, nobody),
+    _if_long(screen, f"Waiting for the other processes.{alone}"),
   ):
     return parallel.connect(
-        values.coordinator, values.num_processes, values.process_id,
-        values.lost_after,
-    )  # fmt: skip
+      values.coordinator,
+      values.num_processes,
+      values.process_id,
+      values.lost_after,
+    )
 
 
 @contextlib.contextmanager
@@ -333,9 +344,9 @@ def _config_file(name: str) -> str:
   if os.path.isfile(path):
     return path
   shipped = {
-      file.name: str(file)
-      for file in (resources.files("vqt_jax") / "configs").iterdir()
-      if file.name.endswith(".py")
+    file.name: str(file)
+    for file in (resources.files("vqt_jax") / "configs").iterdir()
+    if file.name.endswith(".py")
   }
   short = re.sub("^configs/", "", name)
   for file_name in (short, f"{short}.py"):
@@ -366,7 +377,7 @@ def _fields() -> str:
 
 
 def _explain(
-    error: Exception, argv: list[str], path: str | None
+  error: Exception, argv: list[str], path: str | None
 ) -> errors.UserError:
   """What a person can do about an exception of flag parsing."""
   chain = list(_chain(error))
@@ -376,21 +387,19 @@ def _explain(
   if match := re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.S):
     default = checks.check_field(match[1], config_lib.default_config())
     return errors.UserError(
-        f"config.{match[1]}: expected {checks.expected(default)}, found"
-        f" {match[2]!r}."
+      f"config.{match[1]}: expected {checks.expected(default)}, found"
+      f" {match[2]!r}."
     )
   if match := re.match(r"flag --(\w+)=(.*?): invalid literal", str(error)):
     return errors.UserError(
-        f"--{match[1]}: expected a whole number, found {match[2]!r}."
+      f"--{match[1]}: expected a whole number, found {match[2]!r}."
     )
   if isinstance(error, flags.UnrecognizedFlagError):
     return _unknown_flag(error.flagname, argv)
   if isinstance(error, flags.Error) and "flag --config=" not in str(error):
     return errors.UserError(f"{error}.")
   root = chain[-1]
-  return errors.UserError(
-      f"Cannot load {path}: {type(root).__name__}: {root}."
-  )
+  return errors.UserError(f"Cannot load {path}: {type(root).__name__}: {root}.")
 
 
 def _unknown_flag(name: str, argv: list[str]) -> errors.UserError:
@@ -408,7 +417,7 @@ def _unknown_flag(name: str, argv: list[str]) -> errors.UserError:
       value = arg.partition("=")[2] or following
   equals = "" if not value or value.startswith("--") else f"={value}"
   return errors.UserError(
-      f"Unknown flag '--{name}'. Did you mean --config.{field}{equals}?"
+    f"Unknown flag '--{name}'. Did you mean --config.{field}{equals}?"
   )
 
 
@@ -419,9 +428,9 @@ def _of_memory(error: BaseException) -> str | None:
   if not isinstance(error, MemoryError) and not known:
     return None
   return (
-      f"There is not enough memory: {text or 'all of it is taken'}. Lower"
-      " config.batch_size and config.eval_batch_size, take smaller images, or"
-      " keep features elsewhere (config.features=disk or live)."
+    f"There is not enough memory: {text or 'all of it is taken'}. Lower"
+    " config.batch_size and config.eval_batch_size, take smaller images, or"
+    " keep features elsewhere (config.features=disk or live)."
   )
 
 

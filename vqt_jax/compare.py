@@ -34,34 +34,61 @@ from vqt_jax.train import places
 
 ABOUT = ("task", "backbone", "device")
 # What a comparison needs of a run; None of what an older program left out.
-FIELDS = ("method", *ABOUT, "num_queries", "test_accuracy", "chosen", "search",
-          "batch_size", "trained_parameters", "memory", "seconds",
-          "tuned_bytes")  # pyformat: disable
+FIELDS = (
+  "method",
+  *ABOUT,
+  "num_queries",
+  "test_accuracy",
+  "chosen",
+  "search",
+  "batch_size",
+  "trained_parameters",
+  "memory",
+  "seconds",
+  "tuned_bytes",
+)
 # What runs of a fair comparison have in common: columns, and their names.
 SETUP = {
-    "image_size": "image size",
-    "value_range": "value range",
-    "resize": "resize",
-    "weights": "weights",
-    "pool_type": "pooling",
-    "gelu": "GELU",
-    "dtype": "dtype",
-    "dataset": "dataset",
-    "num_classes": "classes",
-    "data_sha256": "contents of the dataset",
-    **{f"{split}_split": f"{split} split" for split in data.SPLITS},
+  "image_size": "image size",
+  "value_range": "value range",
+  "resize": "resize",
+  "weights": "weights",
+  "pool_type": "pooling",
+  "gelu": "GELU",
+  "dtype": "dtype",
+  "dataset": "dataset",
+  "num_classes": "classes",
+  "data_sha256": "contents of the dataset",
+  **{f"{split}_split": f"{split} split" for split in data.SPLITS},
 }
 UNKNOWN = "unknown"
 SHORT = 8  # Characters of a digest on the screen.
 COLUMNS = (
-    "run", "task", "method", "accuracy_percent", "std_percent",
-    "interval_low_percent", "interval_high_percent", "seeds",
-    "trained_parameters", "peak_bytes", "step_bytes", "side_by_side",
-    "epoch_seconds", "training_seconds", "tuned_bytes", "settings", "lr",
-    "batch_size", "weight_decay", "keep_fraction", "num_queries", "backbone",
-    *SETUP,
-    "device",
-)  # fmt: skip
+  "run",
+  "task",
+  "method",
+  "accuracy_percent",
+  "std_percent",
+  "interval_low_percent",
+  "interval_high_percent",
+  "seeds",
+  "trained_parameters",
+  "peak_bytes",
+  "step_bytes",
+  "side_by_side",
+  "epoch_seconds",
+  "training_seconds",
+  "tuned_bytes",
+  "settings",
+  "lr",
+  "batch_size",
+  "weight_decay",
+  "keep_fraction",
+  "num_queries",
+  "backbone",
+  *SETUP,
+  "device",
+)
 
 
 def summarize(outcomes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -78,8 +105,8 @@ def summarize(outcomes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
   """
   runs = {name: _entry(results) for name, results in outcomes.items()}
   about = {
-      key: ", ".join(dict.fromkeys(run[key] for run in runs.values()))
-      for key in ABOUT
+    key: ", ".join(dict.fromkeys(run[key] for run in runs.values()))
+    for key in ABOUT
   }
   for name, run in runs.items():
     run["details"] = _details(name, runs)
@@ -89,15 +116,16 @@ def summarize(outcomes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _differences(
-    runs: Mapping[str, Mapping[str, Any]],
+  runs: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, dict[str, list[str]]]:
   setups = {name: run["setup"] for name, run in runs.items()}
   titles = dict(SETUP)
   if any(setup["weights"] is None for setup in setups.values()):
     # Else these tell more: the same ones may lie in two places.
     titles = {"backbone": "backbone", **titles}
-    setups = {n: {**s, "backbone": runs[n]["backbone"]}
-              for n, s in setups.items()}  # fmt: skip
+    setups = {
+      n: {**s, "backbone": runs[n]["backbone"]} for n, s in setups.items()
+    }
   found = {}
   for column, title in titles.items():
     groups = {}
@@ -105,8 +133,8 @@ def _differences(
       groups.setdefault(setup[column], []).append(name)
     if len(groups) > 1:
       found[title] = {
-          _shown(column, value, runs[names[0]]): names
-          for value, names in groups.items()
+        _shown(column, value, runs[names[0]]): names
+        for value, names in groups.items()
       }
   return found
 
@@ -149,15 +177,15 @@ def _entry(results: Mapping[str, Any]) -> dict[str, Any]:
   search = entry.pop("search")
   memory = entry.pop("memory") or {}
   return {
-      **entry,
-      "setup": _setup(results),
-      "settings": len(search["runs"]) if search else 1,
-      **{
-          key: memory.get(key)
-          for key in ("peak_bytes", "step_bytes", "side_by_side")
-      },
-      "epoch_seconds": entry.pop("seconds").get("epoch"),
-      "training_seconds": results["seconds"]["training"],
+    **entry,
+    "setup": _setup(results),
+    "settings": len(search["runs"]) if search else 1,
+    **{
+      key: memory.get(key)
+      for key in ("peak_bytes", "step_bytes", "side_by_side")
+    },
+    "epoch_seconds": entry.pop("seconds").get("epoch"),
+    "training_seconds": results["seconds"]["training"],
   }
 
 
@@ -165,17 +193,17 @@ def _setup(results: Mapping[str, Any]) -> dict[str, str | None]:
   """Values of `SETUP`; None of what an older program left out."""
   examples = results.get("data", {})
   splits = {
-      f"{name}_split": f"{split['slices']}, {split['images']:,} images"
-      for name, split in examples.get("splits", {}).items()
+    f"{name}_split": f"{split['slices']}, {split['images']:,} images"
+    for name, split in examples.get("splits", {}).items()
   }
   size = results.get("image_size")
   values = {
-      **results,
-      **splits,
-      "image_size": size and "x".join(map(str, size)),
-      "dataset": examples.get("dataset"),
-      "num_classes": examples.get("num_classes"),
-      "data_sha256": examples.get("sha256"),
+    **results,
+    **splits,
+    "image_size": size and "x".join(map(str, size)),
+    "dataset": examples.get("dataset"),
+    "num_classes": examples.get("num_classes"),
+    "data_sha256": examples.get("sha256"),
   }
   values = {column: values.get(column) for column in SETUP}
   return {column: x if x is None else str(x) for column, x in values.items()}
@@ -185,19 +213,21 @@ def to_csv(summary: Mapping[str, Any]) -> str:
   """A line per run, the most accurate first."""
   file = io.StringIO()
   writer = csv.DictWriter(
-      file, COLUMNS, lineterminator="\n", extrasaction="ignore"
+    file, COLUMNS, lineterminator="\n", extrasaction="ignore"
   )
   writer.writeheader()
   for name, run in summary["runs"].items():
     test = run["test_accuracy"]
-    writer.writerow({
+    writer.writerow(
+      {
         "run": name,
         **run["chosen"],
         **run,
         **run["setup"],
         **accuracy_lib.columns(test),
         "seeds": len(test["per_seed"]),
-    })
+      }
+    )
   return file.getvalue()
 
 
@@ -206,7 +236,8 @@ def show(console: console_lib.Console, summary: Mapping[str, Any]) -> None:
   rows = []
   for run in summary["runs"].values():
     test = run["test_accuracy"]
-    rows.append([
+    rows.append(
+      [
         run["method"] + run["details"],
         f"{accuracy_lib.told(test)} %",
         accuracy_lib.told_bounds(test) or UNKNOWN,
@@ -216,11 +247,19 @@ def show(console: console_lib.Console, summary: Mapping[str, Any]) -> None:
         _told(run["step_bytes"], places.size),
         _told(run["side_by_side"], str),
         _told(run["epoch_seconds"], "{:.3g}".format),
-    ])
+      ]
+    )
   columns = [
-      summary["task"], "test accuracy", "95 % interval", "trained", "tuned/",
-      "peak memory", "of a step", "of runs", "s / epoch, run",
-  ]  # fmt: skip
+    summary["task"],
+    "test accuracy",
+    "95 % interval",
+    "trained",
+    "tuned/",
+    "peak memory",
+    "of a step",
+    "of runs",
+    "s / epoch, run",
+  ]
   console.table("", columns, rows)
   if told := differences_told(summary):
     console.note(told, "differ")
@@ -231,10 +270,10 @@ def _told(value: Any, write: Any) -> str:
 
 
 def write(
-    console: console_lib.Console,
-    summary: Mapping[str, Any],
-    workdirs: Mapping[str, files.Path],
-    output: files.Path,
+  console: console_lib.Console,
+  summary: Mapping[str, Any],
+  workdirs: Mapping[str, files.Path],
+  output: files.Path,
 ) -> None:
   """Writes the CSV file and the pictures, and prints the table.
 
@@ -274,8 +313,8 @@ def main(argv: Sequence[str]) -> int:
       return 0
     if not paths:
       raise errors.UserError(
-          "No runs given. Usage: WORKDIR... [--output FOLDER] (--help tells"
-          " more)."
+        "No runs given. Usage: WORKDIR... [--output FOLDER] (--help tells"
+        " more)."
       )
     workdirs = _names(paths)
     outcomes = {name: _read(path) for name, path in workdirs.items()}
@@ -304,8 +343,8 @@ def _read(workdir: files.Path) -> dict[str, Any]:
   for of_all in ("tasks", "runs"):
     if of_all in results:
       raise errors.UserError(
-          f"{workdir} holds all of several runs; name the folder of one in it,"
-          f" e.g. {workdir / next(iter(results[of_all]))}."
+        f"{workdir} holds all of several runs; name the folder of one in it,"
+        f" e.g. {workdir / next(iter(results[of_all]))}."
       )
   return results
 

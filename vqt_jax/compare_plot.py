@@ -13,8 +13,11 @@ from vqt_jax import plots
 from vqt_jax import readers
 from vqt_jax.figures import matplotlib
 
-KINDS = {"reader": plots.COLOURS[0], "editor": plots.COLOURS[1],
-         "both": plots.COLOURS[2]}  # pyformat: disable
+KINDS = {
+  "reader": plots.COLOURS[0],
+  "editor": plots.COLOURS[1],
+  "both": plots.COLOURS[2],
+}
 MARKS = {"reader": "o", "editor": "s", "both": "D"}
 UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 BYTES = ((2**30, " GiB"), (2**20, " MiB"), (2**10, " KiB"))
@@ -64,14 +67,27 @@ def _ranking(ax: Any, runs: Sequence[Mapping[str, Any]]) -> None:
     if bounds := accuracy_lib.bounds(test):
       ax.hlines(y, *bounds, color=colour, alpha=0.25, lw=7)
     ax.errorbar(
-        test["mean"], y, xerr=accuracy_lib.spread(test), fmt=mark, color=colour,
-        ms=6, capsize=3, markeredgecolor="white", zorder=3,
-    )  # fmt: skip
+      test["mean"],
+      y,
+      xerr=accuracy_lib.spread(test),
+      fmt=mark,
+      color=colour,
+      ms=6,
+      capsize=3,
+      markeredgecolor="white",
+      zorder=3,
+    )
     ax.annotate(
-        accuracy_lib.told(test, 1, "±"), (1, y), (6, 0),
-        xycoords=("axes fraction", "data"), textcoords="offset points",
-        va="center", color=plots.INK, fontsize=9, annotation_clip=False,
-    )  # fmt: skip
+      accuracy_lib.told(test, 1, "±"),
+      (1, y),
+      (6, 0),
+      xycoords=("axes fraction", "data"),
+      textcoords="offset points",
+      va="center",
+      color=plots.INK,
+      fontsize=9,
+      annotation_clip=False,
+    )
     name = plots.METHODS.get(run["method"], run["method"])
     names.append(f"{name}{run['details']}  {y + 1}")
   ax.set_yticks(range(len(runs)), names)
@@ -83,11 +99,11 @@ def _ranking(ax: Any, runs: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _against(
-    ax: Any,
-    runs: Sequence[Mapping[str, Any]],
-    values: Sequence[float | None],
-    title: str,
-    units: Any,
+  ax: Any,
+  runs: Sequence[Mapping[str, Any]],
+  values: Sequence[float | None],
+  title: str,
+  units: Any,
 ) -> None:
   """Accuracy over what a run takes; one whose value is unknown is left out."""
   for run, value in zip(runs, values):
@@ -95,9 +111,16 @@ def _against(
       continue
     colour, mark, test = *_look(run), run["test_accuracy"]
     ax.errorbar(
-        value, test["mean"], yerr=accuracy_lib.spread(test), fmt=mark,
-        color=colour, ms=7, elinewidth=0.9, markeredgecolor="white", zorder=3,
-    )  # fmt: skip
+      value,
+      test["mean"],
+      yerr=accuracy_lib.spread(test),
+      fmt=mark,
+      color=colour,
+      ms=7,
+      elinewidth=0.9,
+      markeredgecolor="white",
+      zorder=3,
+    )
   known = [value for value in values if value]
   ax.set_xscale("log")
   if known:
@@ -106,8 +129,14 @@ def _against(
     ax.set_xlim(min(known) / room, max(known) * room)
     _ticks(ax, units)
   else:
-    ax.text(0.5, 0.5, "unknown", transform=ax.transAxes, ha="center",
-            color=plots.FAINT)  # pyformat: disable
+    ax.text(
+      0.5,
+      0.5,
+      "unknown",
+      transform=ax.transAxes,
+      ha="center",
+      color=plots.FAINT,
+    )
     ax.set_xticks([])
   ax.margins(y=0.12)
   ax.yaxis.set_major_formatter(_percent)
@@ -130,7 +159,7 @@ def _ticks(ax: Any, units: Any) -> None:
   ax.set_xticks([place for place in places if low <= place <= high])
   ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
   ax.xaxis.set_major_formatter(
-      matplotlib.ticker.FuncFormatter(lambda x, _: _short(x, units))
+    matplotlib.ticker.FuncFormatter(lambda x, _: _short(x, units))
   )
 
 
@@ -142,7 +171,7 @@ def _short(value: float, units: Any) -> str:
 
 
 def number(
-    ax: Any, runs: Sequence[Mapping[str, Any]], values: Sequence[float | None]
+  ax: Any, runs: Sequence[Mapping[str, Any]], values: Sequence[float | None]
 ) -> None:
   """Writes the runs' numbers beside their points, where there is room."""
   dot = ax.figure.dpi / 72
@@ -158,21 +187,35 @@ def number(
   for number, at in points.items():
     half = (3.2 * len(str(number)) * dot, 4.5 * dot)
     free = (
-        place
-        for place in _around(at, dot)
-        if not any(_box(place, *half).overlaps(box) for box in taken)
+      place
+      for place in _around(at, dot)
+      if not any(_box(place, *half).overlaps(box) for box in taken)
     )
     place = next(free, at)
     taken.append(_box(place, *half))
     offset = (place - at) / dot
     far = math.hypot(*offset) > 14
     ax.annotate(
-        str(number), at, offset, xycoords="figure pixels",
-        textcoords="offset points", ha="center", va="center", fontsize=8,
-        color=plots.INK, annotation_clip=False,
-        arrowprops={"arrowstyle": "-", "color": plots.FAINT, "lw": 0.6,
-                    "shrinkA": 4, "shrinkB": 3} if far else None,
-    )  # fmt: skip
+      str(number),
+      at,
+      offset,
+      xycoords="figure pixels",
+      textcoords="offset points",
+      ha="center",
+      va="center",
+      fontsize=8,
+      color=plots.INK,
+      annotation_clip=False,
+      arrowprops={
+        "arrowstyle": "-",
+        "color": plots.FAINT,
+        "lw": 0.6,
+        "shrinkA": 4,
+        "shrinkB": 3,
+      }
+      if far
+      else None,
+    )
 
 
 def _around(at: np.ndarray, dot: float) -> Any:
@@ -184,7 +227,7 @@ def _around(at: np.ndarray, dot: float) -> Any:
 
 def _box(at: Any, x: float, y: float) -> matplotlib.transforms.Bbox:
   return matplotlib.transforms.Bbox.from_extents(
-      at[0] - x, at[1] - y, at[0] + x, at[1] + y
+    at[0] - x, at[1] - y, at[0] + x, at[1] + y
   )
 
 
@@ -194,35 +237,42 @@ def _look(run: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _words(
-    figure: Any, summary: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]
+  figure: Any, summary: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]
 ) -> None:
   """Title, the line under it, and the legend."""
   figure.suptitle(
-      f"{len(runs)} methods on {summary['task']}\n\n" if len(runs) > 1
-      else f"{summary['task']}\n\n",
-      x=0.01, ha="left", fontsize=14, fontweight="bold", color=plots.INK,
-  )  # fmt: skip
+    f"{len(runs)} methods on {summary['task']}\n\n"
+    if len(runs) > 1
+    else f"{summary['task']}\n\n",
+    x=0.01,
+    ha="left",
+    fontsize=14,
+    fontweight="bold",
+    color=plots.INK,
+  )
   seeds = accuracy_lib.over_seeds([run["test_accuracy"] for run in runs])
   differ = ", ".join(summary["differences"])
   figure.text(
-      0.01, 1 - 0.42 / figure.get_figheight(),
-      f"{_backbones(summary)}   {seeds} (bands: 95 % intervals)"
-      f"   {summary['device']}"
-      + (f"   not all alike in: {differ}" if differ else ""),
-      color=plots.FAINT, va="top",
-  )  # fmt: skip
+    0.01,
+    1 - 0.42 / figure.get_figheight(),
+    f"{_backbones(summary)}   {seeds} (bands: 95 % intervals)"
+    f"   {summary['device']}"
+    + (f"   not all alike in: {differ}" if differ else ""),
+    color=plots.FAINT,
+    va="top",
+  )
   there = {kind(run["method"]) for run in runs}
   if len(there) == 1:
     return
   handles = [
-      matplotlib.lines.Line2D(
-          [], [], marker=MARKS[name], linestyle="", color=colour, label=name
-      )
-      for name, colour in KINDS.items()
-      if name in there
+    matplotlib.lines.Line2D(
+      [], [], marker=MARKS[name], linestyle="", color=colour, label=name
+    )
+    for name, colour in KINDS.items()
+    if name in there
   ]
   figure.legend(
-      handles=handles, loc="outside lower left", ncols=3, frameon=False
+    handles=handles, loc="outside lower left", ncols=3, frameon=False
   )
 
 

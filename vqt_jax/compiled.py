@@ -26,7 +26,7 @@ class Exceeds(Exception):
 
 
 def compile_for(
-    mesh: jax.sharding.Mesh, function: Callable[..., Any], *args: Any
+  mesh: jax.sharding.Mesh, function: Callable[..., Any], *args: Any
 ) -> jax.stages.Compiled:
   """Compiles a jitted function ahead of time for the devices of a mesh.
 
@@ -45,8 +45,9 @@ def compile_for(
     except jax.errors.JaxRuntimeError as e:
       if "RESOURCE_EXHAUSTED" not in str(e):
         raise
-      size = re.search(r"\(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT])",
-                       str(e))  # pyformat: disable
+      size = re.search(
+        r"\(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT])", str(e)
+      )
       if not size:
         raise Exceeds(None) from e
       number, unit = (x for x in size.groups() if x)
@@ -90,10 +91,10 @@ def _of_equation(equation) -> int:
     products = 2 if "_fwd_" in name else 5  # Scores are computed again.
     return products * 2 * batch * heads * tokens**2 * size
   counts = [
-      _of_jaxpr(getattr(inner, "jaxpr", inner))
-      for value in params.values()
-      for inner in (value if isinstance(value, (tuple, list)) else (value,))
-      if isinstance(inner, (core.Jaxpr, core.ClosedJaxpr))
+    _of_jaxpr(getattr(inner, "jaxpr", inner))
+    for value in params.values()
+    for inner in (value if isinstance(value, (tuple, list)) else (value,))
+    if isinstance(inner, (core.Jaxpr, core.ClosedJaxpr))
   ]
   if name == "while" and any(counts):
     raise ValueError("A matrix product sits in a loop of unknown length.")

@@ -79,12 +79,14 @@ def default_config() -> Config:
   # of TensorFlow Datasets (TFDS), to which alone the next seven fields apply.
   c.task = "cifar100"  # its name, or "name[/config][:version]" in TFDS; "all":
   # each of the 19, in a folder of its own, and a table of what came out
-  c.splits = ConfigDict({
+  c.splits = ConfigDict(
+    {
       "train": "",  # searched on; "": "train[:800]"
       "val": "",  # the setting is chosen by it; "": "train[800:1000]"
       "trainval": "",  # of the final runs; "": train and val
       "test": "",  # reported; "": "test"
-  })
+    }
+  )
   c.image_key = ""  # feature that holds the image; "": as the dataset says
   c.label_key = ""  # feature that holds the label; "": as the dataset says
   c.num_classes = 0  # classes; 0: as the dataset says
@@ -138,11 +140,13 @@ def default_config() -> Config:
   c.optimizer = ""  # "adam", "sgd" (momentum 0.9; coupled L2), or "adamw";
   # "": as published for the method
   c.lr = (0.0,)  # peak rates per 256 images of batch; 0: as published
-  c.reader_lr = ConfigDict({  # the same of a reader alone, if lr is 0
+  c.reader_lr = ConfigDict(
+    {  # the same of a reader alone, if lr is 0
       "vqt": (0.0,),
       "head2toe": (0.0,),
       "linear": (0.0,),
-  })
+    }
+  )
   c.weight_decay = (1e-2, 1e-3, 1e-4, 0.0)  # not on biases
 
   # Runs. Several (lr, weight_decay) are tried on train and compared on val;
@@ -160,14 +164,16 @@ def default_config() -> Config:
 
   # What protocol="best" searches beside lr and weight_decay (vqt; fractions of
   # features, with those of keep_fraction, also head2toe).
-  c.best = ConfigDict({
+  c.best = ConfigDict(
+    {
       "num_queries": (1, 10),
       "query_dropout": (0.1,),
       "normalize": (True, False),
       "keep_fractions": (0.3, 0.5, 0.7, 0.9),
       "finalists": 8,  # settings, the best on val, that are cross-validated
       "folds": 5,  # of trainval
-  })
+    }
+  )
 
   # How it is computed; results do not depend on it beyond rounding, but for
   # what is streamed: its examples come in another order.
@@ -179,10 +185,12 @@ def default_config() -> Config:
   c.eval_batch_size = 128  # images
   c.remat = False  # compute blocks again in the gradient (editors): less
   # memory, more time
-  c.mesh = ConfigDict({
+  c.mesh = ConfigDict(
+    {
       "data": -1,  # devices that share a batch; -1: all that are left
       "model": 1,  # devices that share one copy of the backbone
-  })
+    }
+  )
   c.checkpoint_seconds = 60.0  # seconds between saves of a run
 
   c.preset = ""  # "authors": their program but for its weights; sets the fields
@@ -195,23 +203,23 @@ TASK_FIELDS = ("data_dir", "splits", "image_key", "label_key", "num_classes")
 
 # Fields that not every method looks at, and the readers and editors that do.
 USED_BY = {
-    "num_queries": ("vqt",),
-    "query_dropout": ("vqt",),
-    "combine": ("vqt",),
-    "normalize": ("vqt", "head2toe"),
-    "target_size": ("head2toe",),
-    "num_prompts": ("vpt_shallow", "vpt_deep"),
-    "bottleneck": ("adapter", "adaptformer"),
-    "rank": ("lora",),
-    "alpha": ("lora",),
-    "last_blocks": ("partial",),
-    "editor_rate": tuple(editors.EDITORS),
-    "remat": tuple(editors.EDITORS),
-    "best.num_queries": ("vqt",),
-    "best.query_dropout": ("vqt",),
-    "best.normalize": ("vqt",),
-    "best.keep_fractions": ("vqt", "head2toe"),
-    **{f"reader_lr.{name}": (name,) for name in readers.READERS},
+  "num_queries": ("vqt",),
+  "query_dropout": ("vqt",),
+  "combine": ("vqt",),
+  "normalize": ("vqt", "head2toe"),
+  "target_size": ("head2toe",),
+  "num_prompts": ("vpt_shallow", "vpt_deep"),
+  "bottleneck": ("adapter", "adaptformer"),
+  "rank": ("lora",),
+  "alpha": ("lora",),
+  "last_blocks": ("partial",),
+  "editor_rate": tuple(editors.EDITORS),
+  "remat": tuple(editors.EDITORS),
+  "best.num_queries": ("vqt",),
+  "best.query_dropout": ("vqt",),
+  "best.normalize": ("vqt",),
+  "best.keep_fractions": ("vqt", "head2toe"),
+  **{f"reader_lr.{name}": (name,) for name in readers.READERS},
 }
 # Those that `make_tuner` takes for a reader.
 OF_READERS = ("num_queries", "normalize", "combine", "target_size")
@@ -219,11 +227,11 @@ OF_READERS = ("num_queries", "normalize", "combine", "target_size")
 # What the authors' program does otherwise than the defaults above, and the
 # fields in which the defaults are already theirs.
 AUTHORS = {
-    "resize": "legacy",
-    "value_range": "imagenet",
-    "gelu": "exact",
-    "dtype": "float32",
-    "embedding_dropout": 0.1,
+  "resize": "legacy",
+  "value_range": "imagenet",
+  "gelu": "exact",
+  "dtype": "float32",
+  "embedding_dropout": 0.1,
 }
 AUTHORS_KEEP = 0.7  # Of the features, on VTAB tasks with one query per block.
 # Of the features; the Head2Toe authors' commands have 0.01 and 0.2, but of more
@@ -236,42 +244,43 @@ HEAD2TOE_KEEP = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 READERS_RECIPE = ("adam", (1.0, 0.5, 0.25, 0.1, 0.05))
 HEAD2TOE_RECIPE = ("adam", (0.2, 0.02))  # Theirs: 0.1 and 0.01, batch 128.
 PROMPTS_RECIPE = (
-    "sgd", (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05)
-)  # fmt: skip
+  "sgd",
+  (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05),
+)
 EDITORS_RECIPE = ("adamw", (5e-3, 1e-3, 5e-4, 1e-4))
 EDITOR_RATE = 0.01
 SETTINGS_DECAY = 1e-4  # Of a search of so many settings.
 AUTHORS_TOO = (
-    "query_dropout",
-    "combine",
-    "normalize",
-    "epochs",
-    "warmup_epochs",
-    "schedule",
-    "batch_size",
-    "optimizer",
-    "lr",
-    "reader_lr",
-    "weight_decay",
-    "search_seed",
-    "seeds",
-    "protocol",
-    "keep_fraction",
+  "query_dropout",
+  "combine",
+  "normalize",
+  "epochs",
+  "warmup_epochs",
+  "schedule",
+  "batch_size",
+  "optimizer",
+  "lr",
+  "reader_lr",
+  "weight_decay",
+  "search_seed",
+  "seeds",
+  "protocol",
+  "keep_fraction",
 )
 
 # A run may be resumed with other values of these.
 RESUMABLE = (
-    "checkpoint_seconds",
-    "data_dir",
-    "eval_batch_size",
-    "features",
-    "methods",
-    "store_dir",
+  "checkpoint_seconds",
+  "data_dir",
+  "eval_batch_size",
+  "features",
+  "methods",
+  "store_dir",
 )
 
 
 def resolve(
-    config: Mapping[str, Any] | ConfigDict, keep: tuple[str, ...] = ()
+  config: Mapping[str, Any] | ConfigDict, keep: tuple[str, ...] = ()
 ) -> Config:
   """The config with its preset written out, checked.
 
@@ -303,8 +312,8 @@ def resolve(
   if config.methods:  # The rest is each method's own.
     if "method" in keep:
       raise errors.UserError(
-          f"config.method={config.method} and config.methods={config.methods}:"
-          " give one of them."
+        f"config.method={config.method} and config.methods={config.methods}:"
+        " give one of them."
       )
     config.methods = ",".join(tuner_lib.parse_list(config.methods))
     config.method = ""
@@ -324,8 +333,8 @@ def _own(config: Mapping[str, Any] | ConfigDict) -> Config:
     return copy.deepcopy(config)
   if not hasattr(config, "items"):
     raise errors.UserError(
-        "config: expected default_config() with changes, or a dict of these,"
-        f" found {config!r}."
+      "config: expected default_config() with changes, or a dict of these,"
+      f" found {config!r}."
     )
   own = default_config()
   own.update(config)
@@ -398,7 +407,7 @@ def of_tuner(config: Config) -> dict[str, Any]:
   """A resolved config's part of `make_tuner`'s options."""
   sizes = [field.name for field in dataclasses.fields(editors.Options)]
   options = {
-      "options": editors.Options(**{name: config[name] for name in sizes})
+    "options": editors.Options(**{name: config[name] for name in sizes})
   }
   named = [name for name in OF_READERS if uses(config.method, name)]
   return options | {name: config[name] for name in named}
@@ -482,8 +491,8 @@ def parse_arg(arg: str | None, **defaults: Any) -> dict[str, Any]:
       values[name] = booleans[text.lower()] if kind is bool else kind(text)
     except (ValueError, KeyError) as e:
       raise errors.UserError(
-          f"Config argument {part!r}: expected {name}=value, with"
-          f" {checks.expected(defaults[name])} as the value."
+        f"Config argument {part!r}: expected {name}=value, with"
+        f" {checks.expected(defaults[name])} as the value."
       ) from e
   return values
 
@@ -494,14 +503,12 @@ def to_json(config: Config) -> dict[str, Any]:
 
 
 def differences(
-    old: dict[str, Any], new: dict[str, Any]
+  old: dict[str, Any], new: dict[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
   """Fields whose values differ between two `to_json` results: (old, new)."""
   old, new = checks.flatten(old), checks.flatten(new)
   return {
-      name: (old.get(name), new.get(name))
-      for name in {**old, **new}
-      if old.get(name) != new.get(name)
+    name: (old.get(name), new.get(name))
+    for name in {**old, **new}
+    if old.get(name) != new.get(name)
   }
-
-

@@ -40,19 +40,19 @@ class Console:
     """
     stream = _Patient(stream or noise.screen())
     self.live = (
-        stream.isatty()
-        and os.environ.get("TERM") != "dumb"
-        and os.environ.get("CI", "").lower() in ("", "0", "false")
+      stream.isatty()
+      and os.environ.get("TERM") != "dumb"
+      and os.environ.get("CI", "").lower() in ("", "0", "false")
     )
     self.interval = interval
     self.out = rich.console.Console(
-        file=stream,
-        force_terminal=self.live,
-        color_system="auto" if self.live else None,
-        highlight=False,
-        markup=False,
-        emoji=False,
-        width=None if self.live else 200,
+      file=stream,
+      force_terminal=self.live,
+      color_system="auto" if self.live else None,
+      highlight=False,
+      markup=False,
+      emoji=False,
+      width=None if self.live else 200,
     )
 
   def header(self, lines: Sequence[str]) -> None:
@@ -66,7 +66,7 @@ class Console:
 
   @contextlib.contextmanager
   def phase(
-      self, name: str, total: int, unit: str = "epoch", detail: str = ""
+    self, name: str, total: int, unit: str = "epoch", detail: str = ""
   ) -> Iterator["Phase"]:
     """A stretch of work with a progress line.
 
@@ -82,12 +82,12 @@ class Console:
     phase = Phase(self, name, total, unit, detail)
     if self.live:
       with rich.live.Live(
-          get_renderable=lambda: phase,
-          console=self.out,
-          refresh_per_second=5,
-          transient=True,
-          redirect_stdout=False,
-          redirect_stderr=False,
+        get_renderable=lambda: phase,
+        console=self.out,
+        refresh_per_second=5,
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
       ):
         yield phase
     else:
@@ -95,20 +95,20 @@ class Console:
     self.out.print(phase.last_line(), soft_wrap=True)
 
   def table(
-      self,
-      title: str,
-      columns: Sequence[str],
-      rows: Sequence[Sequence[Any]],
+    self,
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
   ) -> None:
     """A small table; numbers should come formatted."""
     table = rich.table.Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        header_style="dim",
-        box=None,
-        pad_edge=False,
-        padding=(0, 3, 0, 0),
+      title=title,
+      title_justify="left",
+      title_style="bold",
+      header_style="dim",
+      box=None,
+      pad_edge=False,
+      padding=(0, 3, 0, 0),
     )
     for i, column in enumerate(columns):
       table.add_column(column, justify="left" if i == 0 else "right")
@@ -125,7 +125,7 @@ class Phase:
   """Progress of one stretch of work; made by `Console.phase`."""
 
   def __init__(
-      self, console: Console, name: str, total: int, unit: str, detail: str
+    self, console: Console, name: str, total: int, unit: str, detail: str
   ):
     self._console = console
     self._name = name
@@ -140,12 +140,12 @@ class Phase:
     self.summary = ""  # On the last line instead of the last loss and accuracy.
 
   def update(
-      self,
-      done: int,
-      *,
-      loss: float | None = None,
-      accuracy: float | None = None,
-      images_per_second: float | None = None,
+    self,
+    done: int,
+    *,
+    loss: float | None = None,
+    accuracy: float | None = None,
+    images_per_second: float | None = None,
   ) -> None:
     """Says how far it is.
 
@@ -190,9 +190,9 @@ class Phase:
     return _labelled(self._name, GAP.join(filter(None, parts)))
 
   def __rich_console__(
-      self,
-      console: rich.console.Console,
-      options: rich.console.ConsoleOptions,
+    self,
+    console: rich.console.Console,
+    options: rich.console.ConsoleOptions,
   ) -> Iterator[Any]:
     """The live line: what fits of it, the least important left out first."""
     room = options.max_width - LABEL_WIDTH - 2 + len(GAP)
@@ -210,14 +210,14 @@ class Phase:
     cells = [rich.text.Text(x, no_wrap=True, end="") for x in cells]
     if bar >= MIN_BAR:
       cells[1:1] = [
-          rich.progress_bar.ProgressBar(
-              self._total,
-              self.done,
-              width=bar,
-              complete_style="green",
-              finished_style="green",
-          ),
-          rich.text.Text(GAP),
+        rich.progress_bar.ProgressBar(
+          self._total,
+          self.done,
+          width=bar,
+          complete_style="green",
+          finished_style="green",
+        ),
+        rich.text.Text(GAP),
       ]
     line = rich.table.Table.grid()
     line.add_row(*cells)

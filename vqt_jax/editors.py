@@ -63,7 +63,7 @@ class Editor:
 
   edit: Callable[[vit.ViTConfig, Options], vit.Edit] | None = None
   init: Callable[[vit.ViTConfig, Options, jax.Array], Weights] = (
-      lambda config, options, key: {}
+    lambda config, options, key: {}
   )
   trains: Callable[[str, Options], slice | None] = lambda path, options: None
   fold: Callable[[Weights, Any, Options], Any] | None = None
@@ -242,12 +242,12 @@ def _fold_lora(weights, params, options):
 _BLOCK = "Transformer/encoderblock"
 _ATTENTION = f"{_BLOCK}/MultiHeadDotProductAttention_0"
 _PLACES = {
-    **{name: f"{_ATTENTION}/{name}" for name in ("query", "key", "value")},
-    "out": f"{_ATTENTION}/out",
-    **{name: f"{_BLOCK}/{name}" for name in ("LayerNorm_0", "LayerNorm_1")},
-    **{n: f"{_BLOCK}/MlpBlock_0/{n}" for n in ("Dense_0", "Dense_1")},
-    "embedding": "embedding",
-    "encoder_norm": "Transformer/encoder_norm",
+  **{name: f"{_ATTENTION}/{name}" for name in ("query", "key", "value")},
+  "out": f"{_ATTENTION}/out",
+  **{name: f"{_BLOCK}/{name}" for name in ("LayerNorm_0", "LayerNorm_1")},
+  **{n: f"{_BLOCK}/MlpBlock_0/{n}" for n in ("Dense_0", "Dense_1")},
+  "embedding": "embedding",
+  "encoder_norm": "Transformer/encoder_norm",
 }
 
 
@@ -258,9 +258,9 @@ def _ssf_init(config, options, key):
   shapes = dict.fromkeys(vit.EDITED, (c.width,)) | {"Dense_0": (c.mlp_dim,)}
   shapes |= dict.fromkeys(("query", "key", "value"), heads)
   return {
-      "encoderblock": {n: one((c.depth, *s)) for n, s in shapes.items()},
-      "embedding": one((c.width,)),
-      "encoder_norm": one((c.width,)),
+    "encoderblock": {n: one((c.depth, *s)) for n, s in shapes.items()},
+    "embedding": one((c.width,)),
+    "encoder_norm": one((c.width,)),
   }
 
 
@@ -322,25 +322,25 @@ def _partial_trains(path, options):
 
 
 EDITORS = {
-    "finetune": Editor(trains=_finetune_trains),
-    "bitfit": Editor(trains=_bitfit_trains),
-    "partial": Editor(trains=_partial_trains),
-    "vpt_shallow": Editor(_vpt_shallow, _vpt_shallow_init),
-    "vpt_deep": Editor(_vpt_deep, _vpt_deep_init),
-    "adapter": Editor(
-        _adapter,
-        lambda config, options, key: _bottleneck_init(
-            config, options.bottleneck or config.width // 8, key
-        ),
+  "finetune": Editor(trains=_finetune_trains),
+  "bitfit": Editor(trains=_bitfit_trains),
+  "partial": Editor(trains=_partial_trains),
+  "vpt_shallow": Editor(_vpt_shallow, _vpt_shallow_init),
+  "vpt_deep": Editor(_vpt_deep, _vpt_deep_init),
+  "adapter": Editor(
+    _adapter,
+    lambda config, options, key: _bottleneck_init(
+      config, options.bottleneck or config.width // 8, key
     ),
-    "adaptformer": Editor(
-        _adaptformer,
-        lambda config, options, key: _bottleneck_init(
-            config, options.bottleneck or 64, key
-        ),
+  ),
+  "adaptformer": Editor(
+    _adaptformer,
+    lambda config, options, key: _bottleneck_init(
+      config, options.bottleneck or 64, key
     ),
-    "lora": Editor(_lora, _lora_init, fold=_fold_lora),
-    "ssf": Editor(_ssf, _ssf_init, fold=_fold_ssf),
+  ),
+  "lora": Editor(_lora, _lora_init, fold=_fold_lora),
+  "ssf": Editor(_ssf, _ssf_init, fold=_fold_ssf),
 }
 
 # Of the pre-trained head, which nothing here passes through.
@@ -348,11 +348,11 @@ _UNUSED = ("head/", "pre_logits/")
 
 
 def init(
-    name: str,
-    config: vit.ViTConfig,
-    options: Options,
-    key: jax.Array,
-    params: Any,
+  name: str,
+  config: vit.ViTConfig,
+  options: Options,
+  key: jax.Array,
+  params: Any,
 ) -> Weights:
   """Fresh weights of an editor, float32.
 
@@ -414,8 +414,8 @@ def folded(name: str, options: Options, params: Any, weights: Weights) -> Any:
   if not folds(name):
     able = ", ".join(filter(folds, EDITORS))
     raise errors.UserError(
-        f"What {name} does cannot be written as the weights of a plain ViT;"
-        f" that of {able} can."
+      f"What {name} does cannot be written as the weights of a plain ViT;"
+      f" that of {able} can."
     )
   params = replaced(params, weights)
   if EDITORS[name].fold is None:

@@ -32,7 +32,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
   known = list(known)
   folded = {k.lower(): k for k in known}
   matches = functools.partial(
-      difflib.get_close_matches, name.lower(), folded, 3
+    difflib.get_close_matches, name.lower(), folded, 3
   )
   near = matches(0.6)
   if not near and len(known) > MOST_LISTED:

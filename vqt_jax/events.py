@@ -43,9 +43,9 @@ class Events:
   def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
     for row in rows:
       values = [
-          summary_pb2.Summary.Value(tag=name, simple_value=value)
-          for name, value in row.items()
-          if name in PLOTTED and value is not None
+        summary_pb2.Summary.Value(tag=name, simple_value=value)
+        for name, value in row.items()
+        if name in PLOTTED and value is not None
       ]
       self._add(row, summary=summary_pb2.Summary(value=values))
     for writer in self._writers.values():
@@ -63,7 +63,7 @@ class Events:
       file = open(folder / f"events.out.tfevents.{int(time.time())}.run", "wb")
       self._writers[name] = record_writer.RecordWriter(file)
       start = event_pb2.Event(
-          wall_time=time.time(), file_version="brain.Event:2"
+        wall_time=time.time(), file_version="brain.Event:2"
       )
       self._writers[name].write(start.SerializeToString())
     event = event_pb2.Event(wall_time=time.time(), step=row["epoch"], **what)

@@ -40,12 +40,12 @@ _held = contextvars.ContextVar("_held", default=frozenset[Path]())
 
 # What is wrong with a bucket, told from an exception's type, code and text.
 _DENIED = (
-    r"Forbidden|HttpError 40[13]|Unauthorized|Auth\w*Error|CredentialsError"
-    r"|RefreshError|PERMISSION_DENIED|UNAUTHENTICATED"
+  r"Forbidden|HttpError 40[13]|Unauthorized|Auth\w*Error|CredentialsError"
+  r"|RefreshError|PERMISSION_DENIED|UNAUTHENTICATED"
 )
 _UNREACHABLE = (
-    r"Client\w*Error|ServerDisconnected|Connection|Timeout|ServiceUnavailable"
-    r"|HttpError (429|5..)|UNAVAILABLE|DEADLINE_EXCEEDED"
+  r"Client\w*Error|ServerDisconnected|Connection|Timeout|ServiceUnavailable"
+  r"|HttpError (429|5..)|UNAVAILABLE|DEADLINE_EXCEEDED"
 )
 
 
@@ -61,12 +61,12 @@ def path(place: PathLike) -> Path:
     return _local_path(text)
   if not re.match(r"gs://[^/]", text):
     raise errors.UserError(
-        f"Cannot use {text}: expected a folder, or gs://BUCKET/FOLDER."
+      f"Cannot use {text}: expected a folder, or gs://BUCKET/FOLDER."
     )
   if found := re.search(r"[][*?#]", text):  # To gcsfs, a pattern or a version.
     raise errors.UserError(
-        f"Cannot use {text}: tools for buckets do not take {found[0]!r}"
-        " literally. Choose another name."
+      f"Cannot use {text}: tools for buckets do not take {found[0]!r}"
+      " literally. Choose another name."
     )
   _prepare_for_buckets()
   from etils import epath
@@ -78,21 +78,21 @@ def _local_path(text: str) -> pathlib.Path:
   expanded = os.path.expanduser(text)
   if expanded.startswith("~"):
     raise errors.UserError(
-        f"Cannot use {text}: the home folder of {text.split('/')[0]} is not"
-        f" known. Give the whole path, or ./{text} for a name with a ~."
+      f"Cannot use {text}: the home folder of {text.split('/')[0]} is not"
+      f" known. Give the whole path, or ./{text} for a name with a ~."
     )
   # TensorStore takes a backslash for a slash, and Orbax gs: for a bucket.
   if found := re.search(r"\\|gs:(?=/)", os.path.realpath(expanded)):
     raise errors.UserError(
-        f"Cannot use {text}: libraries do not take {found[0]} in a path"
-        " literally. Choose another name."
+      f"Cannot use {text}: libraries do not take {found[0]} in a path"
+      " literally. Choose another name."
     )
   # Orbax and TensorFlow are told of it in UTF-8.
   if re.search("[\ud800-\udfff]", os.path.abspath(expanded)):
     raise errors.UserError(
-        f"Cannot use {os.path.abspath(expanded)!a}: expected a name in UTF-8,"
-        f" found one that Python reads as {sys.getfilesystemencoding()}."
-        " Choose another one; if that is UTF-8, set PYTHONUTF8=1."
+      f"Cannot use {os.path.abspath(expanded)!a}: expected a name in UTF-8,"
+      f" found one that Python reads as {sys.getfilesystemencoding()}."
+      " Choose another one; if that is UTF-8, set PYTHONUTF8=1."
     )
   local = pathlib.Path(expanded)
   # ./~ has lost its dot, and must not be expanded the next time.
@@ -121,8 +121,8 @@ def cache() -> pathlib.Path:
     return pathlib.Path(given).expanduser()
   except RuntimeError as e:
     raise errors.UserError(
-        f"Cannot keep files in {given}: this user has no home folder. Set"
-        " VQT_JAX_CACHE to another folder."
+      f"Cannot keep files in {given}: this user has no home folder. Set"
+      " VQT_JAX_CACHE to another folder."
     ) from e
 
 
@@ -219,8 +219,8 @@ def _lock_file(folder: pathlib.Path) -> IO[bytes] | None:
   except OSError:
     return None
   raise errors.UserError(
-      f"Another run is already in {folder}{f' ({owner})' if owner else ''}."
-      " Wait until it ends, or choose another --workdir."
+    f"Another run is already in {folder}{f' ({owner})' if owner else ''}."
+    " Wait until it ends, or choose another --workdir."
   )
 
 
@@ -302,7 +302,7 @@ def _write_object(file: Path, content: bytes) -> None:
     fsspec.filesystem("gcs").pipe_file(os.fspath(file), content)
   except FileNotFoundError as e:
     raise errors.UserError(
-        f"Cannot write {file}: there is no such bucket, or you may not see it."
+      f"Cannot write {file}: there is no such bucket, or you may not see it."
     ) from e
 
 
@@ -317,8 +317,8 @@ def write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
   """
   if others := sorted({*names(folder)} - {*contents}):
     raise errors.UserError(
-        f"Cannot write {folder}: it holds other things ({others[0]}), which"
-        " would be lost. Choose another place."
+      f"Cannot write {folder}: it holds other things ({others[0]}), which"
+      " would be lost. Choose another place."
     )
   if in_bucket(folder):
     remove(folder)
@@ -372,8 +372,8 @@ def writing(place: PathLike) -> Iterator[None]:
   except OSError as e:
     full = e.errno in (errno.ENOSPC, errno.EDQUOT)
     raise errors.UserError(
-        f"Cannot write {place}: {e.strerror or e}."
-        + (" Free some space there." if full else " Choose another place.")
+      f"Cannot write {place}: {e.strerror or e}."
+      + (" Free some space there." if full else " Choose another place.")
     ) from e
 
 
@@ -388,8 +388,8 @@ def _asking_bucket(what: str, place: PathLike) -> Iterator[None]:
     if what == "read" and isinstance(e, FileNotFoundError):
       raise
     raise errors.UserError(
-        f"Cannot {what} {place}: {first_line(e)}"
-        f" {advice(e) or 'When that is mended, the same command resumes.'}"
+      f"Cannot {what} {place}: {first_line(e)}"
+      f" {advice(e) or 'When that is mended, the same command resumes.'}"
     ) from e
 
 
@@ -399,8 +399,8 @@ def advice(error: BaseException | None) -> str | None:
     told = f"{type(error).__name__} {getattr(error, 'code', '')} {error}"
     if re.search(_DENIED, told):
       return (
-          "Sign in with `gcloud auth application-default login`, or give this"
-          " machine's service account the role Storage Admin there."
+        "Sign in with `gcloud auth application-default login`, or give this"
+        " machine's service account the role Storage Admin there."
       )
     if re.search(_UNREACHABLE, told):
       return "See that the network is up; the same command resumes."

@@ -27,9 +27,9 @@ def takes(q: jax.Array, k: jax.Array) -> bool:
   if not is_available() or any(map(jax.export.is_symbolic_dim, q.shape)):
     return False
   even = all(
-      size % parallel.auto_size(axis) == 0
-      for size, axis in zip(q.shape, AXES)
-      if axis
+    size % parallel.auto_size(axis) == 0
+    for size, axis in zip(q.shape, AXES)
+    if axis
   )
   if not (even and q.shape == k.shape):
     return False
@@ -59,9 +59,12 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return _attend(q, k, v)
   spec = P(*(x if x in axes else None for x in AXES))
   return jax.shard_map(
-      _attend, in_specs=(spec,) * 3, out_specs=spec, axis_names=axes,
-      check_vma=False,
-  )(q, k, v)  # fmt: skip
+    _attend,
+    in_specs=(spec,) * 3,
+    out_specs=spec,
+    axis_names=axes,
+    check_vma=False,
+  )(q, k, v)
 
 
 _cudnn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
@@ -98,9 +101,12 @@ def _even(q, k, v):
   pad = lambda x: jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0)))
   lengths = jnp.where(_any(q), jnp.int32(count), count)  # See `_together`.
   out = _cudnn(
-      pad(q), pad(k), pad(v), query_seq_lengths=lengths,
-      key_value_seq_lengths=lengths,
-  )  # fmt: skip
+    pad(q),
+    pad(k),
+    pad(v),
+    query_seq_lengths=lengths,
+    key_value_seq_lengths=lengths,
+  )
   return out[:, :count]
 
 

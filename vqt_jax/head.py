@@ -31,8 +31,8 @@ def init(num_features: int, num_classes: int, key: jax.Array) -> dict:
 def logits(params: dict, features: jax.Array) -> jax.Array:
   """Linear head in full float32: (B, F) -> (B, classes)."""
   return (
-      jnp.dot(features, params["kernel"], precision=jax.lax.Precision.HIGHEST)
-      + params["bias"]
+    jnp.dot(features, params["kernel"], precision=jax.lax.Precision.HIGHEST)
+    + params["bias"]
   )
 
 

@@ -11,21 +11,30 @@ import math
 import re
 
 COLLECTIVES = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-    "ragged-all-to-all",
+  "all-reduce",
+  "all-gather",
+  "reduce-scatter",
+  "all-to-all",
+  "collective-permute",
+  "ragged-all-to-all",
 )
 # Targets of custom calls that move nothing.
 _PLACES = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast)"')
 # Names of values that are there already, or loops whose bodies count instead.
 _FREE = (
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while",
-    "call", "conditional", "after-all", "opt-barrier", "partition-id",
-    "replica-id",
-)  # fmt: skip
+  "parameter",
+  "constant",
+  "tuple",
+  "get-tuple-element",
+  "bitcast",
+  "while",
+  "call",
+  "conditional",
+  "after-all",
+  "opt-barrier",
+  "partition-id",
+  "replica-id",
+)
 _SLICES = ("dynamic-slice", "slice", "gather", "slice-start")
 
 
@@ -54,9 +63,9 @@ class Collective:
     """Bytes that a device sends in a call, if nobody sends more than needed."""
     others = (self.devices - 1) / self.devices
     share = {
-        "all-reduce": 2 * others,
-        "reduce-scatter": self.devices - 1,
-        "collective-permute": 1,
+      "all-reduce": 2 * others,
+      "reduce-scatter": self.devices - 1,
+      "collective-permute": 1,
     }.get(self.kind, others)
     return self.times * self.size * share
 
@@ -69,14 +78,14 @@ def collectives(text: str) -> list[Collective]:
     if kind not in COLLECTIVES:
       continue
     found.append(
-        Collective(
-            kind,
-            sum(x.size for x in op.results),
-            tuple(sorted({x.dtype for x in op.results})),
-            _group(op.text),
-            times,
-            loops,
-        )
+      Collective(
+        kind,
+        sum(x.size for x in op.results),
+        tuple(sorted({x.dtype for x in op.results})),
+        _group(op.text),
+        times,
+        loops,
+      )
     )
   return found
 
@@ -89,8 +98,8 @@ def traffic(text: str) -> int:
   """
   program = _Program(text)
   return sum(
-      times * program.moved(op)
-      for op, times, _ in program.executed(inside_fusions=False)
+    times * program.moved(op)
+    for op, times, _ in program.executed(inside_fusions=False)
   )
 
 
@@ -151,7 +160,7 @@ class _Program:
           self.roots[name] = op
 
   def executed(
-      self, inside_fusions: bool, name: str = "", times: int = 1, loops: int = 0
+    self, inside_fusions: bool, name: str = "", times: int = 1, loops: int = 0
   ) -> Iterator[tuple[_Operation, int, int]]:
     """Operations, how often each happens, and how many loops are around it."""
     visit = functools.partial(self.executed, inside_fusions)
@@ -174,10 +183,10 @@ class _Program:
       return int(known[1])
     condition = self.computations[loop.refers("condition")].values()
     limits = [
-        int(number[1])
-        for op in condition
-        if op.kind == "constant"
-        and (number := re.search(r"constant\((\d+)\)", op.text))
+      int(number[1])
+      for op in condition
+      if op.kind == "constant"
+      and (number := re.search(r"constant\((\d+)\)", op.text))
     ]
     return max(limits, default=1)
 
@@ -187,9 +196,9 @@ class _Program:
       return 0
     within = self._within(op)
     read = sum(
-        self._read(op, i, within[operand])
-        for i, operand in enumerate(op.operands)
-        if operand in within
+      self._read(op, i, within[operand])
+      for i, operand in enumerate(op.operands)
+      if operand in within
     )
     return read + self._written(op, within)
 
@@ -213,9 +222,9 @@ class _Program:
       return whole
     inside = self.computations[called]
     parameter = next(
-        x
-        for x in inside.values()
-        if x.kind == "parameter" and f"parameter({index})" in x.text
+      x
+      for x in inside.values()
+      if x.kind == "parameter" and f"parameter({index})" in x.text
     )
     return self._of_users(inside, parameter, whole)
 
@@ -246,9 +255,9 @@ class _Program:
     if root.kind == "tuple":
       results = [inside[name] for name in root.operands]
     return sum(
-        min(shape.size, self._result(inside, result))
-        for shape, result in zip(op.shapes, results)
-        if shape.main
+      min(shape.size, self._result(inside, result))
+      for shape, result in zip(op.shapes, results)
+      if shape.main
     )
 
   def _result(self, inside, op: _Operation) -> int:
@@ -264,7 +273,7 @@ class _Program:
 
 def _operation(line: str) -> _Operation | None:
   match = re.match(
-      r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)", line
+    r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)", line
   )
   if not match:
     return None
@@ -277,14 +286,14 @@ def _operation(line: str) -> _Operation | None:
 def _shapes(text: str) -> tuple[_Shape, ...]:
   """Of a result: "bf16[4,8]{1,0:T(8,128)S(1)}", or several in brackets."""
   return tuple(
-      _Shape(
-          dtype,
-          _bytes(dtype, [int(d) for d in dims.split(",") if d]),
-          not re.search(r"S\([1-9]", layout),
-      )
-      for dtype, dims, layout in re.findall(
-          r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", text
-      )
+    _Shape(
+      dtype,
+      _bytes(dtype, [int(d) for d in dims.split(",") if d]),
+      not re.search(r"S\([1-9]", layout),
+    )
+    for dtype, dims, layout in re.findall(
+      r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", text
+    )
   )
 
 

@@ -9,8 +9,10 @@ import re
 import jax
 import psutil
 
-_LIMITS = ("/sys/fs/cgroup/memory.max",
-           "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # fmt: skip
+_LIMITS = (
+  "/sys/fs/cgroup/memory.max",
+  "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
 
 
 def host_memory() -> int:

@@ -61,18 +61,24 @@ def quiet(path: str | os.PathLike) -> Iterator[TextIO]:
   """
   global _screen
   try:
-    log = _Lossy(open(path, "ab", buffering=0), "utf-8", "replace",
-                 write_through=True)  # pyformat: disable
+    log = _Lossy(
+      open(path, "ab", buffering=0), "utf-8", "replace", write_through=True
+    )
   except OSError as e:
     raise errors.UserError(
-        f"Cannot write {path}: {e.strerror}. Choose another place."
+      f"Cannot write {path}: {e.strerror}. Choose another place."
     ) from e
   saved = sys.stdout, sys.stderr, logging.root.handlers, logging.root.level
   descriptors = os.dup(1), os.dup(2)
-  with log, _Lossy(
-      open(descriptors[1], "wb"), sys.stderr.encoding, "backslashreplace",
+  with (
+    log,
+    _Lossy(
+      open(descriptors[1], "wb"),
+      sys.stderr.encoding,
+      "backslashreplace",
       line_buffering=True,
-  ) as screen:  # fmt: skip
+    ) as screen,
+  ):
     for saved_stream in saved[:2]:
       with contextlib.suppress(OSError):
         saved_stream.flush()
@@ -81,7 +87,7 @@ def quiet(path: str | os.PathLike) -> Iterator[TextIO]:
     sys.stdout = sys.stderr = log
     handler = logging.StreamHandler(log)
     handler.setFormatter(
-        logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+      logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     )
     logging.root.handlers = [handler]
     logging.root.setLevel(logging.INFO)
@@ -113,10 +119,12 @@ def last_words(screen: TextIO, words: str) -> Iterator[None]:
   """
   waits = 'read -r done || printf "%s\\n" "error: $0" >&2'
   with subprocess.Popen(
-      ["/bin/sh", "-c", waits, words],
-      stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=screen,
-      start_new_session=True,
-  ) as other:  # fmt: skip
+    ["/bin/sh", "-c", waits, words],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.DEVNULL,
+    stderr=screen,
+    start_new_session=True,
+  ) as other:
     # Other threads may be running, and to look at one of these can crash.
     faulthandler.enable(2, all_threads=False)
     try:

@@ -15,13 +15,13 @@ def as_usual() -> Iterator[None]:
   rate is too large, which a run knows how to handle.
   """
   with (
-      jax.enable_x64(False),
-      jax.default_prng_impl("threefry2x32"),
-      jax.threefry_partitionable(True),
-      jax.numpy_dtype_promotion("standard"),
-      jax.numpy_rank_promotion("allow"),
-      jax.debug_nans(False),
-      jax.debug_infs(False),
-      jax.disable_jit(False),
+    jax.enable_x64(False),
+    jax.default_prng_impl("threefry2x32"),
+    jax.threefry_partitionable(True),
+    jax.numpy_dtype_promotion("standard"),
+    jax.numpy_rank_promotion("allow"),
+    jax.debug_nans(False),
+    jax.debug_infs(False),
+    jax.disable_jit(False),
   ):
     yield

@@ -26,18 +26,18 @@ T = TypeVar("T")
 # Frozen block weights along `model`: attention by heads, the MLP by its hidden
 # units. Everything else is replicated. First axis of a block leaf: depth.
 MODEL_RULES = (
-    (r"/encoderblock/.*/(query|key|value)/kernel$", P(None, None, "model")),
-    (r"/encoderblock/.*/(query|key|value)/bias$", P(None, "model")),
-    (r"/encoderblock/.*/out/kernel$", P(None, "model")),
-    (r"/encoderblock/.*/Dense_0/kernel$", P(None, None, "model")),
-    (r"/encoderblock/.*/Dense_0/bias$", P(None, "model")),
-    (r"/encoderblock/.*/Dense_1/kernel$", P(None, "model")),
+  (r"/encoderblock/.*/(query|key|value)/kernel$", P(None, None, "model")),
+  (r"/encoderblock/.*/(query|key|value)/bias$", P(None, "model")),
+  (r"/encoderblock/.*/out/kernel$", P(None, "model")),
+  (r"/encoderblock/.*/Dense_0/kernel$", P(None, None, "model")),
+  (r"/encoderblock/.*/Dense_0/bias$", P(None, "model")),
+  (r"/encoderblock/.*/Dense_1/kernel$", P(None, "model")),
 )
 
 # For the same bits each time; and cuBLAS's products, as Triton's would have
 # parameters that nobody tried.
 GPU_FLAGS = (
-    "--xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false"
+  "--xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false"
 )
 
 # Seconds to wait for a process: until it comes, until it ends, and, while it
@@ -58,9 +58,9 @@ def ask_for_determinism() -> None:
   plugins = importlib.metadata.entry_points(group="jax_plugins")
   given = os.environ.get("XLA_FLAGS", "").strip()
   if (
-      any(re.match("xla_(cuda|rocm)", plugin.name) for plugin in plugins)
-      and re.match("-|$", given)
-      and GPU_FLAGS not in given
+    any(re.match("xla_(cuda|rocm)", plugin.name) for plugin in plugins)
+    and re.match("-|$", given)
+    and GPU_FLAGS not in given
   ):
     os.environ["XLA_FLAGS"] = f"{GPU_FLAGS} {given}".strip()
 
@@ -84,9 +84,9 @@ def find_devices() -> None:
     for name in ("JAX_PLATFORM_NAME", "JAX_PLATFORMS"):
       if asked := os.environ.get(name):
         raise errors.UserError(
-            f"{name}={asked}: JAX finds no such device here"
-            f" ({why.rstrip('.')}). Unset {name}, so that it takes the best"
-            " that there is, or install what it lacks."
+          f"{name}={asked}: JAX finds no such device here"
+          f" ({why.rstrip('.')}). Unset {name}, so that it takes the best"
+          " that there is, or install what it lacks."
         ) from e
     raise errors.UserError(f"JAX finds no devices: {why}") from e
 
@@ -122,10 +122,10 @@ def platform() -> dict[str, str | None] | None:
 
 
 def connect(
-    coordinator: str | None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-    lost_after: int = 60,
+  coordinator: str | None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  lost_after: int = 60,
 ) -> bool:
   """Joins the other processes; comes before anything else asks for devices.
 
@@ -151,28 +151,28 @@ def connect(
     given = {}
   elif not re.search(r".:\d+$", coordinator):
     raise errors.UserError(
-        f"coordinator {coordinator!r}: expected HOST:PORT of the first process,"
-        " or auto."
+      f"coordinator {coordinator!r}: expected HOST:PORT of the first process,"
+      " or auto."
     )
   elif process_id is None or not 0 <= process_id < (num_processes or 0):
     raise errors.UserError(
-        f"num_processes={num_processes}, process_id={process_id}: expected"
-        " both, and an id of 0 to num_processes - 1."
+      f"num_processes={num_processes}, process_id={process_id}: expected"
+      " both, and an id of 0 to num_processes - 1."
     )
   else:
     given = dict(
-        coordinator_address=coordinator,
-        num_processes=num_processes,
-        process_id=process_id,
+      coordinator_address=coordinator,
+      num_processes=num_processes,
+      process_id=process_id,
     )
   # Its handler would take SIGTERM away from ours.
   jax.config.update("jax_enable_preemption_service", False)
   try:
     jax.distributed.initialize(
-        **given,
-        initialization_timeout=CONNECT_SECONDS,
-        heartbeat_timeout_seconds=lost_after,
-        shutdown_timeout_seconds=LEAVE_SECONDS,
+      **given,
+      initialization_timeout=CONNECT_SECONDS,
+      heartbeat_timeout_seconds=lost_after,
+      shutdown_timeout_seconds=LEAVE_SECONDS,
     )
   except (OSError, RuntimeError, ValueError) as e:
     nobody = "coordinator_address should be" in str(e)
@@ -183,13 +183,13 @@ def connect(
       return False
     if nobody:
       raise errors.UserError(
-          "There is no cluster that tells the address of the first process."
-          " Give --coordinator=HOST:PORT, --num_processes and --process_id, or"
-          " --coordinator=none to run alone."
+        "There is no cluster that tells the address of the first process."
+        " Give --coordinator=HOST:PORT, --num_processes and --process_id, or"
+        " --coordinator=none to run alone."
       ) from e
     raise errors.UserError(
-        "Cannot join the other processes (coordinator"
-        f" {coordinator or 'as the platform tells'}): {e}"
+      "Cannot join the other processes (coordinator"
+      f" {coordinator or 'as the platform tells'}): {e}"
     ) from e
   return True
 
@@ -223,12 +223,12 @@ def together() -> Iterator[None]:
 
 
 def _raise_together(
-    error: errors.UserError | None, failed: Callable[[], np.ndarray]
+  error: errors.UserError | None, failed: Callable[[], np.ndarray]
 ) -> None:
   """Raises if any process has failed, as `ask` tells."""
   if failed().any():
     raise error or errors.UserError(
-        "Another process of this run failed; see what it says."
+      "Another process of this run failed; see what it says."
     )
 
 
@@ -263,7 +263,7 @@ def in_step(items: Iterable[T]) -> Iterator[T]:
 
 
 def make_mesh(
-    data: int = -1, model: int = 1, devices: Sequence[jax.Device] | None = None
+  data: int = -1, model: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
   """A `data` x `model` mesh over all devices of all processes.
 
@@ -286,20 +286,20 @@ def make_mesh(
   wanted = count // model if data == -1 and model > 0 else data
   if model < 1 or wanted * model != count:
     raise errors.UserError(
-        f"mesh data={data}, model={model} does not fit {count} device(s):"
-        " data x model must be their number (data=-1: as many as there are)."
+      f"mesh data={data}, model={model} does not fit {count} device(s):"
+      " data x model must be their number (data=-1: as many as there are)."
     )
   if wanted % processes:
     raise errors.UserError(
-        f"mesh data={wanted}, model={model} does not fit"
-        f" {processes} processes: data must be a multiple of their"
-        " number, so that each reads examples of its own."
+      f"mesh data={wanted}, model={model} does not fit"
+      f" {processes} processes: data must be a multiple of their"
+      " number, so that each reads examples of its own."
     )
   order = sorted(devices, key=lambda each: (each.process_index, each.id))
   return jax.sharding.Mesh(
-      np.array(order).reshape(wanted, model),
-      ("data", "model"),
-      axis_types=(jax.sharding.AxisType.Auto,) * 2,
+    np.array(order).reshape(wanted, model),
+    ("data", "model"),
+    axis_types=(jax.sharding.AxisType.Auto,) * 2,
   )
 
 
@@ -309,8 +309,8 @@ def check_heads(mesh: jax.sharding.Mesh, heads: int) -> None:
   if heads % model:
     fitting = [n for n in range(1, heads + 1) if heads % n == 0]
     raise errors.UserError(
-        f"mesh model={model} cannot share the {heads} attention heads of this"
-        f" backbone: expected one of {', '.join(map(str, fitting))}."
+      f"mesh model={model} cannot share the {heads} attention heads of this"
+      f" backbone: expected one of {', '.join(map(str, fitting))}."
     )
 
 
@@ -340,9 +340,9 @@ def backbone_shapes(params: Any, mesh: jax.sharding.Mesh, dtype: str) -> Any:
     keep = re.search(r"(LayerNorm_\d|encoder_norm)/", name)
     spec = _spec(name, leaf.shape, mesh.shape["model"])
     return jax.ShapeDtypeStruct(
-        leaf.shape,
-        np.float32 if keep else dtype,
-        sharding=NamedSharding(mesh, spec),
+      leaf.shape,
+      np.float32 if keep else dtype,
+      sharding=NamedSharding(mesh, spec),
     )
 
   return jax.tree_util.tree_map_with_path(shape, params)
@@ -351,7 +351,7 @@ def backbone_shapes(params: Any, mesh: jax.sharding.Mesh, dtype: str) -> Any:
 def from_host(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
   """A global array of which every process holds the whole on its host."""
   return jax.make_array_from_callback(
-      array.shape, sharding, lambda index: array[index]
+    array.shape, sharding, lambda index: array[index]
   )
 
 
@@ -393,7 +393,7 @@ def replicate(tree: Any, mesh: jax.sharding.Mesh) -> Any:
   """
   place = lambda x: from_host(x, replicated(mesh))
   return jax.tree.map(
-      lambda x: x if isinstance(x, jax.Array) else place(x), tree
+    lambda x: x if isinstance(x, jax.Array) else place(x), tree
   )
 
 
@@ -412,13 +412,13 @@ def in_order(sharding: NamedSharding, ndim: int) -> Format:
 
 
 def from_local(
-    batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh
+  batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh
 ) -> dict[str, jax.Array]:
   """Each process's part of a batch (first axis) to sharded global arrays."""
   sharding = batch_sharding(mesh)
   return {
-      name: jax.make_array_from_process_local_data(sharding, part)
-      for name, part in batch.items()
+    name: jax.make_array_from_process_local_data(sharding, part)
+    for name, part in batch.items()
   }
 
 

@@ -67,9 +67,9 @@ class Needs:
     if self.traffic is None or not chip.flops:
       return None
     return {
-        "arithmetic": self.flops / chip.flops,
-        "memory": self.traffic / chip.bandwidth,
-        "links": self.sent / chip.links,
+      "arithmetic": self.flops / chip.flops,
+      "memory": self.traffic / chip.bandwidth,
+      "links": self.sent / chip.links,
     }
 
 
@@ -85,54 +85,55 @@ def make_job(config: ml_collections.ConfigDict, where: str) -> programs.Job:
   """
   if config.task == vtab.ALL:
     raise errors.UserError(
-        "A plan is for one task: name it, e.g. --config.task=cifar100."
+      "A plan is for one task: name it, e.g. --config.task=cifar100."
     )
   if config.methods:
     raise errors.UserError(
-        "A plan is for one method: add e.g. --config.methods= --config.method="
-        f"{config.methods.split(',')[-1]}."
+      "A plan is for one method: add e.g. --config.methods= --config.method="
+      f"{config.methods.split(',')[-1]}."
     )
   chip, devices = chips.find(where)
   platform = devices[0].platform
   dtype = "float32" if platform == "cpu" else "bfloat16"
   image_size = checkpoints.size_of(config.image_size, config.image_width)
   vit_config = checkpoints.read_config(
-      config.init,
-      image_size=image_size,
-      variant=config.variant,
-      pool_type=config.pool_type,
-      gelu=config.gelu,
-      dtype=config.dtype or dtype,
-      trained_size=checkpoints.size_of(
-          config.trained_size, config.trained_width
-      ),
+    config.init,
+    image_size=image_size,
+    variant=config.variant,
+    pool_type=config.pool_type,
+    gelu=config.gelu,
+    dtype=config.dtype or dtype,
+    trained_size=checkpoints.size_of(config.trained_size, config.trained_width),
   )
   checkpoints.check_image_size(vit_config.patch_size, image_size)
   task = data.make_task(
-      config.task, **{name: config[name] for name in config_lib.TASK_FIELDS}
+    config.task, **{name: config[name] for name in config_lib.TASK_FIELDS}
   )
   tuner = tuner_lib.make_tuner(
-      config.method, vit_config, task.num_classes, **config_lib.of_tuner(config)
+    config.method, vit_config, task.num_classes, **config_lib.of_tuner(config)
   )
   mesh = parallel.make_mesh(config.mesh.data, config.mesh.model, devices)
   parallel.check_heads(mesh, vit_config.num_heads)
   job = programs.Job(
-      config=config,
-      tuner=tuner,
-      chip=chip,
-      mesh=mesh,
-      counts={x: data.expected_examples(task, x) for x in data.SPLITS},
-      base={x: examples.base_of(task, x) for x in data.SPLITS},
-      place="",
-      why="",
-      room=0,
+    config=config,
+    tuner=tuner,
+    chip=chip,
+    mesh=mesh,
+    counts={x: data.expected_examples(task, x) for x in data.SPLITS},
+    base={x: examples.base_of(task, x) for x in data.SPLITS},
+    place="",
+    why="",
+    room=0,
   )
   room = _room(job, where)
   count = job.counts[job.base["trainval"]]
   place, why = places.choose(
-      config, count * job.layout.bytes_per_image,
-      count * 12 * image_size[0] * image_size[1], room, platform,
-  )  # fmt: skip
+    config,
+    count * job.layout.bytes_per_image,
+    count * 12 * image_size[0] * image_size[1],
+    room,
+    platform,
+  )
   if place == "stream":
     examples.check_batch(config.batch_size, mesh)
   return dataclasses.replace(job, place=place, why=why, room=room["device"])
@@ -145,9 +146,9 @@ def _room(job: programs.Job, where: str) -> dict[str, int]:
   each = job.chip.memory * places.DEVICE_SHARE
   host = job.chip.host_memory * places.HOST_SHARE
   return {
-      "device": int(each * job.mesh.shape["data"]),
-      "host": int(host * job.mesh.size),
-      "disk": 2**63,
+    "device": int(each * job.mesh.shape["data"]),
+    "host": int(host * job.mesh.size),
+    "disk": 2**63,
   }
 
 
@@ -157,9 +158,9 @@ def measure(program: programs.Program, mesh: jax.sharding.Mesh) -> Needs:
   flops /= mesh.size * program.steps
   try:
     parts = {
-        "weights": _resident(program.weights, mesh),
-        "data": _resident(program.data, mesh),
-        "runs": _resident(program.trained, mesh),
+      "weights": _resident(program.weights, mesh),
+      "data": _resident(program.data, mesh),
+      "runs": _resident(program.trained, mesh),
     }
     done = compiled.compile_for(mesh, program.function, *program.args)
   except compiled.Exceeds as e:
@@ -168,12 +169,12 @@ def measure(program: programs.Program, mesh: jax.sharding.Mesh) -> Needs:
   results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
   parts["temporary"] = sizes.temp_size_in_bytes + program.results * results
   return Needs(
-      program,
-      parts,
-      sum(parts.values()),
-      flops,
-      hlo.traffic(text) / program.steps,
-      hlo.collectives(text),
+    program,
+    parts,
+    sum(parts.values()),
+    flops,
+    hlo.traffic(text) / program.steps,
+    hlo.collectives(text),
   )
 
 
@@ -190,9 +191,9 @@ def _resident(tree: Any, mesh: jax.sharding.Mesh) -> int:
 def reduced(needs: Needs) -> float:
   """Bytes that are summed over the devices in a step: gradients, mostly."""
   return sum(
-      each.times * each.size / needs.program.steps
-      for each in needs.collectives
-      if each.kind == "all-reduce"
+    each.times * each.size / needs.program.steps
+    for each in needs.collectives
+    if each.kind == "all-reduce"
   )
 
 
@@ -227,9 +228,9 @@ def _with_batch(job: programs.Job, size: int) -> Needs:
 
 
 def run(
-    config: ml_collections.ConfigDict,
-    where: str,
-    console: console_lib.Console | None = None,
+  config: ml_collections.ConfigDict,
+  where: str,
+  console: console_lib.Console | None = None,
 ) -> bool:
   """Plans, tells, and returns whether it fits."""
   console = console or console_lib.Console()
@@ -260,18 +261,18 @@ def _describe(job: programs.Job, where: str) -> list[str]:
   layout = job.held("trainval")
   each = layout.bytes_per_image
   kept = (
-      f"{count:,} images x {places.size(each)} = {places.size(count * each)} of"
-      f" {'keys and values' if layout.projected else 'features'}, kept"
-      f" {places.FEATURES[job.place]}"
-      if job.stored
-      else f"{count:,} images, through the backbone every step"
+    f"{count:,} images x {places.size(each)} = {places.size(count * each)} of"
+    f" {'keys and values' if layout.projected else 'features'}, kept"
+    f" {places.FEATURES[job.place]}"
+    if job.stored
+    else f"{count:,} images, through the backbone every step"
   )
   return [
-      f"plan of {job.tuner.method} on {job.config.task}   ViT-{c.variant}"
-      f" {job.config.init}, {size} px, {c.dtype}",
-      f"{where}: {job.mesh.size} x {job.chip.name}, data {shape['data']} x"
-      f" model {shape['model']}, {places.size(job.chip.memory)} each",
-      f"{kept}, {job.why}",
+    f"plan of {job.tuner.method} on {job.config.task}   ViT-{c.variant}"
+    f" {job.config.init}, {size} px, {c.dtype}",
+    f"{where}: {job.mesh.size} x {job.chip.name}, data {shape['data']} x"
+    f" model {shape['model']}, {places.size(job.chip.memory)} each",
+    f"{kept}, {job.why}",
   ]
 
 
@@ -285,10 +286,16 @@ def _show_memory(console, job, found: Sequence[Needs]) -> None:
   for needs in found:
     sizes = [_mib((needs.memory or {}).get(part)) for part in parts]
     share = needs.total and f"{needs.total / job.chip.memory:.0%}"
-    rows.append([
-        needs.program.name, f"{needs.program.images:,}", needs.program.runs,
-        *sizes, _mib(needs.total), share or "too much",
-    ])  # fmt: skip
+    rows.append(
+      [
+        needs.program.name,
+        f"{needs.program.images:,}",
+        needs.program.runs,
+        *sizes,
+        _mib(needs.total),
+        share or "too much",
+      ]
+    )
   columns = ["memory of a chip, MiB", "images", "runs", *parts, "all", "of it"]
   console.table("", columns, rows)
 
@@ -298,17 +305,25 @@ def _show_steps(console, job, found: Sequence[Needs]) -> None:
   for needs in found:
     seconds = needs.seconds(job.chip)
     slowest = seconds and max(seconds, key=seconds.get)
-    rows.append([
+    rows.append(
+      [
         needs.program.name,
         f"{needs.flops / 1e9:,.1f}",
         _mib(needs.traffic),
         _mib(needs.sent),
         f"{1000 * seconds[slowest]:,.3f}" if seconds else "",
         slowest or "",
-    ])
+      ]
+    )
     talk += [[needs.program.name, *row] for row in _talk(needs)]
-  columns = ["a step, of a chip", "GFLOP", "memory traffic, MiB", "sent, MiB",
-             "ms at least", "bound by"]  # pyformat: disable
+  columns = [
+    "a step, of a chip",
+    "GFLOP",
+    "memory traffic, MiB",
+    "sent, MiB",
+    "ms at least",
+    "bound by",
+  ]
   console.table("", columns, rows)
   columns = ["communication of a step", "", "times", "of", "MiB", "where"]
   if talk:
@@ -338,9 +353,9 @@ def _show_protocol(console, job, found: Sequence[Needs]) -> None:
       continue
     whole = needs.program.in_all * max(seconds.values())
     total += whole
-    rows.append([
-        needs.program.name, f"{needs.program.in_all:,}", f"{whole:,.2f}"
-    ])
+    rows.append(
+      [needs.program.name, f"{needs.program.in_all:,}", f"{whole:,.2f}"]
+    )
   if len(rows) == len(found):
     rows.append(["all", "", f"{total:,.2f}"])
   if rows:
@@ -385,6 +400,6 @@ def _advice(job, found: Sequence[Needs], batch: int | None) -> str:
     advice = f"take a larger slice, or {_model(job)}"
   needs = f"{_mib(worst.total)} MiB" if worst.total else "more than there is"
   return (
-      f"it does not fit: {name} needs {needs} of {_mib(job.chip.memory)} MiB a"
-      f" chip; {advice}"
+    f"it does not fit: {name} needs {needs} of {_mib(job.chip.memory)} MiB a"
+    f" chip; {advice}"
   )

@@ -19,27 +19,27 @@ FAINT = "#9aa5b1"
 GRID = "#e4e7eb"
 COLOURS = ("#2166ac", "#d6604d", "#4d9221", "#8073ac", "#bf812d", "#35978f")
 METHODS = {
-    "vqt": "VQT",
-    "head2toe": "Head2Toe",
-    "linear": "linear probe",
-    "finetune": "full fine-tuning",
-    "bitfit": "BitFit",
-    "partial": "partial fine-tuning",
-    "vpt_shallow": "VPT-shallow",
-    "vpt_deep": "VPT-deep",
-    "adapter": "adapter",
-    "adaptformer": "AdaptFormer",
-    "lora": "LoRA",
-    "ssf": "SSF",
-    "vqt+vpt_deep": "VQT + VPT-deep",
-    "vqt+adaptformer": "VQT + AdaptFormer",
+  "vqt": "VQT",
+  "head2toe": "Head2Toe",
+  "linear": "linear probe",
+  "finetune": "full fine-tuning",
+  "bitfit": "BitFit",
+  "partial": "partial fine-tuning",
+  "vpt_shallow": "VPT-shallow",
+  "vpt_deep": "VPT-deep",
+  "adapter": "adapter",
+  "adaptformer": "AdaptFormer",
+  "lora": "LoRA",
+  "ssf": "SSF",
+  "vqt+vpt_deep": "VQT + VPT-deep",
+  "vqt+adaptformer": "VQT + AdaptFormer",
 }
 # What a run tests, by its name in `results.json`.
 CANDIDATES = {
-    "all": "all features",
-    "selected": "selected features",
-    "best_all": "best setting, all features",
-    "best_selected": "best setting, selected features",
+  "all": "all features",
+  "selected": "selected features",
+  "best_all": "best setting, all features",
+  "best_selected": "best setting, selected features",
 }
 SETTING = ("num_queries", "lr", "weight_decay", "query_dropout", "normalize")
 
@@ -70,23 +70,23 @@ def report(results: dict[str, Any], path: str | os.PathLike) -> None:
     ax.set_axis_off()
   test = results["test_accuracy"]
   figure.suptitle(
-      f"{_name(results)} on {results['task']}:"
-      f" {accuracy_lib.told(test, 1, '±')} %\n",
-      x=0.01,
-      ha="left",
-      fontsize=14,
-      fontweight="bold",
-      color=INK,
+    f"{_name(results)} on {results['task']}:"
+    f" {accuracy_lib.told(test, 1, '±')} %\n",
+    x=0.01,
+    ha="left",
+    fontsize=14,
+    fontweight="bold",
+    color=INK,
   )
   figure.text(
-      0.01,
-      1 - 0.075 / rows,
-      f"95 % interval of {test['images']:,} images:"
-      f" {accuracy_lib.told_bounds(test)}   {results['backbone']}"
-      f"   {results['trained_parameters']:,} trained parameters"
-      f"   {results['device']}",
-      color=FAINT,
-      va="top",
+    0.01,
+    1 - 0.075 / rows,
+    f"95 % interval of {test['images']:,} images:"
+    f" {accuracy_lib.told_bounds(test)}   {results['backbone']}"
+    f"   {results['trained_parameters']:,} trained parameters"
+    f"   {results['device']}",
+    color=FAINT,
+    va="top",
   )
   figure.get_layout_engine().set(wspace=0.04, hspace=0.06)
   save(figure, path)
@@ -102,12 +102,12 @@ def vtab(summary: dict[str, Any], path: str | os.PathLike) -> None:
   figure = figure_of(16, 6.4)
   tasks = vtab_lib.VTAB
   groups = [
-      [name for name in tasks if tasks[name].group == group]
-      for group in vtab_lib.GROUPS
+    [name for name in tasks if tasks[name].group == group]
+    for group in vtab_lib.GROUPS
   ]
   words = vtab_summary.labels(summary)
   axes = figure.subplots(
-      1, 4, sharey=True, width_ratios=[*map(len, groups), 1 + len(words)]
+    1, 4, sharey=True, width_ratios=[*map(len, groups), 1 + len(words)]
   )
   ours = {n: t["test_accuracy"] for n, t in summary["tasks"].items()}
   rows = published.ROWS
@@ -117,13 +117,16 @@ def vtab(summary: dict[str, Any], path: str | os.PathLike) -> None:
     _columns(ax, names, lines, ours, [row.accuracy for row in rows])
     ax.set_title(group, loc="left")
   lines = [
-      word.replace(" ", "\n") if name in vtab_lib.GROUPS else word
-      for name, word in words.items()
+    word.replace(" ", "\n") if name in vtab_lib.GROUPS else word
+    for name, word in words.items()
   ]
   _columns(
-      axes[3], list(words), lines, summary["means"],
-      [{n: m["mean"] for n, m in means.items()} for means in theirs],
-  )  # fmt: skip
+    axes[3],
+    list(words),
+    lines,
+    summary["means"],
+    [{n: m["mean"] for n, m in means.items()} for means in theirs],
+  )
   axes[3].set_title("means over", loc="left")
   axes[3].set_facecolor("#f5f7fa")
   axes[0].set_ylim(0, 1.1)
@@ -135,11 +138,11 @@ def vtab(summary: dict[str, Any], path: str | os.PathLike) -> None:
 
 
 def _columns(
-    ax: Any,
-    names: Sequence[str],
-    labels: Sequence[str],
-    ours: dict[str, Any],
-    theirs: Sequence[dict[str, float | None]],
+  ax: Any,
+  names: Sequence[str],
+  labels: Sequence[str],
+  ours: dict[str, Any],
+  theirs: Sequence[dict[str, float | None]],
 ) -> None:
   """A column per task or mean: ours in front, theirs behind.
 
@@ -161,21 +164,39 @@ def _columns(
   for i, name in enumerate(names):
     if name not in ours or ours[name]["mean"] is None:
       ax.text(
-          i, 1.04, "missing", color=FAINT, ha="center", va="bottom",
-          fontsize=8,
-      )  # fmt: skip
+        i,
+        1.04,
+        "missing",
+        color=FAINT,
+        ha="center",
+        va="bottom",
+        fontsize=8,
+      )
       continue
     mean = ours[name]["mean"]
     std = accuracy_lib.spread(ours[name]) if "std" in ours[name] else None
     ax.errorbar(
-        i, mean, yerr=std, fmt="o", color=COLOURS[0],
-        markersize=9, markeredgecolor="white", capsize=4, linewidth=1.5,
-        zorder=4,
-    )  # fmt: skip
+      i,
+      mean,
+      yerr=std,
+      fmt="o",
+      color=COLOURS[0],
+      markersize=9,
+      markeredgecolor="white",
+      capsize=4,
+      linewidth=1.5,
+      zorder=4,
+    )
     ax.text(
-        i, 1.04, f"{100 * mean:.1f}", color=COLOURS[0], ha="center",
-        va="bottom", fontweight="bold", fontsize=9,
-    )  # fmt: skip
+      i,
+      1.04,
+      f"{100 * mean:.1f}",
+      color=COLOURS[0],
+      ha="center",
+      va="bottom",
+      fontweight="bold",
+      fontsize=9,
+    )
   ax.set_xticks(x, labels, fontsize=7)
   ax.set_xlim(-0.6, len(names) - 0.4)
   ax.tick_params(length=0)
@@ -187,8 +208,13 @@ def _mark(row: published.Row) -> tuple[str, dict[str, Any]] | None:
   names = published.FAMILIAR
   if row.source is not published.BENCH or row.method not in names:
     return None
-  style = {"color": INK, "markersize": 5.5, "markerfacecolor": "white",
-           "markeredgewidth": 0.9, "alpha": 0.75}  # pyformat: disable
+  style = {
+    "color": INK,
+    "markersize": 5.5,
+    "markerfacecolor": "white",
+    "markeredgewidth": 0.9,
+    "alpha": 0.75,
+  }
   return "sv^D"[names.index(row.method)], style
 
 
@@ -196,55 +222,71 @@ def _vtab_words(figure: Any, ax: Any, summary: dict[str, Any]) -> None:
   """Title, the line under it, and the legend."""
   means, words = summary["means"], vtab_summary.labels(summary)
   figure.suptitle(
-      f"{METHODS.get(summary['method'], summary['method'])} on VTAB-1k: "
-      + ", ".join(
-          f"{100 * means[name]['mean']:.1f} % mean of {words[name]}"
-          for name in (vtab_summary.OF_GROUPS, vtab_summary.OF_TASKS)
-      )
-      + "\n",
-      x=0.01, ha="left", fontsize=14, fontweight="bold", color=INK,
-  )  # fmt: skip
+    f"{METHODS.get(summary['method'], summary['method'])} on VTAB-1k: "
+    + ", ".join(
+      f"{100 * means[name]['mean']:.1f} % mean of {words[name]}"
+      for name in (vtab_summary.OF_GROUPS, vtab_summary.OF_TASKS)
+    )
+    + "\n",
+    x=0.01,
+    ha="left",
+    fontsize=14,
+    fontweight="bold",
+    color=INK,
+  )
   tests = [task["test_accuracy"] for task in summary["tasks"].values()]
   figure.text(
-      0.01, 0.945,
-      f"{summary['backbone']}   {accuracy_lib.over_seeds(tests)}"
-      f"   protocol: {summary['protocol']}",
-      color=FAINT, va="top",
-  )  # fmt: skip
+    0.01,
+    0.945,
+    f"{summary['backbone']}   {accuracy_lib.over_seeds(tests)}"
+    f"   protocol: {summary['protocol']}",
+    color=FAINT,
+    va="top",
+  )
   handles = [
-      matplotlib.lines.Line2D(
-          [], [], marker="o", linestyle="", color=COLOURS[0], markersize=9,
-          markeredgecolor="white", label="ours",
-      )  # fmt: skip
+    matplotlib.lines.Line2D(
+      [],
+      [],
+      marker="o",
+      linestyle="",
+      color=COLOURS[0],
+      markersize=9,
+      markeredgecolor="white",
+      label="ours",
+    )
   ]
   for row in published.familiar():
     shape, style = _mark(row)
     handles.append(
-        matplotlib.lines.Line2D(
-            [], [], marker=shape, linestyle="", label=row.method, **style
-        )
+      matplotlib.lines.Line2D(
+        [], [], marker=shape, linestyle="", label=row.method, **style
+      )
     )
   handles.append(
-      matplotlib.lines.Line2D(
-          [], [], color=FAINT, linewidth=1, label="other methods"
-      )
+    matplotlib.lines.Line2D(
+      [], [], color=FAINT, linewidth=1, label="other methods"
+    )
   )
   figure.legend(
-      handles=handles, loc="outside lower left", ncols=len(handles),
-      frameon=False, fontsize=9,
-      title="All but ours: published, "
-      f"{published.BENCH.backbone} ({published.BENCH.name},"
-      f" {published.STUDY.name}); protocols differ",
-      title_fontsize=9, alignment="left",
-  )  # fmt: skip
+    handles=handles,
+    loc="outside lower left",
+    ncols=len(handles),
+    frameon=False,
+    fontsize=9,
+    title="All but ours: published, "
+    f"{published.BENCH.backbone} ({published.BENCH.name},"
+    f" {published.STUDY.name}); protocols differ",
+    title_fontsize=9,
+    alignment="left",
+  )
 
 
 def attention(
-    images: np.ndarray,
-    maps: np.ndarray,
-    labels: Sequence[str],
-    path: str | os.PathLike,
-    most_blocks: int = 12,
+  images: np.ndarray,
+  maps: np.ndarray,
+  labels: Sequence[str],
+  path: str | os.PathLike,
+  most_blocks: int = 12,
 ) -> None:
   """Rows of images with what the queries of each block attend to.
 
@@ -260,13 +302,13 @@ def attention(
   """
   depth = maps.shape[1]
   blocks = np.unique(
-      np.linspace(0, depth - 1, min(depth, most_blocks)).round().astype(int)
+    np.linspace(0, depth - 1, min(depth, most_blocks)).round().astype(int)
   )
   even = maps.sum(axis=(2, 3), keepdims=True) / maps[0, 0].size
   ratio = maps / np.maximum(even, 1e-12)
   top = max(float(np.quantile(ratio, 0.995)), 1.5)
   shades = matplotlib.cm.ScalarMappable(
-      matplotlib.colors.Normalize(0, top), "inferno"
+    matplotlib.colors.Normalize(0, top), "inferno"
   )
   columns = 1 + len(blocks)
   figure = figure_of(1.15 * columns + 1.2, 1.15 * len(images) + 1.0)
@@ -276,7 +318,7 @@ def attention(
     axes[row, 0].imshow(image, extent=extent)
     grey = np.repeat(0.7 * image.mean(axis=-1, keepdims=True), 3, axis=-1)
     axes[row, 0].set_ylabel(
-        label, rotation=0, ha="right", va="center", color=INK
+      label, rotation=0, ha="right", va="center", color=INK
     )
     for column, block in enumerate(blocks, start=1):
       ax = axes[row, column]
@@ -301,26 +343,35 @@ def _search(ax: Any, results: dict[str, Any]) -> None:
   decays = sorted({run["weight_decay"] for run in runs})
   table = np.full((len(decays), len(rates)), np.nan)
   place = lambda run: (
-      decays.index(run["weight_decay"]),
-      rates.index(run["lr"]),
+    decays.index(run["weight_decay"]),
+    rates.index(run["lr"]),
   )
   for i, (run, value) in enumerate(zip(runs, accuracy)):
     if value is not None and i not in search["diverged"]:
       table[place(run)] = value
   low, high = np.nanmin(table), np.nanmax(table)
   ax.imshow(
-      table, "Blues", vmin=low - 0.15 * (high - low) - 1e-6,
-      vmax=high + 0.6 * (high - low) + 1e-6, aspect="auto",
-  )  # fmt: skip
+    table,
+    "Blues",
+    vmin=low - 0.15 * (high - low) - 1e-6,
+    vmax=high + 0.6 * (high - low) + 1e-6,
+    aspect="auto",
+  )
   for (y, x), value in np.ndenumerate(table):
     text = "diverged" if np.isnan(value) else f"{100 * value:.1f}"
     ax.text(x, y, text, ha="center", va="center", color=INK)
   y, x = place(runs[search["chosen"]])
   ax.add_patch(
-      matplotlib.patches.Rectangle(
-          (x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=COLOURS[1],
-          linewidth=2.5, clip_on=False, zorder=3,
-      )  # fmt: skip
+    matplotlib.patches.Rectangle(
+      (x - 0.5, y - 0.5),
+      1,
+      1,
+      fill=False,
+      edgecolor=COLOURS[1],
+      linewidth=2.5,
+      clip_on=False,
+      zorder=3,
+    )
   )
   ax.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
   ax.set_yticks(range(len(decays)), [f"{decay:g}" for decay in decays])
@@ -359,18 +410,25 @@ def _test(ax: Any, results: dict[str, Any]) -> None:
   x = np.arange(len(values))
   std = accuracy_lib.spread(test) or 0.0
   ax.axhspan(
-      test["mean"] - std, test["mean"] + std, color=COLOURS[0], alpha=0.12,
-      linewidth=0,
-  )  # fmt: skip
+    test["mean"] - std,
+    test["mean"] + std,
+    color=COLOURS[0],
+    alpha=0.12,
+    linewidth=0,
+  )
   ax.axhline(test["mean"], color=COLOURS[0], linewidth=1.5)
   ax.plot(x, values, "o", color=COLOURS[0], markersize=8)
   for i, value in enumerate(values):
     above = value >= test["mean"]
     ax.annotate(
-        f"{100 * value:.1f}", (i, value), (0, 8 if above else -8),
-        textcoords="offset points", ha="center", color=INK,
-        va="bottom" if above else "top",
-    )  # fmt: skip
+      f"{100 * value:.1f}",
+      (i, value),
+      (0, 8 if above else -8),
+      textcoords="offset points",
+      ha="center",
+      color=INK,
+      va="bottom" if above else "top",
+    )
   ax.set_xticks(x, test["per_seed"])
   spread = max(np.ptp(values), 2 * std, 0.01)
   middle = test["mean"]
@@ -419,8 +477,8 @@ def _finalists(ax: Any, results: dict[str, Any]) -> None:
   ax.margins(x=0.1)
   ax.grid(axis="x")
   ax.set_title(
-      f"Finalists of {found['searched']}: {found['folds']} folds (◆), val (●)",
-      loc="left",
+    f"Finalists of {found['searched']}: {found['folds']} folds (◆), val (●)",
+    loc="left",
   )
 
 
@@ -462,9 +520,13 @@ def _keep_fractions(ax: Any, results: dict[str, Any]) -> None:
   ax.plot(x[chosen], y[chosen], "D", color=COLOURS[1], markersize=9)
   for place in zip(x, y):
     ax.annotate(
-        f"{100 * place[1]:.1f}", place, (0, 9), textcoords="offset points",
-        ha="center", color=INK,
-    )  # fmt: skip
+      f"{100 * place[1]:.1f}",
+      place,
+      (0, 9),
+      textcoords="offset points",
+      ha="center",
+      color=INK,
+    )
   ax.set_xticks(x, [f"{100 * share:g}" for share in shares])
   ax.yaxis.set_major_formatter(_percent(1))
   ax.margins(0.12, 0.25)
@@ -485,9 +547,12 @@ def _kept_share(ax: Any, results: dict[str, Any]) -> None:
     x = np.arange(1, blocks + 2) + (i - (len(tested) - 1) / 2) * width
     last = each is results["tested"][-1]
     ax.bar(
-        x, [*of_blocks, final], 0.9 * width, label=CANDIDATES[each["name"]],
-        color=COLOURS[0] if last else FAINT,
-    )  # fmt: skip
+      x,
+      [*of_blocks, final],
+      0.9 * width,
+      label=CANDIDATES[each["name"]],
+      color=COLOURS[0] if last else FAINT,
+    )
   if len(tested) > 1:
     ax.legend(frameon=False, fontsize=8, loc="lower left")
   step = -(-blocks // 12)
@@ -506,13 +571,23 @@ def _seeds(ax: Any, result: dict[str, Any], y: float, colour: str) -> None:
   values = list(test["per_seed"].values())
   ax.plot(values, [y + 0.16] * len(values), "o", color=colour, alpha=0.45)
   ax.errorbar(
-      test["mean"], y - 0.08, xerr=accuracy_lib.spread(test), fmt="D",
-      color=colour, capsize=4, markersize=7, linewidth=2,
-  )  # fmt: skip
+    test["mean"],
+    y - 0.08,
+    xerr=accuracy_lib.spread(test),
+    fmt="D",
+    color=colour,
+    capsize=4,
+    markersize=7,
+    linewidth=2,
+  )
   ax.annotate(
-      f"{accuracy_lib.told(test, 1, '±')} %", (test["mean"], y - 0.08), (0, 9),
-      textcoords="offset points", ha="center", color=INK,
-  )  # fmt: skip
+    f"{accuracy_lib.told(test, 1, '±')} %",
+    (test["mean"], y - 0.08),
+    (0, 9),
+    textcoords="offset points",
+    ha="center",
+    color=INK,
+  )
 
 
 def _heat(shades: matplotlib.cm.ScalarMappable, values: np.ndarray) -> Any:
@@ -537,7 +612,7 @@ def _percent(decimals: int = 0) -> matplotlib.ticker.PercentFormatter:
 def figure_of(width: float, height: float) -> matplotlib.figure.Figure:
   """A figure without pyplot, so that nothing global is touched. Inches."""
   return matplotlib.figure.Figure(
-      (width, height), dpi=130, layout="constrained", facecolor="white"
+    (width, height), dpi=130, layout="constrained", facecolor="white"
   )
 
 

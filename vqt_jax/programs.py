@@ -91,14 +91,17 @@ class Job:
     """Shapes of arrays, or such shapes, on every device."""
     place = parallel.replicated(self.mesh)
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
     )
 
   def runs_at_once(self, tuner: tuner_lib.Tuner) -> int:
     return packing.runs_at_once(
-        tuner, self.config.batch_size, self.mesh, self.config.remat,
-        self.chip.memory,
-    )  # fmt: skip
+      tuner,
+      self.config.batch_size,
+      self.mesh,
+      self.config.remat,
+      self.chip.memory,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +147,8 @@ def all_programs(job: Job) -> list[Program]:
   times[0] += 3 * (len(job.config.keep_fraction) > 1)
   found = [training(job, stage) for stage in stages]
   found = [
-      dataclasses.replace(each, in_all=each.in_all * more)
-      for each, more in zip(found, times)
+    dataclasses.replace(each, in_all=each.in_all * more)
+    for each, more in zip(found, times)
   ]
   if job.stored:
     found.insert(0, extraction(job))
@@ -172,30 +175,32 @@ def extraction(job: Job) -> Program:
   """The backbone over all images whose features are kept."""
   size, c = job.eval_batch_size, job.tuner.config
   images = jax.ShapeDtypeStruct(
-      (size, *c.image_size, 3), jnp.float32,
-      sharding=parallel.batch_sharding(job.mesh),
-  )  # fmt: skip
+    (size, *c.image_size, 3),
+    jnp.float32,
+    sharding=parallel.batch_sharding(job.mesh),
+  )
   params = job.params()
   bases = {job.base[split] for split in ("train", "val", "trainval")}
   return Program(
-      name="extraction",
-      function=store.runner(job.layout),
-      args=(params, images),
-      images=size,
-      runs=1,
-      steps=1,
-      in_all=sum(-(-job.counts[base] // size) for base in bases),
-      weights=params,
-      data=_resident(job, "trainval"),
-      results=2,  # One is computed while another is used.
+    name="extraction",
+    function=store.runner(job.layout),
+    args=(params, images),
+    images=size,
+    runs=1,
+    steps=1,
+    in_all=sum(-(-job.counts[base] // size) for base in bases),
+    weights=params,
+    data=_resident(job, "trainval"),
+    results=2,  # One is computed while another is used.
   )
 
 
 def training(job: Job, stage: stages_lib.Stage) -> Program:
   """An epoch of a stage, in one call or a call a step."""
   runs = stage.runs[: job.runs_at_once(stage.tuner)]
-  stage, packs = dataclasses.replace(stage, runs=runs), (
-      -(-len(stage.runs) // len(runs))
+  stage, packs = (
+    dataclasses.replace(stage, runs=runs),
+    (-(-len(stage.runs) // len(runs))),
   )
   recipe, params = stages_lib.recipe_of(job.config, stage), job.params()
   seeds = jnp.zeros(len(runs), jnp.uint32)
@@ -203,12 +208,17 @@ def training(job: Job, stage: stages_lib.Stage) -> Program:
   state = job.replicated(jax.eval_shape(init, params, seeds))
   frozen = tuner_lib.partition(params, stage.tuner.shapes())[1]
   phase = loop.Phase(
-      stage.name, runs, None, job.config.epochs, job.config.warmup_epochs,
-      per_step=False, least=0,
-  )  # fmt: skip
+    stage.name,
+    runs,
+    None,
+    job.config.epochs,
+    job.config.warmup_epochs,
+    per_step=False,
+    least=0,
+  )
   count = job.counts[stage.split]
   index, mask = store.order(
-      np.arange(count), job.config.batch_size, job.mesh.shape["data"]
+    np.arange(count), job.config.batch_size, job.mesh.shape["data"]
   )
   in_epoch, held = len(index), _resident(job, stage.split)
   if held is None:  # A call a step.
@@ -218,22 +228,31 @@ def training(job: Job, stage: stages_lib.Stage) -> Program:
   else:
     data = held
   settings, factor, index = job.replicated(
-      (phase.settings, np.ones(len(index), np.float32), index)
+    (phase.settings, np.ones(len(index), np.float32), index)
   )
   mask = _mask(job, mask, shared=job.place == "stream")
   return Program(
-      name=stage.label,
-      function=step_lib.train_steps,
-      args=(stage.tuner, recipe, state, frozen, settings, data, index, mask,
-            factor),
-      images=index.shape[1],
-      runs=len(runs),
-      steps=len(index),
-      in_all=packs * in_epoch * job.config.epochs,
-      weights=params,
-      data=held,
-      trained=state,
-  )  # fmt: skip
+    name=stage.label,
+    function=step_lib.train_steps,
+    args=(
+      stage.tuner,
+      recipe,
+      state,
+      frozen,
+      settings,
+      data,
+      index,
+      mask,
+      factor,
+    ),
+    images=index.shape[1],
+    runs=len(runs),
+    steps=len(index),
+    in_all=packs * in_epoch * job.config.epochs,
+    weights=params,
+    data=held,
+    trained=state,
+  )
 
 
 def test(job: Job) -> Program:
@@ -242,35 +261,41 @@ def test(job: Job) -> Program:
   runs = len(job.config.seeds)
   several = lambda x: jax.ShapeDtypeStruct((runs, *x.shape), x.dtype)
   ready = job.replicated(
-      step_lib.Ready(
-          jax.tree.map(several, job.tuner.shapes()),
-          jax.ShapeDtypeStruct((runs,), bool),
-      )
+    step_lib.Ready(
+      jax.tree.map(several, job.tuner.shapes()),
+      jax.ShapeDtypeStruct((runs,), bool),
+    )
   )
   candidates = 1 + job.selects
   over = parallel.batch_sharding(job.mesh)
   data = {
-      "image": jax.ShapeDtypeStruct(
-          (size, *c.image_size, 3), jnp.float32, sharding=over
-      ),
-      "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=over),
+    "image": jax.ShapeDtypeStruct(
+      (size, *c.image_size, 3), jnp.float32, sharding=over
+    ),
+    "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=over),
   }
   index = job.replicated(np.zeros((1, size), np.int32))
   mask = _mask(job, np.zeros((1, size), np.float32), shared=True)
   params = job.params()
   return Program(
-      name="test",
-      function=step_lib.eval_steps,
-      args=((job.tuner,) * candidates, (ready,) * candidates, params, data,
-            index, mask),
-      images=size,
-      runs=runs * candidates,
-      steps=1,
-      in_all=-(-job.counts["test"] // size),
-      weights=params,
-      data=[data, data, _resident(job, "trainval")],
-      trained=(ready,) * candidates,
-  )  # fmt: skip
+    name="test",
+    function=step_lib.eval_steps,
+    args=(
+      (job.tuner,) * candidates,
+      (ready,) * candidates,
+      params,
+      data,
+      index,
+      mask,
+    ),
+    images=size,
+    runs=runs * candidates,
+    steps=1,
+    in_all=-(-job.counts["test"] // size),
+    weights=params,
+    data=[data, data, _resident(job, "trainval")],
+    trained=(ready,) * candidates,
+  )
 
 
 def _resident(job: Job, split: str) -> Shapes | None:
@@ -299,11 +324,11 @@ def _batch(job: Job, size: int) -> Shapes:
     over = parallel.batch_sharding(job.mesh)
     shape = (size, *c.image_size, 3)
     return {
-        "image": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=over),
-        "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=over),
+      "image": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=over),
+      "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=over),
     }
   shape = lambda name, x: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=layout.sharding(name)
+    x.shape, x.dtype, sharding=layout.sharding(name)
   )
   held = store.held_shapes(layout, size)
   return {name: shape(name, x) for name, x in held.items()}

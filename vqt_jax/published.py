@@ -39,41 +39,54 @@ class Row:
 _BACKBONE = "ViT-B/16, ImageNet-21k"
 
 BENCH = Source(
-    name="V-PETL Bench",
-    address=(
-        "github.com/synbol/Parameter-Efficient-Transfer-Learning-Benchmark,"
-        " README at c188fad"
-    ),
-    backbone=_BACKBONE,
-    protocol=(
-        "1,000 training images; several rows look taken over from the methods'"
-        " own papers, so they may differ in search and preprocessing"
-    ),
+  name="V-PETL Bench",
+  address=(
+    "github.com/synbol/Parameter-Efficient-Transfer-Learning-Benchmark,"
+    " README at c188fad"
+  ),
+  backbone=_BACKBONE,
+  protocol=(
+    "1,000 training images; several rows look taken over from the methods'"
+    " own papers, so they may differ in search and preprocessing"
+  ),
 )
 STUDY = Source(
-    name="OSU unifying study",
-    address=(
-        "github.com/OSU-MLB/ViT_PEFT_Vision, tune_output/default_vtab at"
-        " cea7e21"
-    ),
-    backbone=_BACKBONE,
-    protocol=(
-        "1,000 training images; one program, every method tuned alike: AdamW,"
-        " batch 64, drop path 0.1, bicubic resize"
-    ),
+  name="OSU unifying study",
+  address=(
+    "github.com/OSU-MLB/ViT_PEFT_Vision, tune_output/default_vtab at cea7e21"
+  ),
+  backbone=_BACKBONE,
+  protocol=(
+    "1,000 training images; one program, every method tuned alike: AdamW,"
+    " batch 64, drop path 0.1, bicubic resize"
+  ),
 )
 
 # The sources' order of tasks, which differs from VTAB's table.
 ORDER = (
-    "cifar100", "caltech101", "dtd", "flowers102", "pets", "svhn", "sun397",
-    "patch_camelyon", "eurosat", "resisc45", "retinopathy",
-    "clevr_count", "clevr_distance", "dmlab", "kitti",
-    "dsprites_location", "dsprites_orientation",
-    "smallnorb_azimuth", "smallnorb_elevation",
-)  # fmt: skip
+  "cifar100",
+  "caltech101",
+  "dtd",
+  "flowers102",
+  "pets",
+  "svhn",
+  "sun397",
+  "patch_camelyon",
+  "eurosat",
+  "resisc45",
+  "retinopathy",
+  "clevr_count",
+  "clevr_distance",
+  "dmlab",
+  "kitti",
+  "dsprites_location",
+  "dsprites_orientation",
+  "smallnorb_azimuth",
+  "smallnorb_elevation",
+)
 
 # Method, trained parameters, accuracies in per cent as printed there.
-# fmt: off
+
 _BENCH = """
 full fine-tuning | 85.8e6 | 68.9 87.7 64.3 97.2 86.9 87.4 38.8 / 79.7 95.7 84.2 73.9 / 56.3 58.6 41.7 65.5 57.5 46.7 25.7 29.1
 linear probing   |      0 | 63.4 85.0 63.2 97.0 86.3 36.6 51.0 / 78.5 87.5 68.6 74.0 / 34.3 30.6 33.2 55.4 12.5 20.0 9.6 19.2
@@ -98,7 +111,6 @@ _STUDY = """
 full fine-tuning | 85.8e6 | 37.86 77.15 48.24 77.05 58.63 88.81 30.14 / 80.85 88.04 70.97 73.6 / 35.92 59.25 44.72 71.17 68.42 45.25 30.6 24.64
 linear probing   |      0 | 48.69 86.52 65.69 98.83 88.88 41.05 52.89 / 82.94 89.96 74.83 74.42 / 37.29 35.03 35.81 62.45 16.18 29.27 17.09 23.47
 """  # noqa: E501
-# fmt: on
 
 
 def _rows(source: Source, text: str) -> list[Row]:

@@ -45,9 +45,9 @@ class Reader:
 
 
 READERS = {
-    "vqt": Reader(blocks=True, queries=True),
-    "head2toe": Reader(blocks=True, queries=False),
-    "linear": Reader(blocks=False, queries=False),
+  "vqt": Reader(blocks=True, queries=True),
+  "head2toe": Reader(blocks=True, queries=False),
+  "linear": Reader(blocks=False, queries=False),
 }
 
 
@@ -87,11 +87,11 @@ def attention_step(config: vit.ViTConfig, edit: vit.Edit | None = None) -> Step:
 
 
 def read(
-    step: Step,
-    blocks: Any,
-    weights: Any,
-    tokens: jax.Array,
-    rows: jax.Array | None = None,
+  step: Step,
+  blocks: Any,
+  weights: Any,
+  tokens: jax.Array,
+  rows: jax.Array | None = None,
 ) -> jax.Array:
   """Scans a reader over depth.
 
@@ -129,12 +129,12 @@ def read(
 
 def _scan(step: Step, blocks: Any, weights: Any, tokens: jax.Array):
   @functools.partial(
-      jax.checkpoint,
-      prevent_cse=False,
-      policy=jax.checkpoint_policies.save_from_both_policies(
-          jax.checkpoint_policies.dots_saveable,
-          jax.checkpoint_policies.save_only_these_names(token_mean.KEPT),
-      ),
+    jax.checkpoint,
+    prevent_cse=False,
+    policy=jax.checkpoint_policies.save_from_both_policies(
+      jax.checkpoint_policies.dots_saveable,
+      jax.checkpoint_policies.save_only_these_names(token_mean.KEPT),
+    ),
   )
   def body(carry, inputs):
     return step(*inputs, carry)
@@ -217,7 +217,7 @@ def token_bound(config: vit.ViTConfig) -> float:
 
 
 def init_queries(
-    config: vit.ViTConfig, num_queries: int, key: jax.Array
+  config: vit.ViTConfig, num_queries: int, key: jax.Array
 ) -> jax.Array:
   """Queries (L, T, D), uniform within sqrt(6 / (3 * patch area + D))."""
   bound = token_bound(config)
@@ -232,7 +232,7 @@ COMBINE = ("concat", "mean", "weighted_sum")
 
 
 def combine(
-    outputs: jax.Array, how: str, weights: jax.Array | None = None
+  outputs: jax.Array, how: str, weights: jax.Array | None = None
 ) -> jax.Array:
   """Outputs (L, B, T, D) of the queries to features per block (L, B, F).
 

@@ -30,8 +30,14 @@ from vqt_jax.files import PathLike
 # What the config of every run has, and other programs' do not have together.
 _OF_CONFIGS = {"task", "init", "method", "lr", "seeds", "batch_size"}
 # What a run replaces, or takes for its own, in a workdir.
-_CLAIMED = {"metrics.jsonl", "results.json", "report.png", "checkpoints",
-            "stages", "tuned"}  # pyformat: disable
+_CLAIMED = {
+  "metrics.jsonl",
+  "results.json",
+  "report.png",
+  "checkpoints",
+  "stages",
+  "tuned",
+}
 _ROW = b'{"phase": '  # How metrics.jsonl begins.
 
 
@@ -110,14 +116,14 @@ def _config_of(workdir: files.Path) -> dict[str, Any] | None:
       raise errors.UserError(f"{path} is no config of this program. {other}")
     if not _ROW.startswith(_metrics(workdir)[: len(_ROW)]):
       raise errors.UserError(
-          f"{workdir / 'metrics.jsonl'} is not of this program. {other}"
+        f"{workdir / 'metrics.jsonl'} is not of this program. {other}"
       )
     return config
   for name in sorted(_CLAIMED.intersection(files.names(workdir))):
     place = workdir / name
     if files.names(place) or place.is_file():
       raise errors.UserError(
-          f"{place} is there, but no config.json of the run it is of. {other}"
+        f"{place} is there, but no config.json of the run it is of. {other}"
       )
   return None
 
@@ -127,10 +133,10 @@ def _begun(workdir: files.Path) -> bool:
   if not files.exists(workdir / "config.json"):
     return False
   return bool(
-      files.exists(workdir / "results.json")
-      or _metrics(workdir)
-      or files.names(workdir / "checkpoints")
-      or any(_begun(workdir / name) for name in files.names(workdir))
+    files.exists(workdir / "results.json")
+    or _metrics(workdir)
+    or files.names(workdir / "checkpoints")
+    or any(_begun(workdir / name) for name in files.names(workdir))
   )
 
 
@@ -142,21 +148,20 @@ def _metrics(workdir: files.Path) -> bytes:
 
 
 def _check_same_run(
-    old: dict[str, Any], now: dict[str, Any], workdir: files.Path
+  old: dict[str, Any], now: dict[str, Any], workdir: files.Path
 ) -> None:
   # A field that was not there yet has done what its default does.
   old = config_lib.to_json(config_lib.default_config()) | old
   changed = [
-      f"{name} was {before!r}, is now {after!r}"
-      for name, (before, after) in config_lib.differences(old, now).items()
-      if name not in config_lib.RESUMABLE
-      and config_lib.uses(now["method"], name)
+    f"{name} was {before!r}, is now {after!r}"
+    for name, (before, after) in config_lib.differences(old, now).items()
+    if name not in config_lib.RESUMABLE and config_lib.uses(now["method"], name)
   ]
   if changed:
     more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
     raise errors.UserError(
-        f"{workdir} holds a run of another config: {'; '.join(changed[:3])}"
-        f"{more}. Choose another --workdir, or give the old values to resume."
+      f"{workdir} holds a run of another config: {'; '.join(changed[:3])}"
+      f"{more}. Choose another --workdir, or give the old values to resume."
     )
 
 
@@ -250,7 +255,7 @@ def read_metrics(workdir: PathLike) -> list[dict[str, Any]]:
 
 
 def save_tuned(
-    directory: PathLike, variables: Mapping[str, Any], info: Mapping[str, Any]
+  directory: PathLike, variables: Mapping[str, Any], info: Mapping[str, Any]
 ) -> int:
   """Writes what was trained, as a folder that appears at once.
 
@@ -268,8 +273,8 @@ def save_tuned(
   flat = flax.traverse_util.flatten_dict(variables, sep="/")
   arrays = {k: np.ascontiguousarray(v) for k, v in flat.items()}
   contents = {
-      "variables.safetensors": safetensors.numpy.save(arrays),
-      "info.json": _json(info),
+    "variables.safetensors": safetensors.numpy.save(arrays),
+    "info.json": _json(info),
   }
   files.write_folder(files.path(directory), contents)
   return sum(map(len, contents.values()))

@@ -51,8 +51,8 @@ def _forward(u, tokens, rows):
 
   mean, weights = jax.lax.map(part, (_cut(u, rows), rows))
   mean, weights = (
-      ad_checkpoint.checkpoint_name(x, KEPT)
-      for x in (mean.reshape(-1, *mean.shape[2:]), weights)
+    ad_checkpoint.checkpoint_name(x, KEPT)
+    for x in (mean.reshape(-1, *mean.shape[2:]), weights)
   )
   return mean, (u, tokens, rows, weights)
 

@@ -62,7 +62,7 @@ class Tuned:
     tokens = self.tuner.stream(everything, images).tokens
     queries = self.variables["tuner"]["queries"]
     return np.asarray(
-        self.tuner.read(readers.attention_step, everything, queries, tokens)
+      self.tuner.read(readers.attention_step, everything, queries, tokens)
     )
 
   def folded(self) -> "Tuned":
@@ -78,27 +78,27 @@ class Tuned:
     variables = {**self.variables, "tuner": dict(self.variables["tuner"])}
     own = variables["tuner"].pop("editor")
     params = editors.folded(
-        self.tuner.editor, self.tuner.options, self.backbone.params, own
+      self.tuner.editor, self.tuner.options, self.backbone.params, own
     )
     reader, _ = tuner_lib.parse(self.tuner.method)
     return Tuned(
-        dataclasses.replace(
-            self.backbone, params=jax.tree.map(np.asarray, params)
-        ),
-        dataclasses.replace(self.tuner, method=reader),
-        variables,
-        {**self.info, "method": reader},
+      dataclasses.replace(
+        self.backbone, params=jax.tree.map(np.asarray, params)
+      ),
+      dataclasses.replace(self.tuner, method=reader),
+      variables,
+      {**self.info, "method": reader},
     )
 
 
 def save(
-    directory: str | os.PathLike[str],
-    init: str,
-    backbone: backbone_lib.Backbone,
-    tuner: tuner_lib.Tuner,
-    variables: dict[str, Any],
-    info: dict[str, Any],
-    kept: np.ndarray | None = None,
+  directory: str | os.PathLike[str],
+  init: str,
+  backbone: backbone_lib.Backbone,
+  tuner: tuner_lib.Tuner,
+  variables: dict[str, Any],
+  info: dict[str, Any],
+  kept: np.ndarray | None = None,
 ) -> int:
   """Writes a folder with safetensors and `info.json`, nothing of the backbone.
 
@@ -123,35 +123,33 @@ def save(
     kernel = np.asarray(variables["head"]["kernel"])[rows]
     variables["head"] |= {"kernel": kernel, "features": rows}
   return results.save_tuned(
-      directory,
-      variables,
-      {
-          "method": tuner.method,
-          "num_classes": tuner.num_classes,
-          "num_queries": tuner.num_queries,
-          "normalize": tuner.normalize,
-          "combine": tuner.combine,
-          "target_size": tuner.target_size,
-          "options": dataclasses.asdict(tuner.options),
-          "backbone": {
-              "source": init,
-              "path": checkpoints.local_path(init),
-              "variant": c.variant,
-              "image_size": list(c.image_size),
-              "trained_size": backbone.trained_size,
-              "pool_type": c.pool_type,
-              "gelu": c.gelu,
-              "value_range": backbone.value_range,
-              "sha256": backbone.identity,
-          },
-          **info,
+    directory,
+    variables,
+    {
+      "method": tuner.method,
+      "num_classes": tuner.num_classes,
+      "num_queries": tuner.num_queries,
+      "normalize": tuner.normalize,
+      "combine": tuner.combine,
+      "target_size": tuner.target_size,
+      "options": dataclasses.asdict(tuner.options),
+      "backbone": {
+        "source": init,
+        "path": checkpoints.local_path(init),
+        "variant": c.variant,
+        "image_size": list(c.image_size),
+        "trained_size": backbone.trained_size,
+        "pool_type": c.pool_type,
+        "gelu": c.gelu,
+        "value_range": backbone.value_range,
+        "sha256": backbone.identity,
       },
+      **info,
+    },
   )
 
 
-def load(
-    directory: str | os.PathLike[str], source: str | None = None
-) -> Tuned:
+def load(directory: str | os.PathLike[str], source: str | None = None) -> Tuned:
   """Reads what `save` wrote, and loads its backbone again.
 
   Args:
@@ -175,19 +173,19 @@ def load(
     options = ("method", "num_classes", "num_queries", "normalize", "combine")
     later = [name for name in ("target_size",) if name in info]
     tuner = tuner_lib.make_tuner(
-        backbone=backbone,
-        options=editors.Options(**info.get("options", {})),
-        **{name: info[name] for name in (*options, *later)},
+      backbone=backbone,
+      options=editors.Options(**info.get("options", {})),
+      **{name: info[name] for name in (*options, *later)},
     )
   except (KeyError, TypeError) as e:
     raise errors.UserError(
-        f"{directory}/info.json does not describe a tuned model: {e!r}. Was it"
-        " written by this program?"
+      f"{directory}/info.json does not describe a tuned model: {e!r}. Was it"
+      " written by this program?"
     ) from e
   if trained_on not in (None, backbone.identity):
     raise errors.UserError(
-        f"{directory} was trained on other weights than {backbone.source} has"
-        " now. Name those it was trained on: load(directory, source=...)."
+      f"{directory} was trained on other weights than {backbone.source} has"
+      " now. Name those it was trained on: load(directory, source=...)."
     )
   features = variables["head"].pop("features", None)
   if features is not None:
@@ -200,16 +198,16 @@ def load(
   shapes = lambda tree: jax.tree.map(np.shape, tree)
   if shapes(variables) != shapes(wanted):
     raise errors.UserError(
-        f"{directory} does not fit {tuner.method} on {info['backbone']}:"
-        f" expected {shapes(wanted)}, found {shapes(variables)}."
+      f"{directory} does not fit {tuner.method} on {info['backbone']}:"
+      f" expected {shapes(wanted)}, found {shapes(variables)}."
     )
   return Tuned(backbone, tuner, variables, info)
 
 
 def _load_backbone(
-    given: dict[str, Any],
-    directory: str | os.PathLike[str],
-    source: str | None,
+  given: dict[str, Any],
+  directory: str | os.PathLike[str],
+  source: str | None,
 ) -> backbone_lib.Backbone:
   """The backbone from where it is now, or from where training loaded it.
 
@@ -225,6 +223,6 @@ def _load_backbone(
     return checkpoints.load_backbone(**given)
   except errors.UserError as e:
     raise errors.UserError(
-        f"{directory} needs the backbone that it was trained on; if that is"
-        f" elsewhere now, name it: load(directory, source=...). {e}"
+      f"{directory} needs the backbone that it was trained on; if that is"
+      f" elsewhere now, name it: load(directory, source=...). {e}"
     ) from e

@@ -163,19 +163,19 @@ class Tuner:
     if self.editor:
       editor_key = jax.random.fold_in(key, 2)  # The others stay as they are.
       tuner["editor"] = editors.init(
-          self.editor, self.config, self.options, editor_key, params
+        self.editor, self.config, self.options, editor_key, params
       )
     if self.has_queries:
       tuner["queries"] = readers.init_queries(
-          self.config, self.num_queries, query_key
+        self.config, self.num_queries, query_key
       )
       if self.combine == "weighted_sum":
         tuner["combine"] = jnp.ones(
-            (self.config.depth, self.num_queries), jnp.float32
+          (self.config.depth, self.num_queries), jnp.float32
         )
     return {
-        "tuner": tuner,
-        "head": head.init(self.num_features, self.num_classes, head_key),
+      "tuner": tuner,
+      "head": head.init(self.num_features, self.num_classes, head_key),
     }
 
   def shapes(self) -> dict[str, Any]:
@@ -184,11 +184,11 @@ class Tuner:
     return jax.eval_shape(self.init, jax.random.key(0), params)
 
   def stream(
-      self,
-      variables: Any,
-      images: jax.Array,
-      embedding_mask: jax.Array | None = None,
-      remat: bool = False,
+    self,
+    variables: Any,
+    images: jax.Array,
+    embedding_mask: jax.Array | None = None,
+    remat: bool = False,
   ) -> vit.Stream:
     """What it reads of images; differentiable if it has an editor.
 
@@ -203,18 +203,22 @@ class Tuner:
     if not self.editor:
       params = variables["backbone"]
       return run_backbone(
-          self.config, self.reads_blocks, params, images, embedding_mask,
-          self.window,
-      )  # fmt: skip
+        self.config,
+        self.reads_blocks,
+        params,
+        images,
+        embedding_mask,
+        self.window,
+      )
     own = variables["tuner"]["editor"]
     stream = vit.ViT(self.config).apply(
-        {"params": editors.replaced(variables["backbone"], own)},
-        images,
-        collect=("tokens",) if self.reads_blocks else (),
-        embedding_mask=embedding_mask,
-        edit=self.edit,
-        weights=own,
-        remat=remat,
+      {"params": editors.replaced(variables["backbone"], own)},
+      images,
+      collect=("tokens",) if self.reads_blocks else (),
+      embedding_mask=embedding_mask,
+      edit=self.edit,
+      weights=own,
+      remat=remat,
     )
     if self.has_queries or not self.reads_blocks:
       return stream
@@ -231,13 +235,13 @@ class Tuner:
     return readers.read(make_step(self.config, edit), blocks, weights, *args)
 
   def __call__(
-      self,
-      variables: Any,
-      tokens: jax.Array | None,
-      final: jax.Array,
-      query_mask: jax.Array | None = None,
-      normalize: jax.Array | None = None,
-      rows: jax.Array | None = None,
+    self,
+    variables: Any,
+    tokens: jax.Array | None,
+    final: jax.Array,
+    query_mask: jax.Array | None = None,
+    normalize: jax.Array | None = None,
+    rows: jax.Array | None = None,
   ) -> "Output":
     """Reads the stream and classifies what was read.
 
@@ -263,7 +267,7 @@ class Tuner:
         queries = queries[:, None] * query_mask
       outputs = self.read(readers.query_step, variables, queries, tokens, rows)
       groups = readers.combine(
-          outputs, self.combine, variables["tuner"].get("combine")
+        outputs, self.combine, variables["tuner"].get("combine")
       )
     else:
       groups = readers.flat(tokens, rows)
@@ -295,10 +299,10 @@ class Output:
 
 
 def make_tuner(
-    method: str,
-    backbone: backbone_lib.Backbone | vit.ViTConfig,
-    num_classes: int,
-    **options,
+  method: str,
+  backbone: backbone_lib.Backbone | vit.ViTConfig,
+  num_classes: int,
+  **options,
 ) -> Tuner:
   """A tuner by name.
 
@@ -314,7 +318,7 @@ def make_tuner(
   config = getattr(backbone, "config", backbone)
   if not isinstance(config, vit.ViTConfig):
     raise errors.UserError(
-        f"backbone: expected a Backbone or its ViTConfig, found {backbone!r}."
+      f"backbone: expected a Backbone or its ViTConfig, found {backbone!r}."
     )
   of_editor = _defaults(editors.Options)
   known = {"method": "", "num_classes": 0} | _defaults(Tuner) | of_editor
@@ -323,8 +327,8 @@ def make_tuner(
       raise errors.unknown("option of make_tuner", name, known)
   _check({"method": method, "num_classes": num_classes, **options}, known)
   sizes = dataclasses.replace(
-      options.pop("options", editors.Options()),
-      **{name: options.pop(name) for name in of_editor if name in options},
+    options.pop("options", editors.Options()),
+    **{name: options.pop(name) for name in of_editor if name in options},
   )
   _check(vars(sizes), of_editor)
   parse(method)
@@ -333,32 +337,32 @@ def make_tuner(
     raise errors.unknown("combine", tuner.combine, readers.COMBINE)
   if tuner.editor == "partial" and tuner.options.last_blocks > config.depth:
     raise errors.UserError(
-        f"{method}: expected last_blocks of at most {config.depth}, the depth"
-        f" of the backbone, found {tuner.options.last_blocks}."
+      f"{method}: expected last_blocks of at most {config.depth}, the depth"
+      f" of the backbone, found {tuner.options.last_blocks}."
     )
   return tuner
 
 
 # Smallest values; all other numbers may be 0.
 _LEAST = {"num_classes": 2} | dict.fromkeys(
-    ("num_queries", "target_size", "num_prompts", "rank", "last_blocks"), 1
+  ("num_queries", "target_size", "num_prompts", "rank", "last_blocks"), 1
 )
 # Type of a default -> what is taken in its place, and that in words.
 _KINDS = {
-    bool: ((bool, np.bool_), "True or False"),
-    int: (numbers.Integral, "a whole number of at least"),
-    float: (numbers.Real, "a number of at least"),
-    str: (str, "text"),
-    editors.Options: (editors.Options, "a vqt_jax.editors.Options"),
+  bool: ((bool, np.bool_), "True or False"),
+  int: (numbers.Integral, "a whole number of at least"),
+  float: (numbers.Real, "a number of at least"),
+  str: (str, "text"),
+  editors.Options: (editors.Options, "a vqt_jax.editors.Options"),
 }
 
 
 def _defaults(kind: type) -> dict[str, Any]:
   """The fields of a dataclass that have a default."""
   return {
-      field.name: field.default
-      for field in dataclasses.fields(kind)
-      if field.default is not dataclasses.MISSING
+    field.name: field.default
+    for field in dataclasses.fields(kind)
+    if field.default is not dataclasses.MISSING
   }
 
 
@@ -377,10 +381,10 @@ def _check(values: dict[str, Any], defaults: dict[str, Any]) -> None:
 
 
 def apply(
-    backbone: backbone_lib.Backbone,
-    tuner: Tuner,
-    variables: Any,
-    images: jax.Array,
+  backbone: backbone_lib.Backbone,
+  tuner: Tuner,
+  variables: Any,
+  images: jax.Array,
 ) -> Output:
   """Images (B, height, width, 3), scaled as the backbone wants, to an output.
 
@@ -405,22 +409,22 @@ def _apply(tuner, params, variables, images):
 
 
 def run_backbone(
-    config: vit.ViTConfig,
-    tokens: bool,
-    params: Any,
-    images: jax.Array,
-    embedding_mask: jax.Array | None = None,
-    window: int = 1,
+  config: vit.ViTConfig,
+  tokens: bool,
+  params: Any,
+  images: jax.Array,
+  embedding_mask: jax.Array | None = None,
+  window: int = 1,
 ) -> vit.Stream:
   """The frozen stream of some images, with or without the blocks' tokens.
 
   Of these the means in windows, see `readers.pool`.
   """
   stream = vit.ViT(config).apply(
-      {"params": params},
-      images,
-      collect=("tokens",) if tokens else (),
-      embedding_mask=embedding_mask,
+    {"params": params},
+    images,
+    collect=("tokens",) if tokens else (),
+    embedding_mask=embedding_mask,
   )
   if window > 1:
     stream = _pooled(config, stream, window)
@@ -428,33 +432,33 @@ def run_backbone(
 
 
 def _pooled(
-    config: vit.ViTConfig, stream: vit.Stream, window: int
+  config: vit.ViTConfig, stream: vit.Stream, window: int
 ) -> vit.Stream:
   tokens = readers.pool(config, stream.tokens, window)
   return dataclasses.replace(stream, tokens=tokens)
 
 
 def labels(variables: Any, trains: tuple[str, ...] = TRAINED) -> Any:
-  """"train" or "frozen" for every leaf of {"backbone", "tuner", "head"}."""
+  """ "train" or "frozen" for every leaf of {"backbone", "tuner", "head"}."""
   label = lambda part: "train" if part in trains else "frozen"
   return {
-      name: jax.tree.map(lambda _, part=name: label(part), tree)
-      for name, tree in variables.items()
+    name: jax.tree.map(lambda _, part=name: label(part), tree)
+    for name, tree in variables.items()
   }
 
 
 def split(variables: Any, leaf_labels: Any) -> tuple[Any, Any]:
   """Cuts a tree into (trained, frozen); each has `MaskedNode` holes."""
   keep = lambda wanted: jax.tree.map(
-      lambda label, leaf: leaf if label == wanted else optax.MaskedNode(),
-      leaf_labels,
-      variables,
+    lambda label, leaf: leaf if label == wanted else optax.MaskedNode(),
+    leaf_labels,
+    variables,
   )
   return keep("train"), keep("frozen")
 
 
 def partition(
-    params: Any, variables: Any, trains: tuple[str, ...] = TRAINED
+  params: Any, variables: Any, trains: tuple[str, ...] = TRAINED
 ) -> tuple[Any, Any]:
   """Backbone `params` and {"tuner", "head"}, split by their labels."""
   variables = {**variables, "backbone": params}
@@ -465,5 +469,5 @@ def merge(trained: Any, frozen: Any) -> Any:
   """Inverse of `split`."""
   hole = lambda x: isinstance(x, optax.MaskedNode)
   return jax.tree.map(
-      lambda t, f: f if hole(t) else t, trained, frozen, is_leaf=hole
+    lambda t, f: f if hole(t) else t, trained, frozen, is_leaf=hole
   )

@@ -43,25 +43,31 @@ Edit = Callable[[str, Any, jax.Array, jax.Array], jax.Array]
 
 # Modules of a block whose output an edit sees; it sees the MLP's in `Block`.
 EDITED = (
-    "LayerNorm_0", "query", "key", "value", "out", "LayerNorm_1", "Dense_0",
-    "Dense_1",
-)  # fmt: skip
+  "LayerNorm_0",
+  "query",
+  "key",
+  "value",
+  "out",
+  "LayerNorm_1",
+  "Dense_0",
+  "Dense_1",
+)
 
 # Big Vision's `decode_variant`: (width, depth, mlp_dim, num_heads).
 VARIANTS = {
-    "mu": (32, 1, 128, 2),
-    "Ti": (192, 12, 768, 3),
-    "S": (384, 12, 1536, 6),
-    "M": (512, 12, 2048, 8),
-    "B": (768, 12, 3072, 12),
-    "L": (1024, 24, 4096, 16),
-    "So400m": (1152, 27, 4304, 16),
-    "H": (1280, 32, 5120, 16),
-    "g": (1408, 40, 6144, 16),
-    "g-opt": (1536, 40, 6144, 16),
-    "G": (1664, 48, 8192, 16),
-    "G-opt": (1536, 48, 8192, 16),
-    "e": (1792, 56, 15360, 16),
+  "mu": (32, 1, 128, 2),
+  "Ti": (192, 12, 768, 3),
+  "S": (384, 12, 1536, 6),
+  "M": (512, 12, 2048, 8),
+  "B": (768, 12, 3072, 12),
+  "L": (1024, 24, 4096, 16),
+  "So400m": (1152, 27, 4304, 16),
+  "H": (1280, 32, 5120, 16),
+  "g": (1408, 40, 6144, 16),
+  "g-opt": (1536, 40, 6144, 16),
+  "G": (1664, 48, 8192, 16),
+  "G-opt": (1536, 48, 8192, 16),
+  "e": (1792, 56, 15360, 16),
 }
 
 
@@ -105,8 +111,8 @@ class ViTConfig:
   def grid(self) -> tuple[int, int]:
     """Patches per column and per row."""
     return (
-        self.image_size[0] // self.patch_size[0],
-        self.image_size[1] // self.patch_size[1],
+      self.image_size[0] // self.patch_size[0],
+      self.image_size[1] // self.patch_size[1],
     )
 
   @property
@@ -145,8 +151,8 @@ def decode_variant(variant: str) -> dict[str, Any]:
   name, _, patch = variant.partition("/")
   if name not in VARIANTS or (patch and not re.fullmatch(r"\d+(x\d+)?", patch)):
     raise ValueError(
-        f"Unknown ViT variant {variant!r}. Expected NAME/PATCH, e.g. B/16, with"
-        f" NAME one of {', '.join(VARIANTS)}."
+      f"Unknown ViT variant {variant!r}. Expected NAME/PATCH, e.g. B/16, with"
+      f" NAME one of {', '.join(VARIANTS)}."
     )
   keys = ("width", "depth", "mlp_dim", "num_heads")
   sizes: dict[str, Any] = dict(zip(keys, VARIANTS[name]))
@@ -199,7 +205,7 @@ class Attention(nn.Module):
   def setup(self):
     c = self.config
     heads = functools.partial(
-        nn.DenseGeneral, (c.num_heads, c.head_dim), dtype=c.dtype
+      nn.DenseGeneral, (c.num_heads, c.head_dim), dtype=c.dtype
     )
     self.query, self.key, self.value = heads(), heads(), heads()
     self.out = nn.DenseGeneral(c.width, axis=(-2, -1), dtype=c.dtype)
@@ -219,8 +225,8 @@ class Attention(nn.Module):
       return jnp.moveaxis(x.reshape(*x.shape[:2], shards, -1, x.shape[3]), 3, 0)
 
     heads = jax.lax.map(
-        lambda x: jax.nn.dot_product_attention(*x),
-        (by_head(q), by_head(k), by_head(v)),
+      lambda x: jax.nn.dot_product_attention(*x),
+      (by_head(q), by_head(k), by_head(v)),
     )
     return self.out(jnp.moveaxis(heads, 0, 3).reshape(q.shape))
 
@@ -243,10 +249,10 @@ class Attention(nn.Module):
     return jax.nn.softmax(_dot(f"bnd,{shape}->bhtn", tokens, u), axis=-1)
 
   def absorbed(
-      self,
-      queries: jax.Array,
-      tokens: jax.Array,
-      rows: jax.Array | None = None,
+    self,
+    queries: jax.Array,
+    tokens: jax.Array,
+    rows: jax.Array | None = None,
   ) -> jax.Array:
     """`self(queries, tokens)` with the projections absorbed; (B, T, D).
 
@@ -269,7 +275,7 @@ class Attention(nn.Module):
     return self._out_of(_dot("dhk,bhtd->bthk", self._kernel("value"), mean))
 
   def projected(
-      self, queries: jax.Array, projections: jax.Array, rows: jax.Array
+    self, queries: jax.Array, projections: jax.Array, rows: jax.Array
   ) -> jax.Array:
     """As `absorbed`, of stored `project(tokens)` (n, 2, H, N, K)."""
     c = self.config
@@ -284,8 +290,8 @@ class Attention(nn.Module):
     read of them.
     """
     both = [
-        _dot("bnd,dhk->bhnk", tokens, self._kernel(name))
-        for name in ("key", "value")
+      _dot("bnd,dhk->bhnk", tokens, self._kernel(name))
+      for name in ("key", "value")
     ]
     return jnp.stack(both, axis=1).astype(self.config.dtype)
 
@@ -325,7 +331,7 @@ class Block(nn.Module):
     self.MlpBlock_0 = Mlp(self.config)
 
   def __call__(
-      self, z: jax.Array, weights: Any = None
+    self, z: jax.Array, weights: Any = None
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     with self._edited(weights) as edited:
       z = edited("input", z, z)
@@ -336,11 +342,11 @@ class Block(nn.Module):
     return z, {name: seen[name] for name in self.collect}
 
   def read(
-      self,
-      tokens: jax.Array,
-      queries: jax.Array,
-      weights: Any = None,
-      rows: jax.Array | None = None,
+    self,
+    tokens: jax.Array,
+    queries: jax.Array,
+    weights: Any = None,
+    rows: jax.Array | None = None,
   ) -> jax.Array:
     """Passes queries through this block; they see the stream, nobody sees them.
 
@@ -357,8 +363,8 @@ class Block(nn.Module):
     """
     attention = self.MultiHeadDotProductAttention_0
     attend = functools.partial(
-        attention.absorbed if tokens.ndim == 3 else attention.projected,
-        rows=rows,
+      attention.absorbed if tokens.ndim == 3 else attention.projected,
+      rows=rows,
     )
     if _projections_edited(weights):  # Then they have to be there.
       attend = attention
@@ -373,7 +379,7 @@ class Block(nn.Module):
     return self.MultiHeadDotProductAttention_0.project(tokens)
 
   def attention(
-      self, tokens: jax.Array, queries: jax.Array, weights: Any = None
+    self, tokens: jax.Array, queries: jax.Array, weights: Any = None
   ) -> jax.Array:
     """Where `read` looks: (B, H, T, N), float32."""
     attention = self.MultiHeadDotProductAttention_0
@@ -440,10 +446,10 @@ class Encoder(nn.Module):
   @nn.compact
   def __call__(self, z: jax.Array, weights: Any = None):
     blocks = nn.scan(
-        nn.remat(Block, prevent_cse=False) if self.remat else Block,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        length=self.config.depth,
+      nn.remat(Block, prevent_cse=False) if self.remat else Block,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      length=self.config.depth,
     )(self.config, self.collect, self.edit, name="encoderblock")
     z, seen = blocks(z, weights) if self.edit else blocks(z)
     norm = nn.LayerNorm(EPSILON, dtype=jnp.float32, name="encoder_norm")
@@ -490,14 +496,14 @@ class ViT(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      images: jax.Array,
-      *,
-      collect: tuple[str, ...] = (),
-      embedding_mask: jax.Array | None = None,
-      edit: Edit | None = None,
-      weights: Any = None,
-      remat: bool = False,
+    self,
+    images: jax.Array,
+    *,
+    collect: tuple[str, ...] = (),
+    embedding_mask: jax.Array | None = None,
+    edit: Edit | None = None,
+    weights: Any = None,
+    remat: bool = False,
   ) -> Stream:
     """Runs the encoder.
 
@@ -517,12 +523,12 @@ class ViT(nn.Module):
     c = self.config
     edited = lambda name, x, y: edit(name, weights, x, y) if edit else y
     patches = nn.Conv(
-        features=c.width,
-        kernel_size=c.patch_size,
-        strides=c.patch_size,
-        padding="VALID",
-        dtype=c.dtype,
-        name="embedding",
+      features=c.width,
+      kernel_size=c.patch_size,
+      strides=c.patch_size,
+      padding="VALID",
+      dtype=c.dtype,
+      name="embedding",
     )
     z = edited("embedding", images, patches(images.astype(c.dtype)))
     z = z.reshape(z.shape[0], -1, c.width)
@@ -564,12 +570,12 @@ class ViT(nn.Module):
       logits = nn.Dense(c.num_classes, dtype=c.dtype, name="head")(pooled)
       logits = logits.astype(jnp.float32)
     return Stream(
-        tokens=seen.get("tokens"),
-        blocks=seen.get("blocks"),
-        encoded=encoded,
-        final=final,
-        pooled=pooled.astype(jnp.float32),
-        logits=logits,
+      tokens=seen.get("tokens"),
+      blocks=seen.get("blocks"),
+      encoded=encoded,
+      final=final,
+      pooled=pooled.astype(jnp.float32),
+      logits=logits,
     )
 
 

@@ -19,13 +19,30 @@ from vqt_jax.data import vtab
 
 OF_GROUPS = "mean_of_groups"  # Every group counts the same.
 OF_TASKS = "mean_of_tasks"  # Every task counts the same.
-ABOUT = ("method", "backbone", "image_size", "value_range", "resize",
-         "protocol")  # pyformat: disable
+ABOUT = (
+  "method",
+  "backbone",
+  "image_size",
+  "value_range",
+  "resize",
+  "protocol",
+)
 COLUMNS = (
-    "source", "method", "backbone", "task", "group", "accuracy_percent",
-    "std_percent", "interval_low_percent", "interval_high_percent", "seeds",
-    "tasks", "num_queries", "trained_parameters", "training_seconds",
-)  # fmt: skip
+  "source",
+  "method",
+  "backbone",
+  "task",
+  "group",
+  "accuracy_percent",
+  "std_percent",
+  "interval_low_percent",
+  "interval_high_percent",
+  "seeds",
+  "tasks",
+  "num_queries",
+  "trained_parameters",
+  "training_seconds",
+)
 
 
 def summarize(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -38,21 +55,26 @@ def summarize(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
   about = results[names[0]]
   tasks = {name: _task(name, results[name]) for name in names}
   return {
-      "task": vtab.ALL,
-      **{key: about[key] for key in ABOUT},
-      "tasks": tasks,
-      "missing": [name for name in vtab.VTAB if name not in results],
-      "means": means({n: t["test_accuracy"]["mean"] for n, t in tasks.items()}),
-      "seconds": {
-          key: sum(task["seconds"][key] for task in tasks.values())
-          for key in ("training", "test", "process")
-      },
+    "task": vtab.ALL,
+    **{key: about[key] for key in ABOUT},
+    "tasks": tasks,
+    "missing": [name for name in vtab.VTAB if name not in results],
+    "means": means({n: t["test_accuracy"]["mean"] for n, t in tasks.items()}),
+    "seconds": {
+      key: sum(task["seconds"][key] for task in tasks.values())
+      for key in ("training", "test", "process")
+    },
   }
 
 
 def _task(name: str, results: Mapping[str, Any]) -> dict[str, Any]:
-  keys = ("test_accuracy", "chosen", "num_queries", "trained_parameters",
-          "seconds")  # pyformat: disable
+  keys = (
+    "test_accuracy",
+    "chosen",
+    "num_queries",
+    "trained_parameters",
+    "seconds",
+  )
   return {"group": vtab.VTAB[name].group, **{key: results[key] for key in keys}}
 
 
@@ -67,8 +89,8 @@ def means(accuracy: Mapping[str, float]) -> dict[str, dict[str, Any]]:
     nothing) and `count`, of how many.
   """
   groups = {
-      group: [a for n, a in accuracy.items() if vtab.VTAB[n].group == group]
-      for group in vtab.GROUPS
+    group: [a for n, a in accuracy.items() if vtab.VTAB[n].group == group]
+    for group in vtab.GROUPS
   }
   found = {group: _mean(values) for group, values in groups.items()}
   there = [m["mean"] for m in found.values() if m["count"]]
@@ -105,7 +127,8 @@ def to_csv(summary: Mapping[str, Any]) -> str:
   ours = {"source": "ours"} | {k: summary[k] for k in ("method", "backbone")}
   for name, task in summary["tasks"].items():
     test = task["test_accuracy"]
-    writer.writerow({
+    writer.writerow(
+      {
         **ours,
         **_place(name, task["group"], test["mean"]),
         **accuracy_lib.columns(test),
@@ -113,14 +136,15 @@ def to_csv(summary: Mapping[str, Any]) -> str:
         "num_queries": task["num_queries"],
         "trained_parameters": task["trained_parameters"],
         "training_seconds": f"{task['seconds']['training']:.0f}",
-    })
+      }
+    )
   _write_means(writer, ours, summary["means"])
   for row in published.ROWS:
     theirs = {
-        "source": row.source.name,
-        "method": row.method,
-        "backbone": row.source.backbone,
-        "trained_parameters": f"{row.parameters:.0f} + head",
+      "source": row.source.name,
+      "method": row.method,
+      "backbone": row.source.backbone,
+      "trained_parameters": f"{row.parameters:.0f} + head",
     }
     for name, task in vtab.VTAB.items():
       place = _place(name, task.group, row.accuracy[name])
@@ -144,7 +168,7 @@ def _write_means(writer: Any, about: dict[str, Any], means: Any) -> None:
 
 
 def show(
-    console: console_lib.Console, workdir: files.Path, summary: Any
+  console: console_lib.Console, workdir: files.Path, summary: Any
 ) -> None:
   """Prints every task, the means, and published means beside them."""
   rows = []
@@ -154,19 +178,25 @@ def show(
       continue
     task = summary["tasks"][name]
     test = task["test_accuracy"]
-    rows.append([
+    rows.append(
+      [
         name,
         f"{accuracy_lib.told(test)} %",
         accuracy_lib.told_bounds(test),
         task["num_queries"] or "",
         f"{task['trained_parameters']:,}",
         f"{task['seconds']['training']:.0f}",
-    ])
+      ]
+    )
   title = f"{summary['method']} on VTAB-1k"
   columns = [
-      title, "test accuracy", "95 % interval", "queries", "trained",
-      "seconds to train",
-  ]  # fmt: skip
+    title,
+    "test accuracy",
+    "95 % interval",
+    "queries",
+    "trained",
+    "seconds to train",
+  ]
   console.table("", columns, rows)
   _show_means(console, summary)
   console.note(f"{workdir / 'results.json'}   vtab.csv   vtab.png", "results")
@@ -182,7 +212,7 @@ def _show_means(console: console_lib.Console, summary: Any) -> None:
   console.table("", ["mean over", *labels(summary).values()], rows)
   source = published.BENCH
   console.note(
-      f"* theirs, not ours: {source.name}, {source.backbone}; protocols differ"
+    f"* theirs, not ours: {source.name}, {source.backbone}; protocols differ"
   )
 
 

@@ -10,12 +10,12 @@ from vqt_jax.checkpoints.save import save_npz
 from vqt_jax.checkpoints.sources import local_path
 
 __all__ = [
-    "PUBLIC",
-    "check_finite",
-    "check_image_size",
-    "load_backbone",
-    "local_path",
-    "read_config",
-    "save_npz",
-    "size_of",
+  "PUBLIC",
+  "check_finite",
+  "check_image_size",
+  "load_backbone",
+  "local_path",
+  "read_config",
+  "save_npz",
+  "size_of",
 ]

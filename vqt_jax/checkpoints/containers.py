@@ -15,13 +15,13 @@ from vqt_jax.errors import UserError
 _AGAIN = "Copy or download it again."
 # What zipfile and NumPy raise on damaged members.
 _DAMAGE = (
-    zipfile.BadZipFile,
-    zlib.error,
-    OSError,
-    EOFError,
-    ValueError,
-    RuntimeError,
-    MemoryError,
+  zipfile.BadZipFile,
+  zlib.error,
+  OSError,
+  EOFError,
+  ValueError,
+  RuntimeError,
+  MemoryError,
 )
 
 
@@ -36,8 +36,7 @@ def resolve(path: pathlib.Path) -> pathlib.Path | None:
     path = path.with_name(f"{path.name}-{pointer.read_text().strip()}")
     if not os.path.exists(path):
       raise UserError(
-          f"{pointer} points to {path}, which does not exist; name another"
-          " step."
+        f"{pointer} points to {path}, which does not exist; name another step."
       )
   return path if os.path.exists(path) else None
 
@@ -52,8 +51,8 @@ def leaf_names(path: pathlib.Path) -> list[str]:
     names = [array.parent.name for array in path.glob("*/.zarray")]
     if not names:
       raise UserError(
-          f"The folder {path} holds no Big Vision arrays; name an npz file or a"
-          " checkpoint.bv-STEP folder."
+        f"The folder {path} holds no Big Vision arrays; name an npz file or a"
+        " checkpoint.bv-STEP folder."
       )
     return [name.replace("~", "/") for name in names]
   with _open_npz(path) as archive:
@@ -61,8 +60,8 @@ def leaf_names(path: pathlib.Path) -> list[str]:
   others = [name for name in names if not name.endswith(".npy")]
   if others or not names:
     raise UserError(
-        f"{path} is an archive of {others[0] if others else 'nothing'}, not of"
-        " NumPy arrays; name a Big Vision npz file."
+      f"{path} is an archive of {others[0] if others else 'nothing'}, not of"
+      " NumPy arrays; name a Big Vision npz file."
     )
   return [name.removesuffix(".npy") for name in names]
 
@@ -85,7 +84,7 @@ def leaf_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
         with archive.open(f"{name}.npy") as member:
           version = np.lib.format.read_magic(member)
           read = getattr(
-              np.lib.format, f"read_array_header_{version[0]}_{version[1]}"
+            np.lib.format, f"read_array_header_{version[0]}_{version[1]}"
           )
           shapes[name] = read(member)[0]
   except (*_DAMAGE, KeyError, AttributeError) as error:
@@ -95,7 +94,7 @@ def leaf_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_leaves(
-    path: pathlib.Path, names: Iterable[str]
+  path: pathlib.Path, names: Iterable[str]
 ) -> dict[str, np.ndarray]:
   """Reads some arrays of a checkpoint; nothing is ever unpickled.
 
@@ -121,11 +120,11 @@ def read_leaves(
       except _DAMAGE as error:
         if "allow_pickle" in str(error):
           raise UserError(
-              f"{path} holds pickled Python objects ({name}), which could run"
-              " any program and are never loaded; save it as plain arrays."
+            f"{path} holds pickled Python objects ({name}), which could run"
+            " any program and are never loaded; save it as plain arrays."
           ) from error
         raise UserError(
-            f"{path} is damaged at {name}: {error}. {_AGAIN}"
+          f"{path} is damaged at {name}: {error}. {_AGAIN}"
         ) from error
   return arrays
 
@@ -151,11 +150,11 @@ def _not_a_zip(path: pathlib.Path) -> str:
     return "is a Python pickle, which is never loaded; save it as an npz."
   if start.startswith(b"\x93NUMPY"):
     return (
-        "is a single NumPy array; expected an npz with one array a parameter."
+      "is a single NumPy array; expected an npz with one array a parameter."
     )
   return (
-      "is not an npz file; expected a Big Vision checkpoint (weights of timm or"
-      " Hugging Face are not read)."
+    "is not an npz file; expected a Big Vision checkpoint (weights of timm or"
+    " Hugging Face are not read)."
   )
 
 
@@ -167,9 +166,9 @@ def _read_zarr(folder: pathlib.Path, names: list[str]) -> dict[str, np.ndarray]:
     store = {"driver": "file", "path": path}
     # Without this, lost chunks would read as zeros.
     return {
-        "driver": "zarr",
-        "kvstore": store,
-        "fill_missing_data_reads": False,
+      "driver": "zarr",
+      "kvstore": store,
+      "fill_missing_data_reads": False,
     }
 
   arrays = {}

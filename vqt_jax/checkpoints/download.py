@@ -50,7 +50,7 @@ class _Remote(NamedTuple):
 
 
 def file(
-    filesystem: Any, path: str, target: pathlib.Path, progress: Progress | None
+  filesystem: Any, path: str, target: pathlib.Path, progress: Progress | None
 ) -> None:
   """Downloads a file; tries again, from where it stopped, as long as it helps.
 
@@ -78,8 +78,8 @@ def file(
       size = max(size, reached)
       if failures == _ATTEMPTS:
         raise UserError(
-            f"Downloading {path} failed: {error}. Try again; what has come so"
-            " far is kept."
+          f"Downloading {path} failed: {error}. Try again; what has come so"
+          " far is kept."
         ) from error
       time.sleep(_SECONDS * 2 ** (failures - 1))
 
@@ -108,8 +108,8 @@ def ask(question: Callable[..., Any], path: str, **kwargs: Any) -> Any:
 def _describe(filesystem: Any, path: str) -> _Remote:
   info = ask(filesystem.info, path)
   checksums = {
-      "md5": info.get("md5Hash") or info.get("Content-MD5"),
-      "crc32c": info.get("crc32c"),
+    "md5": info.get("md5Hash") or info.get("Content-MD5"),
+    "crc32c": info.get("crc32c"),
   }
   for digest in info.get("Digest", "").split(","):
     algorithm, _, value = digest.strip().partition("=")
@@ -121,12 +121,12 @@ def _describe(filesystem: Any, path: str) -> _Remote:
 
 
 def _resume(
-    filesystem: Any,
-    path: str,
-    remote: _Remote,
-    part: pathlib.Path,
-    target: pathlib.Path,
-    progress: Progress | None,
+  filesystem: Any,
+  path: str,
+  remote: _Remote,
+  part: pathlib.Path,
+  target: pathlib.Path,
+  progress: Progress | None,
 ) -> None:
   """Completes `part`, checks it and gives it its final name."""
   with _locked(part) as out:
@@ -150,7 +150,7 @@ def _resume(
 
 
 def _chunks(
-    filesystem: Any, path: str, start: int, size: int | None
+  filesystem: Any, path: str, start: int, size: int | None
 ) -> Iterator[bytes]:
   """The bytes of a remote file from `start` on."""
   if size is None:
@@ -196,8 +196,8 @@ def _write(out: Any, chunk: bytes) -> int:
 def _unwritable(place: os.PathLike[str], error: OSError) -> UserError:
   advice = "Free some space, or set" if error.errno == errno.ENOSPC else "Set"
   return UserError(
-      f"{place} cannot be written: {error.strerror}. {advice} cache_dir, or"
-      " VQT_JAX_CACHE, to another folder."
+    f"{place} cannot be written: {error.strerror}. {advice} cache_dir, or"
+    " VQT_JAX_CACHE, to another folder."
   )
 
 

@@ -17,23 +17,23 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 # Field -> (pattern of a leaf inside a block, axis) that show its value.
 _BLOCK_SIZES = {
-    "width": ((r"LayerNorm_\d/(scale|bias)", -1), (r".*/query/kernel", -3)),
-    "mlp_dim": (
-        (r"MlpBlock_0/Dense_0/(kernel|bias)", -1),
-        (r"MlpBlock_0/Dense_1/kernel", -2),
-    ),
-    "num_heads": (
-        (r".*_0/(query|key|value)/(kernel|bias)", -2),
-        (r".*_0/out/kernel", -3),
-    ),
+  "width": ((r"LayerNorm_\d/(scale|bias)", -1), (r".*/query/kernel", -3)),
+  "mlp_dim": (
+    (r"MlpBlock_0/Dense_0/(kernel|bias)", -1),
+    (r"MlpBlock_0/Dense_1/kernel", -2),
+  ),
+  "num_heads": (
+    (r".*_0/(query|key|value)/(kernel|bias)", -2),
+    (r".*_0/out/kernel", -3),
+  ),
 }
 _TOP_SIZES = {
-    "width": (
-        r"embedding/.*|cls|pos_embedding|Transformer/encoder_norm/.*",
-        -1,
-    ),
-    "rep_size": (r"pre_logits/(kernel|bias)", -1),
-    "num_classes": (r"head/(kernel|bias)", -1),
+  "width": (
+    r"embedding/.*|cls|pos_embedding|Transformer/encoder_norm/.*",
+    -1,
+  ),
+  "rep_size": (r"pre_logits/(kernel|bias)", -1),
+  "num_classes": (r"head/(kernel|bias)", -1),
 }
 _MAX_LINES = 100
 
@@ -92,9 +92,7 @@ def architecture(shapes: Shapes) -> dict[str, Any] | None:
         if re.fullmatch(pattern, rest):
           votes[field].update(_axis(shape, axis))
   sizes = {
-      field: votes[field].most_common(1)[0][0]
-      for field in votes
-      if votes[field]
+    field: votes[field].most_common(1)[0][0] for field in votes if votes[field]
   }
   if not layouts.is_stacked(shapes):
     blocks = {layouts.split_block(name)[0] for name in shapes} - {None}
@@ -107,10 +105,10 @@ def architecture(shapes: Shapes) -> dict[str, Any] | None:
   kernel = shapes.get("embedding/kernel", ())
   has_patch = len(kernel) == 4 and math.prod(kernel)
   return {
-      **{field: int(sizes[field]) for field in needed},
-      "patch_size": (kernel[0], kernel[1]) if has_patch else None,
-      "rep_size": sizes.get("rep_size"),
-      "num_classes": sizes.get("num_classes"),
+    **{field: int(sizes[field]) for field in needed},
+    "patch_size": (kernel[0], kernel[1]) if has_patch else None,
+    "rep_size": sizes.get("rep_size"),
+    "num_classes": sizes.get("num_classes"),
   }
 
 
@@ -125,15 +123,15 @@ def check_variant(sizes: Mapping[str, Any], variant: str, source: str) -> None:
   """Refuses a checkpoint that is not of the variant asked for."""
   expected = decode_variant(variant)
   wrong = [
-      f"{field} {_show(sizes[field])} instead of {_show(value)}"
-      for field, value in expected.items()
-      if sizes[field] not in (value, None)
+    f"{field} {_show(sizes[field])} instead of {_show(value)}"
+    for field, value in expected.items()
+    if sizes[field] not in (value, None)
   ]
   if wrong:
     raise UserError(
-        f"{source} is not the variant {variant} asked for: it has"
-        f" {', '.join(wrong)}. Leave the variant out (all sizes are read from"
-        " the checkpoint), or name another checkpoint."
+      f"{source} is not the variant {variant} asked for: it has"
+      f" {', '.join(wrong)}. Leave the variant out (all sizes are read from"
+      " the checkpoint), or name another checkpoint."
     )
 
 
@@ -148,10 +146,10 @@ def decode_variant(variant: str) -> dict[str, Any]:
 
 
 def check_leaves(
-    shapes: Shapes,
-    stored: Mapping[str, str],
-    config: vit.ViTConfig,
-    source: str,
+  shapes: Shapes,
+  stored: Mapping[str, str],
+  config: vit.ViTConfig,
+  source: str,
 ) -> None:
   """Compares a checkpoint with a model, leaf by leaf.
 
@@ -166,18 +164,18 @@ def check_leaves(
   """
   expected = expected_shapes(config, layouts.is_stacked(shapes))
   missing = [
-      f"missing: {name} {_text(name, expected[name])}"
-      for name in sorted(expected.keys() - shapes)
+    f"missing: {name} {_text(name, expected[name])}"
+    for name in sorted(expected.keys() - shapes)
   ]
   surplus = [
-      f"unused: {stored[name]} {shapes[name]}"
-      for name in sorted(shapes.keys() - expected)
+    f"unused: {stored[name]} {shapes[name]}"
+    for name in sorted(shapes.keys() - expected)
   ]
   misshapen = [
-      f"wrong shape: {stored[name]} is {shapes[name]}, expected"
-      f" {_text(name, expected[name])}"
-      for name in sorted(shapes.keys() & expected)
-      if not _fits(name, shapes[name], expected[name])
+    f"wrong shape: {stored[name]} is {shapes[name]}, expected"
+    f" {_text(name, expected[name])}"
+    for name in sorted(shapes.keys() & expected)
+    if not _fits(name, shapes[name], expected[name])
   ]
   problems = missing + surplus + misshapen
   if len(problems) > _MAX_LINES:
@@ -185,11 +183,11 @@ def check_leaves(
     problems[_MAX_LINES:] = [f"... and {rest} more"]
   if problems:
     raise UserError(
-        f"{source} does not fit the ViT that it seems to hold (width"
-        f" {config.width}, depth {config.depth}, pool_type"
-        f" {config.pool_type!r}). Leaves missing: {len(missing)}, unused:"
-        f" {len(surplus)}, of another shape: {len(misshapen)}. Use an undamaged"
-        " checkpoint of a plain ViT.\n  " + "\n  ".join(problems)
+      f"{source} does not fit the ViT that it seems to hold (width"
+      f" {config.width}, depth {config.depth}, pool_type"
+      f" {config.pool_type!r}). Leaves missing: {len(missing)}, unused:"
+      f" {len(surplus)}, of another shape: {len(misshapen)}. Use an undamaged"
+      " checkpoint of a plain ViT.\n  " + "\n  ".join(problems)
     )
 
 
@@ -207,30 +205,30 @@ def check_finite(leaves: Mapping[str, np.ndarray], source: str) -> None:
   if not spoilt:
     return
   some = ", ".join(
-      f"{name} ({x.size - np.isfinite(x).sum():,} of {x.size:,} numbers)"
-      for name, x in list(spoilt.items())[:3]
+    f"{name} ({x.size - np.isfinite(x).sum():,} of {x.size:,} numbers)"
+    for name, x in list(spoilt.items())[:3]
   )
   more = f" and {len(spoilt) - 3} more leaves" if len(spoilt) > 3 else ""
   raise UserError(
-      f"{source} holds NaN or infinity in {some}{more}. Likely its training"
-      " diverged, or numbers were too large for float16 or bfloat16 when it was"
-      " saved: take another checkpoint, or convert it again in float32."
+    f"{source} holds NaN or infinity in {some}{more}. Likely its training"
+    " diverged, or numbers were too large for float16 or bfloat16 when it was"
+    " saved: take another checkpoint, or convert it again in float32."
   )
 
 
 def expected_shapes(
-    config: vit.ViTConfig, stacked: bool
+  config: vit.ViTConfig, stacked: bool
 ) -> dict[str, tuple[int, ...]]:
   """Name -> shape of a model's leaves, its blocks stacked or one by one."""
   shapes = _stacked_shapes(
-      dataclasses.replace(config, image_size=config.patch_size)
+    dataclasses.replace(config, image_size=config.patch_size)
   )
   if stacked:
     return shapes
   names = layouts.unstack_names(shapes, config.depth)
   return {
-      name: shapes[stacked_name] if index is None else shapes[stacked_name][1:]
-      for name, (stacked_name, index) in names.items()
+    name: shapes[stacked_name] if index is None else shapes[stacked_name][1:]
+    for name, (stacked_name, index) in names.items()
   }
 
 

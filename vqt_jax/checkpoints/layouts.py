@@ -30,19 +30,19 @@ from vqt_jax.errors import UserError
 STACKED = "Transformer/encoderblock/"
 _BLOCK = re.compile(r"Transformer/encoderblock_(\d+)/(.+)")
 _PRE_LINEN = {
-    "LayerNorm_2": "LayerNorm_1",
-    "MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0",
-    "MlpBlock_3": "MlpBlock_0",
+  "LayerNorm_2": "LayerNorm_1",
+  "MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0",
+  "MlpBlock_3": "MlpBlock_0",
 }
 _POSITIONS = (
-    "Transformer/posembed_input/pos_embedding",
-    "Transformer/pos_embedding",
+  "Transformer/posembed_input/pos_embedding",
+  "Transformer/pos_embedding",
 )
 _MAP_HEAD = (
-    "probe",
-    "LayerNorm_0",
-    "MlpBlock_0",
-    "MultiHeadDotProductAttention_0",
+  "probe",
+  "LayerNorm_0",
+  "MlpBlock_0",
+  "MultiHeadDotProductAttention_0",
 )
 
 
@@ -70,8 +70,8 @@ def select(names: Iterable[str], subtree: str, source: str) -> dict[str, str]:
     inside = (n.removeprefix(prefix) for n in names if n.startswith(prefix))
     tops = {name.partition("/")[0] for name in inside}
     raise UserError(
-        f"{source} has no parameters under {subtree!r}; at the top it has"
-        f" {', '.join(sorted(tops)) or 'nothing'}."
+      f"{source} has no parameters under {subtree!r}; at the top it has"
+      f" {', '.join(sorted(tops)) or 'nothing'}."
     )
   return picked
 
@@ -133,7 +133,7 @@ def split_block(name: str) -> tuple[int | None, str]:
 
 
 def unstack_names(
-    names: Iterable[str], depth: int
+  names: Iterable[str], depth: int
 ) -> dict[str, tuple[str, int | None]]:
   """Per-block names (I) of a stacked tree (J).
 
@@ -169,8 +169,8 @@ def unstack_blocks(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   depths = {len(a) for n, a in leaves.items() if n.startswith(STACKED)}
   names = unstack_names(leaves, max(depths, default=0))
   return {
-      name: leaves[stacked] if index is None else leaves[stacked][index]
-      for name, (stacked, index) in names.items()
+    name: leaves[stacked] if index is None else leaves[stacked][index]
+    for name, (stacked, index) in names.items()
   }
 
 
@@ -182,5 +182,5 @@ def flatten(tree: Any) -> dict[str, Any]:
 def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
   """Flat dict -> nested dict, names in sorted order."""
   return flax.traverse_util.unflatten_dict(
-      dict(sorted(leaves.items())), sep="/"
+    dict(sorted(leaves.items())), sep="/"
   )

@@ -23,26 +23,26 @@ from vqt_jax.errors import UserError
 from vqt_jax.errors import names_checked
 
 _CHOICES = {
-    "value_range": tuple(VALUE_RANGES),
-    "pool_type": ("tok", "gap", "map", "0", "mae"),
-    "gelu": ("tanh", "exact"),
-    "dtype": ("float32", "bfloat16", "float16"),
+  "value_range": tuple(VALUE_RANGES),
+  "pool_type": ("tok", "gap", "map", "0", "mae"),
+  "gelu": ("tanh", "exact"),
+  "dtype": ("float32", "bfloat16", "float16"),
 }
 
 
 @names_checked
 def load_backbone(
-    source: str | os.PathLike[str],
-    *,
-    variant: str | None = None,
-    image_size: int | Sequence[int] | None = None,
-    value_range: str | None = None,
-    pool_type: str | None = None,
-    gelu: str | None = None,
-    dtype: str = "float32",
-    cache_dir: str | os.PathLike[str] | None = None,
-    trained_size: int | Sequence[int] | None = None,
-    progress: download.Progress | None = None,
+  source: str | os.PathLike[str],
+  *,
+  variant: str | None = None,
+  image_size: int | Sequence[int] | None = None,
+  value_range: str | None = None,
+  pool_type: str | None = None,
+  gelu: str | None = None,
+  dtype: str = "float32",
+  cache_dir: str | os.PathLike[str] | None = None,
+  trained_size: int | Sequence[int] | None = None,
+  progress: download.Progress | None = None,
 ) -> Backbone:
   """Loads a Vision Transformer of Big Vision or vision_transformer.
 
@@ -81,8 +81,7 @@ def load_backbone(
   known = _published(name)
   given = {"value_range": value_range, "pool_type": pool_type, "gelu": gelu}
   given = {
-      field: value or getattr(known, field, "")
-      for field, value in given.items()
+    field: value or getattr(known, field, "") for field, value in given.items()
   }
   _check_choices({**given, "dtype": dtype})
   image_size = _as_pair(image_size, "image_size")
@@ -98,43 +97,43 @@ def load_backbone(
   leaves, stored = _read(path, subtree, name)
   config = _infer_config(leaves, stored, variant, name)
   config = dataclasses.replace(
-      config,
-      pool_type=given["pool_type"] or config.pool_type,
-      gelu=given["gelu"] or config.gelu,
-      dtype=dtype,
+    config,
+    pool_type=given["pool_type"] or config.pool_type,
+    gelu=given["gelu"] or config.gelu,
+    dtype=dtype,
   )
   infer.check_leaves(_shapes(leaves), stored, config, name)
   infer.check_finite({stored[n]: leaf for n, leaf in leaves.items()}, name)
   if config.posemb == "learn":
     leaves, trained_size = _fit_positions(
-        leaves, stored, config, image_size, trained_size
+      leaves, stored, config, image_size, trained_size
     )
     image_size = image_size or trained_size
   elif not image_size:
     raise UserError(
-        f"{name} has no position embedding, so its positions are computed for"
-        " the image size; pass image_size."
+      f"{name} has no position embedding, so its positions are computed for"
+      " the image size; pass image_size."
     )
   resize.to_grid(image_size, config.patch_size)
   return Backbone(
-      config=dataclasses.replace(config, image_size=image_size),
-      params=layouts.nest(layouts.stack_blocks(leaves)),
-      value_range=given["value_range"] or "-1..1",
-      source=name,
-      trained_size=trained_size if config.posemb == "learn" else None,
-      assumed=tuple(f for f in ("value_range", "gelu") if not given[f]),
+    config=dataclasses.replace(config, image_size=image_size),
+    params=layouts.nest(layouts.stack_blocks(leaves)),
+    value_range=given["value_range"] or "-1..1",
+    source=name,
+    trained_size=trained_size if config.posemb == "learn" else None,
+    assumed=tuple(f for f in ("value_range", "gelu") if not given[f]),
   )
 
 
 def read_config(
-    source: str | os.PathLike[str],
-    *,
-    image_size: int | Sequence[int],
-    variant: str = "",
-    pool_type: str = "",
-    gelu: str = "",
-    dtype: str = "float32",
-    trained_size: int | Sequence[int] | None = None,
+  source: str | os.PathLike[str],
+  *,
+  image_size: int | Sequence[int],
+  variant: str = "",
+  pool_type: str = "",
+  gelu: str = "",
+  dtype: str = "float32",
+  trained_size: int | Sequence[int] | None = None,
 ) -> vit.ViTConfig:
   """The architecture that `load_backbone` would find, without any weights.
 
@@ -158,38 +157,40 @@ def read_config(
     picked = layouts.select(shapes, subtree, name)
     stored = {new: picked[old] for new, old in layouts.rename(picked).items()}
     leaves = {
-        new: jax.ShapeDtypeStruct(shapes[old], np.float32)
-        for new, old in stored.items()
+      new: jax.ShapeDtypeStruct(shapes[old], np.float32)
+      for new, old in stored.items()
     }
     config = _infer_config(leaves, stored, variant, name)
     positions = leaves.get("pos_embedding")
     if positions and len(positions.shape) == 3:
       _find_positions(
-          positions.shape[1], stored, config.patch_size, image_size,
-          _as_pair(trained_size, "trained_size"),
-      )  # fmt: skip
+        positions.shape[1],
+        stored,
+        config.patch_size,
+        image_size,
+        _as_pair(trained_size, "trained_size"),
+      )
   elif known or variant:
     variant = known.variant if known else variant
     sizes = infer.decode_variant(variant)
     if "patch_size" not in sizes:
       raise UserError(
-          f"variant {variant!r}: expected a patch as well, e.g. {variant}/16."
+        f"variant {variant!r}: expected a patch as well, e.g. {variant}/16."
       )
     config = vit.ViTConfig(**sizes, image_size=sizes["patch_size"])
   elif "://" in place:
     raise UserError(
-        f"{name} is not here, so its architecture is not known. Give its"
-        " variant, e.g. variant=B/16."
+      f"{name} is not here, so its architecture is not known. Give its"
+      " variant, e.g. variant=B/16."
     )
   else:
     _local_path(place, None, None)  # Says so.
   return dataclasses.replace(
-      config,
-      image_size=image_size,
-      pool_type=pool_type
-      or (known.pool_type if known else config.pool_type),
-      gelu=gelu or (known.gelu if known else config.gelu),
-      dtype=dtype,
+    config,
+    image_size=image_size,
+    pool_type=pool_type or (known.pool_type if known else config.pool_type),
+    gelu=gelu or (known.gelu if known else config.gelu),
+    dtype=dtype,
   )
 
 
@@ -197,12 +198,12 @@ def _name(source: str | os.PathLike[str]) -> str:
   if isinstance(source, (str, os.PathLike)):
     return os.fspath(source)
   raise UserError(
-      f"source must be a path, an address or a public name, not {source!r}."
+    f"source must be a path, an address or a public name, not {source!r}."
   )
 
 
 def _as_pair(
-    size: int | Sequence[int] | None, name: str
+  size: int | Sequence[int] | None, name: str
 ) -> tuple[int, int] | None:
   return None if size is None else resize.as_pair(size, name)
 
@@ -219,12 +220,12 @@ def _check_choices(settings: Mapping[str, str | None]) -> None:
   for field, value in settings.items():
     if value and value not in _CHOICES[field]:
       raise UserError(
-          f"{field} must be one of {', '.join(_CHOICES[field])}, not {value!r}."
+        f"{field} must be one of {', '.join(_CHOICES[field])}, not {value!r}."
       )
 
 
 def _check_published(
-    name: str, known: public.PublicViT, variant: str | None
+  name: str, known: public.PublicViT, variant: str | None
 ) -> None:
   """Refuses, before any download, what cannot come out well."""
   if known.refused:
@@ -235,9 +236,9 @@ def _check_published(
 
 
 def _local_path(
-    place: str,
-    cache_dir: str | os.PathLike[str] | None,
-    progress: download.Progress | None,
+  place: str,
+  cache_dir: str | os.PathLike[str] | None,
+  progress: download.Progress | None,
 ) -> pathlib.Path:
   if "://" in place:
     return sources.fetch(place, cache_dir, progress)
@@ -245,18 +246,14 @@ def _local_path(
     return path
   close = public.nearest(place)
   raise UserError(
-      f"{place} is neither a file or folder nor the name of a public"
-      " checkpoint."
-      + (
-          f" Did you mean {' or '.join(close)}?"
-          if close
-          else " Check the path."
-      )
+    f"{place} is neither a file or folder nor the name of a public"
+    " checkpoint."
+    + (f" Did you mean {' or '.join(close)}?" if close else " Check the path.")
   )
 
 
 def _read(
-    path: pathlib.Path, subtree: str, source: str
+  path: pathlib.Path, subtree: str, source: str
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
   """Reads the leaves of one model.
 
@@ -269,23 +266,23 @@ def _read(
   stored = {new: picked[old] for new, old in layouts.rename(picked).items()}
   arrays = containers.read_leaves(path, stored.values())
   leaves = {
-      name: layouts.as_float32(arrays[old]) for name, old in stored.items()
+    name: layouts.as_float32(arrays[old]) for name, old in stored.items()
   }
   wrong = [stored[name] for name, leaf in leaves.items() if leaf is None]
   if wrong:
     some = ", ".join(f"{name} ({arrays[name].dtype})" for name in wrong[:3])
     raise UserError(
-        f"{source} is no ViT: {len(wrong)} of its leaves hold no floating-point"
-        f" numbers, such as {some}."
+      f"{source} is no ViT: {len(wrong)} of its leaves hold no floating-point"
+      f" numbers, such as {some}."
     )
   return leaves, stored
 
 
 def _infer_config(
-    leaves: Mapping[str, np.ndarray],
-    stored: Mapping[str, str],
-    variant: str | None,
-    source: str,
+  leaves: Mapping[str, np.ndarray],
+  stored: Mapping[str, str],
+  variant: str | None,
+  source: str,
 ) -> vit.ViTConfig:
   """The architecture that a file tells; its image size is one patch."""
   shapes = _shapes(leaves)
@@ -295,33 +292,33 @@ def _infer_config(
   if sizes is None:
     some = ", ".join(sorted(stored.values())[:4])
     raise UserError(
-        f"{source} is no ViT checkpoint: expected leaves such as"
-        f" embedding/kernel and Transformer/encoderblock_0/..., found {some}"
-        f"{', ...' if len(stored) > 4 else ''}."
+      f"{source} is no ViT checkpoint: expected leaves such as"
+      f" embedding/kernel and Transformer/encoderblock_0/..., found {some}"
+      f"{', ...' if len(stored) > 4 else ''}."
     )
   if variant:
     infer.check_variant(sizes, variant, source)
   learned = "pos_embedding" in leaves or layouts.is_pre_linen(stored.values())
   if not learned and sizes["width"] % 4:
     raise UserError(
-        f"{source} has no position embedding, and its width {sizes['width']} is"
-        " not a multiple of 4, as computed (sincos2d) positions need."
+      f"{source} has no position embedding, and its width {sizes['width']} is"
+      " not a multiple of 4, as computed (sincos2d) positions need."
     )
   sizes["patch_size"] = sizes["patch_size"] or (1, 1)  # It will be missed.
   return vit.ViTConfig(
-      **sizes,
-      image_size=sizes["patch_size"],
-      pool_type=infer.pooling(shapes),
-      posemb="learn" if learned else "sincos2d",
+    **sizes,
+    image_size=sizes["patch_size"],
+    pool_type=infer.pooling(shapes),
+    posemb="learn" if learned else "sincos2d",
   )
 
 
 def _fit_positions(
-    leaves: dict[str, np.ndarray],
-    stored: Mapping[str, str],
-    config: vit.ViTConfig,
-    image_size: resize.Pair | None,
-    trained_size: resize.Pair | None,
+  leaves: dict[str, np.ndarray],
+  stored: Mapping[str, str],
+  config: vit.ViTConfig,
+  image_size: resize.Pair | None,
+  trained_size: resize.Pair | None,
 ) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
   """Folds a class row into the class token and resizes the rest.
 
@@ -331,7 +328,7 @@ def _fit_positions(
   table, leaves = leaves["pos_embedding"], dict(leaves)
   patch = config.patch_size
   first, old = _find_positions(
-      table.shape[1], stored, patch, image_size, trained_size
+    table.shape[1], stored, patch, image_size, trained_size
   )
   if first and "cls" in leaves:
     leaves["cls"] = leaves["cls"] + table[:, :1]
@@ -341,19 +338,19 @@ def _fit_positions(
 
 
 def _find_positions(
-    rows: int,
-    stored: Mapping[str, str],
-    patch_size: resize.Pair,
-    image_size: resize.Pair | None,
-    trained_size: resize.Pair | None,
+  rows: int,
+  stored: Mapping[str, str],
+  patch_size: resize.Pair,
+  image_size: resize.Pair | None,
+  trained_size: resize.Pair | None,
 ) -> tuple[int, resize.Pair]:
   """Number of rows of the class token (0 or 1), and the grid of the others."""
   wanted, trained = (
-      resize.to_grid(size, patch_size) if size else None
-      for size in (image_size, trained_size)
+    resize.to_grid(size, patch_size) if size else None
+    for size in (image_size, trained_size)
   )
   first = resize.has_class_row(
-      rows, stored["pos_embedding"], "cls" in stored, trained or wanted
+    rows, stored["pos_embedding"], "cls" in stored, trained or wanted
   )
   return int(first), resize.find_grid(rows - first, patch_size, wanted, trained)
 

@@ -45,11 +45,11 @@ def _vision_transformer() -> dict[str, PublicViT]:
   def add(folder: str, name: str, size: int = 224, pool: str = "tok"):
     variant = re.sub(r"ViT-|-224", "", name).replace("_", "/")
     models[f"{folder}/{name}"] = PublicViT(
-        f"gs://vit_models/{folder}/{name}.npz",
-        variant,
-        size,
-        pool,
-        refused=_HYBRID if name.startswith("R") else "",
+      f"gs://vit_models/{folder}/{name}.npz",
+      variant,
+      size,
+      pool,
+      refused=_HYBRID if name.startswith("R") else "",
     )
 
   base, large = ("ViT-B_16", "ViT-B_32"), ("ViT-L_16", "ViT-L_32")
@@ -74,16 +74,16 @@ def _vision_transformer() -> dict[str, PublicViT]:
 # Model -> (augmentation, weight decay, dropout, stochastic depth) of the
 # recommended ImageNet-21k file; learning rate of its ImageNet-1k version.
 _AUGREG = {
-    "Ti/16": ("none", 0.03, 0.0, 0.0, 0.03),
-    "S/32": ("none", 0.1, 0.0, 0.0, 0.01),
-    "S/16": ("light1", 0.03, 0.0, 0.0, 0.03),
-    "B/32": ("light1", 0.1, 0.0, 0.0, 0.01),
-    "B/16": ("medium1", 0.1, 0.0, 0.0, 0.03),
-    "B/8": ("medium2", 0.1, 0.0, 0.0, None),
-    "L/16": ("strong1", 0.1, 0.0, 0.0, 0.01),
-    "R50+L/32": ("medium1", 0.1, 0.1, 0.1, 0.01),
-    "R26+S/32": ("light1", 0.1, 0.0, 0.0, 0.03),
-    "R+Ti/16": ("none", 0.03, 0.0, 0.0, 0.03),
+  "Ti/16": ("none", 0.03, 0.0, 0.0, 0.03),
+  "S/32": ("none", 0.1, 0.0, 0.0, 0.01),
+  "S/16": ("light1", 0.03, 0.0, 0.0, 0.03),
+  "B/32": ("light1", 0.1, 0.0, 0.0, 0.01),
+  "B/16": ("medium1", 0.1, 0.0, 0.0, 0.03),
+  "B/8": ("medium2", 0.1, 0.0, 0.0, None),
+  "L/16": ("strong1", 0.1, 0.0, 0.0, 0.01),
+  "R50+L/32": ("medium1", 0.1, 0.1, 0.1, 0.01),
+  "R26+S/32": ("light1", 0.1, 0.0, 0.0, 0.03),
+  "R+Ti/16": ("none", 0.03, 0.0, 0.0, 0.03),
 }
 
 
@@ -95,16 +95,16 @@ def _augreg() -> dict[str, PublicViT]:
     refused = _HYBRID if model.startswith("R") else ""
     variant = model.split("+")[-1]
     file = (
-        f"gs://vit_models/augreg/{name}-i21k-300ep-lr_0.001"
-        f"-aug_{aug}-wd_{decay}-do_{drop}-sd_{depth}"
+      f"gs://vit_models/augreg/{name}-i21k-300ep-lr_0.001"
+      f"-aug_{aug}-wd_{decay}-do_{drop}-sd_{depth}"
     )
     models[f"howto-i21k-{model}"] = PublicViT(
-        f"{file}.npz", variant, refused=refused
+      f"{file}.npz", variant, refused=refused
     )
     if rate:
       file += f"--imagenet2012-steps_20k-lr_{rate}-res_384"
       models[f"howto-i21k-i1k-{model}"] = PublicViT(
-          f"{file}.npz", variant, 384, refused=refused
+        f"{file}.npz", variant, 384, refused=refused
       )
   return models
 
@@ -115,54 +115,56 @@ def _big_vision() -> dict[str, PublicViT]:
   models = {}
   for epochs in (90, 150, 300):
     models[f"i1k-s16-{epochs}ep"] = PublicViT(
-        f"{root}/vit_s16_i1k_{epochs}ep.npz", "S/16", pool_type="gap"
+      f"{root}/vit_s16_i1k_{epochs}ep.npz", "S/16", pool_type="gap"
     )
   for letter, name in (("S", "small"), ("B", "base"), ("L", "large")):
     for size in (224, 384):
       for data in ("1k", "21k"):
         # Born in PyTorch, whose GELU is the exact one.
         models[f"deit3_{letter}_{size}_{data}"] = PublicViT(
-            f"{root}/zoo/deit3/bv_deit_3_{name}_{size}_{data}.npz",
-            f"{letter}/16", size, gelu="exact",
-        )  # fmt: skip
+          f"{root}/zoo/deit3/bv_deit_3_{name}_{size}_{data}.npz",
+          f"{letter}/16",
+          size,
+          gelu="exact",
+        )
     for epochs in ("", " 90ep", " 300ep", " 600ep"):
       file = f"flexivit_{letter.lower()}_i1k{epochs.replace(' ', '_')}.npz"
       models[f"FlexiViT-{letter} i1k{epochs}"] = PublicViT(
-          f"{root}/flexivit/{file}", letter, 240, refused=_FLEXI
+        f"{root}/flexivit/{file}", letter, 240, refused=_FLEXI
       )
   for epochs in (90, 300, 1000):
     models[f"FlexiViT-B i21k {epochs}ep"] = PublicViT(
-        f"{root}/flexivit/flexivit_b_i21k_{epochs}ep.npz",
-        "B",
-        240,
-        refused=_FLEXI,
+      f"{root}/flexivit/flexivit_b_i21k_{epochs}ep.npz",
+      "B",
+      240,
+      refused=_FLEXI,
     )
   for patch in (16, 30):
     models[f"ViT-B/{patch} i21k"] = PublicViT(
-        f"{root}/flexivit/vit_b{patch}_i21k_300ep.npz", f"B/{patch}", 240
+      f"{root}/flexivit/vit_b{patch}_i21k_300ep.npz", f"B/{patch}", 240
     )
   return models
 
 
 _SIGLIP = (
-    ("B/16 224", "en_b16_224_63724782"),
-    ("B/16 256", "en_b16_256_60500360"),
-    ("B/16 384", "en_b16_384_68578854"),
-    ("B/16 512", "en_b16_512_68580893"),
-    ("L/16 256", "en_l16_256_60552751"),
-    ("L/16 384", "en_l16_384_63634585"),
-    ("So400m/14 224", "en_so400m_224_57633886"),
-    ("So400m/14 384", "en_so400m_384_58765454"),
-    ("B/16-i18n 256", "i18n_b16_256_66117334"),
-    ("So400m/16-i18n 256", "i18n_so400m_16_256_78061115"),
+  ("B/16 224", "en_b16_224_63724782"),
+  ("B/16 256", "en_b16_256_60500360"),
+  ("B/16 384", "en_b16_384_68578854"),
+  ("B/16 512", "en_b16_512_68580893"),
+  ("L/16 256", "en_l16_256_60552751"),
+  ("L/16 384", "en_l16_384_63634585"),
+  ("So400m/14 224", "en_so400m_224_57633886"),
+  ("So400m/14 384", "en_so400m_384_58765454"),
+  ("B/16-i18n 256", "i18n_b16_256_66117334"),
+  ("So400m/16-i18n 256", "i18n_so400m_16_256_78061115"),
 )
 _SIGLIP2 = (
-    ("B/32", (256,)),
-    ("B/16", (224, 256, 384, 512)),
-    ("L/16", (256, 384, 512)),
-    ("So400m/14", (224, 384)),
-    ("So400m/16", (256, 384, 512)),
-    ("g-opt/16", (256, 384)),
+  ("B/32", (256,)),
+  ("B/16", (224, 256, 384, 512)),
+  ("L/16", (256, 384, 512)),
+  ("So400m/14", (224, 384)),
+  ("So400m/16", (256, 384, 512)),
+  ("g-opt/16", (256, 384)),
 )
 
 
@@ -178,32 +180,42 @@ def _two_towers() -> dict[str, PublicViT]:
     short = variant.replace("/", "").lower() if variant[0] != "g" else "g-opt16"
     for size in sizes:
       models[f"SigLIP2 {variant} {size}"] = PublicViT(
-          f"{root}/siglip2/siglip2_{short}_{size}.npz:img", variant, size, "map"
+        f"{root}/siglip2/siglip2_{short}_{size}.npz:img", variant, size, "map"
       )
   for variant in ("B/16", "So400m/16"):
     short = variant.replace("/", "").lower()
     models[f"SigLIP2 {variant} NaFlex"] = PublicViT(
-        f"{root}/siglip2/siglip2_{short}_naflex.npz:img",
-        variant, 256, "map", refused=_NAFLEX,
-    )  # fmt: skip
+      f"{root}/siglip2/siglip2_{short}_naflex.npz:img",
+      variant,
+      256,
+      "map",
+      refused=_NAFLEX,
+    )
   init = "yfcc100m_i21k_init"
   for data in (
-      "yfcc100m", init, f"{init}_25c4", f"{init}_50c4", f"{init}_75c4", "100c4"
-  ):  # fmt: skip
+    "yfcc100m",
+    init,
+    f"{init}_25c4",
+    f"{init}_50c4",
+    f"{init}_75c4",
+    "100c4",
+  ):
     address = f"{root}/clippo/clippo_b16_{data}.npz:img"
     models[f"CLIPPO B/16 {data}"] = PublicViT(address, "B/16", 224, "map")
   for name, variant in (
-      ("LiT-B16B", "B/16"), ("LiT-B16B_2", "B/16"), ("LiT-L16L", "L/16")
-  ):  # fmt: skip
+    ("LiT-B16B", "B/16"),
+    ("LiT-B16B_2", "B/16"),
+    ("LiT-L16L", "L/16"),
+  ):
     models[name] = PublicViT(f"gs://vit_models/lit/{name}.npz:img", variant)
   return models
 
 
 PUBLIC: dict[str, PublicViT] = {
-    **_vision_transformer(),
-    **_augreg(),
-    **_big_vision(),
-    **_two_towers(),
+  **_vision_transformer(),
+  **_augreg(),
+  **_big_vision(),
+  **_two_towers(),
 }
 
 
@@ -216,7 +228,7 @@ def nearest(name: str, count: int = 3) -> list[str]:
   """The public names most like a name, best first."""
   plain = {_plain(key): key for key in PUBLIC}
   return [
-      plain[k] for k in difflib.get_close_matches(_plain(name), plain, count)
+    plain[k] for k in difflib.get_close_matches(_plain(name), plain, count)
   ]
 
 

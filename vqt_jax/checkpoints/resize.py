@@ -16,7 +16,7 @@ _FLAGS = "--config.trained_size=HEIGHT --config.trained_width=WIDTH"
 
 
 def check_image_size(
-    patch_size: int | Sequence[int], image_size: int | Sequence[int]
+  patch_size: int | Sequence[int], image_size: int | Sequence[int]
 ) -> None:
   """Refuses image sizes that are no multiple of the patch.
 
@@ -37,8 +37,8 @@ def check_image_size(
   above = [-(-size // p) * p for size, p in zip(image, patch)]
   sizes = " or ".join(dict.fromkeys(_by(s) for s in (below, above)))
   raise UserError(
-      f"image_size {_by(image)} is not a multiple of the backbone's"
-      f" {_by(patch)} patch; the nearest sizes that fit are {sizes} pixels."
+    f"image_size {_by(image)} is not a multiple of the backbone's"
+    f" {_by(patch)} patch; the nearest sizes that fit are {sizes} pixels."
   )
 
 
@@ -52,8 +52,8 @@ def as_pair(size: int | Sequence[int], name: str = "image_size") -> Pair:
   except (TypeError, ValueError):
     pass
   raise UserError(
-      f"{name} must be a positive number of pixels or a pair"
-      f" (height, width), not {size!r}."
+    f"{name} must be a positive number of pixels or a pair"
+    f" (height, width), not {size!r}."
   )
 
 
@@ -70,14 +70,14 @@ def to_grid(image_size: Pair, patch_size: Pair) -> Pair:
   grid = image_size[0] // patch_size[0], image_size[1] // patch_size[1]
   if not all(grid):
     raise UserError(
-        f"image_size {_by(image_size)} is smaller than one {_by(patch_size)}"
-        " patch of this backbone; ask for larger images."
+      f"image_size {_by(image_size)} is smaller than one {_by(patch_size)}"
+      " patch of this backbone; ask for larger images."
     )
   return grid
 
 
 def has_class_row(
-    rows: int, stored_name: str, has_cls: bool, told: Pair | None
+  rows: int, stored_name: str, has_cls: bool, told: Pair | None
 ) -> bool:
   """Whether the first position is the class token's.
 
@@ -102,7 +102,7 @@ def has_class_row(
 
 
 def find_grid(
-    rows: int, patch_size: Pair, wanted: Pair | None, trained: Pair | None
+  rows: int, patch_size: Pair, wanted: Pair | None, trained: Pair | None
 ) -> Pair:
   """The grid on which `rows` positions lie.
 
@@ -125,18 +125,18 @@ def find_grid(
     if math.prod(trained) == rows:
       return trained
     raise UserError(
-        f"The checkpoint has {rows} positions, but images of the given"
-        f" trained_size have {_by(trained)} patches."
-        f"{_possible(rows, patch_size)}"
+      f"The checkpoint has {rows} positions, but images of the given"
+      f" trained_size have {_by(trained)} patches."
+      f"{_possible(rows, patch_size)}"
     )
   if side**2 == rows:
     if wanted and wanted != (side, side) and math.prod(wanted) == rows:
       raise UserError(
-          f"The checkpoint's {rows} positions fit a {side}x{side} and a"
-          f" {_by(wanted)} grid of patches; say which one it was trained on:"
-          f" trained_size={_pixels((side, side), patch_size)} or"
-          f" trained_size={_pixels(wanted, patch_size)} (height, width), or"
-          f" {_FLAGS}."
+        f"The checkpoint's {rows} positions fit a {side}x{side} and a"
+        f" {_by(wanted)} grid of patches; say which one it was trained on:"
+        f" trained_size={_pixels((side, side), patch_size)} or"
+        f" trained_size={_pixels(wanted, patch_size)} (height, width), or"
+        f" {_FLAGS}."
       )
     return side, side
   if wanted and math.prod(wanted) == rows:
@@ -146,9 +146,9 @@ def find_grid(
   if math.prod(grid) == rows and not any(pixels % p for p in patch_size):
     return grid
   raise UserError(
-      f"The checkpoint's {rows} positions are no square grid; give the image"
-      f" size it was trained on: trained_size=(height, width), or {_FLAGS}."
-      f"{_possible(rows, patch_size)}"
+    f"The checkpoint's {rows} positions are no square grid; give the image"
+    f" size it was trained on: trained_size=(height, width), or {_FLAGS}."
+    f"{_possible(rows, patch_size)}"
   )
 
 
@@ -156,13 +156,13 @@ def _possible(rows: int, patch_size: Pair) -> str:
   """A sentence of the image sizes with so many patches, squarest first."""
   grids = [(n, rows // n) for n in range(1, rows + 1) if rows % n == 0]
   stretch = lambda grid: abs(
-      math.log(grid[0] * patch_size[0]) - math.log(grid[1] * patch_size[1])
+    math.log(grid[0] * patch_size[0]) - math.log(grid[1] * patch_size[1])
   )
   sizes = [_pixels(grid, patch_size) for grid in sorted(grids, key=stretch)]
   more = ", ..." if len(sizes) > 6 else ""
   return (
-      f" With {_by(patch_size)} pixels a patch it is one of"
-      f" {', '.join(sizes[:6])}{more} (height, width)."
+    f" With {_by(patch_size)} pixels a patch it is one of"
+    f" {', '.join(sizes[:6])}{more} (height, width)."
   )
 
 

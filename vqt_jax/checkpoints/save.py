@@ -46,6 +46,6 @@ def save_npz(path: str | os.PathLike[str], backbone: Backbone | Any) -> None:
       temporary.unlink(missing_ok=True)
   except OSError as error:
     raise UserError(
-        f"{path} cannot be written: {error.strerror}. Choose another place or"
-        " free some space."
+      f"{path} cannot be written: {error.strerror}. Choose another place or"
+      " free some space."
     ) from error

@@ -37,9 +37,9 @@ def local_path(source: str) -> str | None:
 
 
 def fetch(
-    address: str,
-    cache_dir: str | os.PathLike[str] | None = None,
-    progress: download.Progress | None = None,
+  address: str,
+  cache_dir: str | os.PathLike[str] | None = None,
+  progress: download.Progress | None = None,
 ) -> pathlib.Path:
   """The local copy of a remote checkpoint; downloads it if there is none.
 
@@ -59,8 +59,8 @@ def fetch(
   scheme, _, rest = address.replace(_GOOGLE, "gs://", 1).partition("://")
   if scheme not in ("https", "http", "gs"):
     raise UserError(
-        f"Cannot read {address}: expected a path, a public name, or an https://"
-        " or gs:// address."
+      f"Cannot read {address}: expected a path, a public name, or an https://"
+      " or gs:// address."
     )
   cache = files.path(cache_dir) if cache_dir else files.cache()
   host = "storage.googleapis.com/" if scheme == "gs" else ""
@@ -76,12 +76,12 @@ def fetch(
   except (download.NotFound, download.NotAllowed) as error:
     advice = "or sign in with `gcloud auth application-default login`"
     raise UserError(
-        f"There is no file {address}, or you may not read it; check the address"
-        f"{f', {advice}' if scheme == 'gs' else ''}."
+      f"There is no file {address}, or you may not read it; check the address"
+      f"{f', {advice}' if scheme == 'gs' else ''}."
     ) from error
   except ConnectionError as error:
     raise UserError(
-        f"{address} cannot be reached: {error}. Try again."
+      f"{address} cannot be reached: {error}. Try again."
     ) from error
 
 
@@ -91,15 +91,15 @@ def _web(scheme: str) -> Any:
 
   timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
   return fsspec.filesystem(
-      scheme,
-      client_kwargs={"trust_env": True, "timeout": timeout},
-      # Compressed transfers have neither a length nor ranges.
-      headers={"Accept-Encoding": "identity"},
+    scheme,
+    client_kwargs={"trust_env": True, "timeout": timeout},
+    # Compressed transfers have neither a length nor ranges.
+    headers={"Accept-Encoding": "identity"},
   )
 
 
 def _fetch_from_bucket(
-    path: str, target: pathlib.Path, progress: download.Progress | None
+  path: str, target: pathlib.Path, progress: download.Progress | None
 ) -> pathlib.Path:
   """`fetch` for gs://; asks for credentials only if the bucket does."""
   # The plain class: the extended one asks for credentials over gRPC first.
@@ -126,10 +126,10 @@ def _silenced(name: str) -> Iterator[None]:
 
 
 def _fetch_object(
-    filesystem: Any,
-    path: str,
-    target: pathlib.Path,
-    progress: download.Progress | None,
+  filesystem: Any,
+  path: str,
+  target: pathlib.Path,
+  progress: download.Progress | None,
 ) -> pathlib.Path:
   """Fetches a file, a checkpoint folder, or the folder that `-LAST` names."""
   try:
@@ -146,10 +146,10 @@ def _fetch_object(
 
 
 def _fetch_folder(
-    filesystem: Any,
-    folder: str,
-    target: pathlib.Path,
-    progress: download.Progress | None,
+  filesystem: Any,
+  folder: str,
+  target: pathlib.Path,
+  progress: download.Progress | None,
 ) -> None:
   """Fetches the parameters' arrays of a Big Vision checkpoint folder."""
   partial = target.with_name(f"{target.name}.part")

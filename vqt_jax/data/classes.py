@@ -9,8 +9,8 @@ from vqt_jax.data.task import Task
 
 _MOST_NAMED = 5
 _ADVICE = (
-    "Choose splits that share their classes (config.splits); a dataset that is"
-    " stored class by class must be written again, shuffled."
+  "Choose splits that share their classes (config.splits); a dataset that is"
+  " stored class by class must be written again, shuffled."
 )
 
 
@@ -31,26 +31,26 @@ def check_classes(task: Task, labels: Mapping[str, np.ndarray]) -> str | None:
     known = np.unique(labels.get(split, [0, 1]))
     if len(known) == 1 < task.num_classes:
       raise errors.UserError(
-          f"All {len(labels[split])} images of {split} (split"
-          f" {task.splits[split]!r}) are of one class, {_listed(task, known)},"
-          f" so there is nothing to learn. {_ADVICE}"
+        f"All {len(labels[split])} images of {split} (split"
+        f" {task.splits[split]!r}) are of one class, {_listed(task, known)},"
+        f" so there is nothing to learn. {_ADVICE}"
       )
   if "val" in labels and "train" in labels:
     new = np.isin(labels["val"], labels["train"], invert=True)
     if count := new.sum():
       lacking = np.unique(labels["val"][new])
       return (
-          f"{count} of the {len(new)} images of val are of classes that train"
-          f" lacks ({_listed(task, lacking)}), so they count as wrong."
-          f" {_ADVICE}"
+        f"{count} of the {len(new)} images of val are of classes that train"
+        f" lacks ({_listed(task, lacking)}), so they count as wrong."
+        f" {_ADVICE}"
       )
   everything = np.arange(task.num_classes)
   lacking = np.setdiff1d(everything, labels.get("trainval", everything))
   if not len(lacking):
     return None
   return (
-      f"trainval has no image of {len(lacking)} of {task.num_classes} classes:"
-      f" {_listed(task, lacking)}."
+    f"trainval has no image of {len(lacking)} of {task.num_classes} classes:"
+    f" {_listed(task, lacking)}."
   )
 
 

@@ -33,8 +33,8 @@ def train_indices(labels: np.ndarray) -> np.ndarray:
   """
   generator = np.random.Generator(np.random.PCG64(SPLIT_SEED))
   chosen = [
-      generator.permutation(np.flatnonzero(labels == digit))[:TRAIN_PER_CLASS]
-      for digit in range(10)
+    generator.permutation(np.flatnonzero(labels == digit))[:TRAIN_PER_CLASS]
+    for digit in range(10)
   ]
   return np.sort(np.concatenate(chosen))
 
@@ -46,41 +46,46 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
   def _info(self):
     return tfds.core.DatasetInfo(
-        builder=self,
-        description="Scikit-learn's handwritten digits, 8x8 pixels.",
-        homepage="https://doi.org/10.24432/C50P49",
-        license="CC BY 4.0",
-        citation=(
-            "@misc{optical_digits, author={Alpaydin, E. and Kaynak, C.},"
-            " title={Optical Recognition of Handwritten Digits}, year={1998},"
-            " publisher={UCI Machine Learning Repository},"
-            " doi={10.24432/C50P49}}"
-        ),
-        features=tfds.features.FeaturesDict({
-            "image": tfds.features.Image(shape=(8, 8, 1)),
-            "label": tfds.features.ClassLabel(num_classes=10),
-        }),
-        supervised_keys=("image", "label"),
+      builder=self,
+      description="Scikit-learn's handwritten digits, 8x8 pixels.",
+      homepage="https://doi.org/10.24432/C50P49",
+      license="CC BY 4.0",
+      citation=(
+        "@misc{optical_digits, author={Alpaydin, E. and Kaynak, C.},"
+        " title={Optical Recognition of Handwritten Digits}, year={1998},"
+        " publisher={UCI Machine Learning Repository},"
+        " doi={10.24432/C50P49}}"
+      ),
+      features=tfds.features.FeaturesDict(
+        {
+          "image": tfds.features.Image(shape=(8, 8, 1)),
+          "label": tfds.features.ClassLabel(num_classes=10),
+        }
+      ),
+      supervised_keys=("image", "label"),
     )
 
   def _split_generators(self, dl_manager):
-    from sklearn import datasets  # pylint: disable=g-import-not-at-top
+    from sklearn import datasets
 
     digits = datasets.load_digits()
     images = np.rint(digits.images * (255 / MAX_INK)).astype(np.uint8)
     train = train_indices(digits.target)
     test = np.setdiff1d(np.arange(len(images)), train)
     return {
-        "train": self._generate_examples(images, digits.target, train),
-        "test": self._generate_examples(images, digits.target, test),
+      "train": self._generate_examples(images, digits.target, train),
+      "test": self._generate_examples(images, digits.target, test),
     }
 
   def _generate_examples(self, images, labels, indices):
     for index in indices:
-      yield int(index), {
+      yield (
+        int(index),
+        {
           "image": images[index][..., None],
           "label": int(labels[index]),
-      }
+        },
+      )
 
 
 def prepare(data_dir: str | None) -> None:
@@ -101,13 +106,13 @@ def prepare(data_dir: str | None) -> None:
     unseen = io.StringIO()  # TFDS prints, and its progress bars draw.
     try:
       with (
-          contextlib.redirect_stdout(unseen),
-          contextlib.redirect_stderr(unseen),
+        contextlib.redirect_stdout(unseen),
+        contextlib.redirect_stderr(unseen),
       ):
         builder.download_and_prepare()
     except OSError as error:
       if not builder.is_prepared():  # Or another process was faster.
         raise errors.UserError(
-            f"Cannot write the dataset 'digits' to {builder.data_path}:"
-            f" {error}. Set data_dir to a folder that can be written."
+          f"Cannot write the dataset 'digits' to {builder.data_path}:"
+          f" {error}. Set data_dir to a folder that can be written."
         ) from error

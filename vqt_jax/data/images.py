@@ -16,8 +16,8 @@ from vqt_jax.data.tensorflow_lazy import tf
 # image in place. "legacy": TensorFlow 1, as in VTAB and the authors' program:
 # source position = target index * (in / out). Neither has antialiasing.
 RESIZES: dict[str, Callable[[Any, tuple[int, int]], Any]] = {
-    "bilinear": lambda image, size: tf.image.resize(image, size),
-    "legacy": lambda image, size: tf.compat.v1.image.resize(image, size),
+  "bilinear": lambda image, size: tf.image.resize(image, size),
+  "legacy": lambda image, size: tf.compat.v1.image.resize(image, size),
 }
 
 ImageSize = int | tuple[int, int]
@@ -48,11 +48,9 @@ def decode(content: Any, channels: int) -> Any:
   start = tf.strings.substr(content, 0, 3)
   with_pillow = functools.partial(_with_pillow, channels=channels)
   image = tf.cond(
-      (start == _JPEG) | (start == _PNG),
-      lambda: tf.io.decode_image(content, channels, expand_animations=False),
-      lambda: tf.numpy_function(
-          with_pillow, [content], tf.uint8, stateful=False
-      ),
+    (start == _JPEG) | (start == _PNG),
+    lambda: tf.io.decode_image(content, channels, expand_animations=False),
+    lambda: tf.numpy_function(with_pillow, [content], tf.uint8, stateful=False),
   )
   image.set_shape((None, None, channels))
   return image
@@ -74,10 +72,10 @@ def _with_pillow(content: bytes, channels: int) -> np.ndarray:
 
 
 def make_preprocess(
-    image_size: ImageSize,
-    value_range: str,
-    resize: str = "bilinear",
-    pixel_scale: int = 1,
+  image_size: ImageSize,
+  value_range: str,
+  resize: str = "bilinear",
+  pixel_scale: int = 1,
 ) -> Callable[[Any], Any]:
   """The function from stored images to the backbone's inputs.
 
@@ -115,8 +113,8 @@ def _size(image_size: ImageSize) -> tuple[int, int]:
   sides = (image_size,) * 2 if isinstance(image_size, int) else image_size
   if len(sides) != 2 or min(sides) < 1:
     raise errors.UserError(
-        f"image_size {image_size!r}: expected a positive number of pixels, or"
-        " (height, width)."
+      f"image_size {image_size!r}: expected a positive number of pixels, or"
+      " (height, width)."
     )
   return tuple(int(side) for side in sides)
 
@@ -124,6 +122,6 @@ def _size(image_size: ImageSize) -> tuple[int, int]:
 def _lookup(field: str, name: str, table: dict[str, Any]) -> Any:
   if name not in table:
     raise errors.UserError(
-        f"Unknown {field} {name!r}; expected one of: {', '.join(table)}."
+      f"Unknown {field} {name!r}; expected one of: {', '.join(table)}."
     )
   return table[name]

@@ -17,20 +17,20 @@ from vqt_jax.data.tensorflow_lazy import tfds
 
 # VTAB-1k's sizes, for datasets with TFDS's usual two splits.
 DEFAULT_SPLITS = {
-    "train": "train[:800]",
-    "val": "train[800:1000]",
-    "test": "test",
+  "train": "train[:800]",
+  "val": "train[800:1000]",
+  "test": "test",
 }
 
 
 def make_task(
-    name: str,
-    *,
-    data_dir: str | None = None,
-    splits: Mapping[str, str] | None = None,
-    image_key: str | None = None,
-    label_key: str | None = None,
-    num_classes: int | None = None,
+  name: str,
+  *,
+  data_dir: str | None = None,
+  splits: Mapping[str, str] | None = None,
+  image_key: str | None = None,
+  label_key: str | None = None,
+  num_classes: int | None = None,
 ) -> Task:
   """The task of that name. Reads no data, and no file for the 19 of VTAB.
 
@@ -56,48 +56,48 @@ def make_task(
   given = {key: text for key, text in (splits or {}).items() if text}
   if unknown := sorted(set(given) - set(SPLITS)):
     raise errors.UserError(
-        f"Unknown splits {unknown}; a task has: {', '.join(SPLITS)}."
+      f"Unknown splits {unknown}; a task has: {', '.join(SPLITS)}."
     )
   task = vtab.find(name)
   if task is None:
     return _tfds_task(name, data_dir, given, image_key, label_key, num_classes)
   if given or image_key or label_key or num_classes:
     raise errors.UserError(
-        f"{name!r} is a VTAB-1k task: its splits, features and classes are"
-        " fixed. For the whole dataset with settings of your own, give its TFDS"
-        f" name with a version: {task.builder!r}."
+      f"{name!r} is a VTAB-1k task: its splits, features and classes are"
+      " fixed. For the whole dataset with settings of your own, give its TFDS"
+      f" name with a version: {task.builder!r}."
     )
   return dataclasses.replace(task, data_dir=data_dir)
 
 
 def _tfds_task(
-    name: str,
-    data_dir: str | None,
-    splits: dict[str, str],
-    image_key: str | None,
-    label_key: str | None,
-    num_classes: int | None,
+  name: str,
+  data_dir: str | None,
+  splits: dict[str, str],
+  image_key: str | None,
+  label_key: str | None,
+  num_classes: int | None,
 ) -> Task:
   """A task on any TFDS dataset, its features taken from the dataset itself."""
   request = str(names.parse(name))
   info = prepared.find_builder(request, data_dir).info
   if not isinstance(info.features, tfds.features.FeaturesDict):
     raise errors.UserError(
-        f"Dataset {name!r} has no named features, so it is no classification"
-        " dataset."
+      f"Dataset {name!r} has no named features, so it is no classification"
+      " dataset."
     )
   image_key, label_key = _keys(name, info, image_key, label_key)
   number = _num_classes(name, label_key, info, num_classes)
   named = getattr(info.features[label_key], "names", None) or ()
   return Task(
-      name=name,
-      builder=request,
-      num_classes=number,
-      splits=_fill(splits),
-      label=labels.feature(label_key),
-      image_key=image_key,
-      data_dir=data_dir,
-      class_names=tuple(named) if len(named) >= number else (),
+    name=name,
+    builder=request,
+    num_classes=number,
+    splits=_fill(splits),
+    label=labels.feature(label_key),
+    image_key=image_key,
+    data_dir=data_dir,
+    class_names=tuple(named) if len(named) >= number else (),
   )
 
 
@@ -108,7 +108,7 @@ def _fill(splits: dict[str, str]) -> dict[str, str]:
 
 
 def _keys(
-    name: str, info: Any, image_key: str | None, label_key: str | None
+  name: str, info: Any, image_key: str | None, label_key: str | None
 ) -> tuple[str, str]:
   """Names of the image and the label feature."""
   features = dict(sorted(info.features.items()))  # TFDS's order varies.
@@ -119,14 +119,14 @@ def _keys(
   if not images:
     found = "; ".join(f"{key}: {value}" for key, value in features.items())
     raise errors.UserError(
-        f"No feature of dataset {name!r} can be the image: expected pictures of"
-        f" 8 bits and 1, 3 or 4 channels. It has {found[:300]}."
+      f"No feature of dataset {name!r} can be the image: expected pictures of"
+      f" 8 bits and 1, 3 or 4 channels. It has {found[:300]}."
     )
   image_key = image_key or _choose(
-      name, "image", images, [key for key in supervised if key in images]
+    name, "image", images, [key for key in supervised if key in images]
   )
   label_key = label_key or _choose(
-      name, "label", classes, [key for key in supervised if key in classes]
+    name, "label", classes, [key for key in supervised if key in classes]
   )
   _check_key(name, "image", image_key, images, features)
   _check_key(name, "label", label_key, integers, features)
@@ -134,7 +134,7 @@ def _keys(
 
 
 def _choose(
-    name: str, kind: str, candidates: list[str], supervised: list[str]
+  name: str, kind: str, candidates: list[str], supervised: list[str]
 ) -> str:
   for choice in (supervised, candidates):
     if len(choice) == 1:
@@ -142,20 +142,20 @@ def _choose(
   found = ", ".join(candidates) or "none"
   near = [task.name for task in vtab.VTAB.values() if task.dataset == name]
   raise errors.UserError(
-      f"Which feature of dataset {name!r} is the {kind}? Candidates: {found}."
-      f" Set {kind}_key."
-      + (f" VTAB-1k tasks on it: {', '.join(near)}." if near else "")
+    f"Which feature of dataset {name!r} is the {kind}? Candidates: {found}."
+    f" Set {kind}_key."
+    + (f" VTAB-1k tasks on it: {', '.join(near)}." if near else "")
   )
 
 
 def _check_key(
-    name: str, kind: str, key: str, usable: list[str], features: dict[str, Any]
+  name: str, kind: str, key: str, usable: list[str], features: dict[str, Any]
 ) -> None:
   if key not in usable:
     found = f"is {features[key]}" if key in features else "does not exist"
     raise errors.UserError(
-        f"{kind}_key {key!r} of dataset {name!r} {found}. Features that can be"
-        f" the {kind}: {', '.join(usable) or 'none'}."
+      f"{kind}_key {key!r} of dataset {name!r} {found}. Features that can be"
+      f" the {kind}: {', '.join(usable) or 'none'}."
     )
 
 
@@ -178,14 +178,12 @@ def _is_integer(value: Any) -> bool:
 
 
 def _num_classes(
-    name: str, label_key: str, info: Any, num_classes: int | None
+  name: str, label_key: str, info: Any, num_classes: int | None
 ) -> int:
-  number = num_classes or getattr(
-      info.features[label_key], "num_classes", None
-  )
+  number = num_classes or getattr(info.features[label_key], "num_classes", None)
   if not number:
     raise errors.UserError(
-        f"Dataset {name!r} does not tell how many classes {label_key!r} has."
-        " Set num_classes."
+      f"Dataset {name!r} does not tell how many classes {label_key!r} has."
+      " Set num_classes."
     )
   return number

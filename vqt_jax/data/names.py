@@ -29,15 +29,23 @@ _NUMBER = r"(0|[1-9]\d*|\*)"
 _VERSION = re.compile(rf"{_NUMBER}\.{_NUMBER}\.{_NUMBER}")
 _HUBS = ("hf", "huggingface", "kaggle", "openml", "torchvision")
 _HOW = (
-    "with tfds.dataset_builders.store_as_tfds_dataset (docs/data.md has an"
-    " example)."
+  "with tfds.dataset_builders.store_as_tfds_dataset (docs/data.md has an"
+  " example)."
 )
 
 # Of images that people keep in folders; Pillow reads more kinds.
 _SUFFIXES = {
-    ".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".png", ".tif", ".tiff",
-    ".webp",
-}  # fmt: skip
+  ".avif",
+  ".bmp",
+  ".gif",
+  ".heic",
+  ".jpeg",
+  ".jpg",
+  ".png",
+  ".tif",
+  ".tiff",
+  ".webp",
+}
 _DEPTH = 3  # split/class/image
 _MOST_FOLDERS = 50  # are looked into.
 
@@ -68,19 +76,19 @@ def parse(text: str) -> Request:
   if hub in _HUBS or ("://" in text and hub != "gs"):
     last = re.split("[:/]", text.rstrip("/"))[-1]
     raise errors.UserError(
-        f"{text!r} is a dataset of another hub or site, which is not read from"
-        " here: expected a VTAB-1k task, a name in TFDS, or a folder in"
-        " data_dir."
-        + (f" TFDS has {last!r}." if of_tfds(last) else "")
-        + f" Another dataset can be written to data_dir {_HOW}"
+      f"{text!r} is a dataset of another hub or site, which is not read from"
+      " here: expected a VTAB-1k task, a name in TFDS, or a folder in"
+      " data_dir."
+      + (f" TFDS has {last!r}." if of_tfds(last) else "")
+      + f" Another dataset can be written to data_dir {_HOW}"
     )
   if hub == "gs" or text.startswith(("/", ".", "~")):
     raise errors.UserError(_about_path(text))
   found = _REQUEST.fullmatch(text)
   if not found:
     raise errors.UserError(
-        f"{text!r} is no dataset request; expected name[/config][:version],"
-        " for example 'cifar10', 'eurosat/rgb' or 'svhn_cropped:3.0.0'."
+      f"{text!r} is no dataset request; expected name[/config][:version],"
+      " for example 'cifar10', 'eurosat/rgb' or 'svhn_cropped:3.0.0'."
     )
   name, config, version = found.groups()
   return Request(name, config or "", NEWEST if version is None else version)
@@ -122,23 +130,21 @@ def unknown(request: Request, data_dir: str | None) -> str:
     return _not_in(place, request, data_dir)
   near = _near(request.name, data_dir)
   return (
-      f"Unknown task or dataset {request.dataset!r}: expected a VTAB-1k task, a"
-      f" name in TFDS, or a folder in data_dir ({data_dir or 'not given'})."
-      + (near or f" The VTAB-1k tasks are: {', '.join(vtab.VTAB)}.")
+    f"Unknown task or dataset {request.dataset!r}: expected a VTAB-1k task, a"
+    f" name in TFDS, or a folder in data_dir ({data_dir or 'not given'})."
+    + (near or f" The VTAB-1k tasks are: {', '.join(vtab.VTAB)}.")
   )
 
 
-def unusable(
-    request: Request, data_dir: str | None, error: Exception
-) -> str:
+def unusable(request: Request, data_dir: str | None, error: Exception) -> str:
   """Tells what TFDS dislikes about a request: its config, or its version."""
   if of_tfds(request.name):
     configs = tfds.builder_cls(request.name).builder_configs
     if request.config and request.config not in configs:
       known = ", ".join(configs) or "none"
       return (
-          f"Dataset {request.name!r} has no config {request.config!r}. Its"
-          f" configs: {known}."
+        f"Dataset {request.name!r} has no config {request.config!r}. Its"
+        f" configs: {known}."
       )
     if not _meant(_made_by_tfds(request), request):
       return _no_version(request, data_dir)
@@ -155,15 +161,13 @@ def _about_path(text: str) -> str:
   if tfds.core.Version.is_valid(path.name):
     path = path.parent
   return (
-      f"{text!r} is a path: expected a name. For a dataset that TFDS wrote"
-      f" there, set data_dir to {os.fspath(path.parent)!r} and task to"
-      f" {path.name!r}."
+    f"{text!r} is a path: expected a name. For a dataset that TFDS wrote"
+    f" there, set data_dir to {os.fspath(path.parent)!r} and task to"
+    f" {path.name!r}."
   )
 
 
-def _not_in(
-    place: epath.Path, request: Request, data_dir: str | None
-) -> str:
+def _not_in(place: epath.Path, request: Request, data_dir: str | None) -> str:
   """Tells what a folder holds instead of the dataset that is asked for."""
   name = request.name
   versions = _versions(place / request.config)
@@ -177,9 +181,9 @@ def _not_in(
     if image := _first_image(place):
       return _folder_of_images(place, image)
   return (
-      f"No dataset {str(request)!r} in {place}: expected"
-      f" {name}/[config/]version/ with dataset_info.json and features.json, as"
-      " TFDS writes them."
+    f"No dataset {str(request)!r} in {place}: expected"
+    f" {name}/[config/]version/ with dataset_info.json and features.json, as"
+    " TFDS writes them."
   )
 
 
@@ -189,10 +193,10 @@ def _no_version(request: Request, data_dir: str | None) -> str:
   here = _versions(folder / request.name / request.config)
   made = _made_by_tfds(request)
   return (
-      f"Dataset {request.dataset!r} has no version {request.version!r}. In"
-      f" {folder}: {listed(here)}"
-      + (f"; TFDS can prepare: {listed(made)}" if made else "")
-      + ". Without a version the newest is taken."
+    f"Dataset {request.dataset!r} has no version {request.version!r}. In"
+    f" {folder}: {listed(here)}"
+    + (f"; TFDS can prepare: {listed(made)}" if made else "")
+    + ". Without a version the newest is taken."
   )
 
 
@@ -255,6 +259,6 @@ def _first_image(folder: epath.Path) -> epath.Path | None:
 
 def _folder_of_images(folder: epath.Path, image: epath.Path) -> str:
   return (
-      f"{folder} holds images ({image.relative_to(folder)}, ...), not a dataset"
-      f" that TFDS wrote: write them as one {_HOW}"
+    f"{folder} holds images ({image.relative_to(folder)}, ...), not a dataset"
+    f" that TFDS wrote: write them as one {_HOW}"
   )

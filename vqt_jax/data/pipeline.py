@@ -21,12 +21,12 @@ SHUFFLE_BYTES = 2**30
 
 
 def load_arrays(
-    task: Task,
-    split: str,
-    *,
-    image_size: images.ImageSize,
-    value_range: str,
-    resize: str = "bilinear",
+  task: Task,
+  split: str,
+  *,
+  image_size: images.ImageSize,
+  value_range: str,
+  resize: str = "bilinear",
 ) -> reading.Batch:
   """A whole split in memory, in stored order.
 
@@ -46,14 +46,14 @@ def load_arrays(
   count = prepared.num_examples(task, split)
   arrays: reading.Batch = {}
   for i, batch in enumerate(
-      batches(
-          task,
-          split,
-          batch_size=min(LOAD_BATCH, count),
-          image_size=image_size,
-          value_range=value_range,
-          resize=resize,
-      )
+    batches(
+      task,
+      split,
+      batch_size=min(LOAD_BATCH, count),
+      image_size=image_size,
+      value_range=value_range,
+      resize=resize,
+    )
   ):
     real = batch.pop("mask") > 0
     for key, rows in batch.items():
@@ -65,16 +65,16 @@ def load_arrays(
 
 
 def batches(
-    task: Task,
-    split: str,
-    *,
-    batch_size: int,
-    image_size: images.ImageSize,
-    value_range: str,
-    resize: str = "bilinear",
-    process_index: int = 0,
-    process_count: int = 1,
-    start: int = 0,
+  task: Task,
+  split: str,
+  *,
+  batch_size: int,
+  image_size: images.ImageSize,
+  value_range: str,
+  resize: str = "bilinear",
+  process_index: int = 0,
+  process_count: int = 1,
+  start: int = 0,
 ) -> Iterator[reading.Batch]:
   """One pass over a split in stored order, each example exactly once.
 
@@ -116,30 +116,30 @@ def load_labels(task: Task, split: str) -> np.ndarray:
   builder = prepared.open_builder(task)
   count = prepared.split_size(builder, task, split)
   batches_ = reading.read(
-      task,
-      builder,
-      split,
-      reading.stored_order(task, builder, split),
-      lambda example: {"label": reading.label_of(task, example)},
-      reading.Rows(count, 0, 1),
-      range(1),
+    task,
+    builder,
+    split,
+    reading.stored_order(task, builder, split),
+    lambda example: {"label": reading.label_of(task, example)},
+    reading.Rows(count, 0, 1),
+    range(1),
   )
   return next(batches_)["label"]
 
 
 def train_batches(
-    task: Task,
-    split: str,
-    *,
-    batch_size: int,
-    epoch: int,
-    seed: int,
-    image_size: images.ImageSize,
-    value_range: str,
-    resize: str = "bilinear",
-    process_index: int = 0,
-    process_count: int = 1,
-    start_step: int = 0,
+  task: Task,
+  split: str,
+  *,
+  batch_size: int,
+  epoch: int,
+  seed: int,
+  image_size: images.ImageSize,
+  value_range: str,
+  resize: str = "bilinear",
+  process_index: int = 0,
+  process_count: int = 1,
+  start_step: int = 0,
 ) -> Iterator[reading.Batch]:
   """One epoch in random order, for data too large to keep on the device.
 
@@ -172,14 +172,14 @@ def train_batches(
   count = prepared.split_size(builder, task, split)
   if count < process_count:
     raise errors.UserError(
-        f"{count} examples in {split} of {task.name!r} are too few for"
-        f" {process_count} processes: each needs at least one to train on."
+      f"{count} examples in {split} of {task.name!r} are too few for"
+      f" {process_count} processes: each needs at least one to train on."
     )
   decode = reading.decoder(task, builder, image_size, value_range, resize)
   order = reading.stored_order(task, builder, split).shuffle(
-      _shuffle_buffer(builder, count),
-      seed=_shuffle_seed(seed, epoch),
-      reshuffle_each_iteration=False,
+    _shuffle_buffer(builder, count),
+    seed=_shuffle_seed(seed, epoch),
+    reshuffle_each_iteration=False,
   )
   steps = range(start_step, -(-count // batch_size))
   order = order.skip(start_step * batch_size)

@@ -39,53 +39,53 @@ _OPENCV = ("cv2", "opencv-python-headless")
 _SCIPY = ("scipy", "scipy")
 _H5PY = ("h5py", "h5py")
 PACKAGES = {
-    "oxford_flowers102": _SCIPY,
-    "svhn_cropped": _SCIPY,
-    "sun397": _OPENCV,
-    "kitti": _OPENCV,
-    "diabetic_retinopathy_detection": _OPENCV,
-    "patch_camelyon": _H5PY,
-    "dsprites": _H5PY,
+  "oxford_flowers102": _SCIPY,
+  "svhn_cropped": _SCIPY,
+  "sun397": _OPENCV,
+  "kitti": _OPENCV,
+  "diabetic_retinopathy_detection": _OPENCV,
+  "patch_camelyon": _H5PY,
+  "dsprites": _H5PY,
 }
 
 # What to know before preparing: sizes of large downloads, files to get by hand,
 # and troubles others met.
 NOTES = {
-    "caltech101": "137 MB from data.caltech.edu.",
-    "cifar100": "169 MB from cs.toronto.edu.",
-    "dtd": "625 MB from robots.ox.ac.uk; for research purposes.",
-    "oxford_flowers102": (
-        "345 MB from robots.ox.ac.uk; checksum mismatches were reported."
-    ),
-    "oxford_iiit_pet": (
-        "811 MB from thor.robots.ox.ac.uk; checksum mismatches were reported."
-    ),
-    "svhn_cropped": "1.6 GB from ufldl.stanford.edu.",
-    "sun397": (
-        "39 GB from vision.princeton.edu, an address that was reported dead:"
-        " you may have to get the archive elsewhere, and give it by"
-        " --manual_dir."
-    ),
-    "patch_camelyon": "8 GB from zenodo.org.",
-    "eurosat": (
-        "94 MB from madm.dfki.de; if its certificate is refused, give the same"
-        " file from a mirror by --manual_dir."
-    ),
-    "resisc45": (
-        "Not downloadable: get NWPU-RESISC45 from its authors and extract it so"
-        " that MANUAL_DIR/NWPU-RESISC45/<class>/*.jpg exist."
-    ),
-    "diabetic_retinopathy_detection": (
-        "Not downloadable: accept the rules of Kaggle's Diabetic Retinopathy"
-        " Detection competition, join the parts of its archives (cat) and"
-        " extract them so that MANUAL_DIR holds train/, test/, sample/ and"
-        " trainLabels.csv."
-    ),
-    "clevr": "19 GB from dl.fbaipublicfiles.com.",
-    "dmlab": "3 GB from Google Cloud Storage.",
-    "kitti": "12.6 GB from Amazon S3; KITTI has terms of its own.",
-    "dsprites": "28 MB from github.com.",
-    "smallnorb": "263 MB from cs.nyu.edu.",
+  "caltech101": "137 MB from data.caltech.edu.",
+  "cifar100": "169 MB from cs.toronto.edu.",
+  "dtd": "625 MB from robots.ox.ac.uk; for research purposes.",
+  "oxford_flowers102": (
+    "345 MB from robots.ox.ac.uk; checksum mismatches were reported."
+  ),
+  "oxford_iiit_pet": (
+    "811 MB from thor.robots.ox.ac.uk; checksum mismatches were reported."
+  ),
+  "svhn_cropped": "1.6 GB from ufldl.stanford.edu.",
+  "sun397": (
+    "39 GB from vision.princeton.edu, an address that was reported dead:"
+    " you may have to get the archive elsewhere, and give it by"
+    " --manual_dir."
+  ),
+  "patch_camelyon": "8 GB from zenodo.org.",
+  "eurosat": (
+    "94 MB from madm.dfki.de; if its certificate is refused, give the same"
+    " file from a mirror by --manual_dir."
+  ),
+  "resisc45": (
+    "Not downloadable: get NWPU-RESISC45 from its authors and extract it so"
+    " that MANUAL_DIR/NWPU-RESISC45/<class>/*.jpg exist."
+  ),
+  "diabetic_retinopathy_detection": (
+    "Not downloadable: accept the rules of Kaggle's Diabetic Retinopathy"
+    " Detection competition, join the parts of its archives (cat) and"
+    " extract them so that MANUAL_DIR holds train/, test/, sample/ and"
+    " trainLabels.csv."
+  ),
+  "clevr": "19 GB from dl.fbaipublicfiles.com.",
+  "dmlab": "3 GB from Google Cloud Storage.",
+  "kitti": "12.6 GB from Amazon S3; KITTI has terms of its own.",
+  "dsprites": "28 MB from github.com.",
+  "smallnorb": "263 MB from cs.nyu.edu.",
 }
 
 
@@ -103,12 +103,12 @@ def requests(names: Sequence[str]) -> list[str]:
 
 
 def prepare(
-    request: str,
-    *,
-    data_dir: str | None = None,
-    download_dir: str | None = None,
-    manual_dir: str | None = None,
-    trust_files: bool = False,
+  request: str,
+  *,
+  data_dir: str | None = None,
+  download_dir: str | None = None,
+  manual_dir: str | None = None,
+  trust_files: bool = False,
 ) -> Any:
   """Prepares one dataset, unless it is, and returns its TFDS builder.
 
@@ -128,8 +128,8 @@ def prepare(
       return builder
   if builder.data_path.exists():
     raise errors.UserError(
-        f"{builder.data_path} exists but holds no finished dataset. Move that"
-        " folder away and try again."
+      f"{builder.data_path} exists but holds no finished dataset. Move that"
+      " folder away and try again."
     )
   _check_packages(builder.name)
   if builder.name in NOTES:
@@ -144,8 +144,8 @@ def _check_packages(name: str) -> None:
   module, package = PACKAGES.get(name, (None, None))
   if module and importlib.util.find_spec(module) is None:
     raise errors.UserError(
-        f"Preparing {name!r} needs the Python package {package!r} (reading it"
-        f" later does not): pip install {package}"
+      f"Preparing {name!r} needs the Python package {package!r} (reading it"
+      f" later does not): pip install {package}"
     )
 
 
@@ -153,47 +153,47 @@ def _trust(builder: Any, manual_dir: str | None) -> None:
   """Records the checksums of the files at hand, in memory only."""
   if not manual_dir:
     raise errors.UserError(
-        "--trust_files needs --manual_dir, the folder of the files to trust."
+      "--trust_files needs --manual_dir, the folder of the files to trust."
     )
   for url, info in list((builder.url_infos or {}).items()):
     path = epath.Path(manual_dir).expanduser() / info.filename
     if path.exists():
       print(f"{builder.name}: trusting {path}", flush=True)
       builder.url_infos[url] = tfds.core.download.checksums.compute_url_info(
-          path
+        path
       )
 
 
 def _generate(
-    builder: Any, download_dir: str | None, manual_dir: str | None
+  builder: Any, download_dir: str | None, manual_dir: str | None
 ) -> None:
   download = tfds.core.download
   urls = builder.url_infos or {}
   files = ", ".join(info.filename for info in urls.values())
   try:
     builder.download_and_prepare(
-        download_dir=download_dir,
-        download_config=tfds.download.DownloadConfig(manual_dir=manual_dir),
+      download_dir=download_dir,
+      download_config=tfds.download.DownloadConfig(manual_dir=manual_dir),
     )
   except download.download_manager.NonMatchingChecksumError as error:
     raise errors.UserError(
-        f"A file of {builder.name!r} is not the one TFDS has recorded:"
-        f" {_one_line(error)}"
-        " If you are sure of your files, give them by --manual_dir and add"
-        " --trust_files."
+      f"A file of {builder.name!r} is not the one TFDS has recorded:"
+      f" {_one_line(error)}"
+      " If you are sure of your files, give them by --manual_dir and add"
+      " --trust_files."
     ) from error
   except (
-      download.util.DownloadError,
-      download.extractor.ExtractError,
-      OSError,
-      AssertionError,
-      ImportError,
-      ValueError,  # A version that this TFDS can read, but not make.
+    download.util.DownloadError,
+    download.extractor.ExtractError,
+    OSError,
+    AssertionError,
+    ImportError,
+    ValueError,  # A version that this TFDS can read, but not make.
   ) as error:
     raise errors.UserError(
-        f"Preparing {builder.name!r} failed: {_one_line(error)} Files that"
-        " you have can be given by --manual_dir, under their original names"
-        + (f": {files}." if files else ".")
+      f"Preparing {builder.name!r} failed: {_one_line(error)} Files that"
+      " you have can be given by --manual_dir, under their original names"
+      + (f": {files}." if files else ".")
     ) from error
 
 
@@ -203,8 +203,8 @@ def _one_line(error: Exception) -> str:
 
 def _report(builder: Any) -> None:
   sizes = ", ".join(
-      f"{name} {split.num_examples}"
-      for name, split in builder.info.splits.items()
+    f"{name} {split.num_examples}"
+    for name, split in builder.info.splits.items()
   )
   print(f"{builder.name}: ready in {builder.data_path} ({sizes})", flush=True)
 
@@ -226,8 +226,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
   if not names:
     print(
-        "error: Name the datasets to prepare, or `all` (--help tells more).",
-        file=sys.stderr,
+      "error: Name the datasets to prepare, or `all` (--help tells more).",
+      file=sys.stderr,
     )
     return 2
   logging.set_verbosity(logging.WARNING)  # TFDS draws its progress anyway.
@@ -235,11 +235,11 @@ def main(argv: Sequence[str]) -> int:
   for request in requests(names):
     try:
       builder = prepare(
-          request,
-          data_dir=values.data_dir,
-          download_dir=values.download_dir,
-          manual_dir=values.manual_dir,
-          trust_files=values.trust_files,
+        request,
+        data_dir=values.data_dir,
+        download_dir=values.download_dir,
+        manual_dir=values.manual_dir,
+        trust_files=values.trust_files,
       )
     except errors.UserError as error:
       print(error, file=sys.stderr, flush=True)

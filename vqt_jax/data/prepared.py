@@ -53,24 +53,27 @@ def find_builder(request: str, data_dir: str | None) -> Any:
   except errors.UserError:
     raise
   except (
-      json_format.Error, json.JSONDecodeError, UnicodeDecodeError, OSError
-  ) as error:  # fmt: skip
+    json_format.Error,
+    json.JSONDecodeError,
+    UnicodeDecodeError,
+    OSError,
+  ) as error:
     raise errors.UserError(_damaged(wanted, data_dir, error)) from error
   except (ValueError, AssertionError, ImportError) as error:
     message = names.unusable(wanted, data_dir, error)
     raise errors.UserError(message) from error
   except tf.errors.OpError as error:
     raise errors.UserError(
-        f"The data folder {data_dir} cannot be read:"
-        f" {error.message.splitlines()[0][:200]}. Check the address, and that"
-        " you may read it."
+      f"The data folder {data_dir} cannot be read:"
+      f" {error.message.splitlines()[0][:200]}. Check the address, and that"
+      " you may read it."
     ) from error
 
 
 def _find(wanted: names.Request, data_dir: str | None) -> Any:
   if wanted.name == names.DIGITS:
     # Registers the builder.
-    from vqt_jax.data import digits  # pylint: disable=g-import-not-at-top
+    from vqt_jax.data import digits
 
     digits.prepare(data_dir)
   folder = names.find_folder(wanted, data_dir)
@@ -101,15 +104,15 @@ def open_builder(task: Task) -> Any:
     prepared = builder.is_prepared()
   if not prepared:
     raise errors.UserError(
-        f"Dataset {task.dataset!r} is not prepared in"
-        f" {os.fspath(builder.data_path)}. Prepare it once with:"
-        f" {prepare_command(task)}"
+      f"Dataset {task.dataset!r} is not prepared in"
+      f" {os.fspath(builder.data_path)}. Prepare it once with:"
+      f" {prepare_command(task)}"
     )
   if builder.info.file_format.value == "array_record":
     raise errors.UserError(
-        f"Dataset {task.dataset!r} in {os.fspath(builder.data_path)} lies there"
-        " as ArrayRecord, which TFDS does not read with TensorFlow. Prepare it"
-        " as TFRecord, in another data_dir."
+      f"Dataset {task.dataset!r} in {os.fspath(builder.data_path)} lies there"
+      " as ArrayRecord, which TFDS does not read with TensorFlow. Prepare it"
+      " as TFRecord, in another data_dir."
     )
   return builder
 
@@ -127,7 +130,7 @@ def _command(datasets: Iterable[str], data_dir: str | None) -> str:
 
 
 def repair(
-    dataset: str, data_dir: str | None, place: os.PathLike, what: str
+  dataset: str, data_dir: str | None, place: os.PathLike, what: str
 ) -> str:
   """A sentence on what to do about damaged files; none is to delete them.
 
@@ -140,9 +143,7 @@ def repair(
   if not names.of_tfds(dataset.partition("/")[0]):
     return what
   command = _command([dataset], data_dir)
-  return (
-      f"Move {os.fspath(place)} away, and prepare it again with: {command}"
-  )
+  return f"Move {os.fspath(place)} away, and prepare it again with: {command}"
 
 
 def check_prepared(task: Task, splits: Iterable[str] = SPLITS) -> None:
@@ -181,16 +182,16 @@ def expected_examples(task: Task, split: str) -> int:
     return num_examples(task, split)
   # TFDS computes slices of files; it does not look for these.
   template = tfds.core.ShardedFileTemplate(
-      data_dir="", dataset_name=task.name, filetype_suffix="tfrecord"
+    data_dir="", dataset_name=task.name, filetype_suffix="tfrecord"
   )
   whole = [
-      tfds.core.SplitInfo(
-          name=name,
-          shard_lengths=[size],
-          num_bytes=0,
-          filename_template=template,
-      )
-      for name, size in task.sizes.items()
+    tfds.core.SplitInfo(
+      name=name,
+      shard_lengths=[size],
+      num_bytes=0,
+      filename_template=template,
+    )
+    for name, size in task.sizes.items()
   ]
   splits = tfds.core.splits.SplitDict(whole)
   return splits[task.splits[split]].num_examples
@@ -200,8 +201,8 @@ def split_size(builder: Any, task: Task, split: str) -> int:
   """As `num_examples`, with the builder already open."""
   slices = task.splits[split]
   found = ", ".join(
-      f"{name} ({info.num_examples})"
-      for name, info in builder.info.splits.items()
+    f"{name} ({info.num_examples})"
+    for name, info in builder.info.splits.items()
   )
   try:
     count = builder.info.splits[slices].num_examples
@@ -209,14 +210,14 @@ def split_size(builder: Any, task: Task, split: str) -> int:
     # Without TFDS's list of splits, and where to read on.
     reason = files.first_line(error).split(". ")[0].rstrip(".")
     raise errors.UserError(
-        f"Split {slices!r} ({split} of {task.name!r}) cannot be read from"
-        f" {os.fspath(builder.data_path)}: {reason}. Splits there:"
-        f" {found or 'none'}."
+      f"Split {slices!r} ({split} of {task.name!r}) cannot be read from"
+      f" {os.fspath(builder.data_path)}: {reason}. Splits there:"
+      f" {found or 'none'}."
     ) from error
   if count <= 0:
     raise errors.UserError(
-        f"Split {slices!r} ({split} of {task.name!r}) is empty. Splits in"
-        f" {os.fspath(builder.data_path)}: {found}."
+      f"Split {slices!r} ({split} of {task.name!r}) is empty. Splits in"
+      f" {os.fspath(builder.data_path)}: {found}."
     )
   return count
 
@@ -256,10 +257,10 @@ def fingerprint(task: Task, split: str) -> dict[str, Any]:
     rows = [part.skip, part.take]
     parts.append([path.name, stat.length, stat.mtime, *rows])
   return {
-      "dataset": builder.info.full_name,
-      "image_key": task.image_key,
-      "pixel_scale": task.pixel_scale,
-      "files": parts,
+    "dataset": builder.info.full_name,
+    "image_key": task.image_key,
+    "pixel_scale": task.pixel_scale,
+    "files": parts,
   }
 
 
@@ -273,22 +274,22 @@ def identity(task: Task) -> dict[str, Any]:
   """
   builder = open_builder(task)
   sizes = {
-      name: [info.num_bytes, *info.shard_lengths]
-      for name, info in builder.info.splits.items()
+    name: [info.num_bytes, *info.shard_lengths]
+    for name, info in builder.info.splits.items()
   }
   text = json.dumps(sizes, sort_keys=True)
   return {
-      "dataset": builder.info.full_name,
-      "image_key": task.image_key,
-      "num_classes": task.num_classes,
-      "splits": {
-          split: {
-              "slices": task.splits[split],
-              "images": split_size(builder, task, split),
-          }
-          for split in SPLITS
-      },
-      "sha256": hashlib.sha256(text.encode()).hexdigest(),
+    "dataset": builder.info.full_name,
+    "image_key": task.image_key,
+    "num_classes": task.num_classes,
+    "splits": {
+      split: {
+        "slices": task.splits[split],
+        "images": split_size(builder, task, split),
+      }
+      for split in SPLITS
+    },
+    "sha256": hashlib.sha256(text.encode()).hexdigest(),
   }
 
 
@@ -306,8 +307,8 @@ def size_warning(task: Task) -> str | None:
   if not differences:
     return None
   return (
-      f"The prepared copy of {task.dataset!r} is not the one of VTAB:"
-      f" {'; '.join(differences)}. Results may not compare with published ones."
+    f"The prepared copy of {task.dataset!r} is not the one of VTAB:"
+    f" {'; '.join(differences)}. Results may not compare with published ones."
   )
 
 
@@ -327,23 +328,25 @@ def _reading(data_dir: str | None) -> Iterator[None]:
     elif not advice and type(e).__module__.split(".")[0] not in _CLIENTS:
       raise
     raise errors.UserError(
-        f"The data folder {data_dir} cannot be read: {files.first_line(e)}"
-        f" {advice or 'Check data_dir.'}"
+      f"The data folder {data_dir} cannot be read: {files.first_line(e)}"
+      f" {advice or 'Check data_dir.'}"
     ) from e
 
 
 def _damaged(
-    wanted: names.Request, data_dir: str | None, error: Exception
+  wanted: names.Request, data_dir: str | None, error: Exception
 ) -> str:
   """Tells that what describes the dataset cannot be read."""
   place = names.root(data_dir) / wanted.name
   advice = "Make it readable."
   if not isinstance(error, PermissionError):
     advice = repair(
-        wanted.dataset, data_dir, place,
-        "Write the dataset again, or restore that file from a copy.",
-    )  # fmt: skip
+      wanted.dataset,
+      data_dir,
+      place,
+      "Write the dataset again, or restore that file from a copy.",
+    )
   return (
-      f"The description of dataset {wanted.dataset!r} in {place} cannot be"
-      f" read: {files.first_line(error)} {advice}"
+    f"The description of dataset {wanted.dataset!r} in {place} cannot be"
+    f" read: {files.first_line(error)} {advice}"
   )

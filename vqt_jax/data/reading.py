@@ -41,8 +41,8 @@ class Rows:
   def __post_init__(self):
     if self.batch_size < 1 or self.batch_size % self.process_count:
       raise errors.UserError(
-          f"batch_size {self.batch_size} must be a positive multiple of the"
-          f" number of processes, {self.process_count}."
+        f"batch_size {self.batch_size} must be a positive multiple of the"
+        f" number of processes, {self.process_count}."
       )
 
   @property
@@ -63,44 +63,44 @@ def stored_order(task: Task, builder: Any, split: str) -> Any:
   options = tf.data.Options()
   options.deterministic = True
   undecoded = {
-      key: tfds.decode.SkipDecoding()
-      for key, feature in builder.info.features.items()
-      if isinstance(feature, tfds.features.Image)
+    key: tfds.decode.SkipDecoding()
+    for key, feature in builder.info.features.items()
+    if isinstance(feature, tfds.features.Image)
   }
   with quiet():
     dataset = builder.as_dataset(
-        split=task.splits[split],
-        decoders=undecoded,
-        shuffle_files=False,
-        read_config=tfds.ReadConfig(
-            options=options,
-            interleave_cycle_length=1,
-            try_autocache=False,
-            skip_prefetch=True,
-        ),
+      split=task.splits[split],
+      decoders=undecoded,
+      shuffle_files=False,
+      read_config=tfds.ReadConfig(
+        options=options,
+        interleave_cycle_length=1,
+        try_autocache=False,
+        skip_prefetch=True,
+      ),
     )
   return dataset.enumerate()
 
 
 def decoder(
-    task: Task,
-    builder: Any,
-    image_size: images.ImageSize,
-    value_range: str,
-    resize: str,
+  task: Task,
+  builder: Any,
+  image_size: images.ImageSize,
+  value_range: str,
+  resize: str,
 ) -> Any:
   """The map from an undecoded example to its image and label."""
   stored = builder.info.features[task.image_key].shape[-1]
   channels = 1 if stored == 1 else 3
   preprocess = images.make_preprocess(
-      image_size, value_range, resize, task.pixel_scale
+    image_size, value_range, resize, task.pixel_scale
   )
 
   def decode(example: dict[str, Any]) -> dict[str, Any]:
     image = images.decode(example[task.image_key], channels)
     return {
-        "image": preprocess(image),
-        "label": label_of(task, example),
+      "image": preprocess(image),
+      "label": label_of(task, example),
     }
 
   return decode
@@ -111,13 +111,13 @@ def label_of(task: Task, example: dict[str, Any]) -> Any:
 
 
 def read(
-    task: Task,
-    builder: Any,
-    split: str,
-    order: Any,
-    decode: Any,
-    rows: Rows,
-    steps: range,
+  task: Task,
+  builder: Any,
+  split: str,
+  order: Any,
+  decode: Any,
+  rows: Rows,
+  steps: range,
 ) -> Iterator[Batch]:
   """Yields this process's rows of the batches `steps`, padded and masked.
 
@@ -135,17 +135,17 @@ def read(
   """
   mine = order.enumerate().filter(rows.mine)
   dataset = (
-      mine.map(
-          lambda _, numbered: decode(numbered[1]),
-          num_parallel_calls=tf.data.AUTOTUNE,
-          deterministic=True,
-      )
-      .batch(rows.local)
-      .prefetch(2)
+    mine.map(
+      lambda _, numbered: decode(numbered[1]),
+      num_parallel_calls=tf.data.AUTOTUNE,
+      deterministic=True,
+    )
+    .batch(rows.local)
+    .prefetch(2)
   )
   empty = {
-      key: np.zeros((0, *spec.shape[1:]), spec.dtype.as_numpy_dtype)
-      for key, spec in dataset.element_spec.items()
+    key: np.zeros((0, *spec.shape[1:]), spec.dtype.as_numpy_dtype)
+    for key, spec in dataset.element_spec.items()
   }
   done = 0  # Steps.
   try:
@@ -158,32 +158,32 @@ def read(
   except tf.errors.OpError as error:
     failed = mine.skip(done * rows.local).take(rows.local)
     raise errors.UserError(
-        _unreachable(task, builder, error)
-        or _wrong_image(task, builder, split, failed, decode)
-        or _wrong_record(task, builder, split, error)
+      _unreachable(task, builder, error)
+      or _wrong_image(task, builder, split, failed, decode)
+      or _wrong_record(task, builder, split, error)
     ) from error
 
 
 def _unreachable(task: Task, builder: Any, error: Any) -> str | None:
   """What to say where the files may be well, and only their bucket says no."""
   said_no = (
-      tf.errors.AbortedError,
-      tf.errors.DeadlineExceededError,
-      tf.errors.PermissionDeniedError,
-      tf.errors.UnauthenticatedError,
-      tf.errors.UnavailableError,
+    tf.errors.AbortedError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.PermissionDeniedError,
+    tf.errors.UnauthenticatedError,
+    tf.errors.UnavailableError,
   )
   if not files.in_bucket(builder.data_path) or not isinstance(error, said_no):
     return None
   return (
-      f"Dataset {task.dataset!r} in {builder.data_path} cannot be read"
-      f" ({type(error).__name__}: {_reason(error)}). See that the network is"
-      " up, and that you may read the folder; the same command resumes."
+    f"Dataset {task.dataset!r} in {builder.data_path} cannot be read"
+    f" ({type(error).__name__}: {_reason(error)}). See that the network is"
+    " up, and that you may read the folder; the same command resumes."
   )
 
 
 def _wrong_image(
-    task: Task, builder: Any, split: str, examples: Any, decode: Any
+  task: Task, builder: Any, split: str, examples: Any, decode: Any
 ) -> str | None:
   """Names the first of some examples that cannot be decoded, if there is one.
 
@@ -201,14 +201,15 @@ def _wrong_image(
       except Exception as error:  # Each of the decoders has its own.
         content = example[task.image_key].numpy()
         return (
-            "Cannot decode image"
-            f" {_where(task, builder, split, int(number), example)}"
-            f" ({_reason(error)}; {len(content):,} bytes). "
-            + _repair(
-                task, builder,
-                "Replace or remove that image and write the dataset again.",
-            )
-        )  # fmt: skip
+          "Cannot decode image"
+          f" {_where(task, builder, split, int(number), example)}"
+          f" ({_reason(error)}; {len(content):,} bytes). "
+          + _repair(
+            task,
+            builder,
+            "Replace or remove that image and write the dataset again.",
+          )
+        )
   return None
 
 
@@ -221,17 +222,18 @@ def _wrong_record(task: Task, builder: Any, split: str, error: Any) -> str:
   advice = "Make it readable."
   if not isinstance(error, tf.errors.PermissionDeniedError):
     advice = _repair(
-        task, builder,
-        "Write the dataset again, or restore its files from a copy.",
-    )  # fmt: skip
+      task,
+      builder,
+      "Write the dataset again, or restore its files from a copy.",
+    )
   return (
-      f"Record {_where(task, builder, split, number)} cannot be read"
-      f" ({type(error).__name__}: {_reason(error)}). {advice}"
+    f"Record {_where(task, builder, split, number)} cannot be read"
+    f" ({type(error).__name__}: {_reason(error)}). {advice}"
   )
 
 
 def _where(
-    task: Task, builder: Any, split: str, number: int, example: Any = None
+  task: Task, builder: Any, split: str, number: int, example: Any = None
 ) -> str:
   """Number in the split, and the names of files that lead to an example."""
   found = [f"split {task.splits[split]!r}, counted from 0"]
@@ -240,8 +242,8 @@ def _where(
     if "file" in key and is_text and value.shape == ():
       found.append(f"{key} {value.numpy().decode(errors='replace')!r}")
   return (
-      f"{number} of {split} ({'; '.join(found)}) of dataset {task.dataset!r} in"
-      f" {builder.data_path}"
+    f"{number} of {split} ({'; '.join(found)}) of dataset {task.dataset!r} in"
+    f" {builder.data_path}"
   )
 
 
@@ -260,9 +262,9 @@ def _check_labels(task: Task, labels: np.ndarray) -> None:
   wrong = labels[(labels < 0) | (labels >= task.num_classes)]
   if len(wrong):
     raise errors.UserError(
-        f"Label {wrong[0]} in {task.name!r} is outside its {task.num_classes}"
-        f" classes, 0..{task.num_classes - 1}. Check the dataset, or"
-        " num_classes and label_key."
+      f"Label {wrong[0]} in {task.name!r} is outside its {task.num_classes}"
+      f" classes, 0..{task.num_classes - 1}. Check the dataset, or"
+      " num_classes and label_key."
     )
 
 
@@ -270,11 +272,11 @@ def _pad(batch: Batch, rows: int) -> Batch:
   count = len(batch["label"])
   if count < rows:
     batch = {
-        key: np.pad(value, [(0, rows - count)] + [(0, 0)] * (value.ndim - 1))
-        for key, value in batch.items()
+      key: np.pad(value, [(0, rows - count)] + [(0, 0)] * (value.ndim - 1))
+      for key, value in batch.items()
     }
   return {
-      **batch,
-      "label": batch["label"].astype(np.int32),
-      "mask": (np.arange(rows) < count).astype(np.float32),
+    **batch,
+    "label": batch["label"].astype(np.int32),
+    "mask": (np.arange(rows) < count).astype(np.float32),
   }

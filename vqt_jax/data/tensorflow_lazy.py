@@ -24,7 +24,7 @@ if os.path.expanduser("~") == "~":
 
 def _hide_accelerators(_: str) -> None:
   # Also after TFDS alone, which would start TensorFlow unrestricted.
-  import tensorflow  # pylint: disable=g-import-not-at-top
+  import tensorflow
 
   for kind in ("GPU", "TPU"):
     tensorflow.config.set_visible_devices([], kind)

@@ -17,9 +17,9 @@ from vqt_jax.train import several
 
 
 def train(
-    config: ml_collections.ConfigDict,
-    workdir: files.PathLike,
-    console: console_lib.Console | None = None,
+  config: ml_collections.ConfigDict,
+  workdir: files.PathLike,
+  console: console_lib.Console | None = None,
 ) -> dict[str, Any]:
   """Does what `run.train` does for every method, see `several.train`.
 
@@ -40,7 +40,7 @@ def train(
 
 
 def _look(
-    config: ml_collections.ConfigDict, workdir: files.Path
+  config: ml_collections.ConfigDict, workdir: files.Path
 ) -> tuple[several.Configs, str]:
   """The config of each method."""
   del workdir
@@ -49,7 +49,7 @@ def _look(
 
 
 def _sum_up(
-    console: console_lib.Console, workdir: files.Path, names: Sequence[str]
+  console: console_lib.Console, workdir: files.Path, names: Sequence[str]
 ) -> dict[str, Any]:
   """Writes and prints what came out; `results.json` comes last."""
   summary = compare.summarize(several.outcomes(workdir, names))

@@ -20,9 +20,9 @@ from vqt_jax.train import several
 
 
 def train(
-    config: ml_collections.ConfigDict,
-    workdir: files.PathLike,
-    console: console_lib.Console | None = None,
+  config: ml_collections.ConfigDict,
+  workdir: files.PathLike,
+  console: console_lib.Console | None = None,
 ) -> dict[str, Any]:
   """Does what `run.train` does for every task, see `several.train`.
 
@@ -44,7 +44,7 @@ def train(
 
 
 def _look(
-    config: ml_collections.ConfigDict, workdir: files.Path
+  config: ml_collections.ConfigDict, workdir: files.Path
 ) -> tuple[several.Configs, str]:
   """Configs of the tasks to be done, and which ones are left out.
 
@@ -71,29 +71,27 @@ def _look(
 
 
 def _not_prepared(
-    config: ml_collections.ConfigDict, missing: Iterable[str]
+  config: ml_collections.ConfigDict, missing: Iterable[str]
 ) -> str:
   """Says which tasks are left out, and what to do about it."""
   names = [name for name in vtab.VTAB if name in missing]
   tasks = [data.make_task(name, data_dir=config.data_dir) for name in names]
   folder = config.data_dir or "TFDS's own folder"
   return (
-      f"{len(names)} of {len(vtab.VTAB)} tasks are not prepared in {folder}:"
-      f" {', '.join(names)}."
-      f" To add them: {data.prepare_command(*tasks)}, then the same command"
-      " again."
+    f"{len(names)} of {len(vtab.VTAB)} tasks are not prepared in {folder}:"
+    f" {', '.join(names)}."
+    f" To add them: {data.prepare_command(*tasks)}, then the same command"
+    " again."
   )
 
 
 def _sum_up(
-    console: console_lib.Console, workdir: files.Path, names: Iterable[str]
+  console: console_lib.Console, workdir: files.Path, names: Iterable[str]
 ) -> dict[str, Any]:
   """Writes and prints what came out; `results.json` comes last."""
   summary = vtab_summary.summarize(several.outcomes(workdir, names))
   if parallel.is_first():
-    files.write(
-        workdir / "vtab.csv", vtab_summary.to_csv(summary).encode()
-    )
+    files.write(workdir / "vtab.csv", vtab_summary.to_csv(summary).encode())
     plots.vtab(summary, workdir / "vtab.png")
     results_lib.write_json(workdir / outcome.RESULTS, summary)
   vtab_summary.show(console, workdir, summary)

@@ -34,9 +34,12 @@ def simplest(pair: Setting) -> tuple[Any, ...]:
   """Of equally good settings the first in this order is taken."""
   tuner, run = pair
   return (
-      tuner.num_queries, run.lr, run.weight_decay, run.query_dropout,
-      not run.normalize,
-  )  # fmt: skip
+    tuner.num_queries,
+    run.lr,
+    run.weight_decay,
+    run.query_dropout,
+    not run.normalize,
+  )
 
 
 def folds(count: int, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -50,8 +53,8 @@ def folds(count: int, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
   """
   if count < number:
     raise errors.UserError(
-        f"config.best.folds={number}: expected at most one fold per training"
-        f" example, found {count} examples."
+      f"config.best.folds={number}: expected at most one fold per training"
+      f" example, found {count} examples."
     )
   rows = np.arange(count)
   edges = [count * i // number for i in range(number, -1, -1)]
@@ -60,11 +63,11 @@ def folds(count: int, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def search(
-    job: Any,
-    stages: stages_lib.Stages,
-    known: dict[str, Any] | None,
-    first: loop.Run,
-    count: int,
+  job: Any,
+  stages: stages_lib.Stages,
+  known: dict[str, Any] | None,
+  first: loop.Run,
+  count: int,
 ) -> tuple[dict[str, Any], tuner_lib.Tuner, loop.Run, float]:
   """Finds a setting.
 
@@ -98,29 +101,29 @@ def search(
   keep = min(by_fraction, key=lambda f: (-by_fraction[f], -f))
 
   job.console.note(
-      f"{_told(chosen, job.config.batch_size)}, {100 * keep:g} % of the"
-      f" features ({len(parts)} folds: {100 * by_fraction[keep]:.1f} %; the"
-      f" full protocol's choice {100 * accuracy[first]:.1f} %)",
-      "chosen",
+    f"{_told(chosen, job.config.batch_size)}, {100 * keep:g} % of the"
+    f" features ({len(parts)} folds: {100 * by_fraction[keep]:.1f} %; the"
+    f" full protocol's choice {100 * accuracy[first]:.1f} %)",
+    "chosen",
   )
   found = {
-      "searched": len(val),
-      "finalists": [
-          {
-              **setting(*p),
-              "val_accuracy": val.get(p),
-              "cv_accuracy": accuracy[p],
-              "full": p == first,
-          }
-          for p in finalists
-      ],
-      "keep_fractions": [
-          {"keep_fraction": f, "cv_accuracy": by_fraction[f]}
-          for f in sorted(by_fraction)
-      ],
-      "folds": len(parts),
-      "chosen": {**setting(*chosen), "keep_fraction": keep},
-      "seconds": seconds,
+    "searched": len(val),
+    "finalists": [
+      {
+        **setting(*p),
+        "val_accuracy": val.get(p),
+        "cv_accuracy": accuracy[p],
+        "full": p == first,
+      }
+      for p in finalists
+    ],
+    "keep_fractions": [
+      {"keep_fraction": f, "cv_accuracy": by_fraction[f]}
+      for f in sorted(by_fraction)
+    ],
+    "folds": len(parts),
+    "chosen": {**setting(*chosen), "keep_fraction": keep},
+    "seconds": seconds,
   }
   return found, *chosen, keep
 
@@ -136,16 +139,16 @@ def _told(pair: Setting, batch_size: int) -> str:
 
 
 def _wide(
-    job: Any, stages: stages_lib.Stages, known: dict[str, Any] | None
+  job: Any, stages: stages_lib.Stages, known: dict[str, Any] | None
 ) -> tuple[dict[Setting, float], float]:
   """Val accuracy of every setting that did not diverge, and seconds."""
   c = job.config
   val, seconds = {}, 0.0
   if known:
     val = {
-        (job.tuner, loop.Run(**run)): known["val_accuracy"][i]
-        for i, run in enumerate(known["runs"])
-        if i not in known["diverged"]
+      (job.tuner, loop.Run(**run)): known["val_accuracy"][i]
+      for i, run in enumerate(known["runs"])
+      if i not in known["diverged"]
     }
   tried = [loop.Run(**run) for run in known["runs"]] if known else []
   wide = (c.best.query_dropout, c.best.normalize)
@@ -155,33 +158,39 @@ def _wide(
   for num_queries in counts:
     tuner = dataclasses.replace(job.tuner, num_queries=num_queries)
     runs = tuple(
-        loop.Run(lr * c.batch_size / 256, decay, c.search_seed, *rest)
-        for lr, decay, *rest in itertools.product(c.lr, c.weight_decay, *wide)
+      loop.Run(lr * c.batch_size / 256, decay, c.search_seed, *rest)
+      for lr, decay, *rest in itertools.product(c.lr, c.weight_decay, *wide)
     )
     if tuner == job.tuner:
       runs = tuple(run for run in runs if run not in tried)
     if not runs:
       continue
     out = stages.run(
-        stages_lib.Stage(
-            f"search_{num_queries}", "search", tuner, runs, "setting",
-            split="train", judge=("val", None), least=0,
-            keeps_weights=False,
-        )  # fmt: skip
+      stages_lib.Stage(
+        f"search_{num_queries}",
+        "search",
+        tuner,
+        runs,
+        "setting",
+        split="train",
+        judge=("val", None),
+        least=0,
+        keeps_weights=False,
+      )
     )
     seconds += out.seconds
     val |= {
-        (tuner, run): out.accuracy[i]
-        for i, run in enumerate(runs)
-        if i not in out.diverged
+      (tuner, run): out.accuracy[i]
+      for i, run in enumerate(runs)
+      if i not in out.diverged
     }
   return val, seconds
 
 
 def _cross_validate(
-    stages: stages_lib.Stages,
-    finalists: list[Setting],
-    parts: list[tuple[np.ndarray, np.ndarray]],
+  stages: stages_lib.Stages,
+  finalists: list[Setting],
+  parts: list[tuple[np.ndarray, np.ndarray]],
 ) -> tuple[dict[Setting, float], float]:
   """Share of all examples that the folds get right; seconds.
 
@@ -192,11 +201,17 @@ def _cross_validate(
     for tuner in dict.fromkeys(tuner for tuner, _ in finalists):
       runs = tuple(run for other, run in finalists if other == tuner)
       out = stages.run(
-          stages_lib.Stage(
-              f"fold_{number}_{tuner.num_queries}", f"fold {number}", tuner,
-              runs, "setting", rows=rows, judge=("trainval", judged),
-              least=0, keeps_weights=False,
-          )  # fmt: skip
+        stages_lib.Stage(
+          f"fold_{number}_{tuner.num_queries}",
+          f"fold {number}",
+          tuner,
+          runs,
+          "setting",
+          rows=rows,
+          judge=("trainval", judged),
+          least=0,
+          keeps_weights=False,
+        )
       )
       seconds += out.seconds
       for run, share in zip(runs, out.accuracy):
@@ -205,19 +220,25 @@ def _cross_validate(
 
 
 def _fractions(
-    stages: stages_lib.Stages,
-    tuner: tuner_lib.Tuner,
-    run: loop.Run,
-    fractions: list[float],
-    parts: list[tuple[np.ndarray, np.ndarray]],
+  stages: stages_lib.Stages,
+  tuner: tuner_lib.Tuner,
+  run: loop.Run,
+  fractions: list[float],
+  parts: list[tuple[np.ndarray, np.ndarray]],
 ) -> tuple[dict[float, float], float]:
   """The same for fractions of features to keep, of one setting."""
   right, seconds = dict.fromkeys(fractions, 0.0), 0.0
   for number, (rows, judged) in enumerate(parts, start=1):
     accuracy, more = selection.compare(
-        stages, f"keep_{number}_", f"fold {number}", tuner, run, fractions,
-        rows=rows, judge=("trainval", judged),
-    )  # fmt: skip
+      stages,
+      f"keep_{number}_",
+      f"fold {number}",
+      tuner,
+      run,
+      fractions,
+      rows=rows,
+      judge=("trainval", judged),
+    )
     seconds += more
     for fraction, share in zip(fractions, accuracy):
       right[fraction] += share * len(judged)

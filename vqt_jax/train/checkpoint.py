@@ -55,9 +55,9 @@ class Checkpointer:
     self._last = time.monotonic()
     _mute_late_ends()
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=2,
-        enable_async_checkpointing=True,
-        async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS),
+      max_to_keep=2,
+      enable_async_checkpointing=True,
+      async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS),
     )
     place = self._directory
     if not files.in_bucket(place):
@@ -69,8 +69,8 @@ class Checkpointer:
       save = self._directory / str(number)
       if not files.exists(save / "progress"):  # It would be the next to go.
         raise errors.UserError(
-            f"{save} is no save of this program. Move it elsewhere, or choose"
-            " another --workdir."
+          f"{save} is no save of this program. Move it elsewhere, or choose"
+          " another --workdir."
         )
 
   def due(self) -> bool:
@@ -82,11 +82,11 @@ class Checkpointer:
     number = (self._manager.latest_step() or 0) + 1
     with self._writing():
       self._manager.save(
-          number,
-          args=ocp.args.Composite(
-              state=ocp.args.StandardSave(_flatten(state)),
-              progress=ocp.args.JsonSave(progress),
-          ),
+        number,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(_flatten(state)),
+          progress=ocp.args.JsonSave(progress),
+        ),
       )
     self._last = time.monotonic()
 
@@ -105,7 +105,7 @@ class Checkpointer:
     """State of the last complete save, placed as `like` is."""
     flat = _flatten(like)
     shape = lambda x: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=x.sharding
+      x.shape, x.dtype, sharding=x.sharding
     )
     args = ocp.args.StandardRestore(jax.tree.map(shape, flat))
     with self._reading():
@@ -134,8 +134,8 @@ class Checkpointer:
       if files.in_bucket(self._directory):
         advice = files.advice(e) or advice
       raise errors.UserError(
-          f"Cannot read {self._directory / str(self._manager.latest_step())}:"
-          f" {files.first_line(e)} {advice}"
+        f"Cannot read {self._directory / str(self._manager.latest_step())}:"
+        f" {files.first_line(e)} {advice}"
       ) from e
 
   @contextlib.contextmanager
@@ -148,7 +148,7 @@ class Checkpointer:
         if not parallel.is_connected():
           raise
         raise errors.UserError(
-            "Another process of this run could not save; see what it says."
+          "Another process of this run could not save; see what it says."
         ) from e
       except Exception as e:
         failure = _failure(e)
@@ -193,10 +193,10 @@ def _flatten(state: Any) -> dict[str, jax.Array]:
   """Leaves by path; random keys as their data."""
   leaves = jax.tree_util.tree_leaves_with_path(state)
   return {
-      jax.tree_util.keystr(path, simple=True, separator="."): (
-          jax.random.key_data(leaf) if _is_key(leaf) else leaf
-      )
-      for path, leaf in leaves
+    jax.tree_util.keystr(path, simple=True, separator="."): (
+      jax.random.key_data(leaf) if _is_key(leaf) else leaf
+    )
+    for path, leaf in leaves
   }
 
 

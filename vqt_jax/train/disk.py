@@ -49,12 +49,12 @@ class File:
   """The features of n images, of this process's devices; may not be there."""
 
   def __init__(
-      self,
-      folder: pathlib.Path,
-      name: str,
-      made_from: dict[str, Any],
-      layout: store_lib.Layout,
-      count: int,
+    self,
+    folder: pathlib.Path,
+    name: str,
+    made_from: dict[str, Any],
+    layout: store_lib.Layout,
+    count: int,
   ):
     """Touches nothing.
 
@@ -67,13 +67,13 @@ class File:
     """
     self._layout, self._count = layout, count
     footer = {
-        "format": FORMAT,
-        **made_from,
-        "images": count,
-        "dtype": layout.dtype,
-        "tokens": layout.tokens,
-        "process": [jax.process_index(), jax.process_count()],
-        "columns": layout.columns,
+      "format": FORMAT,
+      **made_from,
+      "images": count,
+      "dtype": layout.dtype,
+      "tokens": layout.tokens,
+      "process": [jax.process_index(), jax.process_count()],
+      "columns": layout.columns,
     }
     if layout.window > 1:
       footer["window"] = layout.window
@@ -110,8 +110,8 @@ class File:
       return None
     except OSError as e:
       raise errors.UserError(
-          f"Cannot read {self.path}: {e.strerror or e}. Make it readable, or"
-          " choose another config.store_dir."
+        f"Cannot read {self.path}: {e.strerror or e}. Make it readable, or"
+        " choose another config.store_dir."
       ) from e
     tokens = None
     if self._layout.tokens:
@@ -119,10 +119,10 @@ class File:
     return store_lib.HostStore(self._layout, tokens, np.array(rows["final"]))
 
   def write(
-      self,
-      stream: Callable[[int], Iterable[store_lib.Part]],
-      batch_size: int,
-      progress: Callable[[int], None] = lambda done: None,
+    self,
+    stream: Callable[[int], Iterable[store_lib.Part]],
+    batch_size: int,
+    progress: Callable[[int], None] = lambda done: None,
   ) -> None:
     """Extracts what is not there yet; all processes write together.
 
@@ -191,12 +191,12 @@ class File:
   def _header(self) -> bytes:
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(
-        header,
-        {
-            "descr": np.lib.format.dtype_to_descr(self._record),
-            "fortran_order": False,
-            "shape": (self._count,),
-        },
+      header,
+      {
+        "descr": np.lib.format.dtype_to_descr(self._record),
+        "fortran_order": False,
+        "shape": (self._count,),
+      },
     )
     return header.getvalue()
 

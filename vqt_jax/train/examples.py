@@ -63,7 +63,7 @@ class Examples:
     return self._counts[split]
 
   def source(
-      self, split: str, some: np.ndarray | None = None
+    self, split: str, some: np.ndarray | None = None
   ) -> sources.Resident | sources.Stored | sources.Streamed:
     """The examples of a split, or some rows of it, to train on.
 
@@ -81,24 +81,24 @@ class Examples:
       self.check_rows(split)
     check_batch(c.batch_size, self.mesh)
     read = functools.partial(
-        data.train_batches,
-        self.task,
-        split,
-        batch_size=c.batch_size,
-        seed=c.seed,
-        **self._reading,
+      data.train_batches,
+      self.task,
+      split,
+      batch_size=c.batch_size,
+      seed=c.seed,
+      **self._reading,
     )
     return sources.Streamed(
-        lambda epoch, start: parallel.in_step(
-            read(epoch=epoch, start_step=start)
-        ),
-        self.count(split),
-        c.batch_size,
-        self.mesh,
+      lambda epoch, start: parallel.in_step(
+        read(epoch=epoch, start_step=start)
+      ),
+      self.count(split),
+      c.batch_size,
+      self.mesh,
     )
 
   def evaluation(
-      self, split: str, some: np.ndarray | None = None
+    self, split: str, some: np.ndarray | None = None
   ) -> Iterator[sources.Chunk]:
     """A split, or some rows of it, in order, each example exactly once.
 
@@ -120,9 +120,9 @@ class Examples:
     """Raises a `UserError` if some rows of a split cannot be had."""
     if self._place(split)[0] == "stream":
       raise errors.UserError(
-          f"config.protocol=best trains on parts of {split}, but it is read"
-          " anew every epoch: keep its features (config.features=disk) or"
-          " images (config.data=device), or take protocol=full."
+        f"config.protocol=best trains on parts of {split}, but it is read"
+        " anew every epoch: keep its features (config.features=disk) or"
+        " images (config.data=device), or take protocol=full."
       )
 
   def is_live(self, split: str) -> bool:
@@ -148,8 +148,8 @@ class Examples:
       checked.append(split)
     with parallel.together():
       labels = {
-          split: self._labels(self._base(split))[self._rows_of(split)]
-          for split in checked
+        split: self._labels(self._base(split))[self._rows_of(split)]
+        for split in checked
       }
       note = data.check_classes(self.task, labels)
     if note:
@@ -158,18 +158,18 @@ class Examples:
   @property
   def _decoding(self) -> dict[str, Any]:
     return {
-        "image_size": self.backbone.config.image_size,
-        "value_range": self.backbone.value_range,
-        "resize": self.config.resize,
+      "image_size": self.backbone.config.image_size,
+      "value_range": self.backbone.value_range,
+      "resize": self.config.resize,
     }
 
   @property
   def _reading(self) -> dict[str, Any]:
     """Of this process's part of each batch."""
     return {
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
-        **self._decoding,
+      "process_index": jax.process_index(),
+      "process_count": jax.process_count(),
+      **self._decoding,
     }
 
   @property
@@ -188,10 +188,13 @@ class Examples:
 
   def _batches(self, split: str, start: int = 0) -> Iterator[Any]:
     return parallel.in_step(
-        data.batches(
-            self.task, split, batch_size=self._batch_size, start=start,
-            **self._reading,
-        )  # fmt: skip
+      data.batches(
+        self.task,
+        split,
+        batch_size=self._batch_size,
+        start=start,
+        **self._reading,
+      )
     )
 
   def _base(self, split: str) -> str:
@@ -263,11 +266,11 @@ class Examples:
       return held
 
   def _on_devices(
-      self,
-      layout: store.Layout,
-      parts: Iterable[store.Part],
-      label: np.ndarray,
-      progress: Callable[[int], None] = lambda done: None,
+    self,
+    layout: store.Layout,
+    parts: Iterable[store.Part],
+    label: np.ndarray,
+    progress: Callable[[int], None] = lambda done: None,
   ) -> dict[str, jax.Array]:
     if layout.projected:
       parts = store.project(layout, self.params, parts)
@@ -275,11 +278,11 @@ class Examples:
     return jax.block_until_ready(held)
 
   def _place_kept(
-      self,
-      kept: store.HostStore,
-      label: np.ndarray,
-      place: str,
-      layout: store.Layout,
+    self,
+    kept: store.HostStore,
+    label: np.ndarray,
+    place: str,
+    layout: store.Layout,
   ) -> Any:
     """Features from a file to where they are used, as `layout` there."""
     if place == "device":
@@ -293,9 +296,7 @@ class Examples:
 
   def _stream(self, base: str, start: int = 0) -> Iterator[store.Part]:
     """The stream of a split's images from `start` on."""
-    return store.stream(
-        self._layout, self.params, self._batches(base, start)
-    )
+    return store.stream(self._layout, self.params, self._batches(base, start))
 
   def _stored(self, kept: store.HostStore, label: np.ndarray):
     c = self.config
@@ -310,8 +311,8 @@ class Examples:
     if not self._layout.tokens:  # Those of a method that reads more will do.
       layouts.append(dataclasses.replace(self._layout, tokens=True))
     return [
-        disk.File(self._folder, name, made_from, layout, self.count(base))
-        for layout in layouts
+      disk.File(self._folder, name, made_from, layout, self.count(base))
+      for layout in layouts
     ]
 
   def _on_disk(self, base: str) -> store.HostStore:
@@ -343,10 +344,10 @@ class Examples:
   def _made_from(self, base: str) -> dict[str, Any]:
     """All that decides the features of a split."""
     return {
-        "weights": self.backbone.digest,
-        "vit": dataclasses.asdict(self.backbone.config),
-        "decoding": self._decoding,
-        "data": data.fingerprint(self.task, base),
+      "weights": self.backbone.digest,
+      "vit": dataclasses.asdict(self.backbone.config),
+      "decoding": self._decoding,
+      "data": data.fingerprint(self.task, base),
     }
 
   def _load_images(self, base: str, why: str) -> dict[str, jax.Array]:
@@ -355,11 +356,11 @@ class Examples:
       with parallel.together():
         examples = data.load_arrays(self.task, base, **self._decoding)
       held = jax.block_until_ready(
-          store.resident(examples, self.mesh, self.backbone.config.dtype)
+        store.resident(examples, self.mesh, self.backbone.config.dtype)
       )
       size = places.size(sum(x.nbytes for x in held.values()))
       line.summary = (
-          f"{size} on the devices, through the backbone every step, {why}"
+        f"{size} on the devices, through the backbone every step, {why}"
       )
       line.update(count)
     return held
@@ -369,9 +370,9 @@ def check_batch(batch_size: int, mesh: jax.sharding.Mesh) -> None:
   """Raises a `UserError` if streamed batches cannot be shared by devices."""
   if batch_size % mesh.shape["data"]:
     raise errors.UserError(
-        f"config.batch_size={batch_size} cannot be shared by"
-        f" {mesh.shape['data']} devices: streamed training needs a multiple of"
-        " their number."
+      f"config.batch_size={batch_size} cannot be shared by"
+      f" {mesh.shape['data']} devices: streamed training needs a multiple of"
+      " their number."
     )
 
 
@@ -382,7 +383,7 @@ def base_of(task: data.Task, split: str) -> str:
   splits = task.splits
   both = f"{splits['train']}+{splits['val']}"
   if splits["trainval"] != both and not data.are_rows_of(
-      task, ("train", "val"), "trainval"
+    task, ("train", "val"), "trainval"
   ):
     return split
   return "trainval"
@@ -397,8 +398,8 @@ def _plan(layout: store.Layout, count: int, place: str, why: str) -> str:
   if layout.projected:
     what += " as keys and values"
   return (
-      f"{count:,} images x {size(each)} = {size(count * each)} {what}, kept"
-      f" {places.FEATURES[place]}, {why}"
+    f"{count:,} images x {size(each)} = {size(count * each)} {what}, kept"
+    f" {places.FEATURES[place]}, {why}"
   )
 
 

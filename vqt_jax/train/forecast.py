@@ -30,7 +30,7 @@ class Forecast:
   """Hears of a run's calls and says once how long the rest will take."""
 
   def __init__(
-      self, job: Any, examples: Any, planned: Sequence[stages_lib.Stage]
+    self, job: Any, examples: Any, planned: Sequence[stages_lib.Stage]
   ):
     """Says nothing yet.
 
@@ -44,7 +44,7 @@ class Forecast:
     self._told = False
 
   def begin(
-      self, stage: stages_lib.Stage, size: int, done: set[str], live: bool
+    self, stage: stages_lib.Stage, size: int, done: set[str], live: bool
   ) -> None:
     """Takes in what is about to train.
 
@@ -82,9 +82,9 @@ class Forecast:
     if "test" not in seconds:
       about += " before the test"
     parts = [
-        f"{label} {_duration(value)}"
-        for label, value in seconds.items()
-        if value >= 0.5
+      f"{label} {_duration(value)}"
+      for label, value in seconds.items()
+      if value >= 0.5
     ]
     self._job.console.note(": ".join([about, ", ".join(parts)]), "time")
 

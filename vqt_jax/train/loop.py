@@ -79,12 +79,12 @@ class Phase:
     """Of all runs, as the compiled step takes them."""
     of = lambda name: np.array([getattr(run, name) for run in self.runs])
     return step_lib.Settings(
-        lr=of("lr").astype(np.float32),
-        weight_decay=of("weight_decay").astype(np.float32),
-        query_dropout=of("query_dropout").astype(np.float32),
-        normalize=of("normalize"),
-        held=self.held,
-        kept=self.kept,
+      lr=of("lr").astype(np.float32),
+      weight_decay=of("weight_decay").astype(np.float32),
+      query_dropout=of("query_dropout").astype(np.float32),
+      normalize=of("normalize"),
+      held=self.held,
+      kept=self.kept,
     )
 
   @functools.cached_property
@@ -128,7 +128,7 @@ class Progress:
   step: int = 0
   sums: list[list[float]] = dataclasses.field(default_factory=list)
   history: list[dict[str, list[float]]] = dataclasses.field(
-      default_factory=list
+    default_factory=list
   )
   seconds: float = 0.0
   diverged: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -138,18 +138,18 @@ class Progress:
 
 
 def train_phase(
-    phase: Phase,
-    tuner: tuner_lib.Tuner,
-    recipe: step_lib.Recipe,
-    frozen: Any,
-    state: step_lib.State,
-    progress: Progress,
-    *,
-    save,
-    due,
-    stop,
-    report,
-    timed,
+  phase: Phase,
+  tuner: tuner_lib.Tuner,
+  recipe: step_lib.Recipe,
+  frozen: Any,
+  state: step_lib.State,
+  progress: Progress,
+  *,
+  save,
+  due,
+  stop,
+  report,
+  timed,
 ) -> step_lib.State:
   """Trains all runs of a phase to the end.
 
@@ -200,7 +200,7 @@ def train_phase(
       if last:
         loss, accuracy = total / phase.source.num_examples
         progress.history.append(
-            {"loss": loss.tolist(), "accuracy": accuracy.tolist()}
+          {"loss": loss.tolist(), "accuracy": accuracy.tolist()}
         )
         progress.epoch, progress.step, progress.sums = epoch + 1, 0, []
         elapsed = time.monotonic() - clock
@@ -224,12 +224,12 @@ def train_phase(
     start = progress.step if epoch == progress.epoch else 0
     for call, count in _calls(phase, epoch, start, pace):
       state, losses, right = step_lib.train_steps(
-          tuner, recipe, state, frozen, settings, *call
+        tuner, recipe, state, frozen, settings, *call
       )
       if not measured:
         measured = True
         progress.step_bytes = step_lib.step_bytes(
-            tuner, recipe, state, frozen, settings, *call
+          tuner, recipe, state, frozen, settings, *call
         )
       start += count
       last = start == phase.source.steps
@@ -279,7 +279,7 @@ class Pace:
 
 
 def _calls(
-    phase: Phase, epoch: int, start: int, pace: Pace
+  phase: Phase, epoch: int, start: int, pace: Pace
 ) -> Iterator[tuple[tuple[Any, ...], int]]:
   """The rest of an epoch: `train_steps`' last arguments, and steps taken."""
   for data, order, mask in phase.source.epoch(epoch, start):
@@ -305,16 +305,16 @@ def _check(phase, progress, epoch, losses):
     left = len(phase.runs) - len(progress.diverged)
     if left < phase.least:
       raise errors.UserError(
-          f"The loss became {losses[bad, run]} in epoch {epoch + 1}, step"
-          f" {progress.step + bad + 1} of {phase.source.steps}"
-          f" ({phase.runs[run].told(phase.source.batch_size)}, seed"
-          f" {phase.runs[run].seed}, phase {phase.name}). Lower config.lr in a"
-          " new workdir, or look at the value range of the inputs."
+        f"The loss became {losses[bad, run]} in epoch {epoch + 1}, step"
+        f" {progress.step + bad + 1} of {phase.source.steps}"
+        f" ({phase.runs[run].told(phase.source.batch_size)}, seed"
+        f" {phase.runs[run].seed}, phase {phase.name}). Lower config.lr in a"
+        " new workdir, or look at the value range of the inputs."
       )
 
 
 def choose(
-    runs: tuple[Run, ...], accuracy: list[float], diverged: set[int]
+  runs: tuple[Run, ...], accuracy: list[float], diverged: set[int]
 ) -> int:
   """The run that val picks: best accuracy after the last epoch.
 
@@ -323,5 +323,5 @@ def choose(
   """
   able = [i for i in range(len(runs)) if i not in diverged]
   return min(
-      able, key=lambda i: (-accuracy[i], runs[i].lr, runs[i].weight_decay)
+    able, key=lambda i: (-accuracy[i], runs[i].lr, runs[i].weight_decay)
   )

@@ -23,7 +23,7 @@ def schedule(length: int, warmup: int) -> optax.Schedule:
   if not warmup:
     return cosine
   return optax.join_schedules(
-      [optax.linear_schedule(0.0, 1.0, warmup), cosine], [warmup]
+    [optax.linear_schedule(0.0, 1.0, warmup), cosine], [warmup]
   )
 
 
@@ -34,7 +34,7 @@ _UNDECAYED = ("bias", "scale", "shift")
 def decayed(trained: Any) -> Any:
   """Weight decay falls on every trained leaf but biases and norms."""
   return jax.tree_util.tree_map_with_path(
-      lambda path, _: path[-1].key not in _UNDECAYED, trained
+    lambda path, _: path[-1].key not in _UNDECAYED, trained
   )
 
 
@@ -46,15 +46,15 @@ def _scale_editor(rate: float) -> optax.GradientTransformation:
     return update * rate if is_editor else update
 
   return optax.stateless(
-      lambda updates, params: jax.tree_util.tree_map_with_path(scale, updates)
+    lambda updates, params: jax.tree_util.tree_map_with_path(scale, updates)
   )
 
 
 def optimizer(
-    name: str,
-    lr: jax.typing.ArrayLike,
-    weight_decay: jax.typing.ArrayLike,
-    editor_rate: float = 1.0,
+  name: str,
+  lr: jax.typing.ArrayLike,
+  weight_decay: jax.typing.ArrayLike,
+  editor_rate: float = 1.0,
 ) -> optax.GradientTransformation:
   """The update rule; `lr` and `weight_decay` may be traced scalars.
 

@@ -25,12 +25,12 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets")
 
 
 def write(
-    job: Any,
-    found: dict[str, Any],
-    candidates: Sequence[protocol.Candidate],
-    test: dict[str, Any],
-    seconds: float,
-    peak: memory.Peak,
+  job: Any,
+  found: dict[str, Any],
+  candidates: Sequence[protocol.Candidate],
+  test: dict[str, Any],
+  seconds: float,
+  peak: memory.Peak,
 ) -> dict[str, Any]:
   """Writes and prints the results; `results.json` comes last.
 
@@ -58,60 +58,60 @@ def write(
 def _results(job, found, candidates, test, seconds, peak) -> dict[str, Any]:
   c, result = job.backbone.config, candidates[-1]
   tested = [
-      {
-          "name": each.name,
-          "setting": each.setting,
-          "kept_share": each.kept_share,
-          "test_accuracy": accuracy_lib.summary(
-              [run.seed for run in each.runs], accuracy, test["images"]
-          ),
-          "trained_parameters": each.num_trained,
-          "training_seconds": each.seconds,
-      }
-      for each, accuracy in zip(candidates, test["accuracy"])
+    {
+      "name": each.name,
+      "setting": each.setting,
+      "kept_share": each.kept_share,
+      "test_accuracy": accuracy_lib.summary(
+        [run.seed for run in each.runs], accuracy, test["images"]
+      ),
+      "trained_parameters": each.num_trained,
+      "training_seconds": each.seconds,
+    }
+    for each, accuracy in zip(candidates, test["accuracy"])
   ]
   return {
-      "task": job.task.name,
-      "method": result.tuner.method,
-      "num_queries": result.setting.get("num_queries", 0),
-      "backbone": f"ViT-{c.variant} {job.backbone.source}",
-      "weights": job.backbone.identity,
-      "pool_type": c.pool_type,
-      "gelu": c.gelu,
-      "dtype": c.dtype,
-      "image_size": list(c.image_size),
-      "value_range": job.backbone.value_range,
-      "resize": job.config.resize,
-      "data": data.identity(job.task),
-      "protocol": job.config.protocol,
-      "batch_size": job.config.batch_size,  # config.lr is per 256 images.
-      "test_accuracy": tested[-1]["test_accuracy"],
-      "chosen": result.setting,
-      "tested": tested,
-      **found,
-      "seeds": {
-          "runs": [dataclasses.asdict(run) for run in result.runs],
-          "history": result.trained.history,
-      },
-      "trained_parameters": result.num_trained,
-      "seconds": {
-          "training": result.seconds,
-          "epoch": result.trained.epoch_seconds,
-          "test": test["seconds"],
-          "process": seconds,
-      },
-      "memory": {
-          "peak_bytes": peak.bytes(),
-          "start_bytes": peak.start,
-          "step_bytes": result.trained.step_bytes,
-          "side_by_side": result.trained.side_by_side,
-      },
-      "tuned_bytes": None,  # Known when they are written.
-      "device": f"{job.mesh.size} x {jax.devices()[0].device_kind}",
-      "versions": {
-          "python": platform.python_version(),
-          **{name: importlib.metadata.version(name) for name in PACKAGES},
-      },
+    "task": job.task.name,
+    "method": result.tuner.method,
+    "num_queries": result.setting.get("num_queries", 0),
+    "backbone": f"ViT-{c.variant} {job.backbone.source}",
+    "weights": job.backbone.identity,
+    "pool_type": c.pool_type,
+    "gelu": c.gelu,
+    "dtype": c.dtype,
+    "image_size": list(c.image_size),
+    "value_range": job.backbone.value_range,
+    "resize": job.config.resize,
+    "data": data.identity(job.task),
+    "protocol": job.config.protocol,
+    "batch_size": job.config.batch_size,  # config.lr is per 256 images.
+    "test_accuracy": tested[-1]["test_accuracy"],
+    "chosen": result.setting,
+    "tested": tested,
+    **found,
+    "seeds": {
+      "runs": [dataclasses.asdict(run) for run in result.runs],
+      "history": result.trained.history,
+    },
+    "trained_parameters": result.num_trained,
+    "seconds": {
+      "training": result.seconds,
+      "epoch": result.trained.epoch_seconds,
+      "test": test["seconds"],
+      "process": seconds,
+    },
+    "memory": {
+      "peak_bytes": peak.bytes(),
+      "start_bytes": peak.start,
+      "step_bytes": result.trained.step_bytes,
+      "side_by_side": result.trained.side_by_side,
+    },
+    "tuned_bytes": None,  # Known when they are written.
+    "device": f"{job.mesh.size} x {jax.devices()[0].device_kind}",
+    "versions": {
+      "python": platform.python_version(),
+      **{name: importlib.metadata.version(name) for name in PACKAGES},
+    },
   }
 
 
@@ -125,20 +125,20 @@ def _write_tuned(job, candidate, results) -> int:
   for i, run in enumerate(candidate.runs):
     accuracy = test["per_seed"][str(run.seed)]
     size = tuned.save(
-        job.workdir / "tuned" / f"seed_{run.seed}",
-        job.config.init,
-        job.backbone,
-        dataclasses.replace(candidate.tuner, normalize=run.normalize),
-        jax.tree.map(lambda x, i=i: x[i], candidate.variables),
-        {
-            "task": results["task"],
-            "resize": results["resize"],
-            "chosen": results["chosen"],
-            "seed": run.seed,
-            "test_accuracy": accuracy,
-            "test_interval": accuracy_lib.interval(accuracy, test["images"]),
-        },
-        kept=None if candidate.kept is None else candidate.kept[i],
+      job.workdir / "tuned" / f"seed_{run.seed}",
+      job.config.init,
+      job.backbone,
+      dataclasses.replace(candidate.tuner, normalize=run.normalize),
+      jax.tree.map(lambda x, i=i: x[i], candidate.variables),
+      {
+        "task": results["task"],
+        "resize": results["resize"],
+        "chosen": results["chosen"],
+        "seed": run.seed,
+        "test_accuracy": accuracy,
+        "test_interval": accuracy_lib.interval(accuracy, test["images"]),
+      },
+      kept=None if candidate.kept is None else candidate.kept[i],
     )
     sizes.append(size)
   return sizes[0]
@@ -158,37 +158,39 @@ def read(workdir: files.Path) -> dict[str, Any]:
     raise errors.UserError(f"{e} Delete it, and {again}") from e
   if not isinstance(results, dict) or "tested" not in results:
     raise errors.UserError(
-        f"{path} does not hold results of a run. Move it elsewhere, and {again}"
+      f"{path} does not hold results of a run. Move it elsewhere, and {again}"
     )
   return results
 
 
 def show(
-    console: console_lib.Console, workdir: files.Path, results: dict[str, Any]
+  console: console_lib.Console, workdir: files.Path, results: dict[str, Any]
 ) -> None:
   """Prints what came out, and where it is."""
   rows = []
   for tested in results["tested"]:
     test = tested["test_accuracy"]
     each = [f"{s} {100 * a:.1f}" for s, a in test["per_seed"].items()]
-    rows.append([
+    rows.append(
+      [
         plots.CANDIDATES[tested["name"]],
         f"{accuracy_lib.told(test)} %",
         accuracy_lib.told_bounds(test),
         ", ".join(each),
         f"{tested['trained_parameters']:,}",
         f"{tested['training_seconds']:.0f}",
-    ])
+      ]
+    )
   console.table(
-      "",
-      [
-          f"{results['method']} on {results['task']}",
-          "test accuracy",
-          "95 % interval",
-          "of each seed",
-          "trained",
-          "seconds to train",
-      ],
-      rows,
+    "",
+    [
+      f"{results['method']} on {results['task']}",
+      "test accuracy",
+      "95 % interval",
+      "of each seed",
+      "trained",
+      "seconds to train",
+    ],
+    rows,
   )
   console.note(f"{workdir / RESULTS}   report.png   tuned/", "results")

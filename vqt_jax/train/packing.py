@@ -13,7 +13,7 @@ MEMORY_SHARE = 0.4
 
 
 def bytes_per_run(
-    tuner: tuner_lib.Tuner, batch_size: float, remat: bool = False
+  tuner: tuner_lib.Tuner, batch_size: float, remat: bool = False
 ) -> float:
   """What a training step holds for one run, about; bytes on one device.
 
@@ -63,11 +63,11 @@ def held_at_once(tuner: tuner_lib.Tuner) -> int:
 
 
 def runs_at_once(
-    tuner: tuner_lib.Tuner,
-    batch_size: int,
-    mesh: jax.sharding.Mesh,
-    remat: bool = False,
-    device_memory: int | None = None,
+  tuner: tuner_lib.Tuner,
+  batch_size: int,
+  mesh: jax.sharding.Mesh,
+  remat: bool = False,
+  device_memory: int | None = None,
 ) -> int:
   """The number of runs, at least one, that should train side by side.
 

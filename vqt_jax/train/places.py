@@ -17,9 +17,9 @@ DEVICE_SHARE = 0.4
 HOST_SHARE = 0.5
 DISK_SHARE = 0.8
 FEATURES = {
-    "device": "in device memory",
-    "host": "in host memory",
-    "disk": "in a file",
+  "device": "in device memory",
+  "host": "in host memory",
+  "disk": "in a file",
 }
 
 
@@ -31,14 +31,14 @@ def room(store_dir: str, mesh: jax.sharding.Mesh) -> dict[str, int]:
     mesh: devices that share the data.
   """
   mine = {
-      "device": DEVICE_SHARE * memory.device_memory(),
-      "host": HOST_SHARE * memory.host_memory(),
-      "disk": DISK_SHARE * _free(store_dir),
+    "device": DEVICE_SHARE * memory.device_memory(),
+    "host": HOST_SHARE * memory.host_memory(),
+    "disk": DISK_SHARE * _free(store_dir),
   }
   parts = {"device": mesh.shape["data"], "host": jax.process_count()}
   return {
-      place: int(parallel.smallest(size)) * parts.get(place, 1)
-      for place, size in mine.items()
+    place: int(parallel.smallest(size)) * parts.get(place, 1)
+    for place, size in mine.items()
   }
 
 
@@ -54,11 +54,11 @@ def _free(store_dir: str) -> int:
 
 
 def choose(
-    config: ml_collections.ConfigDict,
-    stored: int,
-    images: int,
-    room: dict[str, int],
-    backend: str,
+  config: ml_collections.ConfigDict,
+  stored: int,
+  images: int,
+  room: dict[str, int],
+  backend: str,
 ) -> tuple[str, str]:
   """Where the examples of a split live, and why, for people.
 

@@ -77,7 +77,7 @@ class Candidate:
 
 
 def candidates(
-    job: Any, stages: stages_lib.Stages, examples: Any
+  job: Any, stages: stages_lib.Stages, examples: Any
 ) -> tuple[dict[str, Any], list[Candidate]]:
   """Trains as `config.protocol` tells.
 
@@ -102,7 +102,7 @@ def candidates(
   if c.protocol == "full":
     return found, made
   found["best"], tuner, chosen, keep = best.search(
-      job, stages, search, chosen, examples.count("trainval")
+    job, stages, search, chosen, examples.count("trainval")
   )
   spent += found["best"]["seconds"]
   made += _finish(stages, "best_", tuner, chosen, keep, c.seeds, spent)
@@ -110,7 +110,7 @@ def candidates(
 
 
 def planned(
-    config: ml_collections.ConfigDict, tuner: tuner_lib.Tuner
+  config: ml_collections.ConfigDict, tuner: tuner_lib.Tuner
 ) -> list[stages_lib.Stage]:
   """All stages of `protocol="full"`, in order.
 
@@ -122,9 +122,14 @@ def planned(
   found = [search] if len(search.runs) > 1 else []
   if len(fractions) > 1:
     found += selection.compared(
-        "keep_", "keep", tuner, chosen, fractions, split="train",
-        judge=("val", None),
-    )  # fmt: skip
+      "keep_",
+      "keep",
+      tuner,
+      chosen,
+      fractions,
+      split="train",
+      judge=("val", None),
+    )
   seeds = seeds_stage(tuner, chosen, config.seeds)
   found.append(seeds)
   if min(fractions) < 1:
@@ -133,30 +138,37 @@ def planned(
 
 
 def search_stage(
-    config: ml_collections.ConfigDict, tuner: tuner_lib.Tuner
+  config: ml_collections.ConfigDict, tuner: tuner_lib.Tuner
 ) -> stages_lib.Stage:
   """The grid, trained on train and compared on val."""
   runs = tuple(
-      loop.Run(
-          lr * config.batch_size / 256,
-          decay,
-          config.search_seed,
-          config.query_dropout if tuner.has_queries else 0.0,
-          config.normalize,
-      )
-      for lr, decay in itertools.product(config.lr, config.weight_decay)
+    loop.Run(
+      lr * config.batch_size / 256,
+      decay,
+      config.search_seed,
+      config.query_dropout if tuner.has_queries else 0.0,
+      config.normalize,
+    )
+    for lr, decay in itertools.product(config.lr, config.weight_decay)
   )
   return stages_lib.Stage(
-      "search", "search", tuner, runs, "setting", split="train",
-      judge=("val", None), least=1, keeps_weights=False,
-  )  # fmt: skip
+    "search",
+    "search",
+    tuner,
+    runs,
+    "setting",
+    split="train",
+    judge=("val", None),
+    least=1,
+    keeps_weights=False,
+  )
 
 
 def seeds_stage(
-    tuner: tuner_lib.Tuner,
-    chosen: loop.Run,
-    seeds: Sequence[int],
-    prefix: str = "",
+  tuner: tuner_lib.Tuner,
+  chosen: loop.Run,
+  seeds: Sequence[int],
+  prefix: str = "",
 ) -> stages_lib.Stage:
   """A setting with every seed, trained on trainval."""
   runs = tuple(dataclasses.replace(chosen, seed=seed) for seed in seeds)
@@ -164,7 +176,7 @@ def seeds_stage(
 
 
 def _search(
-    job: Any, stages: stages_lib.Stages
+  job: Any, stages: stages_lib.Stages
 ) -> tuple[dict[str, Any] | None, loop.Run]:
   """What the grid tells; no search if there is one setting."""
   stage = search_stage(job.config, job.tuner)
@@ -174,18 +186,18 @@ def _search(
   out = stages.run(stage)
   chosen = loop.choose(runs, out.accuracy, set(out.diverged))
   found = {
-      "chosen": chosen,
-      "runs": [dataclasses.asdict(run) for run in runs],
-      "val_accuracy": out.accuracy,
-      "diverged": out.diverged,
-      "seconds": out.seconds,
+    "chosen": chosen,
+    "runs": [dataclasses.asdict(run) for run in runs],
+    "val_accuracy": out.accuracy,
+    "diverged": out.diverged,
+    "seconds": out.seconds,
   }
   job.console.note(_choice(found, job.config.batch_size), "chosen")
   return found, runs[chosen]
 
 
 def _fraction(
-    job: Any, stages: stages_lib.Stages, chosen: loop.Run
+  job: Any, stages: stages_lib.Stages, chosen: loop.Run
 ) -> tuple[dict[str, Any] | None, float]:
   """The fraction of features that val picks; no search if there is one.
 
@@ -195,57 +207,63 @@ def _fraction(
   if len(fractions) == 1:
     return None, fractions[0]
   accuracy, seconds = selection.compare(
-      stages, "keep_", "keep", job.tuner, chosen, fractions, split="train",
-      judge=("val", None),
-  )  # fmt: skip
+    stages,
+    "keep_",
+    "keep",
+    job.tuner,
+    chosen,
+    fractions,
+    split="train",
+    judge=("val", None),
+  )
   by_fraction = dict(sorted(zip(fractions, accuracy)))
   keep = min(by_fraction, key=lambda f: (-by_fraction[f], -f))
   job.console.note(
-      f"{100 * keep:g} % of the features (val {100 * by_fraction[keep]:.1f} %)",
-      "chosen",
+    f"{100 * keep:g} % of the features (val {100 * by_fraction[keep]:.1f} %)",
+    "chosen",
   )
   found = {
-      "keep_fractions": [
-          {"keep_fraction": fraction, "val_accuracy": share}
-          for fraction, share in by_fraction.items()
-      ],
-      "chosen": keep,
-      "seconds": seconds,
+    "keep_fractions": [
+      {"keep_fraction": fraction, "val_accuracy": share}
+      for fraction, share in by_fraction.items()
+    ],
+    "chosen": keep,
+    "seconds": seconds,
   }
   return found, keep
 
 
 def _finish(
-    stages: stages_lib.Stages,
-    prefix: str,
-    tuner: tuner_lib.Tuner,
-    chosen: loop.Run,
-    keep_fraction: float,
-    seeds: Sequence[int],
-    spent: float,
+  stages: stages_lib.Stages,
+  prefix: str,
+  tuner: tuner_lib.Tuner,
+  chosen: loop.Run,
+  keep_fraction: float,
+  seeds: Sequence[int],
+  spent: float,
 ) -> list[Candidate]:
   """The chosen setting with every seed; then with selected features."""
   stage = seeds_stage(tuner, chosen, seeds, prefix)
   runs, out = stage.runs, stages.run(stage)
   spent += out.seconds
   everything = Candidate(
-      f"{prefix}all", tuner, runs, out.variables, out, 1.0, None, spent
+    f"{prefix}all", tuner, runs, out.variables, out, 1.0, None, spent
   )
   if keep_fraction == 1:
     return [everything]
   kept, selected, seconds = selection.select(
-      stages, prefix, tuner, runs, out.variables, [keep_fraction]
+    stages, prefix, tuner, runs, out.variables, [keep_fraction]
   )
   return [
+    everything,
+    dataclasses.replace(
       everything,
-      dataclasses.replace(
-          everything,
-          name=f"{prefix}selected",
-          variables=selected.variables,
-          keep_fraction=keep_fraction,
-          kept=kept,
-          seconds=spent + seconds,
-      ),
+      name=f"{prefix}selected",
+      variables=selected.variables,
+      keep_fraction=keep_fraction,
+      kept=kept,
+      seconds=spent + seconds,
+    ),
   ]
 
 
@@ -257,9 +275,9 @@ def _choice(found: dict[str, Any], batch_size: int) -> str:
   near = sum(a >= top - 0.005 for a in near) - 1
   lost = f", {len(diverged)} diverged" if diverged else ""
   return (
-      f"{loop.Run(**run).told(batch_size)} (val {100 * top:.1f} %; of"
-      f" {len(accuracy) - 1} others {near} within 0.5{lost}"
-      f"{_at_an_end(run, found['runs'])})"
+    f"{loop.Run(**run).told(batch_size)} (val {100 * top:.1f} %; of"
+    f" {len(accuracy) - 1} others {near} within 0.5{lost}"
+    f"{_at_an_end(run, found['runs'])})"
   )
 
 

@@ -31,9 +31,9 @@ from vqt_jax.train import step as step_lib
 
 
 def train(
-    config: ml_collections.ConfigDict,
-    workdir: files.PathLike,
-    console: console_lib.Console | None = None,
+  config: ml_collections.ConfigDict,
+  workdir: files.PathLike,
+  console: console_lib.Console | None = None,
 ) -> dict[str, Any]:
   """Trains and tests one method on one task; what `main.py` calls.
 
@@ -78,20 +78,25 @@ def _train(config, workdir, console) -> dict[str, Any]:
       job = _prepare(config, workdir, console)
     with jax.set_mesh(job.mesh):
       saver = checkpoint.Checkpointer(
-          workdir / "checkpoints", config.checkpoint_seconds
+        workdir / "checkpoints", config.checkpoint_seconds
       )
       metrics = results_lib.MetricsWriter(workdir)
       try:
         examples = examples_lib.Examples(
-            config, console, job.task, job.backbone, job.tuner, job.params,
-            job.mesh,
-        )  # fmt: skip
+          config,
+          console,
+          job.task,
+          job.backbone,
+          job.tuner,
+          job.params,
+          job.mesh,
+        )
         examples.check_classes()
         planned = protocol.planned(config, job.tuner)
         with parallel.together():
           forecast = forecast_lib.Forecast(job, examples, planned)
         stages = stages_lib.Stages(
-            job, examples, saver, metrics, stop, peak, forecast
+          job, examples, saver, metrics, stop, peak, forecast
         )
         found, candidates = protocol.candidates(job, stages, examples)
         test = _test(job, stages, examples, candidates)
@@ -119,7 +124,7 @@ class Job:
 
 def _prepare(config, workdir, console) -> Job:
   task = data.make_task(
-      config.task, **{name: config[name] for name in config_lib.TASK_FIELDS}
+    config.task, **{name: config[name] for name in config_lib.TASK_FIELDS}
   )
   data.check_prepared(task)
   if warning := data.size_warning(task):
@@ -129,38 +134,38 @@ def _prepare(config, workdir, console) -> Job:
   image_size = checkpoints.size_of(config.image_size, config.image_width)
   with contextlib.ExitStack() as download:
     backbone = checkpoints.load_backbone(
-        config.init,
-        variant=config.variant,
-        image_size=image_size,
-        value_range=config.value_range,
-        pool_type=config.pool_type,
-        gelu=config.gelu,
-        dtype=config.dtype or ("float32" if on_cpu else "bfloat16"),
-        trained_size=checkpoints.size_of(
-            config.trained_size, config.trained_width
-        ),
-        progress=_download_line(console, download),
+      config.init,
+      variant=config.variant,
+      image_size=image_size,
+      value_range=config.value_range,
+      pool_type=config.pool_type,
+      gelu=config.gelu,
+      dtype=config.dtype or ("float32" if on_cpu else "bfloat16"),
+      trained_size=checkpoints.size_of(
+        config.trained_size, config.trained_width
+      ),
+      progress=_download_line(console, download),
     )
   checkpoints.check_image_size(backbone.config.patch_size, image_size)
   tuner = tuner_lib.make_tuner(
-      config.method,
-      backbone.config,
-      task.num_classes,
-      **config_lib.of_tuner(config),
+    config.method,
+    backbone.config,
+    task.num_classes,
+    **config_lib.of_tuner(config),
   )
   mesh = parallel.make_mesh(config.mesh.data, config.mesh.model)
   parallel.check_heads(mesh, backbone.config.num_heads)
   job = Job(
-      config=config,
-      workdir=workdir,
-      console=console,
-      mesh=mesh,
-      backbone=backbone,
-      task=task,
-      tuner=tuner,
-      params=parallel.place_backbone(
-          backbone.params, mesh, backbone.config.dtype
-      ),
+    config=config,
+    workdir=workdir,
+    console=console,
+    mesh=mesh,
+    backbone=backbone,
+    task=task,
+    tuner=tuner,
+    params=parallel.place_backbone(
+      backbone.params, mesh, backbone.config.dtype
+    ),
   )
   console.header(_describe(job))
   return job
@@ -170,25 +175,28 @@ def _test(job, stages, examples, candidates) -> dict[str, Any]:
   """All seeds of all candidates over the test set, in one pass."""
   started = time.monotonic()
   accuracy = stages.evaluate(
-      "test",
-      None,
-      [
-          (each.tuner, step_lib.Ready(
-              each.variables, np.array([r.normalize for r in each.runs])
-          ))
-          for each in candidates
-      ],
-      "test",
-  )  # fmt: skip
+    "test",
+    None,
+    [
+      (
+        each.tuner,
+        step_lib.Ready(
+          each.variables, np.array([r.normalize for r in each.runs])
+        ),
+      )
+      for each in candidates
+    ],
+    "test",
+  )
   return {
-      "accuracy": accuracy,
-      "images": examples.count("test"),
-      "seconds": time.monotonic() - started,
+    "accuracy": accuracy,
+    "images": examples.count("test"),
+    "seconds": time.monotonic() - started,
   }
 
 
 def _download_line(
-    console: console_lib.Console, until: contextlib.ExitStack
+  console: console_lib.Console, until: contextlib.ExitStack
 ) -> Callable[[int, int | None], None]:
   """A callback that shows a download, if there is one, as a phase."""
   lines = []
@@ -222,20 +230,20 @@ def _describe(job: Job) -> list[str]:
     own = _count(trained["tuner"]["editor"])
     shapes = f"{tuner.editor} {own:,}, {shapes}"
   return [
-      f"{tuner.method} on {job.task.name}{group}   ViT-{c.variant}"
-      f" {job.backbone.source}, {size} px, inputs {job.backbone.value_range},"
-      f" {c.dtype}   {job.mesh.size} x {jax.devices()[0].device_kind}",
-      f"frozen {_count(job.backbone.params):,}   trained"
-      f" {_count(trained):,}: {shapes}",
-      *_assumed(job.backbone),
+    f"{tuner.method} on {job.task.name}{group}   ViT-{c.variant}"
+    f" {job.backbone.source}, {size} px, inputs {job.backbone.value_range},"
+    f" {c.dtype}   {job.mesh.size} x {jax.devices()[0].device_kind}",
+    f"frozen {_count(job.backbone.params):,}   trained"
+    f" {_count(trained):,}: {shapes}",
+    *_assumed(job.backbone),
   ]
 
 
 def _assumed(backbone: backbone_lib.Backbone) -> list[str]:
   """A line of the settings that nothing told, and their flags."""
   settings = {
-      "value_range": f"inputs {backbone.value_range}",
-      "gelu": f"{backbone.config.gelu} GELU",
+    "value_range": f"inputs {backbone.value_range}",
+    "gelu": f"{backbone.config.gelu} GELU",
   }
   each = [f"{settings[x]} (--config.{x})" for x in backbone.assumed]
   if not each:

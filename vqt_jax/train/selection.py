@@ -23,15 +23,15 @@ RATE = 0.5  # Of the first head's rate, with queries.
 
 
 def compare(
-    stages: stages_lib.Stages,
-    prefix: str,
-    label: str,
-    tuner: tuner_lib.Tuner,
-    run: loop.Run,
-    fractions: Sequence[float],
-    *,
-    judge: tuple[str, np.ndarray | None],
-    **examples: Any,
+  stages: stages_lib.Stages,
+  prefix: str,
+  label: str,
+  tuner: tuner_lib.Tuner,
+  run: loop.Run,
+  fractions: Sequence[float],
+  *,
+  judge: tuple[str, np.ndarray | None],
+  **examples: Any,
 ) -> tuple[list[float], float]:
   """Trains a run, then new heads on each of some fractions of its features.
 
@@ -52,14 +52,20 @@ def compare(
     Accuracy of each fraction; seconds of training.
   """
   first, *_ = compared(
-      prefix, label, tuner, run, fractions, judge=judge, **examples
+    prefix, label, tuner, run, fractions, judge=judge, **examples
   )
   out = stages.run(first)
   fewer = _fewer(fractions)
   _, selected, seconds = select(
-      stages, prefix, tuner, (run,), out.variables, fewer, judge=judge,
-      **examples,
-  )  # fmt: skip
+    stages,
+    prefix,
+    tuner,
+    (run,),
+    out.variables,
+    fewer,
+    judge=judge,
+    **examples,
+  )
   accuracy = dict(zip(fewer, selected.accuracy))
   if out.accuracy:
     accuracy[1.0] = out.accuracy[0]
@@ -67,23 +73,29 @@ def compare(
 
 
 def compared(
-    prefix: str,
-    label: str,
-    tuner: tuner_lib.Tuner,
-    run: loop.Run,
-    fractions: Sequence[float],
-    *,
-    judge: tuple[str, np.ndarray | None],
-    **examples: Any,
+  prefix: str,
+  label: str,
+  tuner: tuner_lib.Tuner,
+  run: loop.Run,
+  fractions: Sequence[float],
+  *,
+  judge: tuple[str, np.ndarray | None],
+  **examples: Any,
 ) -> tuple[stages_lib.Stage, ...]:
   """The stages of `compare`, of whose arguments these are some."""
   fewer = _fewer(fractions)
   first = stages_lib.Stage(
-      f"{prefix}all", label, tuner, (run,), "setting", least=0,
-      judge=judge if len(fewer) < len(fractions) else None, **examples,
-  )  # fmt: skip
+    f"{prefix}all",
+    label,
+    tuner,
+    (run,),
+    "setting",
+    least=0,
+    judge=judge if len(fewer) < len(fractions) else None,
+    **examples,
+  )
   return first, *selecting(
-      prefix, tuner, (run,), fewer, judge=judge, **examples
+    prefix, tuner, (run,), fewer, judge=judge, **examples
   )
 
 
@@ -92,13 +104,13 @@ def _fewer(fractions: Sequence[float]) -> list[float]:
 
 
 def select(
-    stages: stages_lib.Stages,
-    prefix: str,
-    tuner: tuner_lib.Tuner,
-    runs: tuple[loop.Run, ...],
-    variables: Any,
-    fractions: Sequence[float],
-    **examples: Any,
+  stages: stages_lib.Stages,
+  prefix: str,
+  tuner: tuner_lib.Tuner,
+  runs: tuple[loop.Run, ...],
+  variables: Any,
+  fractions: Sequence[float],
+  **examples: Any,
 ) -> tuple[np.ndarray, stages_lib.Outcome, float]:
   """Trains new heads on fewer features.
 
@@ -119,29 +131,29 @@ def select(
   held = {"tuner": variables["tuner"]}
   scored = stages.run(dataclasses.replace(scoring, held=held))
   scores = np.asarray(head_lib.scores(scored.variables["head"]))
-  kept = np.stack([
+  kept = np.stack(
+    [
       head_lib.best(of_run, fraction)
       for of_run in scores
       for fraction in fractions
-  ])
+    ]
+  )
   repeat = lambda x: np.repeat(x, len(fractions), axis=0)
   selected = stages.run(
-      dataclasses.replace(
-          selection, held=jax.tree.map(repeat, held), kept=kept
-      )
+    dataclasses.replace(selection, held=jax.tree.map(repeat, held), kept=kept)
   )
   return kept, selected, scored.seconds + selected.seconds
 
 
 def selecting(
-    prefix: str,
-    tuner: tuner_lib.Tuner,
-    runs: tuple[loop.Run, ...],
-    fractions: Sequence[float],
-    *,
-    split: str = "trainval",
-    rows: np.ndarray | None = None,
-    judge: tuple[str, np.ndarray | None] | None = None,
+  prefix: str,
+  tuner: tuner_lib.Tuner,
+  runs: tuple[loop.Run, ...],
+  fractions: Sequence[float],
+  *,
+  split: str = "trainval",
+  rows: np.ndarray | None = None,
+  judge: tuple[str, np.ndarray | None] | None = None,
 ) -> tuple[stages_lib.Stage, stages_lib.Stage]:
   """The two stages of `select`, without the weights that they hold.
 
@@ -158,14 +170,19 @@ def selecting(
   rate = RATE if tuner.has_queries else 1.0
   runs = tuple(dataclasses.replace(run, lr=run.lr * rate) for run in runs)
   both = dict(
-      split=split, rows=rows, trains=("head",), least=0 if judge else None
+    split=split, rows=rows, trains=("head",), least=0 if judge else None
   )
   scores = stages_lib.Stage(
-      f"{prefix}scores", "scores", tuner, runs, "head", lasso=LASSO, **both
+    f"{prefix}scores", "scores", tuner, runs, "head", lasso=LASSO, **both
   )
   selected = stages_lib.Stage(
-      f"{prefix}selected", "selected", tuner,
-      tuple(run for run in runs for _ in fractions), "head", judge=judge,
-      keeps_weights=judge is None, **both,
-  )  # fmt: skip
+    f"{prefix}selected",
+    "selected",
+    tuner,
+    tuple(run for run in runs for _ in fractions),
+    "head",
+    judge=judge,
+    keeps_weights=judge is None,
+    **both,
+  )
   return scores, selected

@@ -23,12 +23,12 @@ Configs = Mapping[str, ml_collections.ConfigDict]
 
 
 def train(
-    config: ml_collections.ConfigDict,
-    workdir: files.PathLike,
-    console: console_lib.Console | None,
-    label: str,
-    look: Callable[[ml_collections.ConfigDict, files.Path], Any],
-    sum_up: Callable[..., dict[str, Any]],
+  config: ml_collections.ConfigDict,
+  workdir: files.PathLike,
+  console: console_lib.Console | None,
+  label: str,
+  look: Callable[[ml_collections.ConfigDict, files.Path], Any],
+  sum_up: Callable[..., dict[str, Any]],
 ) -> dict[str, Any]:
   """Does what `run.train` does for every run, then sums up.
 
@@ -61,7 +61,7 @@ def train(
           opened.enter_context(results_lib.open_workdir(config, workdir))
           for name, its_config in configs.items():
             opened.enter_context(
-                results_lib.open_workdir(its_config, workdir / name)
+              results_lib.open_workdir(its_config, workdir / name)
             )
     if told:
       console.note(told, "missing")
@@ -85,7 +85,7 @@ def finished(workdir: files.Path, names: Iterable[str]) -> set[str]:
 
 
 def outcomes(
-    workdir: files.Path, names: Iterable[str]
+  workdir: files.Path, names: Iterable[str]
 ) -> dict[str, dict[str, Any]]:
   """What came out of each run: the contents of its `results.json`."""
   return {name: outcome.read(workdir / name) for name in names}

@@ -91,7 +91,7 @@ class Stored:
     """A chunk a step; without `shuffle` in stored order."""
     mesh = self.features.layout.mesh
     index, mask = store.order(
-        self.rows, self.batch_size, mesh.shape["data"], shuffle
+      self.rows, self.batch_size, mesh.shape["data"], shuffle
     )
     batches = zip(index[start:], mask[start:])
     return ahead(lambda batch: self._chunk(*batch), batches)
@@ -104,7 +104,7 @@ class Stored:
 
 
 def ahead(
-    function: Callable[..., T], items: Iterable, count: int = AHEAD
+  function: Callable[..., T], items: Iterable, count: int = AHEAD
 ) -> Iterator[T]:
   """Maps in another thread, `count` items ahead of what is taken."""
   with futures.ThreadPoolExecutor(1) as pool:
@@ -152,9 +152,7 @@ class Streamed:
       yield on_devices(batch, self.mesh)
 
 
-def on_devices(
-    batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh
-) -> Chunk:
+def on_devices(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> Chunk:
   """One batch of {"image", "label", "mask"} as a chunk of one step."""
   data = parallel.from_local(batch, mesh)
   mask = data.pop("mask")

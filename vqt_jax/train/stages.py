@@ -139,7 +139,7 @@ class Stages:
     with parallel.together():
       names = files.names(self._folder)
       self._done = {
-          name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX)
+        name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX)
       }
     self._saved = saver.progress(Saved) or Saved()
     with parallel.together():
@@ -155,17 +155,19 @@ class Stages:
       results_lib.write_json(path, found)
     elif results_lib.read_json(path) != found:
       raise errors.UserError(
-          f"The run in {self._job.workdir} was begun with other weights: what"
-          " config.init names has changed since. Choose another --workdir, or"
-          " bring the old weights back to resume."
+        f"The run in {self._job.workdir} was begun with other weights: what"
+        " config.init names has changed since. Choose another --workdir, or"
+        " bring the old weights back to resume."
       )
 
   def run(self, stage: Stage) -> Outcome:
     """Does a stage, in as many packs of runs as memory asks for."""
     self._size = packing.runs_at_once(
-        stage.tuner, self._job.config.batch_size, self._job.mesh,
-        self._job.config.remat,
-    )  # fmt: skip
+      stage.tuner,
+      self._job.config.batch_size,
+      self._job.mesh,
+      self._job.config.remat,
+    )
     parts = packs(stage, self._size)
     if len(parts) == 1:
       return self._pack(stage)
@@ -173,9 +175,9 @@ class Stages:
     joined = _joined([self._pack(part) for part in parts], starts)
     if len(stage.runs) - len(joined.diverged) < (stage.least or 0):
       raise errors.UserError(
-          f"The loss of all {len(stage.runs)} runs of phase {stage.name} became"
-          " infinite or undefined. Lower config.lr in a new workdir, or look at"
-          " the value range of the inputs."
+        f"The loss of all {len(stage.runs)} runs of phase {stage.name} became"
+        " infinite or undefined. Lower config.lr in a new workdir, or look at"
+        " the value range of the inputs."
       )
     return joined
 
@@ -189,16 +191,16 @@ class Stages:
       return outcome
     state, progress = self._train(stage)
     outcome = Outcome(
-        history=progress.history,
-        seconds=progress.seconds,
-        diverged=sorted(map(int, progress.diverged)),
-        accuracy=None,
-        side_by_side=len(stage.runs),
-        epoch_seconds=_each(progress.epoch_seconds, len(stage.runs)),
-        step_bytes=progress.step_bytes,
+      history=progress.history,
+      seconds=progress.seconds,
+      diverged=sorted(map(int, progress.diverged)),
+      accuracy=None,
+      side_by_side=len(stage.runs),
+      epoch_seconds=_each(progress.epoch_seconds, len(stage.runs)),
+      step_bytes=progress.step_bytes,
     )
     ready = step_lib.Ready(
-        _variables(state, stage), np.array([r.normalize for r in stage.runs])
+      _variables(state, stage), np.array([r.normalize for r in stage.runs])
     )
     if stage.judge:
       (accuracy,) = self.evaluate(*stage.judge, [(stage.tuner, ready)], "val")
@@ -240,12 +242,16 @@ class Stages:
     with self._stop.at_once(), parallel.together():
       source = self._examples.source(stage.split, stage.rows)
     phase = loop.Phase(
-        stage.name, runs, source, c.epochs, c.warmup_epochs,
-        per_step=c.schedule == "step",
-        least=len(runs) if stage.least is None else stage.least,
-        held=parallel.replicate(stage.held, job.mesh),
-        kept=parallel.replicate(stage.kept, job.mesh),
-    )  # fmt: skip
+      stage.name,
+      runs,
+      source,
+      c.epochs,
+      c.warmup_epochs,
+      per_step=c.schedule == "step",
+      least=len(runs) if stage.least is None else stage.least,
+      held=parallel.replicate(stage.held, job.mesh),
+      kept=parallel.replicate(stage.kept, job.mesh),
+    )
     plural = "s" if len(runs) > 1 else ""
     detail = f"{len(runs)} {stage.what}{plural} x {c.epochs} epochs"
     if stage.tuner != job.tuner:
@@ -257,10 +263,10 @@ class Stages:
         able = np.isfinite(loss)
         able |= ~able.any()
         line.update(
-            epoch + 1,
-            loss=float(np.mean(loss[able])),
-            accuracy=float(np.mean(accuracy[able])),
-            images_per_second=speed,
+          epoch + 1,
+          loss=float(np.mean(loss[able])),
+          accuracy=float(np.mean(accuracy[able])),
+          images_per_second=speed,
         )
 
       def timed(steps, seconds):
@@ -272,10 +278,18 @@ class Stages:
       self._forecast.begin(stage, self._size, self._done, live)
       frozen = tuner_lib.partition(job.params, stage.tuner.shapes())[1]
       state = loop.train_phase(
-          phase, stage.tuner, recipe, frozen, state, progress,
-          save=save, due=self._saver.due, stop=self._stop, report=report,
-          timed=timed,
-      )  # fmt: skip
+        phase,
+        stage.tuner,
+        recipe,
+        frozen,
+        state,
+        progress,
+        save=save,
+        due=self._saver.due,
+        stop=self._stop,
+        report=report,
+        timed=timed,
+      )
     save(state)
     return state, progress
 
@@ -284,11 +298,11 @@ class Stages:
       self._metrics.epochs(stage.name, rows)
 
   def evaluate(
-      self,
-      split: str,
-      rows: np.ndarray | None,
-      ready: Sequence[tuple[tuner_lib.Tuner, step_lib.Ready]],
-      label: str,
+    self,
+    split: str,
+    rows: np.ndarray | None,
+    ready: Sequence[tuple[tuner_lib.Tuner, step_lib.Ready]],
+    label: str,
   ) -> list[list[float]]:
     """Accuracy of every run of several tuners, in one pass of the backbone.
 
@@ -324,12 +338,10 @@ class Stages:
       chunks = self._examples.evaluation(split, rows)
     with job.console.phase(label, total, "image") as line:
       evaluate = functools.partial(
-          step_lib.eval_steps, tuners, runs, job.params
+        step_lib.eval_steps, tuners, runs, job.params
       )
       ask = lambda: parallel.ask(lambda: [self._stop.received])
-      done = (
-          (evaluate(*chunk), chunk[2].sum(), ask()) for chunk in chunks
-      )
+      done = ((evaluate(*chunk), chunk[2].sum(), ask()) for chunk in chunks)
       for part, real, stopped in sources.behind(done):
         part = [x.astype(np.float64) for x in parallel.to_host(part)]
         right = [a + b for a, b in zip(right, part)] if right else part
@@ -343,14 +355,14 @@ class Stages:
 def recipe_of(config: ml_collections.ConfigDict, stage: Stage):
   """What of a stage's recipe is compiled in, a `step.Recipe`."""
   return step_lib.Recipe(
-      optimizer=config.optimizer,
-      query_dropout=stage.tuner.has_queries
-      and any(run.query_dropout for run in stage.runs),
-      embedding_dropout=config.embedding_dropout,
-      lasso=stage.lasso,
-      trains=stage.trains,
-      editor_rate=config.editor_rate if stage.tuner.editor else 1.0,
-      remat=config.remat,
+    optimizer=config.optimizer,
+    query_dropout=stage.tuner.has_queries
+    and any(run.query_dropout for run in stage.runs),
+    embedding_dropout=config.embedding_dropout,
+    lasso=stage.lasso,
+    trains=stage.trains,
+    editor_rate=config.editor_rate if stage.tuner.editor else 1.0,
+    remat=config.remat,
   )
 
 
@@ -369,20 +381,20 @@ def _part(stage: Stage, start: int, size: int) -> Stage:
   """
   some = slice(start, min(start + size, len(stage.runs)))
   return dataclasses.replace(
-      stage,
-      name=f"{stage.name}_{some.start + 1}-{some.stop}",
-      runs=stage.runs[some],
-      held=jax.tree.map(lambda x: x[some], stage.held),
-      kept=None if stage.kept is None else stage.kept[some],
-      least=None if stage.least is None else 0,
+    stage,
+    name=f"{stage.name}_{some.start + 1}-{some.stop}",
+    runs=stage.runs[some],
+    held=jax.tree.map(lambda x: x[some], stage.held),
+    kept=None if stage.kept is None else stage.kept[some],
+    least=None if stage.least is None else 0,
   )
 
 
 def _variables(state: step_lib.State, stage: Stage) -> Any:
   """{"tuner", "head"} as they are now, without the features left out."""
   variables = {
-      name: stage.held.get(name, state.trained[name])
-      for name in tuner_lib.TRAINED
+    name: stage.held.get(name, state.trained[name])
+    for name in tuner_lib.TRAINED
   }
   if stage.kept is not None:
     variables["head"] = head_lib.select(variables["head"], stage.kept)
@@ -393,23 +405,22 @@ def _joined(parts: Sequence[Outcome], starts: Sequence[int]) -> Outcome:
   """Packs of a stage as one."""
   together = lambda *lists: [x for each in lists for x in each]
   return Outcome(
-      history=[
-          {name: together(*(e[name] for e in epoch)) for name in epoch[0]}
-          for epoch in zip(*(part.history for part in parts))
-      ],
-      seconds=sum(part.seconds for part in parts),
-      diverged=[s + i for s, part in zip(starts, parts) for i in part.diverged],
-      accuracy=parts[0].accuracy
-      and together(*(part.accuracy for part in parts)),
-      variables=parts[0].variables
-      and jax.tree.map(
-          lambda *x: np.concatenate(x), *(part.variables for part in parts)
-      ),
-      side_by_side=max(part.side_by_side for part in parts),
-      epoch_seconds=_each(
-          [p.epoch_seconds for p in parts if p.epoch_seconds is not None]
-      ),
-      step_bytes=max(p.step_bytes or 0 for p in parts) or None,
+    history=[
+      {name: together(*(e[name] for e in epoch)) for name in epoch[0]}
+      for epoch in zip(*(part.history for part in parts))
+    ],
+    seconds=sum(part.seconds for part in parts),
+    diverged=[s + i for s, part in zip(starts, parts) for i in part.diverged],
+    accuracy=parts[0].accuracy and together(*(part.accuracy for part in parts)),
+    variables=parts[0].variables
+    and jax.tree.map(
+      lambda *x: np.concatenate(x), *(part.variables for part in parts)
+    ),
+    side_by_side=max(part.side_by_side for part in parts),
+    epoch_seconds=_each(
+      [p.epoch_seconds for p in parts if p.epoch_seconds is not None]
+    ),
+    step_bytes=max(p.step_bytes or 0 for p in parts) or None,
   )
 
 
@@ -419,19 +430,19 @@ def _each(seconds: Sequence[float], runs: int = 1) -> float | None:
 
 
 def _rows(
-    stage: Stage, history: list[dict[str, list[float]]], first: int = 0
+  stage: Stage, history: list[dict[str, list[float]]], first: int = 0
 ) -> list[dict[str, Any]]:
   """The metrics of all epochs from the first on, a row per epoch and run."""
   return [
-      {
-          "epoch": epoch + 1,
-          "run": i,
-          **dataclasses.asdict(run),
-          "loss": history[epoch]["loss"][i],
-          "accuracy": history[epoch]["accuracy"][i],
-      }
-      for epoch in range(first, len(history))
-      for i, run in enumerate(stage.runs)
+    {
+      "epoch": epoch + 1,
+      "run": i,
+      **dataclasses.asdict(run),
+      "loss": history[epoch]["loss"][i],
+      "accuracy": history[epoch]["accuracy"][i],
+    }
+    for epoch in range(first, len(history))
+    for i, run in enumerate(stage.runs)
   ]
 
 
@@ -439,11 +450,11 @@ def _write(path: files.Path, outcome: Outcome) -> None:
   flat = flax.traverse_util.flatten_dict(outcome.variables or {}, sep="/")
   info = dataclasses.asdict(dataclasses.replace(outcome, variables=None))
   files.write(
-      path,
-      safetensors.numpy.save(
-          {name: np.ascontiguousarray(x) for name, x in flat.items()},
-          metadata={"outcome": json.dumps(info)},
-      ),
+    path,
+    safetensors.numpy.save(
+      {name: np.ascontiguousarray(x) for name, x in flat.items()},
+      metadata={"outcome": json.dumps(info)},
+    ),
   )
 
 
@@ -467,10 +478,14 @@ def _parse(path: files.Path, local: pathlib.Path, stage: Stage) -> Outcome:
       outcome.variables = {"tuner": {}, **variables}
     _check_shapes(outcome.variables, stage)
   except (
-      OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError
-  ) as e:  # fmt: skip
+    OSError,
+    KeyError,
+    TypeError,
+    ValueError,
+    safetensors.SafetensorError,
+  ) as e:
     raise errors.UserError(
-        f"Cannot read {path}: {e!r}. Delete it to do this part again."
+      f"Cannot read {path}: {e!r}. Delete it to do this part again."
     ) from e
   return outcome
 

@@ -53,11 +53,9 @@ class Recipe:
   remat: bool = False
 
   def update_rule(
-      self, lr: jax.typing.ArrayLike, weight_decay: jax.typing.ArrayLike
+    self, lr: jax.typing.ArrayLike, weight_decay: jax.typing.ArrayLike
   ) -> optax.GradientTransformation:
-    return optim.optimizer(
-        self.optimizer, lr, weight_decay, self.editor_rate
-    )
+    return optim.optimizer(self.optimizer, lr, weight_decay, self.editor_rate)
 
 
 @flax.struct.dataclass
@@ -100,7 +98,7 @@ class Settings:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def init(
-    tuner: tuner_lib.Tuner, recipe: Recipe, params: Any, seeds: jax.Array
+  tuner: tuner_lib.Tuner, recipe: Recipe, params: Any, seeds: jax.Array
 ) -> State:
   """Fresh state of runs with these seeds, (R,) uint32, on backbone `params`."""
 
@@ -117,21 +115,21 @@ def init(
 
 @functools.cache
 def init_on(
-    mesh: jax.sharding.Mesh, tuner: tuner_lib.Tuner, recipe: Recipe
+  mesh: jax.sharding.Mesh, tuner: tuner_lib.Tuner, recipe: Recipe
 ) -> Callable[[Any, jax.Array], State]:
   """`init` for this tuner and recipe, its result on all devices of a mesh."""
   return jax.jit(
-      functools.partial(init, tuner, recipe),
-      out_shardings=parallel.replicated(mesh),
+    functools.partial(init, tuner, recipe),
+    out_shardings=parallel.replicated(mesh),
   )
 
 
 def take(data: Batch, index: jax.Array) -> Batch:
   """Rows of resident data, but "tokens" whole, with "rows" to read of them."""
   batch = {
-      name: parallel.constrain(jnp.take(values, index, axis=0), "data")
-      for name, values in data.items()
-      if name != "tokens"
+    name: parallel.constrain(jnp.take(values, index, axis=0), "data")
+    for name, values in data.items()
+    if name != "tokens"
   }
   if "tokens" in data:
     batch |= {"tokens": data["tokens"], "rows": index}
@@ -163,17 +161,20 @@ def _by_device(gradient):
 
   def summed(trained, batch):
     specs = {
-        name: P(None, "data") if name == "query_mask" else P("data")
-        for name in batch
+      name: P(None, "data") if name == "query_mask" else P("data")
+      for name in batch
     }
 
     def of_part(trained, batch):
       return jax.lax.psum(gradient(trained, batch), "data")
 
     return jax.shard_map(
-        of_part, in_specs=(P(), specs), out_specs=P(), axis_names={"data"},
-        check_vma=False,  # Else it sums by itself, and where it likes.
-    )(trained, batch)  # fmt: skip
+      of_part,
+      in_specs=(P(), specs),
+      out_specs=P(),
+      axis_names={"data"},
+      check_vma=False,  # Else it sums by itself, and where it likes.
+    )(trained, batch)
 
   return summed
 
@@ -181,22 +182,22 @@ def _by_device(gradient):
 def _score(logits, batch):
   """Sums over the batch's real examples: loss and number right."""
   losses = optax.softmax_cross_entropy_with_integer_labels(
-      logits, batch["label"]
+    logits, batch["label"]
   )
   right = jnp.argmax(logits, axis=-1) == batch["label"]
   return jnp.sum(losses * batch["mask"]), jnp.sum(right * batch["mask"])
 
 
 def run_step(
-    tuner: tuner_lib.Tuner,
-    recipe: Recipe,
-    frozen: Any,
-    batch: Batch,
-    step: jax.Array,
-    trained: Any,
-    opt_state: Any,
-    key: jax.Array,
-    settings: Settings,
+  tuner: tuner_lib.Tuner,
+  recipe: Recipe,
+  frozen: Any,
+  batch: Batch,
+  step: jax.Array,
+  trained: Any,
+  opt_state: Any,
+  key: jax.Array,
+  settings: Settings,
 ) -> tuple[Any, Any, tuple[jax.Array, jax.Array]]:
   """One update of one run; returns its state and (loss sum, number right)."""
   batch = dict(batch)
@@ -205,7 +206,7 @@ def run_step(
   if recipe.embedding_dropout and "image" in batch:
     shape = (size, config.num_tokens, config.width)
     batch["embedding_mask"] = _keep_mask(
-        embed_key, recipe.embedding_dropout, shape
+      embed_key, recipe.embedding_dropout, shape
     )
   if tuner.has_queries and recipe.query_dropout:
     # Examples first: those that fill up a batch then change no other's mask.
@@ -222,12 +223,16 @@ def run_step(
     if settings.kept is not None:
       variables["head"] = head.select(variables["head"], settings.kept)
     tokens, rows, final = (
-        _stream(tuner, variables, batch, recipe.remat) if tuner.editor else seen
+      _stream(tuner, variables, batch, recipe.remat) if tuner.editor else seen
     )
     logits = tuner(
-        variables, tokens, final, batch.get("query_mask"), settings.normalize,
-        rows,
-    ).logits  # fmt: skip
+      variables,
+      tokens,
+      final,
+      batch.get("query_mask"),
+      settings.normalize,
+      rows,
+    ).logits
     total, right = _score(logits, batch)
     loss = total / count
     if recipe.lasso:
@@ -247,16 +252,16 @@ def run_step(
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def train_steps(
-    tuner: tuner_lib.Tuner,
-    recipe: Recipe,
-    state: State,
-    frozen: Any,
-    settings: Settings,
-    data: Batch,
-    order: jax.Array,
-    mask: jax.Array,
-    factor: jax.Array,
-    count: jax.typing.ArrayLike | None = None,
+  tuner: tuner_lib.Tuner,
+  recipe: Recipe,
+  state: State,
+  frozen: Any,
+  settings: Settings,
+  data: Batch,
+  order: jax.Array,
+  mask: jax.Array,
+  factor: jax.Array,
+  count: jax.typing.ArrayLike | None = None,
 ) -> tuple[State, jax.Array, jax.Array]:
   """Up to S steps in one call.
 
@@ -281,7 +286,7 @@ def train_steps(
 
   def one(trained, opt_state, key, settings, batch, step):
     return run_step(
-        tuner, recipe, frozen, batch, step, trained, opt_state, key, settings
+      tuner, recipe, frozen, batch, step, trained, opt_state, key, settings
     )
 
   together = jax.vmap(one, in_axes=(0, 0, 0, 0, None, None))
@@ -292,7 +297,7 @@ def train_steps(
     batch = {**take(data, order[i]), "mask": rows}
     now = settings.replace(lr=settings.lr * factor[i])
     trained, opt_state, sums = together(
-        state.trained, state.opt_state, state.key, now, batch, state.step
+      state.trained, state.opt_state, state.key, now, batch, state.step
     )
     state = State(trained, opt_state, state.key, state.step + 1)
     return state, tuple(x.at[i].set(new) for x, new in zip(done, sums))
@@ -300,7 +305,7 @@ def train_steps(
   steps = len(order)
   done = (jnp.zeros((steps, len(settings.lr))),) * 2
   state, (losses, right) = jax.lax.fori_loop(
-      0, steps if count is None else count, body, (state, done)
+    0, steps if count is None else count, body, (state, done)
   )
   return parallel.constrain((state, losses, right))  # Replicated.
 
@@ -340,12 +345,12 @@ class Ready:
 
 @functools.partial(jax.jit, static_argnums=0)
 def eval_steps(
-    tuners: tuple[tuner_lib.Tuner, ...],
-    ready: tuple[Ready, ...],
-    params: Any,
-    data: Batch,
-    order: jax.Array,
-    mask: jax.Array,
+  tuners: tuple[tuner_lib.Tuner, ...],
+  ready: tuple[Ready, ...],
+  params: Any,
+  data: Batch,
+  order: jax.Array,
+  mask: jax.Array,
 ) -> tuple[jax.Array, ...]:
   """All runs of all tuners over examples in one pass of the stream.
 
@@ -375,7 +380,7 @@ def eval_steps(
       own = tuner.editor and _stream(tuner, variables, batch)
       tokens, rows, final = own or seen
       logits = tuner(
-          variables, tokens, final, None, ready.normalize, rows
+        variables, tokens, final, None, ready.normalize, rows
       ).logits
       return _score(logits, batch)[1]
 
@@ -384,8 +389,7 @@ def eval_steps(
       return jax.lax.map(run, runs) if tuner.editor else jax.vmap(run)(runs)
 
     return tuple(
-        before + every(*those)
-        for before, *those in zip(right, tuners, ready)
+      before + every(*those) for before, *those in zip(right, tuners, ready)
     ), None
 
   runs = [len(jax.tree.leaves(each.variables)[0]) for each in ready]

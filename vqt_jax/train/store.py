@@ -98,22 +98,22 @@ class Layout:
 
 
 def layout_of(
-    config: ml_collections.ConfigDict,
-    tuner: tuner_lib.Tuner,
-    mesh: jax.sharding.Mesh,
+  config: ml_collections.ConfigDict,
+  tuner: tuner_lib.Tuner,
+  mesh: jax.sharding.Mesh,
 ) -> Layout:
   """What a method needs kept of an image, in a run of this config."""
   return Layout(
-      config=tuner.config,
-      tokens=tuner.reads_blocks,
-      dtype=config.feature_dtype or tuner.config.dtype,
-      mesh=mesh,
-      window=tuner.window,
+    config=tuner.config,
+    tokens=tuner.reads_blocks,
+    dtype=config.feature_dtype or tuner.config.dtype,
+    mesh=mesh,
+    window=tuner.window,
   )
 
 
 def held_layout(
-    layout: Layout, tuner: tuner_lib.Tuner, count: int, room: int
+  layout: Layout, tuner: tuner_lib.Tuner, count: int, room: int
 ) -> Layout:
   """Of features in device memory: on one CPU projected, if that has room.
 
@@ -127,18 +127,18 @@ def held_layout(
   """
   projected = dataclasses.replace(layout, projected=True)
   if (
-      tuner.has_queries
-      and layout.dtype == layout.config.dtype
-      and layout.mesh.size == 1
-      and layout.mesh.devices.flat[0].platform == "cpu"
-      and count * projected.bytes_per_image <= room
+    tuner.has_queries
+    and layout.dtype == layout.config.dtype
+    and layout.mesh.size == 1
+    and layout.mesh.devices.flat[0].platform == "cpu"
+    and count * projected.bytes_per_image <= room
   ):
     return projected
   return layout
 
 
 def stream(
-    layout: Layout, params: Any, batches: Iterable[dict[str, np.ndarray]]
+  layout: Layout, params: Any, batches: Iterable[dict[str, np.ndarray]]
 ) -> Iterator[Part]:
   """Runs the backbone over batches; one is computed while another is used.
 
@@ -165,12 +165,12 @@ def runner(layout: Layout) -> Callable[[Any, jax.Array], Part]:
 
   def run(params, images):
     seen = tuner_lib.run_backbone(
-        layout.config, layout.tokens, params, images, window=layout.window
+      layout.config, layout.tokens, params, images, window=layout.window
     )
     # Shared out by images until all is computed, and only then cut across: else
     # the compiler cuts all of the backbone across, and sums in every block.
     by_image = lambda x, axis: jax.lax.with_sharding_constraint(
-        x, parallel.batch_sharding(layout.mesh, axis)
+      x, parallel.batch_sharding(layout.mesh, axis)
     )
     part = {"final": by_image(seen.final, 0)}
     if layout.tokens:
@@ -182,7 +182,7 @@ def runner(layout: Layout) -> Callable[[Any, jax.Array], Part]:
 
 
 def project(
-    layout: Layout, params: Any, parts: Iterable[Part]
+  layout: Layout, params: Any, parts: Iterable[Part]
 ) -> Iterator[Part]:
   """Puts keys and values (L, b, 2, H, N, K) in the place of parts' tokens."""
   run = projector(layout)
@@ -208,10 +208,10 @@ def projector(layout: Layout) -> Callable[[Any, jax.Array], jax.Array]:
 
 
 def on_devices(
-    layout: Layout,
-    parts: Iterable[Part],
-    label: np.ndarray,
-    progress: Callable[[int], None] = lambda done: None,
+  layout: Layout,
+  parts: Iterable[Part],
+  label: np.ndarray,
+  progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, jax.Array]:
   """Collects the stream of n images on the devices.
 
@@ -243,11 +243,11 @@ def held_shapes(layout: Layout, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
   """What `on_devices` gives for so many rows, in its place."""
   depth, _, width = layout.row
   shape = lambda name, *rest: jax.ShapeDtypeStruct(
-      *rest, sharding=layout.held_sharding(name)
+    *rest, sharding=layout.held_sharding(name)
   )
   shapes = {
-      "final": shape("final", (rows, width), jnp.float32),
-      "label": shape("label", (rows,), jnp.int32),
+    "final": shape("final", (rows, width), jnp.float32),
+    "label": shape("label", (rows,), jnp.int32),
   }
   if layout.tokens:
     dtype = jnp.dtype(layout.dtype)
@@ -259,7 +259,7 @@ def held_shapes(layout: Layout, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
 def _empty(layout, rows, names):
   shapes = {name: held_shapes(layout, rows)[name] for name in names}
   zeros = lambda: {
-      name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()
+    name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()
   }
   shardings = {name: layout.held_sharding(name) for name in names}
   return jax.jit(zeros, out_shardings=shardings)()
@@ -271,8 +271,8 @@ def _writer(layout: Layout) -> Callable[[Part, Part, int], Part]:
 
   def write(store, part, start):
     return {
-        name: update(held, part[name], start, 1 if name == "tokens" else 0)
-        for name, held in store.items()
+      name: update(held, part[name], start, 1 if name == "tokens" else 0)
+      for name, held in store.items()
     }
 
   names = ["final"] + ["tokens"] * layout.tokens
@@ -297,9 +297,9 @@ class HostStore:
   def send(self, rows: np.ndarray) -> Part:
     """A batch of these rows, on the devices."""
     part = {
-        "final": parallel.from_host(
-            self.final[rows], self.layout.sharding("final")
-        )
+      "final": parallel.from_host(
+        self.final[rows], self.layout.sharding("final")
+      )
     }
     if not self.layout.tokens:
       return part
@@ -309,17 +309,18 @@ class HostStore:
       batch[:, i] = self.tokens[number]
     depth, tokens, width = self.layout.row
     part["tokens"] = jax.make_array_from_process_local_data(
-        self.layout.sharding("tokens"), batch,
-        (depth, len(rows), tokens, width),
-    )  # fmt: skip
+      self.layout.sharding("tokens"),
+      batch,
+      (depth, len(rows), tokens, width),
+    )
     return part
 
 
 def on_host(
-    layout: Layout,
-    parts: Iterable[Part],
-    count: int,
-    progress: Callable[[int], None] = lambda done: None,
+  layout: Layout,
+  parts: Iterable[Part],
+  count: int,
+  progress: Callable[[int], None] = lambda done: None,
 ) -> HostStore:
   """Collects the stream of `count` images in the host's memory."""
   depth, tokens, width = layout.row
@@ -352,7 +353,7 @@ def rows_of(part: Part, most: int) -> dict[str, np.ndarray]:
 
 
 def resident(
-    examples: dict[str, np.ndarray], mesh: jax.sharding.Mesh, dtype: str
+  examples: dict[str, np.ndarray], mesh: jax.sharding.Mesh, dtype: str
 ) -> dict[str, jax.Array]:
   """Images on the devices, for training through the ViT.
 
@@ -379,13 +380,13 @@ def resident(
   # In two steps: with a layout, arrays cannot be made while a mesh is set.
   in_order = jax.jit(lambda x: x, out_shardings=wanted, donate_argnums=0)
   return {
-      "image": in_order(parallel.from_host(images, wanted.sharding)),
-      "label": parallel.from_host(label, shapes["label"].sharding),
+    "image": in_order(parallel.from_host(images, wanted.sharding)),
+    "label": parallel.from_host(label, shapes["label"].sharding),
   }
 
 
 def resident_shapes(
-    count: int, image_size: Sequence[int], mesh: jax.sharding.Mesh, dtype: str
+  count: int, image_size: Sequence[int], mesh: jax.sharding.Mesh, dtype: str
 ) -> dict[str, jax.ShapeDtypeStruct]:
   """What `resident` gives for so many images (height, width), in its place."""
   shards, (height, width) = mesh.shape["data"], image_size
@@ -396,10 +397,10 @@ def resident_shapes(
   axis = next(axis for axis in (1, 2, 0) if shape[axis] % shards == 0)
   place = parallel.in_order(parallel.batch_sharding(mesh, axis), 3)
   return {
-      "image": jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place),
-      "label": jax.ShapeDtypeStruct(
-          shape[:1], jnp.int32, sharding=parallel.replicated(mesh)
-      ),
+    "image": jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place),
+    "label": jax.ShapeDtypeStruct(
+      shape[:1], jnp.int32, sharding=parallel.replicated(mesh)
+    ),
   }
 
 
@@ -409,7 +410,7 @@ def _pad(array: np.ndarray, rows: int) -> np.ndarray:
 
 
 def order(
-    rows: np.ndarray, batch_size: int, shards: int, shuffle: tuple | None = None
+  rows: np.ndarray, batch_size: int, shards: int, shuffle: tuple | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
   """Rows of resident data in batches, every row exactly once.
 
