@@ -18,11 +18,12 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import flops
 import vqt_jax
-from vqt_jax import parallel
-from vqt_jax import tuner as tuner_lib
-from vqt_jax import vit
-from vqt_jax.train import optim
-from vqt_jax.train import step as step_lib
+from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.models import vit
+from vqt_jax.models import vit_config as vit_config_lib
+from vqt_jax.runtime import mesh as mesh_lib
+from vqt_jax.training import optim
+from vqt_jax.training import step as step_lib
 
 NUM_CLASSES = 100
 QUERY_COUNTS = (1, 10)
@@ -83,20 +84,22 @@ def _place(mesh, path, leaf):
   name = getattr(path[-1], "key", None)
   sharding = NamedSharding(mesh, spec.get(name, P()))
   if name in spec:
-    sharding = parallel.in_order(sharding, leaf.ndim)
+    sharding = mesh_lib.in_order(sharding, leaf.ndim)
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def vit_config(variant: str, image_size: int, dtype: str) -> vit.ViTConfig:
+def vit_config(
+  variant: str, image_size: int, dtype: str
+) -> vit_config_lib.ViTConfig:
   """A variant by name, for square images."""
-  sizes = vit.decode_variant(variant)
-  return vit.ViTConfig(
+  sizes = vit_config_lib.decode_variant(variant)
+  return vit_config_lib.ViTConfig(
     **sizes, image_size=(image_size, image_size), dtype=dtype
   )
 
 
 def all_steps(
-  config: vit.ViTConfig, batch_size: int, **options: int
+  config: vit_config_lib.ViTConfig, batch_size: int, **options: int
 ) -> list[Case]:
   """Linear probe, VQT live, VQT from the store, full fine-tuning."""
   tuners = [
@@ -114,7 +117,7 @@ def all_steps(
 
 
 def all_methods(
-  config: vit.ViTConfig, batch_size: int, **options: int
+  config: vit_config_lib.ViTConfig, batch_size: int, **options: int
 ) -> list[Case]:
   """A live step of each method, and of editors with `remat` as well."""
   steps = []
@@ -191,7 +194,7 @@ def train(
 
 
 def finetune(
-  config: vit.ViTConfig,
+  config: vit_config_lib.ViTConfig,
   num_classes: int,
   batch_size: int,
   *,

@@ -1,21 +1,21 @@
 """Floating-point operations that a step ought to do, from the sizes alone.
 
-`vqt_jax.compiled.matmuls` counts what it does. 2 per multiply-add. Letters as
-in `vit.py`, and C classes, F features.
+`vqt_jax.planning.cost.matmuls` counts what it does. 2 per multiply-add.
+Letters as in `vit.py`, and C classes, F features.
 """
 
 import math
 
-from vqt_jax import tuner as tuner_lib
-from vqt_jax import vit
+from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.models import vit_config
 
 
-def embedding(c: vit.ViTConfig) -> int:
+def embedding(c: vit_config.ViTConfig) -> int:
   """The patches of one image."""
   return 2 * math.prod(c.grid) * math.prod(c.patch_size) * 3 * c.width
 
 
-def blocks(c: vit.ViTConfig) -> int:
+def blocks(c: vit_config.ViTConfig) -> int:
   """All blocks on the tokens of one image.
 
   Per block: projections to query, key, value and out (4 N D^2), scores and
@@ -39,7 +39,7 @@ def reading(tuner: tuner_lib.Tuner) -> int:
   return 2 * c.depth * tuner.num_queries * per_query
 
 
-def stream(c: vit.ViTConfig) -> int:
+def stream(c: vit_config.ViTConfig) -> int:
   """The frozen forward pass, per image."""
   return embedding(c) + blocks(c)
 
@@ -56,7 +56,7 @@ def reading_step(tuner: tuner_lib.Tuner) -> int:
   return 2 * reading(tuner) + (3 if tuner.has_queries else 2) * head
 
 
-def finetune_step(c: vit.ViTConfig, num_classes: int) -> int:
+def finetune_step(c: vit_config.ViTConfig, num_classes: int) -> int:
   """A step of full fine-tuning, per image.
 
   3 times everything, but nothing needs the gradient of the image.

@@ -11,8 +11,8 @@ import csv
 import json
 import sys
 
-from vqt_jax import compare_plot
-from vqt_jax import plots
+from vqt_jax.reports import compare_figure
+from vqt_jax.reports import style
 
 GIB = 2**30
 
@@ -44,14 +44,14 @@ def points(
 def main() -> None:
   memory, comparison, picture = sys.argv[1:]
   found = points(memory, comparison)
-  figure = plots.figure_of(9, 5)
+  figure = style.figure_of(9, 5)
   ax = figure.subplots()
   for number, (name, accuracy, gib, remat) in enumerate(found, start=1):
-    kind = compare_plot.kind(name)
-    colour, mark = compare_plot.KINDS[kind], compare_plot.MARKS[kind]
-    label = f"{number}  {plots.METHODS.get(name, name)}"
+    kind = compare_figure.kind(name)
+    colour, mark = compare_figure.KINDS[kind], compare_figure.MARKS[kind]
+    label = f"{number}  {style.METHODS.get(name, name)}"
     if remat:
-      ax.plot([remat, gib], [accuracy] * 2, color=plots.FAINT, lw=0.6)
+      ax.plot([remat, gib], [accuracy] * 2, color=style.FAINT, lw=0.6)
       ax.plot(remat, accuracy, mark, mfc="white", mec=colour)
     ax.plot(gib, accuracy, mark, color=colour, label=label, ls="")
   ax.set_xscale("log")
@@ -67,9 +67,9 @@ def main() -> None:
   runs = [
     {"test_accuracy": {"mean": a, "per_seed": {}}} for _, a, _, _ in found
   ]
-  compare_plot.number(ax, runs, sizes)
+  compare_figure.number(ax, runs, sizes)
   figure.set_layout_engine("none")
-  plots.save(figure, picture)
+  style.save(figure, picture)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ from rich import table as rich_table
 
 from benchmarks import cases
 import vqt_jax
-from vqt_jax import parallel
-from vqt_jax import vit
+from vqt_jax.models import vit_config
+from vqt_jax.runtime import processes
 
 MIB = 2**20
 TORCH = ("linear probe", "VQT", "VQT, stream cut off", "LoRA", "fine-tuning")
@@ -56,7 +56,7 @@ BASE = "vqt_jax: vqt"
 def measure_ours(name: str, options: argparse.Namespace) -> dict[str, Any]:
   """Seconds of a step, of each repeat, and peak memory."""
   config = _config(options)
-  parallel.ask_for_determinism()  # As main.py does.
+  processes.ask_for_determinism()  # As main.py does.
   method, *how = name.split(", ")
   tuner = vqt_jax.make_tuner(method, config, cases.NUM_CLASSES)
   stored, runs = "stored" in how, 20 if "20 runs" in how else 1
@@ -104,7 +104,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
   return {"name": name, **figures}
 
 
-def _config(options: argparse.Namespace) -> vit.ViTConfig:
+def _config(options: argparse.Namespace) -> vit_config.ViTConfig:
   """Of the backbone; its GELU is that of Hugging Face's ViT."""
   config = cases.vit_config(options.variant, options.image_size, options.dtype)
   return dataclasses.replace(config, gelu="exact")

@@ -18,11 +18,12 @@ import transformers
 
 from benchmarks import cases
 import vqt_jax
-from vqt_jax import vit as vit_lib
+from vqt_jax.models import vit as vit_lib
+from vqt_jax.models import vit_config
 
 
 def steps(
-  name: str, config: vit_lib.ViTConfig, batch_size: int, compiled: bool
+  name: str, config: vit_config.ViTConfig, batch_size: int, compiled: bool
 ) -> tuple[Callable[[int], None], str]:
   """A function that does so many steps and waits for them; the device.
 
@@ -69,7 +70,7 @@ def steps(
 
 def measure(
   name: str,
-  config: vit_lib.ViTConfig,
+  config: vit_config.ViTConfig,
   batch_size: int,
   count: int,
   repeats: int,
@@ -95,7 +96,7 @@ def measure(
   }
 
 
-def _backbone(config: vit_lib.ViTConfig) -> torch.nn.Module:
+def _backbone(config: vit_config.ViTConfig) -> torch.nn.Module:
   return transformers.ViTModel(
     transformers.ViTConfig(
       hidden_size=config.width,
@@ -113,7 +114,7 @@ def _backbone(config: vit_lib.ViTConfig) -> torch.nn.Module:
   )
 
 
-def _model(name: str, config: vit_lib.ViTConfig) -> torch.nn.Module:
+def _model(name: str, config: vit_config.ViTConfig) -> torch.nn.Module:
   vit = _backbone(config)
   if name == "fine-tuning":
     return Final(vit, config)
@@ -128,7 +129,7 @@ def _model(name: str, config: vit_lib.ViTConfig) -> torch.nn.Module:
   return Vqt(vit, config, cut_off=name != "VQT")
 
 
-def check(config: vit_lib.ViTConfig, batch_size: int) -> None:
+def check(config: vit_config.ViTConfig, batch_size: int) -> None:
   """Prints how far logits are from those of `vqt_jax`, of the same weights."""
   tuner = vqt_jax.make_tuner("vqt", config, cases.NUM_CLASSES, num_queries=1)
   tuner = dataclasses.replace(tuner, normalize=True)
@@ -200,7 +201,7 @@ def _load(model, params, variables, config) -> None:
 class Final(torch.nn.Module):
   """A head on the class token."""
 
-  def __init__(self, vit: torch.nn.Module, config: vit_lib.ViTConfig):
+  def __init__(self, vit: torch.nn.Module, config: vit_config.ViTConfig):
     super().__init__()
     self.vit = vit
     self.head = torch.nn.Linear(config.width, cases.NUM_CLASSES)
@@ -218,7 +219,7 @@ class Vqt(torch.nn.Module):
   """
 
   def __init__(
-    self, vit: torch.nn.Module, config: vit_lib.ViTConfig, cut_off: bool
+    self, vit: torch.nn.Module, config: vit_config.ViTConfig, cut_off: bool
   ):
     super().__init__()
     self.vit, self.cut_off = vit, cut_off

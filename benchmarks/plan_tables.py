@@ -14,10 +14,11 @@ import os
 import sys
 from typing import Any
 
-from vqt_jax import config as config_lib
-from vqt_jax import console as console_lib
-from vqt_jax import plan
-from vqt_jax import programs
+from vqt_jax.config import fields
+from vqt_jax.config import recipes
+from vqt_jax.planning import plan
+from vqt_jax.planning import programs
+from vqt_jax.runtime import console as console_lib
 
 MIB = 2**20
 PER_CHIP = 64  # images in a step
@@ -31,12 +32,12 @@ SLICES = (
 
 def job_of(variant: str, where: str, features: str) -> programs.Job:
   """A step of `PER_CHIP` images on each chip, of `STEPS` times as many."""
-  config = config_lib.default_config()
+  config = fields.default_config()
   config.init, config.variant = "gs://some/where.npz", variant
   config.lr, config.weight_decay, config.seeds = (0.1,), (1e-4,), (0,)
   config.keep_fraction = (1.0,)
   config.features = features
-  job = plan.make_job(config_lib.resolve(config), where)
+  job = plan.make_job(recipes.resolve(config), where)
   images = PER_CHIP * job.mesh.shape["data"]
   config = job.config.copy_and_resolve_references()
   config.batch_size = config.eval_batch_size = images

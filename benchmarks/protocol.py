@@ -35,12 +35,12 @@ from rich import table as rich_table
 import vqt_jax
 from vqt_jax import accuracy
 from vqt_jax import cli
-from vqt_jax import config as config_lib
-from vqt_jax import console as console_lib
-from vqt_jax.train import packing
-from vqt_jax.train import stages
-from vqt_jax.train import step
-from vqt_jax.train import store
+from vqt_jax.config import recipes
+from vqt_jax.features import memory_budget
+from vqt_jax.features import store
+from vqt_jax.runtime import console as console_lib
+from vqt_jax.training import stages
+from vqt_jax.training import step
 
 TRAINING = ("search", "seeds", "scores", "selected")
 
@@ -131,14 +131,14 @@ def instrumented(clock: Clock, alone: bool) -> Iterator[None]:
     replace(store, "runner", extract(store.runner))
     replace(store, "_writer", extract(store._writer))
     if alone:
-      replace(packing, "runs_at_once", lambda *args: 1)
+      replace(memory_budget, "runs_at_once", lambda *args: 1)
     yield
 
 
 def measure(config: ConfigDict, live: bool) -> tuple[Clock, dict[str, Any]]:
   """One run of the program; its clock and results."""
   clock = Clock()
-  config = config_lib.resolve(config)
+  config = recipes.resolve(config)
   config.features = "live" if live else "device"
   config.data = "device" if live else ""
   quiet = console_lib.Console(io.StringIO())
@@ -167,7 +167,7 @@ def main() -> None:
   parser.add_argument("--no_live", action="store_true", help="stored alone")
   options, rest = parser.parse_known_args()
   argv = ["main.py", "--workdir=unused", *rest]
-  config = config_lib.resolve(cli.parse(argv).config)
+  config = recipes.resolve(cli.parse(argv).config)
   settings, seeds = len(config.lr) * len(config.weight_decay), len(config.seeds)
 
   stored = cut(config, options.epochs)

@@ -36,8 +36,8 @@ from rich import console as rich_console
 from rich import table as rich_table
 
 from benchmarks import cases
-from vqt_jax import compiled
-from vqt_jax import tuner as tuner_lib
+from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.planning import cost as cost_lib
 
 MIB = 2**20
 COLUMNS = (
@@ -99,7 +99,7 @@ def measure(case: cases.Case, forward: float) -> dict[str, Any]:
   arguments = memory.argument_size_in_bytes - memory.alias_size_in_bytes
   figures = {
     "step": case.name,
-    "flops": compiled.matmuls(case.function, *args),
+    "flops": cost_lib.matmuls(case.function, *args),
     "flops_bound": case.expected,
     "temp_bytes": memory.temp_size_in_bytes,
     "peak_bytes": sum(

@@ -23,9 +23,9 @@ from rich import table as rich_table
 import vqt_jax
 from vqt_jax import accuracy
 from vqt_jax import cli
-from vqt_jax import config as config_lib
-from vqt_jax import console as console_lib
-from vqt_jax.train import store
+from vqt_jax.config import recipes
+from vqt_jax.features import store
+from vqt_jax.runtime import console as console_lib
 
 
 def exact(tokens: jax.Array) -> jax.Array:
@@ -69,7 +69,7 @@ def main() -> None:
   )
   _, rest = parser.parse_known_args()
   argv = ["main.py", "--workdir=unused", *rest]
-  config = config_lib.resolve(cli.parse(argv).config)
+  config = recipes.resolve(cli.parse(argv).config)
   config.features, config.feature_dtype = "device", "float32"
   config.store_dir = ""  # No file may keep what is rounded here.
   table = rich_table.Table(

@@ -22,13 +22,13 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from vqt_jax import cli
-from vqt_jax import config as config_lib
-from vqt_jax import console as console_lib
-from vqt_jax import tuner as tuner_lib
-from vqt_jax.train import examples as examples_lib
-from vqt_jax.train import loop
-from vqt_jax.train import run as run_lib
-from vqt_jax.train import step as step_lib
+from vqt_jax.config import recipes
+from vqt_jax.features import examples as examples_lib
+from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.runtime import console as console_lib
+from vqt_jax.training import loop
+from vqt_jax.training import setup
+from vqt_jax.training import step as step_lib
 
 MIB = 2**20
 
@@ -36,7 +36,7 @@ MIB = 2**20
 class Way:
   """One step of some runs of a config, its features kept or not."""
 
-  def __init__(self, job: run_lib.Job, runs: tuple[loop.Run, ...], place: str):
+  def __init__(self, job: setup.Job, runs: tuple[loop.Run, ...], place: str):
     config = job.config.copy_and_resolve_references()
     config.features = place
     job = dataclasses.replace(job, config=config)
@@ -125,9 +125,9 @@ def main() -> None:
   parser.add_argument("--repeats", type=int, default=5)
   options, rest = parser.parse_known_args()
   argv = ["main.py", "--workdir=unused", *rest]
-  config = config_lib.resolve(cli.parse(argv).config)
+  config = recipes.resolve(cli.parse(argv).config)
   quiet = console_lib.Console(io.StringIO())
-  job = run_lib._prepare(config, pathlib.Path(), quiet)
+  job = setup.prepare(config, pathlib.Path(), quiet)
   with jax.set_mesh(job.mesh):
     runs = settings(config, 20)
     stored = Way(job, runs[:1], "device")

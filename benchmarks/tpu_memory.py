@@ -37,9 +37,9 @@ from rich import console as rich_console
 from rich import table as rich_table
 
 from benchmarks import cases
-from vqt_jax import compiled
-from vqt_jax import hlo
-from vqt_jax.train import step as step_lib
+from vqt_jax.planning import cost
+from vqt_jax.planning import hlo
+from vqt_jax.training import step as step_lib
 
 MIB = 2**20
 STEPS = 2  # So that the loop over steps stays one.
@@ -87,15 +87,15 @@ def evaluation(train: cases.Case) -> cases.Case:
 def measure(case: cases.Case, mesh: jax.sharding.Mesh) -> dict[str, Any]:
   """Compiles for the slice; figures are per chip, operations per step."""
   args = case.shapes(mesh)
-  operations = compiled.matmuls(case.function, *args)
+  operations = cost.matmuls(case.function, *args)
   figures = {
     "step": case.name,
     "flops": operations // (STEPS * mesh.size),
     "exceeds": False,
   }
   try:
-    program = compiled.compile_for(mesh, case.function, *args)
-  except compiled.Exceeds as e:
+    program = cost.compile_for(mesh, case.function, *args)
+  except cost.Exceeds as e:
     return figures | {"exceeds": True, "needed_bytes": e.needed}
   memory = program.memory_analysis()
   return figures | {

@@ -20,9 +20,9 @@ from ml_collections import ConfigDict
 
 from vqt_jax import config as config_lib
 from vqt_jax import errors
-from vqt_jax import tuner
 from vqt_jax.configs import digits
 from vqt_jax.configs import vtab
+from vqt_jax.models import tuner
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -1,4 +1,4 @@
-"""`vqt_jax.vit.ViT`'s forward pass, written out for fast training on a CPU.
+"""The forward pass of `models.vit.ViT`, written out for training on a CPU.
 
 Same parameters (but the blocks are a list), same numbers up to rounding. Every
 product takes bfloat16 and returns float32 without a transposed operand: in this
@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vqt_jax import vit
+from vqt_jax.models import attention as attention_lib
+from vqt_jax.models import vit_config
 
 
 def _transposed(x: jax.Array) -> jax.Array:
@@ -51,12 +52,12 @@ def _dense(params: Any, x: jax.Array) -> jax.Array:
 def _layer_norm(params: Any, x: jax.Array) -> jax.Array:
   mean = x.mean(axis=-1, keepdims=True)
   variance = jnp.square(x - mean).mean(axis=-1, keepdims=True)
-  x = (x - mean) * jax.lax.rsqrt(variance + vit.EPSILON)
+  x = (x - mean) * jax.lax.rsqrt(variance + attention_lib.EPSILON)
   return x * params["scale"] + params["bias"]
 
 
 def _attend(
-  config: vit.ViTConfig, params: Any, x: jax.Array, batch: int
+  config: vit_config.ViTConfig, params: Any, x: jax.Array, batch: int
 ) -> jax.Array:
   """Self-attention of tokens (B N, D)."""
   width, heads, size = config.width, config.num_heads, config.head_dim
@@ -76,7 +77,7 @@ def _attend(
 
 
 def _block(
-  config: vit.ViTConfig, params: Any, z: jax.Array, batch: int
+  config: vit_config.ViTConfig, params: Any, z: jax.Array, batch: int
 ) -> jax.Array:
   """One encoder block on tokens (B N, D)."""
   attention = params["MultiHeadDotProductAttention_0"]
@@ -88,7 +89,7 @@ def _block(
 
 
 def _embed(
-  config: vit.ViTConfig, params: Any, images: jax.Array, kept: jax.Array
+  config: vit_config.ViTConfig, params: Any, images: jax.Array, kept: jax.Array
 ) -> jax.Array:
   """Grey images (B, height, width) to tokens (B K, D), positions added."""
   (rows, columns), (height, width) = config.grid, config.patch_size
@@ -107,7 +108,7 @@ def _embed(
 
 
 def logits(
-  config: vit.ViTConfig, params: Any, images: jax.Array, kept: jax.Array
+  config: vit_config.ViTConfig, params: Any, images: jax.Array, kept: jax.Array
 ) -> jax.Array:
   """What the pre-trained head says about images of which it sees some patches.
 

@@ -4,8 +4,9 @@
 
 Run it from the root of the repository, with the dataset prepared by TFDS. The
 result is a Big Vision npz. It is written after every epoch, so a run that is
-stopped early leaves a usable file. Accuracies are those of `vqt_jax.vit.ViT`
-in float32. The recipe is told in `vqt_jax/assets/README.md`.
+stopped early leaves a usable file. Accuracies are those of
+`vqt_jax.models.vit.ViT` in float32. The recipe is told in
+`vqt_jax/assets/README.md`.
 """
 
 import argparse
@@ -24,9 +25,10 @@ import optax
 
 from scripts import cpu_vit
 from vqt_jax import checkpoints
-from vqt_jax import vit
+from vqt_jax.models import vit
+from vqt_jax.models import vit_config
 
-CONFIG = vit.ViTConfig(
+CONFIG = vit_config.ViTConfig(
   width=128,
   depth=6,
   mlp_dim=512,

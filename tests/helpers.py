@@ -8,7 +8,8 @@ import numpy as np
 
 import vqt_jax
 from vqt_jax import checkpoints
-from vqt_jax import vit
+from vqt_jax.models import vit
+from vqt_jax.models import vit_config
 
 HERE = pathlib.Path(__file__).parent
 GOLDENS = HERE / "goldens"
@@ -27,10 +28,10 @@ def golden_backbone(pool_type: str | None = None) -> vqt_jax.Backbone:
   return checkpoints.load_backbone(path, gelu="exact", pool_type=pool_type)
 
 
-def tiny_config(**changes) -> vit.ViTConfig:
+def tiny_config(**changes) -> vit_config.ViTConfig:
   sizes = dict(width=16, depth=3, mlp_dim=32, num_heads=2)
   images = dict(patch_size=(4, 4), image_size=(12, 12))
-  return vit.ViTConfig(**{**sizes, **images, **changes})
+  return vit_config.ViTConfig(**{**sizes, **images, **changes})
 
 
 def tiny_backbone(seed: int = 0, **changes) -> vqt_jax.Backbone:

@@ -24,7 +24,7 @@ import tensorflow_datasets as tfds
 import main
 from tests import helpers
 from vqt_jax import checkpoints
-from vqt_jax.train import loop
+from vqt_jax.training import loop
 
 CLASSES = 3
 SIZES = {"train": 48, "test": 30}  # 32 to train on, 16 to choose by.
@@ -158,8 +158,8 @@ _CONTEXT.set_forkserver_preload(
     "tensorflow",
     "tests.runs",
     "vqt_jax.data.digits",
-    "vqt_jax.plots",
-    "vqt_jax.train.run",
+    "vqt_jax.reports.run_figure",
+    "vqt_jax.training.run",
   ]
 )
 

@@ -8,13 +8,13 @@ import pytest
 
 import main
 from tests import runs
-from vqt_jax import config as config_lib
 from vqt_jax import data
-from vqt_jax import plots
-from vqt_jax import results
+from vqt_jax.config import fields
 from vqt_jax.data import labels
 from vqt_jax.data import vtab
-from vqt_jax.train import stages
+from vqt_jax.reports import run_figure
+from vqt_jax.training import stages
+from vqt_jax.training import workdir as workdir_lib
 
 STOPPED = "Stopped and saved; resume with the same command."
 CHANGES = dict(
@@ -88,7 +88,7 @@ def terminate(monkeypatch, module, name, call):
 def test_all_tasks(start, table, material, tmp_path, monkeypatch):
   workdir, alone = tmp_path / "all", tmp_path / "alone"
   with monkeypatch.context() as patch:  # When the first task is done.
-    terminate(patch, plots, "report", 1)
+    terminate(patch, run_figure, "report", 1)
     status, said = start(workdir)
   assert (status, said[-1]) == (75, STOPPED)
   assert said[0] == (
@@ -160,9 +160,9 @@ def test_none_is_prepared(start, table, tmp_path):
 
 def test_the_folder_of_a_task_holds_another_run(start, tmp_path):
   """Said before anything is trained."""
-  folder, config = tmp_path / "kitti", config_lib.default_config()
+  folder, config = tmp_path / "kitti", fields.default_config()
   config.task = "dtd"
-  with results.open_workdir(config, folder):
+  with workdir_lib.open_workdir(config, folder):
     (folder / "results.json").write_text("{}")
   status, said = start(tmp_path)
   assert status == 2 and len(said) == 1

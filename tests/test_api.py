@@ -10,8 +10,8 @@ import pytest
 
 from tests import helpers
 import vqt_jax
-from vqt_jax import editors
 from vqt_jax import tuned
+from vqt_jax.models import editors
 
 CLASSES = 3
 

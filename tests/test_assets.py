@@ -12,7 +12,7 @@ from scripts import cpu_vit
 from tests import helpers
 import vqt_jax
 from vqt_jax import checkpoints
-from vqt_jax import vit
+from vqt_jax.models import vit
 
 PATH = resources.files("vqt_jax") / "assets" / "fashion_vit.npz"
 # The first images of Fashion-MNIST's test split (MIT licence, Zalando SE).

@@ -384,7 +384,9 @@ def killed(material, tmp_path_factory):
   """A workdir that has everything but results."""
   workdir = tmp_path_factory.mktemp("killed") / "run"
   argv = runs.command(material, workdir, **BEGUN)
-  with mock.patch("vqt_jax.plots.report", side_effect=KeyboardInterrupt):
+  with mock.patch(
+    "vqt_jax.training.results.write", side_effect=KeyboardInterrupt
+  ):
     assert main.main(argv) == 130
   return workdir
 

@@ -16,13 +16,15 @@ from tests import runs
 from tests import test_processes
 from vqt_jax import UserError
 from vqt_jax import compare
-from vqt_jax import files
-from vqt_jax import results
-from vqt_jax.train import checkpoint
+from vqt_jax import tuned
+from vqt_jax.runtime import files
+from vqt_jax.runtime import growing as growing_lib
+from vqt_jax.training import metrics
+from vqt_jax.training import preemption
 
 WORKDIR = "gs://bucket/runs/a"
 SMALL = dict(method="linear", lr=0.1, epochs=2, seeds=7)
-TRAIN = "vqt_jax.train.step:train_steps"
+TRAIN = "vqt_jax.training.step:train_steps"
 
 
 @pytest.fixture
@@ -84,9 +86,10 @@ def test_killed(server, material, alone, tmp_path):
     path.name for path in alone["device"].iterdir()
   }
   assert len(list(run.glob("tensorboard/*/*/events*"))) == 4
-  assert [n for n in server.written if n != "runs/a/log.txt"][-1] == (
-    "runs/a/results.json"
-  )
+  assert [n for n in server.written if n != "runs/a/log.txt"][-2:] == [
+    "runs/a/results.json",
+    "runs/a/report.png",
+  ]
 
 
 def test_two_processes(server, material, tmp_path):
@@ -196,14 +199,14 @@ def test_files(server):
 
 
 def test_a_signal_is_no_failure_of_a_bucket():
-  with pytest.raises(checkpoint.Stopped):
+  with pytest.raises(preemption.Stopped):
     with files.reading(WORKDIR):
-      raise checkpoint.Stopped
+      raise preemption.Stopped
 
 
 def test_growing(server):
   files.write(files.path("gs://bucket/a/log.txt"), b"1")
-  growing = files.Growing(files.path("gs://bucket/a"), "log.txt", "other")
+  growing = growing_lib.Growing(files.path("gs://bucket/a"), "log.txt", "other")
   local = growing.folder
   (local / "deep").mkdir()
   (local / "deep" / "b").write_bytes(b"b")
@@ -223,29 +226,29 @@ def test_metrics(server, tmp_path, monkeypatch):
   """Rows that a kill keeps from the bucket are those that are made again."""
   monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
   rows = [{"epoch": e, "run": 0, "loss": 1.0} for e in range(1, 4)]
-  writer = results.MetricsWriter(WORKDIR)
+  writer = metrics.MetricsWriter(WORKDIR)
   writer.epochs("a", rows[:1])
   writer.close()
-  writer = results.MetricsWriter(WORKDIR)
+  writer = metrics.MetricsWriter(WORKDIR)
   writer.epochs("a", rows[:1])
   writer.epochs("a", rows[1:])
-  assert len(results.read_metrics(WORKDIR)) == 1  # As good as killed here.
+  assert len(metrics.read_metrics(WORKDIR)) == 1  # As good as killed here.
   writer._events.close()
-  writer = results.MetricsWriter(WORKDIR)
+  writer = metrics.MetricsWriter(WORKDIR)
   writer.epochs("a", rows[:2])
   writer.epochs("a", rows[2:])
   writer.close()
-  assert [row["epoch"] for row in results.read_metrics(WORKDIR)] == [1, 2, 3]
+  assert [row["epoch"] for row in metrics.read_metrics(WORKDIR)] == [1, 2, 3]
   assert len([name for name in server.objects if "tensorboard" in name]) == 1
 
 
 def test_comparing(server, alone, capsys):
   for name, content in runs.files(alone["device"], "tuned/*/*").items():
     files.write(files.path(f"{WORKDIR}/{name}"), content)
-  _, info = results.load_tuned(f"{WORKDIR}/tuned/seed_7")
+  _, info = tuned.load_tuned(f"{WORKDIR}/tuned/seed_7")
   assert info["seed"] == 7
   summary = runs.results(alone["device"]) | {"method": "linear"}  # No queries.
-  results.write_json(f"{WORKDIR}/results.json", summary)
+  files.write_json(f"{WORKDIR}/results.json", summary)
   assert compare.main(["compare", WORKDIR, "--output=gs://bucket/out"]) == 0
   assert server.written[-2:] == ["out/compare.csv", "out/compare.png"]
   assert compare.main(["compare", "gs://bucket/none"]) == 2

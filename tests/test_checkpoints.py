@@ -10,15 +10,15 @@ import pytest
 
 from tests import helpers
 from vqt_jax import UserError
-from vqt_jax import vit
 from vqt_jax.checkpoints import PUBLIC
 from vqt_jax.checkpoints import check_image_size
-from vqt_jax.checkpoints import layouts
 from vqt_jax.checkpoints import load_backbone
+from vqt_jax.checkpoints import names as names_lib
+from vqt_jax.checkpoints import positions as positions_lib
 from vqt_jax.checkpoints import public
 from vqt_jax.checkpoints import read_config
-from vqt_jax.checkpoints import resize
 from vqt_jax.checkpoints import save_npz
+from vqt_jax.models import vit_config
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "bigvision"
 EXPECTED = sorted(
@@ -316,7 +316,7 @@ def test_resampled_grids():
   assert len(olds) > 5
   for name in olds:
     old, new = re.fullmatch(r"old_(\d+)x\d+_to_(\d+)x\d+", name).groups()
-    table = resize.resize_positions(
+    table = positions_lib.resize_positions(
       grids[name], (int(old),) * 2, (int(new),) * 2
     )
     np.testing.assert_array_equal(table, grids[name.replace("old", "new")])
@@ -500,7 +500,7 @@ def test_public_table():
     assert re.fullmatch(
       r"gs://[\w+.-]+(/[\w+.-]+)+\.npz(:img)?", known.address
     ), name
-    vit.decode_variant(known.variant.split("+")[-1])
+    vit_config.decode_variant(known.variant.split("+")[-1])
   addresses = [known.address for known in PUBLIC.values()]
   assert len(set(addresses)) == len(addresses)
 
@@ -757,9 +757,9 @@ def test_unknown_choice(field, value, message):
 def test_every_single_leaf_is_missed(name, tmp_path):
   path, _, subtree = source(name).partition(":")
   arrays = read(path)
-  picked = layouts.select(arrays, subtree, name)
+  picked = names_lib.select(arrays, subtree, name)
   leaves = {new: arrays[old] for new, old in picked.items()}
-  present = {old: new for new, old in layouts.rename(leaves).items()}
+  present = {old: new for new, old in names_lib.rename(leaves).items()}
   # What each of these decides is read from them alone.
   deciding = {"cls", "pos_embedding"}
   for lost in leaves:
@@ -803,7 +803,7 @@ def test_all_wrong_leaves_are_told_at_once(tmp_path):
 def test_lost_patch_kernel_is_missed_whatever_the_variant(
   tmp_path, monkeypatch
 ):
-  monkeypatch.setitem(vit.VARIANTS, "S", (32, 3, 128, 2))
+  monkeypatch.setitem(vit_config.VARIANTS, "S", (32, 3, 128, 2))
   leaves = read(source("bv_tok_params"))
   path = write(tmp_path / "x.npz", leaves, **{"embedding/kernel": None})
   bad(path, "missing: embedding/kernel", variant="S/8")

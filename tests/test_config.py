@@ -13,12 +13,13 @@ import pytest
 
 from tests import helpers
 import vqt_jax
-from vqt_jax import checks
-from vqt_jax import config as config_lib
 from vqt_jax import errors
-from vqt_jax import tuner as tuner_lib
-from vqt_jax import vit
+from vqt_jax.config import fields as fields_lib
+from vqt_jax.config import recipes
+from vqt_jax.config import values
 from vqt_jax.data import vtab
+from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.models import vit
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -36,29 +37,29 @@ def load(name: str):
 )
 def test_every_shipped_config_builds(path):
   module = load(path.stem)
-  config = config_lib.resolve(module.get_config())
+  config = recipes.resolve(module.get_config())
   assert f"--config configs/{path.name}" in module.__doc__
-  assert config_lib.resolve(config) == config
+  assert recipes.resolve(config) == config
 
 
 def test_every_field_is_read():
-  read = set(config_lib.TASK_FIELDS)  # Read by these names, all at once.
+  read = set(fields_lib.TASK_FIELDS)  # Read by these names, all at once.
   for path in (ROOT / "vqt_jax").rglob("*.py"):
     if path.name not in ("config.py", "checks.py"):
       for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute):
           read.add(node.attr)
   resolved = {"preset", "reader_lr"}  # `resolve` reads them.
-  fields = set(config_lib.default_config()) - resolved
+  fields = set(fields_lib.default_config()) - resolved
   assert fields <= read
 
 
 def test_defaults_are_the_noiseless_method_with_the_authors_recipe():
-  c = config_lib.default_config()
+  c = fields_lib.default_config()
   assert (c.method, c.num_queries, c.query_dropout) == ("vqt", 0, 0.1)
   assert c.embedding_dropout == 0
   assert (c.value_range, c.resize, c.gelu) == ("", "bilinear", "")
-  resolved = config_lib.resolve(c)
+  resolved = recipes.resolve(c)
   assert resolved.lr == (1.0, 0.5, 0.25, 0.1, 0.05)
   assert len(resolved.lr) * len(resolved.weight_decay) == 20
   assert (resolved.optimizer, resolved.editor_rate) == ("adam", 1.0)
@@ -66,14 +67,14 @@ def test_defaults_are_the_noiseless_method_with_the_authors_recipe():
 
 
 def authors(**changes):
-  config = config_lib.default_config()
+  config = fields_lib.default_config()
   config.preset = "authors"
   config.update(changes)
   return config
 
 
 def test_the_authors_preset_sets_their_oddities_and_their_recipe():
-  c = config_lib.resolve(authors(epochs=7, warmup_epochs=1, lr=(3.0,)))
+  c = recipes.resolve(authors(epochs=7, warmup_epochs=1, lr=(3.0,)))
   assert c.embedding_dropout == 0.1
   assert (c.resize, c.value_range) == ("legacy", "imagenet")
   assert (c.gelu, c.dtype) == ("exact", "float32")
@@ -84,16 +85,16 @@ def test_the_authors_preset_sets_their_oddities_and_their_recipe():
 
 
 def test_the_authors_probe_linearly_without_noise():
-  config = config_lib.resolve(authors(method="linear"))
+  config = recipes.resolve(authors(method="linear"))
   assert config.embedding_dropout == 0
 
 
 def test_a_preset_leaves_what_is_asked_for_and_is_applied_once():
   given = authors(epochs=7, warmup_epochs=1)
-  config = config_lib.resolve(given, keep=("epochs", "warmup_epochs"))
+  config = recipes.resolve(given, keep=("epochs", "warmup_epochs"))
   assert (config.epochs, config.warmup_epochs) == (7, 1)
   assert config.embedding_dropout == 0.1
-  assert config_lib.resolve(config) == config
+  assert recipes.resolve(config) == config
   assert given.preset == "authors"
 
 
@@ -150,7 +151,7 @@ def test_a_preset_leaves_what_is_asked_for_and_is_applied_once():
 )
 def test_bad_values_are_refused_in_words(changes, words):
   with pytest.raises(errors.UserError) as caught:
-    config_lib.resolve(changes)
+    recipes.resolve(changes)
   assert words in str(caught.value)
 
 
@@ -170,14 +171,14 @@ def test_bad_values_are_refused_in_words(changes, words):
   ],
 )
 def test_fields_take_what_stands_for_their_values(name, given, held):
-  config = config_lib.default_config()
+  config = fields_lib.default_config()
   config[name] = given
   assert repr(config[name]) == repr(held)
   assert copy.deepcopy(config) == config
 
 
 def test_a_group_takes_what_changes_in_it():
-  config = config_lib.default_config()
+  config = fields_lib.default_config()
   config.splits = {"train": "train[:9]"}
   config.update(best={"folds": 3}, mesh={})
   config = copy.deepcopy(config)  # Which still knows the groups' names.
@@ -196,9 +197,9 @@ def test_training_refuses_what_is_no_field(tmp_path):
 
 
 def test_a_saved_config_is_the_same_again():
-  config = config_lib.resolve({"method": "lora", "epochs": 7, "seeds": 3})
-  saved = json.loads(json.dumps(config_lib.to_json(config)))
-  assert config_lib.resolve(saved) == config
+  config = recipes.resolve({"method": "lora", "epochs": 7, "seeds": 3})
+  saved = json.loads(json.dumps(fields_lib.to_json(config)))
+  assert recipes.resolve(saved) == config
 
 
 @pytest.mark.parametrize(
@@ -212,21 +213,21 @@ def test_a_saved_config_is_the_same_again():
   ],
 )
 def test_warm_up_is_a_tenth_unless_it_is_given(changes, epochs):
-  assert config_lib.resolve(changes).warmup_epochs == epochs
+  assert recipes.resolve(changes).warmup_epochs == epochs
 
 
 def test_fields_that_do_not_exist_are_refused():
-  config = config_lib.default_config().unlock()
+  config = fields_lib.default_config().unlock()
   config.num_querys = 3
   with pytest.raises(errors.UserError, match="Did you mean num_queries"):
-    config_lib.resolve(config)
+    recipes.resolve(config)
 
 
 def test_missing_fields_are_refused():
-  config = config_lib.default_config().unlock()
+  config = fields_lib.default_config().unlock()
   del config.mesh.model
   with pytest.raises(errors.UserError, match="config.mesh.model is missing"):
-    config_lib.resolve(config)
+    recipes.resolve(config)
 
 
 @pytest.mark.parametrize(
@@ -239,12 +240,12 @@ def test_missing_fields_are_refused():
 )
 def test_check_field_names_the_nearest(name, words):
   with pytest.raises(errors.UserError) as caught:
-    checks.check_field(name, config_lib.default_config())
+    values.check_field(name, fields_lib.default_config())
   assert words in str(caught.value)
 
 
 def test_string_arguments_have_the_types_of_their_defaults():
-  parse = config_lib.parse_arg
+  parse = fields_lib.parse_arg
   defaults = {"task": "a", "n": 1, "x": 0.5, "on": False}
   assert parse(None, **defaults) == defaults
   assert parse("", **defaults) == defaults
@@ -266,7 +267,7 @@ def test_string_arguments_have_the_types_of_their_defaults():
 )
 def test_bad_string_arguments_are_refused(arg, words):
   with pytest.raises(errors.UserError) as caught:
-    config_lib.parse_arg(arg, task="cifar100", n=1)
+    fields_lib.parse_arg(arg, task="cifar100", n=1)
   assert words in str(caught.value)
 
 
@@ -292,22 +293,22 @@ def test_vtab_takes_task_variant_method_and_queries():
     ("task=cifar10", 1, (1.0,)),
     ("task=cifar10,num_queries=2", 2, (1.0,)),
     ("task=cifar10,method=linear", 1, (1.0,)),
-    ("task=dtd,method=head2toe", 1, config_lib.HEAD2TOE_KEEP),
-    ("method=head2toe+lora", 1, config_lib.HEAD2TOE_KEEP),
+    ("task=dtd,method=head2toe", 1, recipes.HEAD2TOE_KEEP),
+    ("method=head2toe+lora", 1, recipes.HEAD2TOE_KEEP),
     ("task=all", 0, (0.0,)),
     ("task=all,num_queries=3", 3, (0.0,)),
   ],
 )
 def test_the_authors_queries_and_selection(arg, num_queries, keep_fraction):
-  config = config_lib.resolve(load("vtab").get_config(arg))
+  config = recipes.resolve(load("vtab").get_config(arg))
   assert config.num_queries == num_queries
   assert config.keep_fraction == keep_fraction
-  assert config_lib.resolve(config) == config
+  assert recipes.resolve(config) == config
 
 
 def test_editors_have_the_published_recipes():
   """And beside queries a fraction of their rates."""
-  recipe = lambda method: tuple(config_lib.recipe(method).values())
+  recipe = lambda method: tuple(recipes.recipe(method).values())
   high, low = recipe("vpt_deep"), recipe("lora")
   assert high[0] == "sgd" and max(high[1]) == 50.0 and high[2] == 1.0
   assert low == ("adamw", (5e-3, 1e-3, 5e-4, 1e-4), 1.0)
@@ -315,9 +316,9 @@ def test_editors_have_the_published_recipes():
   assert recipe("vqt+lora") == (*recipe("vqt")[:2], 0.01)
   assert recipe("head2toe") == ("adam", (0.2, 0.02), 1.0)
   assert recipe("head2toe+lora") == ("adam", (0.2, 0.02), 0.01)
-  config = config_lib.default_config()
+  config = fields_lib.default_config()
   config.update(method="lora", lr=(0.5,), optimizer="sgd")
-  config = config_lib.resolve(config)
+  config = recipes.resolve(config)
   assert (config.lr, config.optimizer) == ((0.5,), "sgd")
 
 
@@ -326,18 +327,18 @@ def test_all_tasks_have_the_configs_they_have_alone(arg):
   get_config = load("vtab").get_config
   config = get_config(f"task=all,{arg}")
   config.preset = "authors"
-  config = config_lib.resolve(config, keep=("num_queries",))
+  config = recipes.resolve(config, keep=("num_queries",))
   for name in ("dtd", "svhn"):
     alone = get_config(f"task={name},{arg}")
     alone.preset = "authors"
-    assert config_lib.one(config, task=name) == config_lib.resolve(alone)
+    assert recipes.one(config, task=name) == recipes.resolve(alone)
 
 
 def test_all_tasks_are_taken_as_they_are():
   config = load("vtab").get_config("task=all")
   config.image_key, config.splits.val = "image", "train[:9]"
   with pytest.raises(errors.UserError) as caught:
-    config_lib.resolve(config)
+    recipes.resolve(config)
   assert "leave config.image_key, config.splits.val empty" in str(caught.value)
 
 
@@ -375,15 +376,15 @@ def test_a_method_computes_with_the_fields_it_uses_and_no_others(method):
     "alpha": 3.0,
     "last_blocks": 2,
   }
-  assert set(changes) <= set(config_lib.USED_BY)
+  assert set(changes) <= set(fields_lib.USED_BY)
   images = jax.ShapeDtypeStruct((2, 12, 12, 3), jnp.float32)
 
   def computes(**changed):
     """The program from images to logits, as text."""
-    config = config_lib.default_config()
+    config = fields_lib.default_config()
     config.update({"method": method, "num_queries": 2, **changed})
     tuner = tuner_lib.make_tuner(
-      method, helpers.tiny_config(), 5, **config_lib.of_tuner(config)
+      method, helpers.tiny_config(), 5, **fields_lib.of_tuner(config)
     )
     params = vit.param_shapes(tuner.config)
 
@@ -394,7 +395,7 @@ def test_a_method_computes_with_the_fields_it_uses_and_no_others(method):
 
     return str(jax.make_jaxpr(forward)(params, images))
 
-  used = {n: x for n, x in changes.items() if config_lib.uses(method, n)}
+  used = {n: x for n, x in changes.items() if fields_lib.uses(method, n)}
   others = {n: x for n, x in changes.items() if n not in used}
   plain = computes()
   assert computes(**others) == plain
@@ -403,14 +404,14 @@ def test_a_method_computes_with_the_fields_it_uses_and_no_others(method):
 
 
 def test_json_and_differences():
-  old = config_lib.default_config()
-  new = config_lib.resolve(old)
+  old = fields_lib.default_config()
+  new = recipes.resolve(old)
   new.epochs = 7
   new.splits.test = "test[:9]"
   new.lr = (0.1,)
-  as_json = config_lib.to_json(new)
+  as_json = fields_lib.to_json(new)
   assert json.loads(json.dumps(as_json)) == as_json
-  assert config_lib.differences(config_lib.to_json(old), as_json) == {
+  assert fields_lib.differences(fields_lib.to_json(old), as_json) == {
     "epochs": (100, 7),
     "warmup_epochs": (-1, 10),
     "keep_fraction": ([0.0], [0.7]),

@@ -9,8 +9,8 @@ import warnings
 
 import pytest
 
-from vqt_jax import console as console_lib
-from vqt_jax import noise
+from vqt_jax.runtime import console as console_lib
+from vqt_jax.runtime import logfile
 
 
 class Terminal(io.StringIO):
@@ -209,7 +209,7 @@ def test_a_full_disk_or_a_closed_stream_does_not_stop_a_run(
   saved, full = os.dup(2), os.open("/dev/full", os.O_WRONLY)
   os.dup2(full, 2)
   try:
-    with noise.quiet(tmp_path / "log.txt") as screen:
+    with logfile.quiet(tmp_path / "log.txt") as screen:
       print("nobody reads this", file=screen)
       console_lib.Console().note("nor this")
   finally:
@@ -223,7 +223,7 @@ def test_a_full_disk_or_a_closed_stream_does_not_stop_a_run(
 def test_noise_goes_to_the_log_and_the_console_to_the_screen(tmp_path, capfd):
   log = tmp_path / "log.txt"
   before = logging.root.handlers
-  with warnings.catch_warnings(action="always"), noise.quiet(log):
+  with warnings.catch_warnings(action="always"), logfile.quiet(log):
     print("printed")
     print("to stderr", file=sys.stderr)
     os.write(1, b"C++ to stdout\n")

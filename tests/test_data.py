@@ -17,10 +17,10 @@ import tensorflow_datasets as tfds
 
 from vqt_jax import data
 from vqt_jax import errors
-from vqt_jax.data import images
-from vqt_jax.data import lookup
+from vqt_jax.data import builders
 from vqt_jax.data import pipeline
-from vqt_jax.data import prepared
+from vqt_jax.data import preprocess
+from vqt_jax.data import tasks
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDENS = ROOT / "tests" / "goldens" / "vqt"
@@ -72,7 +72,7 @@ def data_dir(tmp_path_factory):
 @pytest.fixture
 def task(data_dir):
   splits = {"train": "train", "val": "train[:5]", "test": "test"}
-  return lookup.make_task("numbered", data_dir=data_dir, splits=splits)
+  return tasks.make_task("numbered", data_dir=data_dir, splits=splits)
 
 
 def keys_of(batch):
@@ -128,7 +128,7 @@ def test_an_identity_is_that_of_every_copy(task, data_dir, tmp_path):
 
 
 def test_any_dataset_in_the_data_folder_is_a_task(data_dir):
-  task = lookup.make_task("numbered", data_dir=data_dir)
+  task = tasks.make_task("numbered", data_dir=data_dir)
   assert (task.image_key, task.num_classes) == ("picture", 7)
   assert task.builder == "numbered:*.*.*"
   assert dict(task.splits) == {
@@ -140,7 +140,7 @@ def test_any_dataset_in_the_data_folder_is_a_task(data_dir):
 
 
 def test_features_and_splits_from_the_config(data_dir):
-  task = lookup.make_task(
+  task = tasks.make_task(
     "numbered:1.2.0",
     data_dir=data_dir,
     splits={"train": "train[:10]", "val": "test[:2]", "trainval": ""},
@@ -153,9 +153,9 @@ def test_features_and_splits_from_the_config(data_dir):
 
 
 def test_registered_datasets_are_known_without_files(tmp_path):
-  task = lookup.make_task("cifar10", data_dir=str(tmp_path))
+  task = tasks.make_task("cifar10", data_dir=str(tmp_path))
   assert (task.image_key, task.num_classes) == ("image", 10)
-  pets = lookup.make_task("oxford_iiit_pet:*.*.*", data_dir=str(tmp_path))
+  pets = tasks.make_task("oxford_iiit_pet:*.*.*", data_dir=str(tmp_path))
   assert pets.num_classes == 37  # Two classes, one image: supervised keys.
 
 
@@ -195,14 +195,14 @@ def test_registered_datasets_are_known_without_files(tmp_path):
 )
 def test_unusable_names_and_settings(data_dir, name, settings, message):
   with pytest.raises(errors.UserError, match=message):
-    lookup.make_task(name, data_dir=data_dir, **settings)
+    tasks.make_task(name, data_dir=data_dir, **settings)
 
 
 # What is on disk.
 
 
 def test_unprepared_dataset_names_the_command(tmp_path):
-  task = lookup.make_task("cifar100", data_dir=str(tmp_path))
+  task = tasks.make_task("cifar100", data_dir=str(tmp_path))
   command = (
     r"not prepared in .*: python -m vqt_jax\.data\.prepare cifar100"
     rf" --data_dir {tmp_path}$"
@@ -239,12 +239,12 @@ def test_folders_may_have_any_name(data_dir, tmp_path, name):
   for version in ("1.10.0", "1.9.0"):
     shutil.copytree(f"{data_dir}/numbered/1.2.0", tmp_path / name / version)
   for request, version in ((name, "1.10.0"), (f"{name}:1.9.*", "1.9.0")):
-    task = lookup.make_task(request, data_dir=str(tmp_path))
+    task = tasks.make_task(request, data_dir=str(tmp_path))
     assert task.dataset == name
-    assert prepared.open_builder(task).data_path.name == version
+    assert builders.open_builder(task).data_path.name == version
   name, _, config = name.partition("/")
   with pytest.raises(errors.UserError, match=f"There: .*{config}|no version"):
-    lookup.make_task(f"{name}:7.0.0", data_dir=str(tmp_path))
+    tasks.make_task(f"{name}:7.0.0", data_dir=str(tmp_path))
 
 
 def test_folder_of_images(tmp_path, monkeypatch):
@@ -256,14 +256,14 @@ def test_folder_of_images(tmp_path, monkeypatch):
       PIL.Image.new("L", (3, 2), colour).save(folder / "1.webp", lossless=True)
   message = r"holds images \(test/dark/1.webp"
   with pytest.raises(errors.UserError, match=message):
-    lookup.make_task("photos", data_dir=str(tmp_path))
+    tasks.make_task("photos", data_dir=str(tmp_path))
   with pytest.raises(errors.UserError, match="store_as_tfds_dataset"):
-    lookup.make_task(str(tmp_path / "photos"))
+    tasks.make_task(str(tmp_path / "photos"))
   docs = (ROOT / "docs" / "data.md").read_text()
   (example,) = re.findall("```python\n(.*?)```", docs, re.DOTALL)
   monkeypatch.chdir(tmp_path)
   exec(example, {})
-  task = lookup.make_task("photos", data_dir="DATA", splits={"train": "train"})
+  task = tasks.make_task("photos", data_dir="DATA", splits={"train": "train"})
   assert task.class_names == ("dark", "light")
   arrays = data.load_arrays(task, "train", **READ)
   found = dict(zip(arrays["label"], arrays["image"][:, 0, 0, 0] * 255))
@@ -273,7 +273,7 @@ def test_folder_of_images(tmp_path, monkeypatch):
 def test_folder_without_metadata(tmp_path):
   (tmp_path / "mine").mkdir()
   with pytest.raises(errors.UserError, match="mine/.*dataset_info.json"):
-    lookup.make_task("mine", data_dir=str(tmp_path))
+    tasks.make_task("mine", data_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_folder_without_metadata(tmp_path):
 )
 def test_splits_that_are_parts_of_another(data_dir, train, val, trainval, same):
   splits = {"train": train, "val": val, "trainval": trainval}
-  task = lookup.make_task("numbered", data_dir=str(data_dir), splits=splits)
+  task = tasks.make_task("numbered", data_dir=str(data_dir), splits=splits)
   assert data.are_rows_of(task, ("train", "val"), "trainval") == same
 
 
@@ -300,15 +300,15 @@ def test_formats_that_tensorflow_does_not_read(data_dir, tmp_path):
   assert '"tfrecord"' in text
   info.write_text(text.replace('"tfrecord"', '"array_record"'))
   name = info.parent.parent.name
-  task = lookup.make_task(name, data_dir=str(tmp_path / "data"))
+  task = tasks.make_task(name, data_dir=str(tmp_path / "data"))
   with pytest.raises(errors.UserError, match="lies there as ArrayRecord"):
-    prepared.check_prepared(task)
+    builders.check_prepared(task)
 
 
 def test_damaged_files(tmp_path):
   tfds.disable_progress_bar()
   Numbered(data_dir=str(tmp_path)).download_and_prepare()
-  task = lookup.make_task("numbered", data_dir=str(tmp_path))
+  task = tasks.make_task("numbered", data_dir=str(tmp_path))
   (file,) = tmp_path.glob("numbered/1.2.0/*test.tfrecord*")
   message = (
     r"Record {} of test \(split 'test', counted from 0\).*: {}.*"
@@ -359,7 +359,7 @@ def cut_image(tmp_path_factory):
     disable_shuffling=True,
   )
   splits = {"train": "train", "val": "train[10:]", "test": "train"}
-  return lookup.make_task("cut", data_dir=folder, splits=splits)
+  return tasks.make_task("cut", data_dir=folder, splits=splits)
 
 
 @pytest.mark.parametrize(
@@ -553,7 +553,7 @@ def test_training_batches_are_the_same_on_two_processes(task):
 
 
 def test_shuffle_buffer_is_the_split_or_what_fits(task, monkeypatch):
-  builder = prepared.open_builder(task)
+  builder = builders.open_builder(task)
   assert pipeline._shuffle_buffer(builder, 23) == 23
   average = sum(s.num_bytes for s in builder.info.splits.values()) // 34
   monkeypatch.setattr(pipeline, "SHUFFLE_BYTES", 5 * average)
@@ -570,7 +570,7 @@ def test_legacy_preprocessing_is_the_authors(case):
       golden[f"case{case}/{key}"] for key in ("raw", "unit", "normalised")
     )
   for value_range, expected in (("0..1", unit), ("imagenet", normalised)):
-    fn = images.make_preprocess(unit.shape[0], value_range, "legacy")
+    fn = preprocess.make_preprocess(unit.shape[0], value_range, "legacy")
     np.testing.assert_allclose(fn(raw), expected, rtol=0, atol=2e-6)
 
 
@@ -617,7 +617,7 @@ def pictures():
 def test_all_kinds_of_images():
   files = [content for content, _ in pictures().values()]
   found = tf.data.Dataset.from_tensor_slices(files).map(
-    lambda content: images.decode(content, 3)
+    lambda content: preprocess.decode(content, 3)
   )
   for (kind, (content, picture)), rgb in zip(
     pictures().items(), found.as_numpy_iterator(), strict=True
@@ -628,7 +628,7 @@ def test_all_kinds_of_images():
     if picture:
       expected = np.asarray(picture.convert("RGB"))
       np.testing.assert_allclose(rgb, expected, atol=1, err_msg=kind)
-      grey = images.decode(content, 1)[..., 0]
+      grey = preprocess.decode(content, 1)[..., 0]
       expected = np.asarray(picture.convert("L"))
       np.testing.assert_allclose(grey, expected, atol=1, err_msg=kind)
 
@@ -644,7 +644,7 @@ def test_all_kinds_of_images():
 )
 def test_no_images(content, message):
   with pytest.raises((ValueError, OSError), match=message):
-    images.decode(content, 3)
+    preprocess.decode(content, 3)
 
 
 @pytest.mark.parametrize(
@@ -652,20 +652,20 @@ def test_no_images(content, message):
 )
 def test_resizes_differ_in_where_pixels_lie(resize, row):
   image = np.array([[[0], [255]]], np.uint8)
-  found = images.make_preprocess((1, 4), "0..1", resize)(image)
+  found = preprocess.make_preprocess((1, 4), "0..1", resize)(image)
   np.testing.assert_allclose(found[0, :, 0], row, atol=1e-6)
 
 
 def test_shapes_channels_and_ranges():
   grey = np.full((5, 7, 1), 51, np.uint8)
-  found = images.make_preprocess((6, 3), "-1..1")(grey)
+  found = preprocess.make_preprocess((6, 3), "-1..1")(grey)
   assert found.shape == (6, 3, 3) and found.dtype == tf.float32
   np.testing.assert_allclose(found, -0.6, atol=1e-6)
   alpha = np.stack([grey[..., 0]] * 3 + [grey[..., 0] * 0], -1)
   np.testing.assert_allclose(
-    images.make_preprocess((6, 3), "-1..1")(alpha), found
+    preprocess.make_preprocess((6, 3), "-1..1")(alpha), found
   )
-  binary = images.make_preprocess(2, "0..1", pixel_scale=255)
+  binary = preprocess.make_preprocess(2, "0..1", pixel_scale=255)
   np.testing.assert_allclose(binary(np.ones((4, 4, 1), np.uint8)), 1.0)
 
 
@@ -680,4 +680,4 @@ def test_shapes_channels_and_ranges():
 )
 def test_preprocessing_refuses(settings, message):
   with pytest.raises(errors.UserError, match=message):
-    images.make_preprocess(*settings)
+    preprocess.make_preprocess(*settings)

@@ -14,14 +14,16 @@ from benchmarks import cases
 from tests import helpers
 from tests import runs
 import vqt_jax
-from vqt_jax import editors
-from vqt_jax import head
 from vqt_jax import tuned
-from vqt_jax import tuner as tuner_lib
-from vqt_jax import vit
-from vqt_jax.train import optim
-from vqt_jax.train import packing
-from vqt_jax.train import step as step_lib
+from vqt_jax.config import fields
+from vqt_jax.features import memory_budget
+from vqt_jax.models import editors
+from vqt_jax.models import head
+from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.models import vit
+from vqt_jax.models import vit_config
+from vqt_jax.training import optim
+from vqt_jax.training import step as step_lib
 
 # What is inserted before anything is trained, for B/16 and 100 classes: the
 # formula in depth L, width D, MLP M, and the numbers of the papers' tables.
@@ -229,7 +231,9 @@ def test_methods_listed_are_methods_tested():
 
 @pytest.mark.parametrize("method", INSERTED)
 def test_sizes_for_vit_b_are_the_papers(method):
-  config = vit.ViTConfig(**vit.decode_variant("B/16"), image_size=(224, 224))
+  config = vit_config.ViTConfig(
+    **vit_config.decode_variant("B/16"), image_size=(224, 224)
+  )
   shapes = vqt_jax.make_tuner(method, config, 100).shapes()
   size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
   assert size(shapes["tuner"]) == INSERTED[method]
@@ -318,7 +322,7 @@ def test_together_equals_alone_and_rematerialised():
 def test_editors_move_at_their_own_rate():
   ones = lambda: {"kernel": jnp.ones(3)}
   params = {"tuner": {"editor": {"x": ones()}}, "head": ones()}
-  for name in optim.OPTIMIZERS:
+  for name in fields.OPTIMIZERS:
     rule = optim.optimizer(name, 0.1, 0.5, editor_rate=0.25)
     updates, _ = rule.update(params, rule.init(params), params)
     slow = updates["tuner"]["editor"]["x"]["kernel"]
@@ -412,9 +416,9 @@ def test_memory_of_a_run_is_foreseen(remat):
   )
   compiled = case.function.lower(*case.shapes()).compile()
   needed = compiled.memory_analysis().temp_size_in_bytes + held
-  foreseen = packing.bytes_per_run(tuner, 32, remat)
+  foreseen = memory_budget.bytes_per_run(tuner, 32, remat)
   assert 1 < foreseen / needed < 2
-  kept = packing.bytes_per_run(tuner, 32)
+  kept = memory_budget.bytes_per_run(tuner, 32)
   assert not remat or 4 * needed < kept
 
 
@@ -430,7 +434,7 @@ def test_a_run_is_resumed_to_the_bit(material, tmp_path):
   command = lambda name: runs.command(material, tmp_path / name, **changes)
   alone = runs.Process(command("alone"))
   assert alone.wait() == 0, alone.said()
-  train = "vqt_jax.train.step:train_steps"
+  train = "vqt_jax.training.step:train_steps"
   stopped = runs.Process(command("a"), signals={train: (1, signal.SIGTERM)})
   assert stopped.wait() == 75 and "resume with" in stopped.said()
   resumed = runs.Process(command("a"))

@@ -7,19 +7,20 @@ import types
 import pytest
 
 from tests import helpers
-from vqt_jax import config as config_lib
-from vqt_jax import console as console_lib
-from vqt_jax import tuner as tuner_lib
-from vqt_jax.train import forecast as forecast_lib
-from vqt_jax.train import protocol
-from vqt_jax.train import stages
+from vqt_jax.config import fields
+from vqt_jax.config import recipes
+from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.runtime import console as console_lib
+from vqt_jax.training import forecast as forecast_lib
+from vqt_jax.training import protocol
+from vqt_jax.training import stage as stage_lib
 
 COUNTS = {"train": 800, "val": 200, "trainval": 1000, "test": 5000}
 
 
 def start(method, extracted=None, **changes):
   """A forecast, the planned stages, and what will be said."""
-  config = config_lib.default_config()
+  config = fields.default_config()
   config.update(
     {
       "method": method,
@@ -32,7 +33,7 @@ def start(method, extracted=None, **changes):
       **changes,
     }
   )
-  config, stream = config_lib.resolve(config), io.StringIO()
+  config, stream = recipes.resolve(config), io.StringIO()
   tuner = tuner_lib.make_tuner(method, helpers.tiny_config(), 5)
   console = console_lib.Console(stream)
   job = types.SimpleNamespace(config=config, tuner=tuner, console=console)
@@ -79,7 +80,7 @@ def test_from_stored_features():
 
 def test_of_an_editor_in_packs_of_which_some_are_done():
   forecast, (search, _), said = start("lora", seeds=(1, 2))
-  parts = stages.packs(search, 1)
+  parts = stage_lib.packs(search, 1)
   assert len(parts) == 4
   done = {parts[0].name, parts[1].name}
   forecast.begin(parts[2], 1, done, live=True)
@@ -129,7 +130,7 @@ def test_of_a_search_that_is_over_quickly(extracted, protocol_name, words):
 
 def test_a_part_that_is_not_planned_comes_first():
   forecast, planned, said = start("linear", protocol="best")
-  fold = stages.Stage(
+  fold = stage_lib.Stage(
     "fold_1_1", "fold 1", planned[0].tuner, planned[0].runs, "setting"
   )
   done = {stage.name for stage in planned}

@@ -10,10 +10,10 @@ import pytest
 
 from benchmarks import cases
 import vqt_jax
-from vqt_jax import compiled
-from vqt_jax import fused_attention
-from vqt_jax import parallel
-from vqt_jax import vit
+from vqt_jax.models import fused_attention
+from vqt_jax.models import vit
+from vqt_jax.planning import cost
+from vqt_jax.runtime import mesh as mesh_lib
 
 
 class Cudnn:
@@ -45,7 +45,7 @@ def cudnn(monkeypatch):
 
 def _mesh(data, model):
   devices = jax.devices()[: data * model]
-  return jax.set_mesh(parallel.make_mesh(data, model, devices))
+  return jax.set_mesh(mesh_lib.make_mesh(data, model, devices))
 
 
 @pytest.mark.parametrize("tokens, mesh", [(6, (1, 1)), (7, (2, 2))])
@@ -138,7 +138,7 @@ def test_where_it_is(monkeypatch, platform, capability, expected):
   class Device:
     compute_capability = capability
 
-  monkeypatch.setattr(parallel, "backend", lambda: platform)
+  monkeypatch.setattr(mesh_lib, "backend", lambda: platform)
   monkeypatch.setattr(jax, "local_devices", lambda backend: [Device])
   assert fused_attention.is_available() is expected
 
@@ -163,22 +163,22 @@ def test_steps_lower_for_gpus(monkeypatch, method):
   text = traced.lower(lowering_platforms=("cuda",)).as_text()
   assert "__cudnn$fmhaSoftmax(" in text
   assert ("__cudnn$fmhaSoftmaxBackward(" in text) == (method == "lora")
-  fused = compiled.matmuls(case.function, *case.shapes())
+  fused = cost.matmuls(case.function, *case.shapes())
   jax.clear_caches()
   monkeypatch.setattr(fused_attention, "is_available", lambda: False)
-  by_products = compiled.matmuls(case.function, *case.shapes())
+  by_products = cost.matmuls(case.function, *case.shapes())
   assert by_products <= fused < 1.01 * by_products
 
 
 def test_backend_is_that_of_the_mesh(monkeypatch):
-  assert parallel.backend() == "cpu"
+  assert mesh_lib.backend() == "cpu"
   assert not fused_attention.is_available()
   with _mesh(2, 1):
-    assert parallel.backend() == "cpu"
+    assert mesh_lib.backend() == "cpu"
   device = types.SimpleNamespace(platform="tpu")  # As of a slice in a plan.
   mesh = types.SimpleNamespace(abstract_device=device)
   monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
-  assert parallel.backend() == "tpu"
+  assert mesh_lib.backend() == "tpu"
 
 
 def test_frozen_backbone_uses_it(cudnn):

@@ -10,15 +10,15 @@ import main
 from tests import helpers
 from tests import runs
 import vqt_jax
-from vqt_jax import config as config_lib
-from vqt_jax import editors
-from vqt_jax import parallel
-from vqt_jax import readers
 from vqt_jax import tuned
-from vqt_jax import vit
-from vqt_jax.train import disk
-from vqt_jax.train import protocol
-from vqt_jax.train import store
+from vqt_jax.config import fields
+from vqt_jax.features import disk
+from vqt_jax.features import store
+from vqt_jax.models import editors
+from vqt_jax.models import readers
+from vqt_jax.models import vit_config
+from vqt_jax.runtime import mesh as mesh_lib
+from vqt_jax.training import protocol
 
 
 @pytest.mark.parametrize(
@@ -34,8 +34,8 @@ from vqt_jax.train import store
   ],
 )
 def test_windows_of_the_official_program(variant, target_size, tokens):
-  sizes = vit.decode_variant(variant)
-  config = vit.ViTConfig(**sizes, image_size=(224, 224))
+  sizes = vit_config.decode_variant(variant)
+  config = vit_config.ViTConfig(**sizes, image_size=(224, 224))
   assert readers.window(config, target_size) == tokens
 
 
@@ -115,7 +115,7 @@ def test_only_means_are_kept_in_their_own_file(tmp_path):
   config = helpers.tiny_config()
   sizes, files = [], []
   for window in (1, 3):
-    mesh = parallel.make_mesh()
+    mesh = mesh_lib.make_mesh()
     layout = store.Layout(config, True, "float32", mesh, window)
     sizes.append(layout.bytes_per_image)
     files.append(disk.File(tmp_path, "x", {}, layout, 4))
@@ -149,7 +149,7 @@ def test_val_picks_the_fraction(material, tmp_path):
       right = 32 * row["accuracy"]
       assert right == pytest.approx(round(right))
   tuner = vqt_jax.make_tuner("head2toe", helpers.tiny_config(), runs.CLASSES)
-  config = config_lib.default_config()
+  config = fields.default_config()
   config.keep_fraction = (0.02, 0.3, 0.6)
   planned = [stage.name for stage in protocol.planned(config, tuner)]
   assert list(dict.fromkeys(row["phase"] for row in rows)) == planned

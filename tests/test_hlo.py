@@ -7,12 +7,12 @@ import pytest
 from benchmarks import cases
 from tests import helpers
 import vqt_jax
-from vqt_jax import compiled
-from vqt_jax import hlo
-from vqt_jax import parallel
-from vqt_jax import vit
-from vqt_jax.train import step as step_lib
-from vqt_jax.train import store
+from vqt_jax.features import store
+from vqt_jax.models import vit
+from vqt_jax.planning import cost
+from vqt_jax.planning import hlo
+from vqt_jax.runtime import mesh as mesh_lib
+from vqt_jax.training import step as step_lib
 
 # Of each way to write a loop, a group and a start; nothing else matters.
 TEXT = """\
@@ -107,7 +107,7 @@ ENTRY %main (a: f32[64]) -> f32[64] {
 
 
 def test_products_are_those_of_all_devices():
-  mesh = parallel.make_mesh(4, 2)
+  mesh = mesh_lib.make_mesh(4, 2)
   product = lambda x, y: x @ y
   rows = jax.sharding.PartitionSpec("data")
   of_parts = jax.shard_map(
@@ -119,7 +119,7 @@ def test_products_are_those_of_all_devices():
   )
   x, y = jnp.ones((8, 16)), jnp.ones((16, 32))
   for function in (product, of_parts):
-    assert compiled.matmuls(jax.jit(function), x, y) == 2 * 8 * 16 * 32
+    assert cost.matmuls(jax.jit(function), x, y) == 2 * 8 * 16 * 32
 
 
 def text_of(function, *shapes):
@@ -152,11 +152,11 @@ def test_traffic_of_a_loop_is_of_every_turn_and_of_slices_only():
 
 def exchanged(method, stored=False, data=8, model=1):
   """What a step of a tiny method exchanges, on eight devices."""
-  mesh = parallel.make_mesh(data, model)
+  mesh = mesh_lib.make_mesh(data, model)
   config = helpers.tiny_config(image_size=(16, 16), dtype="bfloat16")
   tuner = vqt_jax.make_tuner(method, config, 5)
   case = cases.train(tuner, 16, stored=stored, steps=2, rows=32)
-  done = compiled.compile_for(mesh, case.function, *case.shapes(mesh))
+  done = cost.compile_for(mesh, case.function, *case.shapes(mesh))
   trained = sum(x.size for x in jax.tree.leaves(tuner.shapes()))
   return hlo.collectives(done.as_text()), 4 * trained
 
@@ -187,10 +187,10 @@ def test_gradients_are_summed_once_a_step_in_float32(method, stored):
 @pytest.mark.parametrize("size", [(16, 16), (6, 8), (12, 12), (7, 7)])
 def test_a_batch_of_images_is_exchanged_and_not_summed(size):
   """Whatever the number of devices cuts: rows, columns, or neither."""
-  mesh = parallel.make_mesh()
+  mesh = mesh_lib.make_mesh()
   data = store.resident_shapes(24, size, mesh, "float32")
   index = jax.ShapeDtypeStruct((16,), jnp.int32)
-  done = compiled.compile_for(mesh, jax.jit(step_lib.take), data, index)
+  done = cost.compile_for(mesh, jax.jit(step_lib.take), data, index)
   found = {each.kind for each in hlo.collectives(done.as_text())}
   # 7 x 7 x 3 numbers cannot be cut at all.
   assert ("all-reduce" in found) == (size == (7, 7))
@@ -198,15 +198,15 @@ def test_a_batch_of_images_is_exchanged_and_not_summed(size):
 
 def test_extraction_exchanges_features_once():
   """The backbone runs on whole tokens, though the store cuts them across."""
-  mesh = parallel.make_mesh()
+  mesh = mesh_lib.make_mesh()
   config = helpers.tiny_config(image_size=(16, 16))
   layout = store.Layout(config, True, "float32", mesh)
   params = vit.param_shapes(config)
-  params = parallel.backbone_shapes(params, mesh, "float32")
+  params = mesh_lib.backbone_shapes(params, mesh, "float32")
   images = jax.ShapeDtypeStruct(
-    (16, 16, 16, 3), jnp.float32, sharding=parallel.batch_sharding(mesh)
+    (16, 16, 16, 3), jnp.float32, sharding=mesh_lib.batch_sharding(mesh)
   )
-  done = compiled.compile_for(mesh, store.runner(layout), params, images)
+  done = cost.compile_for(mesh, store.runner(layout), params, images)
   found = hlo.collectives(done.as_text())
   assert sorted(each.kind for each in found) == ["all-gather", "all-to-all"]
   assert all(each.loops == 0 for each in found)

@@ -10,11 +10,12 @@ import types
 import pytest
 
 import main
-from vqt_jax import checks
 from vqt_jax import cli
-from vqt_jax import config as config_lib
 from vqt_jax import errors
-from vqt_jax import parallel
+from vqt_jax.config import fields
+from vqt_jax.config import values
+from vqt_jax.runtime import processes
+from vqt_jax.training import preemption
 
 CONFIG = "--config=configs/vtab_cifar.py"
 ROOT = os.path.dirname(os.path.abspath(main.__file__))
@@ -41,7 +42,7 @@ def test_debug_shows_where_an_error_comes_from(capsys):
 def test_help_has_every_field(capsys, flag):
   assert main.main(["main.py", flag]) == 0
   told = capsys.readouterr().out
-  for name, value in checks.flatten(config_lib.default_config()).items():
+  for name, value in values.flatten(fields.default_config()).items():
     if name != "weight_decay":  # Written in other digits.
       value = repr(value).replace("'", '"')
       assert f"\n--config.{name}={value}" in told
@@ -93,9 +94,9 @@ def test_shipped_configs_are_found_from_anywhere(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   "plugin, given, expected",
   [
-    ("xla_cuda13", "", parallel.GPU_FLAGS),
+    ("xla_cuda13", "", processes.GPU_FLAGS),
     # The last one wins.
-    ("xla_cuda13", "--a=1", f"{parallel.GPU_FLAGS} --a=1"),
+    ("xla_cuda13", "--a=1", f"{processes.GPU_FLAGS} --a=1"),
     ("xla_cuda13", "flags.txt", "flags.txt"),
     ("other", "--a=1", "--a=1"),
   ],
@@ -147,7 +148,7 @@ def test_devices_that_are_not_there(
 
   monkeypatch.delenv("JAX_PLATFORMS", raising=False)
   monkeypatch.setenv(name, value)
-  monkeypatch.setattr(parallel.jax, "devices", fail)
+  monkeypatch.setattr(processes.jax, "devices", fail)
   for place in (f"--workdir={tmp_path / 'run'}", "--plan=here"):
     status, said = run(capsys, CONFIG, place)
     assert status == 2 and found in said and said.count("\n") == 1
@@ -158,17 +159,9 @@ def test_devices_that_are_not_there(
 @pytest.fixture
 def train(monkeypatch):
   """Replaces the training by a function that the test sets."""
-  stopped = type("Stopped", (Exception,), {})
-  run_module = types.ModuleType("vqt_jax.train.run")
-  checkpoint = types.ModuleType("vqt_jax.train.checkpoint")
-  checkpoint.Stopped = stopped
-  run_module.Stopped = stopped
-  package = sys.modules["vqt_jax.train"]
-  for module in (run_module, checkpoint):
-    name = module.__name__.rpartition(".")[2]
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(package, name, module, raising=False)
-  return run_module
+  module = types.SimpleNamespace(train=None)
+  monkeypatch.setattr(cli, "train", module)
+  return module
 
 
 def test_a_run_gets_the_resolved_config_and_its_noise_the_log(
@@ -220,7 +213,7 @@ def test_an_error_of_the_run_is_said_after_the_log_is_closed(
 
 def test_a_stopped_run_exits_well(capfd, tmp_path, train):
   def fake(config, workdir):
-    raise train.Stopped
+    raise preemption.Stopped
 
   train.train = fake
   assert main.main(["main.py", CONFIG, f"--workdir={tmp_path}"]) == 75
@@ -251,9 +244,9 @@ def test_last_words(tmp_path, end, words):
   log = tmp_path / "log.txt"
   program = (
     "import os\n"
-    "from vqt_jax import noise\n"
-    f"with noise.quiet({str(log)!r}) as screen:\n"
-    '  with noise.last_words(screen, "It\'s over; see the log."):\n'
+    "from vqt_jax.runtime import logfile\n"
+    f"with logfile.quiet({str(log)!r}) as screen:\n"
+    '  with logfile.last_words(screen, "It\'s over; see the log."):\n'
     f"    {end or 'pass'}\n"
   )
   done = subprocess.run(  # Ends when nobody holds its standard error any more.
@@ -270,10 +263,10 @@ def test_closed_streams(tmp_path):
   """What is opened meanwhile does not get what is printed."""
   program = (
     "import os, sys\n"
-    "from vqt_jax import noise\n"
-    "noise.open_streams()\n"
+    "from vqt_jax.runtime import logfile\n"
+    "logfile.open_streams()\n"
     "file = open(sys.argv[1], 'w')\n"
-    "with noise.quiet(sys.argv[2]):\n"
+    "with logfile.quiet(sys.argv[2]):\n"
     "  print('printed')\n"
     "  os.write(2, b'written')\n"
     "print('to nobody')\n"

@@ -10,13 +10,13 @@ import jax
 import pytest
 
 from benchmarks import cases
-from vqt_jax import compiled
-from vqt_jax import tuner as tuner_lib
-from vqt_jax import vit
-from vqt_jax.train import packing
+from vqt_jax.features import memory_budget
+from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.models import vit_config
+from vqt_jax.planning import cost
 
 BATCH = 32
-CONFIG = vit.ViTConfig(
+CONFIG = vit_config.ViTConfig(
   width=64,
   depth=6,
   mlp_dim=256,
@@ -58,7 +58,7 @@ def test_step_keeps_the_tokens_and_little_else():
 
 
 def test_scores_of_one_head_at_a_time():
-  config = vit.ViTConfig(
+  config = vit_config.ViTConfig(
     width=32,
     depth=2,
     mlp_dim=32,
@@ -87,7 +87,7 @@ def test_step_computes_the_forward_pass_and_the_reading(
   config = cases.vit_config("S/14", 224, "bfloat16")
   tuner = tuner_of(num_queries, config)
   case = cases.train(tuner, 8, stored=stored, runs=runs, steps=2)
-  counted = compiled.matmuls(case.function, *case.shapes())
+  counted = cost.matmuls(case.function, *case.shapes())
   assert counted == pytest.approx(case.expected, rel=0.03)
 
 
@@ -111,12 +111,12 @@ def test_memory_of_a_run_is_foreseen(num_queries, runs):
   )
   more = temporary_bytes(case(2 * runs)) - temporary_bytes(case(runs))
   needed = more / runs + held
-  assert 1 < packing.bytes_per_run(tuner, BATCH) / needed < 2
+  assert 1 < memory_budget.bytes_per_run(tuner, BATCH) / needed < 2
 
 
 def test_count_of_full_fine_tuning():
   """The count sees a backward pass where there is one."""
   case = cases.finetune(CONFIG, cases.NUM_CLASSES, BATCH, steps=2)
-  counted = compiled.matmuls(case.function, *case.shapes())
+  counted = cost.matmuls(case.function, *case.shapes())
   assert counted == pytest.approx(case.expected, rel=0.03)
   assert counted > 2.5 * cases.train(tuner_of(0), BATCH, steps=2).expected

@@ -12,11 +12,10 @@ import pytest
 
 from tests import helpers
 import vqt_jax
-from vqt_jax import config as config_lib
-from vqt_jax import figures
-from vqt_jax import tuner as tuner_lib
-from vqt_jax.train import checkpoint
-from vqt_jax.train import run
+from vqt_jax.config import fields
+from vqt_jax.experiments import single
+from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.training import preemption
 
 
 @contextlib.contextmanager
@@ -38,17 +37,17 @@ def unusual():
 def test_a_run_in_another_thread_and_with_other_options(monkeypatch, tmp_path):
   """A thread cannot take signals, and need not."""
 
-  def fake(config, workdir):
-    with checkpoint.StopSignal() as stop:
+  def fake(config, workdir, console):
+    with preemption.StopSignal() as stop:
       assert not stop.received
       jax.jit(lambda x: jnp.log(x - 2 * jnp.ones(1)))(jnp.zeros((2, 2)))  # NaN.
       return jax.random.uniform(jax.random.key(7), (3,))
 
   def unusually():
     with unusual():
-      return vqt_jax.train(config_lib.default_config(), tmp_path)
+      return vqt_jax.train(fields.default_config(), tmp_path)
 
-  monkeypatch.setattr(run, "train", fake)
+  monkeypatch.setattr(single, "train", fake)
   expected = jax.random.uniform(jax.random.key(7), (3,))
   with futures.ThreadPoolExecutor(1) as pool:
     found = pool.submit(unusually).result()
@@ -77,8 +76,9 @@ def test_models_are_float32(method):
 
 
 def test_figures_need_no_backend_of_the_screen():
+  program = "from vqt_jax.reports import figures; figures.matplotlib"
   done = subprocess.run(
-    [sys.executable, "-P", figures.__file__],
+    [sys.executable, "-c", program],
     env=os.environ | {"MPLBACKEND": "of_a_notebook"},
     check=False,
   )

@@ -9,16 +9,17 @@ import pytest
 
 import main
 from tests import runs
-from vqt_jax import chips
+import vqt_jax
 from vqt_jax import cli
-from vqt_jax import config as config_lib
-from vqt_jax import memory
-from vqt_jax import parallel
-from vqt_jax import plan
-from vqt_jax import programs
-from vqt_jax import train as train_lib
-from vqt_jax.train import step as step_lib
-from vqt_jax.train import store
+from vqt_jax.config import fields
+from vqt_jax.config import recipes
+from vqt_jax.features import store
+from vqt_jax.planning import plan
+from vqt_jax.planning import programs
+from vqt_jax.planning import tpus
+from vqt_jax.runtime import memory
+from vqt_jax.runtime import mesh
+from vqt_jax.training import step as step_lib
 
 
 def said(capfd, argv):
@@ -31,7 +32,7 @@ def said(capfd, argv):
 def planned(material, tmp_path, where="here", **changes):
   """What the command line of a run would plan."""
   values = cli.parse(runs.command(material, tmp_path, **changes))
-  config = config_lib.resolve(values.config)
+  config = recipes.resolve(values.config)
   return config, plan.make_job(config, where)
 
 
@@ -72,9 +73,7 @@ def test_weights_count_as_far_as_a_device_holds_them(material, tmp_path):
 def test_keys_and_values_of_one_cpu(material, tmp_path):
   """As the run itself would hold them."""
   _, job = planned(material, tmp_path)
-  one = dataclasses.replace(
-    job, mesh=parallel.make_mesh(1, 1, jax.devices()[:1])
-  )
+  one = dataclasses.replace(job, mesh=mesh.make_mesh(1, 1, jax.devices()[:1]))
   small = dataclasses.replace(one, room=9)
   for each, ndim in ((job, 4), (one, 6), (small, 4)):
     data = programs.search(each).data
@@ -122,7 +121,7 @@ def test_planned_is_called(material, tmp_path, monkeypatch, changes):
     return runner(*args)
 
   monkeypatch.setattr(store, "runner", lambda layout: extract)
-  train_lib(config, tmp_path / "run")
+  vqt_jax.train(config, tmp_path / "run")
   monkeypatch.undo()
   for program in programs.all_programs(job):
     calls = called.pop(program.name)
@@ -191,16 +190,16 @@ def test_slices_that_are_not(material, tmp_path, capfd, where, words):
 )
 def test_what_a_run_refuses_has_no_plan(material, tmp_path, changes, words):
   argv = runs.command(material, tmp_path, **changes)
-  config = config_lib.resolve(cli.parse(argv).config)
+  config = recipes.resolve(cli.parse(argv).config)
   with pytest.raises(ValueError, match=words):
     plan.make_job(config, "here")
 
 
 def test_all_tasks_have_no_plan():
-  config = config_lib.default_config()
+  config = fields.default_config()
   config.task = "all"
   with pytest.raises(ValueError, match="A plan is for one task"):
-    plan.make_job(config_lib.resolve(config), "here")
+    plan.make_job(recipes.resolve(config), "here")
 
 
 def test_what_bounds_a_step(material, tmp_path):
@@ -208,7 +207,7 @@ def test_what_bounds_a_step(material, tmp_path):
   _, job = planned(material, tmp_path)
   needs = plan.measure(programs.search(job), job.mesh)
   assert needs.seconds(job.chip) is None  # Of a CPU nothing is known.
-  chip = dataclasses.replace(chips.CHIPS["v5e"], flops=1.0)
+  chip = dataclasses.replace(tpus.CHIPS["v5e"], flops=1.0)
   seconds = needs.seconds(chip)
   assert max(seconds, key=seconds.get) == "arithmetic"
   assert seconds["arithmetic"] == needs.flops > 0

@@ -7,9 +7,11 @@ from tests import helpers
 from tests import test_vtab_summary
 from vqt_jax import accuracy as accuracy_lib
 from vqt_jax import errors
-from vqt_jax import plots
-from vqt_jax import vtab_summary
 from vqt_jax.data import vtab
+from vqt_jax.reports import attention_figure
+from vqt_jax.reports import run_figure
+from vqt_jax.reports import vtab_figure
+from vqt_jax.reports import vtab_summary
 
 
 def outcome(
@@ -104,7 +106,7 @@ def drawn(path):
 @pytest.mark.parametrize("seeds, settings", [(3, 4), (1, 1), (2, 2)])
 def test_report(tmp_path, seeds, settings):
   path = tmp_path / "report.png"
-  plots.report(outcome(seeds=seeds, settings=settings), path)
+  run_figure.report(outcome(seeds=seeds, settings=settings), path)
   assert drawn(path)
 
 
@@ -120,7 +122,7 @@ def test_report(tmp_path, seeds, settings):
 )
 def test_report_of_more_than_one_candidate(tmp_path, changes):
   path = tmp_path / "report.png"
-  plots.report(outcome(**changes), path)
+  run_figure.report(outcome(**changes), path)
   assert drawn(path)
 
 
@@ -128,7 +130,7 @@ def test_report_of_more_than_one_candidate(tmp_path, changes):
 def test_vtab(tmp_path, names):
   path = tmp_path / "vtab.png"
   results = test_vtab_summary.results(names)
-  plots.vtab(vtab_summary.summarize(results), path)
+  vtab_figure.vtab(vtab_summary.summarize(results), path)
   assert drawn(path)
 
 
@@ -136,11 +138,11 @@ def test_attention(tmp_path):
   path = tmp_path / "attention.png"
   images = np.linspace(0, 1, 2 * 12 * 8 * 3).reshape(2, 12, 8, 3)
   maps = np.linspace(0, 1, 2 * 14 * 3 * 2).reshape(2, 14, 3, 2)
-  plots.attention(images, maps, ["3", "7"], path)
+  attention_figure.attention(images, maps, ["3", "7"], path)
   assert drawn(path)
 
 
 def test_a_picture_that_cannot_be_written(tmp_path):
   (tmp_path / "report.png").mkdir()
   with pytest.raises(errors.UserError, match="Cannot write .*report.png"):
-    plots.report(outcome(), tmp_path / "report.png")
+    run_figure.report(outcome(), tmp_path / "report.png")

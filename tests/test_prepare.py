@@ -12,8 +12,8 @@ import pytest
 from vqt_jax import data
 from vqt_jax import errors
 from vqt_jax.data import digits
-from vqt_jax.data import lookup
 from vqt_jax.data import prepare
+from vqt_jax.data import tasks
 
 # The embedded dataset.
 
@@ -21,12 +21,12 @@ from vqt_jax.data import prepare
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory):
   folder = str(tmp_path_factory.mktemp("digits"))
-  lookup.make_task("digits", data_dir=folder)
+  tasks.make_task("digits", data_dir=folder)
   return folder
 
 
 def test_digits(digits_dir):
-  task = lookup.make_task("digits", data_dir=digits_dir)
+  task = tasks.make_task("digits", data_dir=digits_dir)
   sizes = {split: data.num_examples(task, split) for split in data.SPLITS}
   assert sizes == {"train": 800, "val": 200, "trainval": 1000, "test": 797}
   arrays = data.load_arrays(task, "trainval", image_size=8, value_range="0..1")
@@ -44,7 +44,7 @@ def test_digits_assignment_is_fixed(digits_dir):
   assert np.bincount(labels[chosen]).tolist() == [100] * 10
   fingerprint = hashlib.sha256(",".join(map(str, chosen)).encode())
   assert fingerprint.hexdigest()[:16] == "9cd766382cc3026b"
-  task = lookup.make_task("digits", data_dir=digits_dir)
+  task = tasks.make_task("digits", data_dir=digits_dir)
   test = data.load_arrays(task, "test", image_size=8, value_range="0..1")
   assert test["label"][:10].tolist() == [1, 5, 0, 2, 6, 8, 3, 0, 4, 0]
 
@@ -70,7 +70,7 @@ def test_digits_prepared_by_two_at_once(tmp_path, monkeypatch, capfd):
 def test_digits_where_nothing_can_be_written(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(errors.UserError, match="Cannot write.*data_dir"):
-    lookup.make_task("digits", data_dir=str(tmp_path / "file"))
+    tasks.make_task("digits", data_dir=str(tmp_path / "file"))
 
 
 # Preparing.

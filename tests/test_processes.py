@@ -16,12 +16,12 @@ import pytest
 from tests import runs
 from vqt_jax import cli
 from vqt_jax import errors
-from vqt_jax import noise
-from vqt_jax import parallel
-from vqt_jax import results
+from vqt_jax import tuned as tuned_lib
+from vqt_jax.runtime import logfile
+from vqt_jax.runtime import processes as processes_lib
 
-TRAIN = "vqt_jax.train.step:train_steps"
-ROWS = "vqt_jax.train.stages:_rows"  # As a stage begins; after each epoch.
+TRAIN = "vqt_jax.training.step:train_steps"
+ROWS = "vqt_jax.training.stages:_rows"  # As a stage begins; after each epoch.
 
 
 def group(
@@ -90,8 +90,8 @@ def assert_same_outcome(
   if ours["search"]:
     assert ours["search"]["val_accuracy"] == theirs["search"]["val_accuracy"]
   for tuned in sorted((alone / "tuned").iterdir()):
-    a, _ = results.load_tuned(workdir / "tuned" / tuned.name)
-    b, _ = results.load_tuned(tuned)
+    a, _ = tuned_lib.load_tuned(workdir / "tuned" / tuned.name)
+    b, _ = tuned_lib.load_tuned(tuned)
     for name, value in runs.flat(a).items():
       np.testing.assert_allclose(
         value, runs.flat(b)[name], rtol=0, atol=atol, err_msg=name
@@ -135,11 +135,11 @@ def test_nothing_is_said_of_an_exchange_after_it():
   """Devices connect in threads of their own; the screen is then given back."""
   program = (
     "import sys\n"
-    "from vqt_jax import parallel\n"
+    "from vqt_jax.runtime import processes\n"
     "i, port = sys.argv[1:]\n"
-    "parallel.connect('localhost:' + port, 2, int(i))\n"
-    "print(parallel.any_process(i == '1'), flush=True)\n"
-    "print(parallel.any_process(False), parallel.smallest(0.5 + int(i)))\n"
+    "processes.connect('localhost:' + port, 2, int(i))\n"
+    "print(processes.any_process(i == '1'), flush=True)\n"
+    "print(processes.any_process(False), processes.smallest(0.5 + int(i)))\n"
   )
   with socket.create_server(("localhost", 0)) as server:
     port = server.getsockname()[1]
@@ -231,10 +231,10 @@ def test_what_platforms_tell(monkeypatch, told, installed, found):
   spec = lambda name: types.SimpleNamespace(
     origin=f"{name}.py" if name in installed else None  # None: a folder.
   )
-  monkeypatch.setattr(parallel.importlib.util, "find_spec", spec)
+  monkeypatch.setattr(processes_lib.importlib.util, "find_spec", spec)
   for name, value in told.items():
     monkeypatch.setenv(name, value)
-  method = parallel.platform()
+  method = processes_lib.platform()
   if method is not None:
     method = method.get("cluster_detection_method", "")
   assert method == found
@@ -251,8 +251,8 @@ def test_who_waits_for_nobody_is_told(monkeypatch, capfd, coordinator):
     yield
 
   monkeypatch.setattr(cli, "LONG_SECONDS", 0)
-  monkeypatch.setattr(noise, "last_words", last_words)
-  monkeypatch.setattr(parallel, "connect", lambda *args: time.sleep(0.2))
+  monkeypatch.setattr(logfile, "last_words", last_words)
+  monkeypatch.setattr(processes_lib, "connect", lambda *args: time.sleep(0.2))
   cli._join(
     types.SimpleNamespace(
       coordinator=coordinator,
@@ -278,16 +278,16 @@ def test_libtpu_without_a_tpu_is_no_cluster(monkeypatch, error):
   def fail(**kwargs):
     raise error
 
-  monkeypatch.setattr(parallel.jax.distributed, "initialize", fail)
+  monkeypatch.setattr(processes_lib.jax.distributed, "initialize", fail)
   method = {"cluster_detection_method": "gcetpu"}
-  monkeypatch.setattr(parallel, "platform", lambda: method)
-  assert not parallel.connect(None)
+  monkeypatch.setattr(processes_lib, "platform", lambda: method)
+  assert not processes_lib.connect(None)
   with pytest.raises(errors.UserError, match="cluster|Cannot join"):
-    parallel.connect("auto")
-  monkeypatch.setattr(parallel, "_tpu_devices", lambda: ["/dev/accel0"])
+    processes_lib.connect("auto")
+  monkeypatch.setattr(processes_lib, "_tpu_devices", lambda: ["/dev/accel0"])
   if isinstance(error, OSError):  # One of a pod must not run on alone.
     with pytest.raises(errors.UserError, match="Cannot join the other proce"):
-      parallel.connect(None)
+      processes_lib.connect(None)
 
 
 def test_a_cluster_that_is_not_there(material, tmp_path):

@@ -9,13 +9,13 @@ import main
 from tests import runs
 from vqt_jax import data
 from vqt_jax import errors
-from vqt_jax import tuner as tuner_lib
-from vqt_jax.train import best
-from vqt_jax.train import loop
-from vqt_jax.train import packing
-from vqt_jax.train import protocol
-from vqt_jax.train import stages
-from vqt_jax.train import step as step_lib
+from vqt_jax.features import memory_budget
+from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.training import cross_validation
+from vqt_jax.training import loop
+from vqt_jax.training import protocol
+from vqt_jax.training import stage as stage_lib
+from vqt_jax.training import step as step_lib
 
 TOO_HIGH = 3e38 * 256 / 12  # As a peak rate: the largest float32.
 # Everything a protocol can do, as small as it gets.
@@ -32,7 +32,7 @@ BEST = {
 
 @pytest.mark.parametrize("count, number", [(1000, 5), (48, 7), (3, 3)])
 def test_folds_judge_every_row_once(count, number):
-  parts = best.folds(count, number)
+  parts = cross_validation.folds(count, number)
   assert len(parts) == number
   judged = np.concatenate([rows for _, rows in parts])
   assert sorted(judged) == list(range(count))
@@ -42,11 +42,11 @@ def test_folds_judge_every_row_once(count, number):
 
 
 def test_the_first_fold_is_the_split_of_vtab():
-  trained, judged = best.folds(1000, 5)[0]
+  trained, judged = cross_validation.folds(1000, 5)[0]
   assert trained.tolist() == list(range(800))
   assert judged.tolist() == list(range(800, 1000))
   with pytest.raises(errors.UserError, match="config.best.folds=5: .* 4 ex"):
-    best.folds(4, 5)
+    cross_validation.folds(4, 5)
 
 
 def test_of_equal_settings_the_simplest():
@@ -59,7 +59,7 @@ def test_of_equal_settings_the_simplest():
     (tuner(1), run(0.5, 0.0, True)),
     (tuner(2), run(0.1, 0.0, True)),
   ]
-  assert sorted(reversed(ranked), key=best.simplest) == ranked
+  assert sorted(reversed(ranked), key=cross_validation.simplest) == ranked
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,8 @@ def test_packs_give_what_all_together_give(
   found = []
   for pack in (size, 100):
     at_once = lambda *args, pack=pack: pack
-    monkeypatch.setattr(packing, "runs_at_once", at_once)
-    monkeypatch.setattr(packing, "held_at_once", at_once)
+    monkeypatch.setattr(memory_budget, "runs_at_once", at_once)
+    monkeypatch.setattr(memory_budget, "held_at_once", at_once)
     workdir = tmp_path / str(pack)
     assert main.main(runs.command(material, workdir, **changes)) == 0
     found.append(runs.results(workdir))
@@ -95,7 +95,7 @@ def test_packs_give_what_all_together_give(
 
 def test_the_last_pack_is_what_is_left():
   run = loop.Run(0.1, 0.0, 1)
-  stage = stages.Stage(
+  stage = stage_lib.Stage(
     "seeds",
     "",
     None,
@@ -104,7 +104,7 @@ def test_the_last_pack_is_what_is_left():
     held={"head": np.arange(3)},
     kept=np.eye(3),
   )
-  first, last = (stages._part(stage, start, 2) for start in (0, 2))
+  first, last = (stage_lib._part(stage, start, 2) for start in (0, 2))
   assert (first.name, last.name) == ("seeds_1-2", "seeds_3-3")
   assert (len(first.runs), len(last.runs)) == (2, 1)
   assert last.held["head"].tolist() == [2]
@@ -114,7 +114,7 @@ def test_the_last_pack_is_what_is_left():
 def test_if_all_packs_diverge_it_is_said(
   material, tmp_path, monkeypatch, capfd
 ):
-  monkeypatch.setattr(packing, "runs_at_once", lambda *args: 1)
+  monkeypatch.setattr(memory_budget, "runs_at_once", lambda *args: 1)
   changes = {"method": "linear", "lr": f"{TOO_HIGH},{TOO_HIGH / 2}"}
   assert main.main(runs.command(material, tmp_path, **changes)) == 2
   error = capfd.readouterr().err.splitlines()[-1]
@@ -189,8 +189,8 @@ def test_folds_of_what_is_not_kept_are_refused(material, tmp_path, capfd):
 
 
 KILL = signal.SIGKILL
-ROWS = "vqt_jax.train.stages:_rows"  # As a stage begins; after each epoch.
-WRITE = "vqt_jax.train.stages:_write"
+ROWS = "vqt_jax.training.stages:_rows"  # As a stage begins; after each epoch.
+WRITE = "vqt_jax.training.stage:write_result"
 
 
 def _go(material, workdir, moment=None):

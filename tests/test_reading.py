@@ -11,10 +11,12 @@ import pytest
 
 from tests import helpers
 import vqt_jax
-from vqt_jax import head
-from vqt_jax import readers
-from vqt_jax import tuner as tuner_lib
-from vqt_jax import vit
+from vqt_jax.models import attention as attention_lib
+from vqt_jax.models import head
+from vqt_jax.models import readers
+from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.models import vit
+from vqt_jax.models import vit_config
 
 CASES = {
   "vqt_T1": {},
@@ -105,7 +107,7 @@ def _direct(config, params, tokens, queries):
   def norm(x, p):
     mean = x.mean(-1, keepdims=True)
     variance = ((x - mean) ** 2).mean(-1, keepdims=True)
-    x = (x - mean) / jnp.sqrt(variance + vit.EPSILON)
+    x = (x - mean) / jnp.sqrt(variance + attention_lib.EPSILON)
     return x * p["scale"] + p["bias"]
 
   def project(x, p):
@@ -225,9 +227,9 @@ def test_a_batch_read_by_parts_is_the_same(monkeypatch, dropout, projected):
     block = functools.partial(apply, method="project")
     tokens = jax.vmap(lambda p, x: block({"params": p}, x))(blocks, tokens)
   asked = []
-  by_parts = readers.token_mean.by_parts
+  by_parts = readers.chunked_attention.by_parts
   monkeypatch.setattr(
-    readers.token_mean,
+    readers.chunked_attention,
     "by_parts",
     lambda *args: asked.append(args[2].shape) or by_parts(*args),
   )
@@ -317,7 +319,9 @@ def test_normalize_has_no_nan_at_zero():
   ],
 )
 def test_sizes_for_vit_b(options, features):
-  config = vit.ViTConfig(**vit.decode_variant("B/16"), image_size=(224, 224))
+  config = vit_config.ViTConfig(
+    **vit_config.decode_variant("B/16"), image_size=(224, 224)
+  )
   tuner = vqt_jax.make_tuner("vqt", config, 100, **options)
   shapes = jax.eval_shape(tuner.init, jax.random.key(0))
   queries = options.get("num_queries", 1)
@@ -328,7 +332,9 @@ def test_sizes_for_vit_b(options, features):
 
 def test_initialisation_is_the_authors():
   """Queries uniform within 0.0625 for B/16; bias -log 99; std sqrt(2/C)."""
-  config = vit.ViTConfig(**vit.decode_variant("B/16"), image_size=(224, 224))
+  config = vit_config.ViTConfig(
+    **vit_config.decode_variant("B/16"), image_size=(224, 224)
+  )
   variables = vqt_jax.make_tuner("vqt", config, 100).init(jax.random.key(0))
   queries = np.asarray(variables["tuner"]["queries"])
   assert 0.0620 < np.abs(queries).max() <= 0.0625

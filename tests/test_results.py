@@ -13,17 +13,20 @@ from tensorboard.compat.tensorflow_stub import errors as stub_errors
 from tensorboard.compat.tensorflow_stub import pywrap_tensorflow
 
 from tests import runs
-from vqt_jax import config as config_lib
 from vqt_jax import errors
-from vqt_jax import files
-from vqt_jax import results
+from vqt_jax import tuned
+from vqt_jax.config import fields
+from vqt_jax.runtime import files
+from vqt_jax.runtime import locks
+from vqt_jax.training import metrics
+from vqt_jax.training import workdir as workdir_lib
 
 ROW = '{"phase": "search", "run": 0, "epoch": 1}\n'
 
 
 def opened(config, workdir):
   """Whether a run was begun there; nobody runs there afterwards."""
-  with results.open_workdir(config, workdir) as begun:
+  with workdir_lib.open_workdir(config, workdir) as begun:
     return begun
 
 
@@ -38,7 +41,7 @@ def rows(first, last, scale=1.0):
 def epochs_written(workdir):
   return [
     (row["phase"], row["epoch"])
-    for row in results.read_metrics(workdir)
+    for row in metrics.read_metrics(workdir)
     if row["run"] == 0
   ]
 
@@ -59,7 +62,7 @@ def scalars(folder):
 
 def test_json_is_replaced_at_once_and_holds_plain_numbers(tmp_path):
   path = tmp_path / "new" / "a.json"
-  results.write_json(path, {"old": 1})
+  files.write_json(path, {"old": 1})
   value = {
     "f32": np.float32(0.1),
     "array": np.arange(3),
@@ -70,7 +73,7 @@ def test_json_is_replaced_at_once_and_holds_plain_numbers(tmp_path):
     "flag": np.bool_(True),
     "none": None,
   }
-  results.write_json(path, value)
+  files.write_json(path, value)
   assert json.loads(path.read_text()) == {
     "f32": 0.1,
     "array": [0, 1, 2],
@@ -90,25 +93,25 @@ def test_two_processes_may_write_the_same_file(tmp_path, monkeypatch):
 
   def meanwhile(*args):
     monkeypatch.setattr(os, "replace", replace)
-    results.write_json(path, "theirs")
+    files.write_json(path, "theirs")
     replace(*args)
 
   monkeypatch.setattr(os, "replace", meanwhile)
-  results.write_json(path, "ours")
-  assert results.read_json(path) == "ours"
+  files.write_json(path, "ours")
+  assert files.read_json(path) == "ours"
   assert os.listdir(tmp_path) == ["config.json"]
 
 
 def test_json_that_cannot_be_read(tmp_path):
   with pytest.raises(errors.UserError, match="There is no .*a.json"):
-    results.read_json(tmp_path / "a.json")
+    files.read_json(tmp_path / "a.json")
   (tmp_path / "a.json").write_text('{"a": ')
   with pytest.raises(errors.UserError, match="Cannot read .*a.json"):
-    results.read_json(tmp_path / "a.json")
+    files.read_json(tmp_path / "a.json")
 
 
 def test_metrics_go_to_jsonl_and_tensorboard(tmp_path):
-  writer = results.MetricsWriter(tmp_path)
+  writer = metrics.MetricsWriter(tmp_path)
   writer.epochs("search", [])
   writer.epochs("search", rows(1, 2))
   writer.epochs("search", rows(3, 3))
@@ -132,7 +135,7 @@ def test_resumed_metrics_are_those_of_an_uninterrupted_run(tmp_path, cut):
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   for workdir in (whole, killed):
     workdir.mkdir()
-    writer = results.MetricsWriter(workdir)
+    writer = metrics.MetricsWriter(workdir)
     writer.epochs("search", [])
     writer.epochs("search", rows(1, 4))
     writer.epochs("seeds", [])
@@ -142,7 +145,7 @@ def test_resumed_metrics_are_those_of_an_uninterrupted_run(tmp_path, cut):
   path = killed / "metrics.jsonl"
   path.write_bytes(path.read_bytes()[: -cut or None])
 
-  writer = results.MetricsWriter(killed)
+  writer = metrics.MetricsWriter(killed)
   writer.epochs("seeds", rows(1, 2))
   assert epochs_written(killed)[-2:] == [("seeds", 1), ("seeds", 2)]
   writer.epochs("seeds", rows(3, 5))
@@ -154,27 +157,27 @@ def test_resumed_metrics_are_those_of_an_uninterrupted_run(tmp_path, cut):
 
 
 def test_a_run_resumed_from_nothing_starts_its_metrics_anew(tmp_path):
-  writer = results.MetricsWriter(tmp_path)
+  writer = metrics.MetricsWriter(tmp_path)
   writer.epochs("search", rows(1, 3))
   writer.close()
-  writer = results.MetricsWriter(tmp_path)
+  writer = metrics.MetricsWriter(tmp_path)
   writer.epochs("search", [])
   writer.close()
   assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
 
 def test_metrics_lost_with_the_power_are_written_again(tmp_path):
-  writer = results.MetricsWriter(tmp_path)
+  writer = metrics.MetricsWriter(tmp_path)
   writer.epochs("search", rows(1, 2))
   writer.close()
-  writer = results.MetricsWriter(tmp_path)
+  writer = metrics.MetricsWriter(tmp_path)
   writer.epochs("search", rows(1, 4))
   writer.close()
   assert epochs_written(tmp_path) == [("search", e) for e in range(1, 5)]
 
 
 def test_a_full_disk_is_told_with_the_path(tmp_path):
-  writer = results.MetricsWriter(tmp_path)
+  writer = metrics.MetricsWriter(tmp_path)
   writer.epochs("search", rows(1, 1))
   path = tmp_path / "metrics.jsonl"
   path.unlink()
@@ -187,23 +190,23 @@ def test_a_full_disk_is_told_with_the_path(tmp_path):
 def test_an_unwritable_place_is_told_and_left_alone(tmp_path):
   (tmp_path / "file").write_text("mine")
   with pytest.raises(errors.UserError, match="Cannot write .*file"):
-    opened(config_lib.default_config(), tmp_path / "file" / "workdir")
+    opened(fields.default_config(), tmp_path / "file" / "workdir")
   assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_workdir_is_made_and_recognised(tmp_path):
   workdir = tmp_path / "a" / "b"
-  config = config_lib.default_config()
+  config = fields.default_config()
   assert not opened(config, workdir)
-  results.MetricsWriter(workdir).epochs("search", [])
+  metrics.MetricsWriter(workdir).epochs("search", [])
   assert not opened(config, workdir)
   (workdir / "checkpoints" / "1").mkdir(parents=True)
   config.checkpoint_seconds = 1.0  # May change between starts of a run.
   assert opened(config, workdir)
   # It may be older than a field, which then did what its default does.
-  old = results.read_json(workdir / "config.json")
+  old = files.read_json(workdir / "config.json")
   del old["trained_size"]
-  results.write_json(workdir / "config.json", old)
+  files.write_json(workdir / "config.json", old)
   assert opened(config, workdir)
   config.trained_size = 8
   with pytest.raises(errors.UserError, match="trained_size was 0, is now 8"):
@@ -211,15 +214,15 @@ def test_a_workdir_is_made_and_recognised(tmp_path):
 
 
 def test_a_config_may_be_mended_before_anything_is_trained(tmp_path):
-  config = config_lib.default_config()
+  config = fields.default_config()
   opened(config, tmp_path)
   config.init = "right.npz"
   assert not opened(config, tmp_path)
-  assert results.read_json(tmp_path / "config.json")["init"] == "right.npz"
+  assert files.read_json(tmp_path / "config.json")["init"] == "right.npz"
 
 
 def test_a_workdir_of_another_config_is_refused_and_untouched(tmp_path):
-  config = config_lib.default_config()
+  config = fields.default_config()
   opened(config, tmp_path)
   (tmp_path / "metrics.jsonl").write_text(ROW)
   before = (tmp_path / "config.json").read_bytes()
@@ -248,7 +251,7 @@ def test_a_workdir_of_another_config_is_refused_and_untouched(tmp_path):
 )
 def test_a_folder_of_another_program_is_refused(tmp_path, name, content, begun):
   """Also one where a run of this program was begun, but never trained."""
-  config = config_lib.default_config()
+  config = fields.default_config()
   if begun:
     opened(config, tmp_path)
   (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -270,7 +273,7 @@ def test_events_of_another_program_stay(tmp_path):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
   for _ in range(2):
-    writer = results.MetricsWriter(tmp_path)
+    writer = metrics.MetricsWriter(tmp_path)
     writer.epochs("search", rows(1, 2))
     writer.close()
     (own,) = set(folder.iterdir()) - others
@@ -295,13 +298,13 @@ def elsewhere(call, *args):
 
 
 def test_two_runs_in_one_workdir(tmp_path, monkeypatch):
-  config = config_lib.default_config()
+  config = fields.default_config()
   workdir = tmp_path / "run"
   workdir.mkdir()
-  (workdir / files.LOCK).write_text("of a process that was killed")
-  with results.open_workdir(config, workdir):
+  (workdir / locks.LOCK).write_text("of a process that was killed")
+  with workdir_lib.open_workdir(config, workdir):
     before = runs.files(workdir)
-    assert f"process {os.getpid()} on " in before[files.LOCK].decode()
+    assert f"process {os.getpid()} on " in before[locks.LOCK].decode()
     config.init = "other.npz"
     for again in (workdir, workdir / ".." / "run"):
       said = elsewhere(opened, config, again)
@@ -314,8 +317,8 @@ def test_two_runs_in_one_workdir(tmp_path, monkeypatch):
   def no_locks(*args):
     raise OSError(errno.ENOLCK, "No locks available")
 
-  monkeypatch.setattr(files.fcntl, "flock", no_locks)
-  with results.open_workdir(config, workdir):
+  monkeypatch.setattr(locks.fcntl, "flock", no_locks)
+  with workdir_lib.open_workdir(config, workdir):
     assert elsewhere(opened, config, workdir) is False
 
 
@@ -349,7 +352,7 @@ def test_paths_that_people_write(tmp_path, monkeypatch):
 def test_fields_that_a_method_does_not_use_may_change(
   method, ignored, decides, tmp_path
 ):
-  config = config_lib.default_config()
+  config = fields.default_config()
   config.method = method
   opened(config, tmp_path)
   (tmp_path / "metrics.jsonl").write_text(ROW)
@@ -368,7 +371,7 @@ def test_fields_that_a_method_does_not_use_may_change(
 
 
 def test_a_workdir_of_all_tasks_is_begun_with_one_of_them(tmp_path):
-  config = config_lib.default_config()
+  config = fields.default_config()
   opened(config, tmp_path)
   opened(config, tmp_path / "dtd")
   assert not opened(config, tmp_path)
@@ -387,8 +390,8 @@ def test_tuned_weights_make_the_round_trip(tmp_path):
     "head": {"kernel": np.ones((3, 2), np.float32), "bias": np.zeros(2)},
   }
   for _ in range(2):  # The second replaces the first.
-    results.save_tuned(tmp_path / "tuned", variables, {"method": "vqt"})
-  loaded, info = results.load_tuned(tmp_path / "tuned")
+    tuned.save_tuned(tmp_path / "tuned", variables, {"method": "vqt"})
+  loaded, info = tuned.load_tuned(tmp_path / "tuned")
   assert info == {"method": "vqt"}
   np.testing.assert_array_equal(
     loaded["tuner"]["queries"], variables["tuner"]["queries"]
@@ -402,7 +405,7 @@ def test_tuned_weights_replace_nothing_else(tmp_path, monkeypatch):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
   before = runs.files(tmp_path)
-  save = lambda name: results.save_tuned(name, {}, {})
+  save = lambda name: tuned.save_tuned(name, {}, {})
   for name, what in (("a", "other things .notes.txt"), ("c", "Not a direct")):
     with pytest.raises(errors.UserError, match=what):
       save(tmp_path / name)
@@ -414,9 +417,9 @@ def test_tuned_weights_replace_nothing_else(tmp_path, monkeypatch):
 
 def test_damaged_tuned_weights_are_told(tmp_path):
   with pytest.raises(errors.UserError, match="There is no .*info.json"):
-    results.load_tuned(tmp_path)
-  results.save_tuned(tmp_path / "tuned", {"head": {"bias": np.ones(9)}}, {})
+    tuned.load_tuned(tmp_path)
+  tuned.save_tuned(tmp_path / "tuned", {"head": {"bias": np.ones(9)}}, {})
   path = tmp_path / "tuned" / "variables.safetensors"
   path.write_bytes(path.read_bytes()[:-8])
   with pytest.raises(errors.UserError, match="Cannot read .*safetensors"):
-    results.load_tuned(tmp_path / "tuned")
+    tuned.load_tuned(tmp_path / "tuned")

@@ -14,15 +14,15 @@ from tests import helpers
 from tests import runs
 import vqt_jax
 from vqt_jax import cli
-from vqt_jax import config as config_lib
 from vqt_jax import data
-from vqt_jax import files
-from vqt_jax import parallel
-from vqt_jax import results
 from vqt_jax import tuned
-from vqt_jax.train import loop
-from vqt_jax.train import optim
-from vqt_jax.train import sources
+from vqt_jax.config import fields
+from vqt_jax.config import recipes
+from vqt_jax.features import batches as batches_lib
+from vqt_jax.runtime import locks
+from vqt_jax.runtime import mesh as mesh_lib
+from vqt_jax.training import loop
+from vqt_jax.training import optim
 
 SEEDS = (7, 8)
 EPOCHS = 3
@@ -85,7 +85,7 @@ def test_what_a_run_leaves_behind(run, material):
   assert (workdir / "report.png").read_bytes().startswith(PNG)
   assert len(list((workdir / "tensorboard").glob("*/*/events*"))) == 2 + 2
   values = cli.parse(runs.command(material, workdir))
-  resolved = config_lib.to_json(config_lib.resolve(values.config))
+  resolved = fields.to_json(recipes.resolve(values.config))
   assert runs.read_json(workdir / "config.json") == resolved
 
   rows = runs.metrics(workdir)
@@ -145,7 +145,7 @@ def test_weights_that_have_changed_are_not_taken_for_the_same(
   weights = dict(np.load(init))
   workdir = tmp_path / "run"
   argv = runs.command(material, workdir, init=init, epochs=2, lr=0.1, seeds=7)
-  signals = {"vqt_jax.train.step:train_steps": (1, signal.SIGTERM)}
+  signals = {"vqt_jax.training.step:train_steps": (1, signal.SIGTERM)}
   assert runs.Process(argv, signals=signals).wait() == 75
   name = next(n for n in weights if weights[n].ndim > 1 and "embed" not in n)
   np.savez(init, **weights | {name: 2 * weights[name]})
@@ -182,7 +182,7 @@ def test_of_selected_features_only_the_rows_in_use_are_shipped(run):
   assert everything["test_accuracy"] == runs.results(run())["test_accuracy"]
   kept = set()
   for seed in SEEDS:
-    variables, _ = results.load_tuned(workdir / "tuned" / f"seed_{seed}")
+    variables, _ = tuned.load_tuned(workdir / "tuned" / f"seed_{seed}")
     rows = variables["head"]["features"]
     assert len(variables["head"]["kernel"]) == len(set(rows)) == features // 2
     kept.add(tuple(rows))
@@ -233,13 +233,13 @@ def test_streaming_shows_every_example_once_an_epoch(
   material, task, tmp_path, monkeypatch
 ):
   seen = []
-  on_devices = sources.on_devices
+  on_devices = batches_lib.on_devices
 
   def watch(batch, mesh):
     seen.append(batch)
     return on_devices(batch, mesh)
 
-  monkeypatch.setattr(sources, "on_devices", watch)
+  monkeypatch.setattr(batches_lib, "on_devices", watch)
   changes = dict(data="stream", batch_size=16, lr=0.1)
   assert main.main(runs.command(material, tmp_path, **changes)) == 0
   size = {"image_size": 8, "value_range": "-1..1"}
@@ -272,7 +272,7 @@ def test_the_authors_program(material, tmp_path, capfd):
 
 def test_the_rate_follows_epochs_or_steps(monkeypatch):
   """And is computed once: later it would wait for the steps in the queue."""
-  rows = sources.Resident({}, np.arange(10), 4, 0, parallel.make_mesh())
+  rows = batches_lib.Resident({}, np.arange(10), 4, 0, mesh_lib.make_mesh())
   phase = functools.partial(loop.Phase, "seeds", (), rows, 4, 1, least=0)
   by_epoch, by_step = phase(per_step=False), phase(per_step=True)
   by_epoch.factors(0, 0, 1), by_step.factors(0, 0, 1)
@@ -311,7 +311,7 @@ def test_digits(material, tmp_path, capfd):
 def test_a_second_run_leaves_the_first_one_alone(material, tmp_path, capfd):
   argv = runs.command(material, tmp_path / "run")
   elsewhere = lambda *call: contextvars.Context().run(*call)
-  with files.alone_in(tmp_path / "run"):
+  with locks.alone_in(tmp_path / "run"):
     before = runs.files(tmp_path)
     assert elsewhere(main.main, argv) == 2
     said = capfd.readouterr().err

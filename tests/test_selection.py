@@ -10,13 +10,13 @@ import pytest
 
 from tests import helpers
 import vqt_jax
-from vqt_jax import head as head_lib
-from vqt_jax import tuner as tuner_lib
-from vqt_jax.train import loop
-from vqt_jax.train import optim
-from vqt_jax.train import selection
-from vqt_jax.train import stages
-from vqt_jax.train import step as step_lib
+from vqt_jax.models import head as head_lib
+from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.training import feature_selection
+from vqt_jax.training import loop
+from vqt_jax.training import optim
+from vqt_jax.training import stage as stage_lib
+from vqt_jax.training import step as step_lib
 
 CASES = {
   case["name"]: case
@@ -66,7 +66,7 @@ def test_all_features_are_judged_with_the_head_that_is_shipped():
       asked.append(stage)
       share = {"keep_all": [0.7], "keep_selected": [0.6, 0.5]}.get(stage.name)
       kernel = np.ones((1, 4, 2), np.float32)
-      return stages.Outcome(
+      return stage_lib.Outcome(
         [],
         1.0,
         [],
@@ -75,7 +75,7 @@ def test_all_features_are_judged_with_the_head_that_is_shipped():
       )
 
   tuner = vqt_jax.make_tuner("vqt", helpers.tiny_config(), 2)
-  accuracy, _ = selection.compare(
+  accuracy, _ = feature_selection.compare(
     Stages(),
     "keep_",
     "keep",
@@ -171,7 +171,7 @@ def _start(golden, part):
     int(golden["hparam/epochs"]), int(golden["hparam/warmup_epochs"])
   )
   factors = [float(curve(e)) for e in range(int(golden["hparam/epochs"]))]
-  lr = float(golden["hparam/lr_search"]) * selection.RATE
+  lr = float(golden["hparam/lr_search"]) * feature_selection.RATE
   rates = np.multiply(lr, factors)
   helpers.assert_close(rates, golden[f"{part}/lr_per_epoch"], 1e-7)
   return kernel, bias, lr, float(golden["hparam/weight_decay"]), factors
@@ -179,15 +179,15 @@ def _start(golden, part):
 
 def test_scores_of_the_official_program():
   golden = helpers.golden("feature_selection")
-  assert selection.LASSO == golden["hparam/lrp_coef"]
-  head = Head(golden, "adam", selection.LASSO)
+  assert feature_selection.LASSO == golden["hparam/lrp_coef"]
+  head = Head(golden, "adam", feature_selection.LASSO)
   losses, kernel, bias = head.train(*_start(golden, "compress"))
   # Theirs hold the penalty of the head as it was before each update.
   before = [golden["compress/init/head/kernel"]]
   before += [*golden["compress/head_kernel_per_step"][:-1]]
   penalty = [head_lib.scores({"kernel": kernel}).sum() for kernel in before]
   helpers.assert_close(
-    losses + selection.LASSO * np.array(penalty),
+    losses + feature_selection.LASSO * np.array(penalty),
     golden["compress/loss_per_epoch"],
   )
   helpers.assert_close(kernel, golden["compress/head_kernel_per_step"][-1])

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from vqt_jax import UserError
-from vqt_jax import vit
 from vqt_jax.checkpoints import containers
 from vqt_jax.checkpoints import download
 from vqt_jax.checkpoints import load_backbone
 from vqt_jax.checkpoints import public
 from vqt_jax.checkpoints import sources
+from vqt_jax.models import vit_config
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "bigvision"
 CONTENT = bytes(range(256)) * 200
@@ -378,7 +378,7 @@ def test_public_name_sets_everything(server, tmp_path, monkeypatch):
     f"{server.address}/bv_map_scan.npz:img", "S/8", 37, "map", "exact", "0..1"
   )
   monkeypatch.setitem(public.PUBLIC, "Test S/8 37", known)
-  monkeypatch.setitem(vit.VARIANTS, "S", (32, 3, 96, 4))
+  monkeypatch.setitem(vit_config.VARIANTS, "S", (32, 3, 96, 4))
   backbone = load_backbone("test s/8 37", cache_dir=tmp_path)
   config = backbone.config
   assert not backbone.assumed

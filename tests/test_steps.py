@@ -11,12 +11,12 @@ import pytest
 
 from tests import helpers
 import vqt_jax
-from vqt_jax import parallel
-from vqt_jax import tuner as tuner_lib
-from vqt_jax.train import optim
-from vqt_jax.train import sources
-from vqt_jax.train import step as step_lib
-from vqt_jax.train import store
+from vqt_jax.features import batches as batches_lib
+from vqt_jax.features import store
+from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.runtime import mesh as mesh_lib
+from vqt_jax.training import optim
+from vqt_jax.training import step as step_lib
 
 TRAJECTORIES = [
   ("traj_adam", "adam", ""),
@@ -103,7 +103,7 @@ class Case:
     self.recipe = recipe or step_lib.Recipe(query_dropout=True)
     self.examples = helpers.tiny_examples(self.backbone, 21, 5)
     self.mesh = mesh or single_device_mesh()
-    self.params = parallel.place_backbone(
+    self.params = mesh_lib.place_backbone(
       self.backbone.params, self.mesh, "float32"
     )
     variables = self.tuner.init(jax.random.key(0))
@@ -117,7 +117,7 @@ class Case:
     rows = np.arange(21)
     if how == "live":
       held = store.resident(self.examples, self.mesh, "float32")
-      return sources.Resident(held, rows, 8, 0, self.mesh)
+      return batches_lib.Resident(held, rows, 8, 0, self.mesh)
     reads = self.tuner.reads_blocks
     layout = store.Layout(
       self.tuner.config, reads, "float32", self.mesh, self.tuner.window
@@ -128,12 +128,12 @@ class Case:
     label = self.examples["label"]
     if how == "host":
       kept = store.on_host(layout, parts, 21)
-      return sources.Stored(kept, label, rows, 8, 0)
+      return batches_lib.Stored(kept, label, rows, 8, 0)
     if how == "projected":
       layout = dataclasses.replace(layout, projected=True)
       parts = store.project(layout, self.params, parts)
     held = store.on_devices(layout, parts, label)
-    return sources.Resident(held, rows, 8, 0, self.mesh)
+    return batches_lib.Resident(held, rows, 8, 0, self.mesh)
 
   def train(
     self,
@@ -255,7 +255,7 @@ def test_together_equals_alone(how):
 )
 def test_sharded_equals_single(data, model, how, method):
   single = Case(method, target_size=48).train(how)
-  mesh = parallel.make_mesh(data, model)
+  mesh = mesh_lib.make_mesh(data, model)
   sharded = Case(method, mesh=mesh, target_size=48).train(how)
   assert_trees_close(sharded["trained"], single["trained"], 2e-5)
   np.testing.assert_array_equal(sharded["eval"], single["eval"])
@@ -291,7 +291,7 @@ def test_devices_of_a_process_follow_one_another():
 
   devices = [Device(p, i) for i in range(4) for p in (1, 0, 3, 2)]
   for model in (1, 2):
-    mesh = parallel.make_mesh(-1, model, devices)
+    mesh = mesh_lib.make_mesh(-1, model, devices)
     order = [device.process_index for device in mesh.devices.flat]
     assert order == sorted(order) and mesh.shape["model"] == model
 
@@ -304,15 +304,15 @@ def test_editors_sharded_equal_single():
   )
   settings = dict(lr=(0.01,), epochs=2)
   single = Case(method, recipe).train(**settings)
-  mesh = parallel.make_mesh(data, model)
+  mesh = mesh_lib.make_mesh(data, model)
   sharded = Case(method, recipe, mesh=mesh).train(**settings)
   assert_trees_close(sharded["trained"], single["trained"], 2e-5)
   assert_trees_close(sharded["loss"], single["loss"], 2e-5)
 
 
 def test_backbone_is_sharded_over_model():
-  mesh = parallel.make_mesh(4, 2)
-  params = parallel.place_backbone(
+  mesh = mesh_lib.make_mesh(4, 2)
+  params = mesh_lib.place_backbone(
     helpers.tiny_backbone().params, mesh, "float32"
   )
   block = params["Transformer"]["encoderblock"]
@@ -367,7 +367,7 @@ def test_same_seed_same_bits_other_seed_other_run():
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_one_compilation_serves_all_epochs(devices):
-  mesh = single_device_mesh() if devices == 1 else parallel.make_mesh()
+  mesh = single_device_mesh() if devices == 1 else mesh_lib.make_mesh()
   case = Case(mesh=mesh)
   compiled = []
   jax.clear_caches()

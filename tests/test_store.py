@@ -18,21 +18,22 @@ from tests import helpers
 from tests import runs
 from vqt_jax import checkpoints
 from vqt_jax import cli
-from vqt_jax import config as config_lib
-from vqt_jax import console as console_lib
 from vqt_jax import data
 from vqt_jax import errors
-from vqt_jax import parallel
-from vqt_jax import tuner
-from vqt_jax.train import disk
-from vqt_jax.train import examples as examples_lib
-from vqt_jax.train import places
-from vqt_jax.train import run as run_lib
-from vqt_jax.train import sources
-from vqt_jax.train import store
+from vqt_jax.config import fields
+from vqt_jax.config import recipes
+from vqt_jax.features import batches as batches_lib
+from vqt_jax.features import disk
+from vqt_jax.features import examples as examples_lib
+from vqt_jax.features import memory_budget
+from vqt_jax.features import store
+from vqt_jax.models import tuner
+from vqt_jax.runtime import console as console_lib
+from vqt_jax.runtime import mesh as mesh_lib
+from vqt_jax.training import setup
 
 COUNT, BATCH = 21, 8
-RECORDS = "vqt_jax.train.store:rows_of"
+RECORDS = "vqt_jax.features.store:rows_of"
 MADE_FROM = {"weights": "abc"}
 
 
@@ -41,9 +42,9 @@ class Case:
 
   def __init__(self, dtype="float32", tokens=True, data=8, model=1):
     backbone = helpers.tiny_backbone()
-    mesh = parallel.make_mesh(data, model)
+    mesh = mesh_lib.make_mesh(data, model)
     self.layout = store.Layout(backbone.config, tokens, dtype, mesh)
-    self.params = parallel.place_backbone(backbone.params, mesh, "float32")
+    self.params = mesh_lib.place_backbone(backbone.params, mesh, "float32")
     images = helpers.tiny_examples(backbone, COUNT, 5)["image"]
     self.images = np.pad(images, [(0, 3)] + 3 * [(0, 0)])
     self.started = []
@@ -228,8 +229,8 @@ def test_a_file_that_is_there_needs_no_more_room(material, tmp_path):
   task = data.make_task(
     "squares", data_dir=config.data_dir, splits=config.splits
   )
-  mesh = parallel.make_mesh(8, 1)
-  params = parallel.place_backbone(backbone.params, mesh, "float32")
+  mesh = mesh_lib.make_mesh(8, 1)
+  params = mesh_lib.place_backbone(backbone.params, mesh, "float32")
 
   def examples(method, room):
     made = examples_lib.Examples(
@@ -245,13 +246,13 @@ def test_a_file_that_is_there_needs_no_more_room(material, tmp_path):
     return made
 
   first = examples("vqt", 10**6)
-  assert isinstance(first.source("train"), sources.Stored)
+  assert isinstance(first.source("train"), batches_lib.Stored)
   (path,) = (tmp_path / "store").iterdir()
-  assert isinstance(examples("vqt", 0).source("train"), sources.Stored)
+  assert isinstance(examples("vqt", 0).source("train"), batches_lib.Stored)
   linear = examples("linear", 0).source("train")
   assert linear.features.tokens is None  # Not read either.
   path.unlink()
-  assert isinstance(examples("vqt", 0).source("train"), sources.Streamed)
+  assert isinstance(examples("vqt", 0).source("train"), batches_lib.Streamed)
 
 
 def test_keys_and_values_where_a_cpu_has_room(material, tmp_path):
@@ -270,7 +271,7 @@ def test_keys_and_values_where_a_cpu_has_room(material, tmp_path):
   )
 
   def held(room, devices=1, method="vqt", **changes):
-    mesh = parallel.make_mesh(devices, 1, jax.devices()[:devices])
+    mesh = mesh_lib.make_mesh(devices, 1, jax.devices()[:devices])
     said = io.StringIO()
     mine = config.copy_and_resolve_references()
     mine.update(changes)
@@ -280,7 +281,7 @@ def test_keys_and_values_where_a_cpu_has_room(material, tmp_path):
       task,
       backbone,
       tuner.make_tuner(method, backbone.config, 3),
-      parallel.place_backbone(backbone.params, mesh, "float32"),
+      mesh_lib.place_backbone(backbone.params, mesh, "float32"),
       mesh,
     )
     made._room = {"device": room, "host": 0, "disk": 10**9}
@@ -340,8 +341,8 @@ def test_runs_share_features_and_mend_them(run, tmp_path, capfd):
 def test_classes_are_compared(material, tmp_path, monkeypatch, where):
   argv = runs.command(material, tmp_path, data=where, batch_size=16)
   config, said = cli.parse(argv).config, io.StringIO()
-  job = run_lib._prepare(
-    config_lib.resolve(config), tmp_path, console_lib.Console(io.StringIO())
+  job = setup.prepare(
+    recipes.resolve(config), tmp_path, console_lib.Console(io.StringIO())
   )
 
   def check():
@@ -376,8 +377,8 @@ def test_other_inputs_have_other_features(material, tmp_path):
 
   def path(**changes):
     argv = runs.command(material, tmp_path, store_dir=tmp_path, **changes)
-    config = config_lib.resolve(cli.parse(argv).config)
-    job = run_lib._prepare(config, tmp_path / "run", quiet)
+    config = recipes.resolve(cli.parse(argv).config)
+    job = setup.prepare(config, tmp_path / "run", quiet)
     examples = examples_lib.Examples(
       config, quiet, job.task, job.backbone, job.tuner, job.params, job.mesh
     )
@@ -427,11 +428,11 @@ def test_a_folder_that_is_not_for_us_has_no_room(
   def refused(path):
     raise error
 
-  mesh = parallel.make_mesh()
-  assert places.room(f"{tmp_path}/not/there", mesh)["disk"] > 0
+  mesh = mesh_lib.make_mesh()
+  assert memory_budget.room(f"{tmp_path}/not/there", mesh)["disk"] > 0
   monkeypatch.delenv("VQT_JAX_CACHE", raising=False)
   monkeypatch.setattr(disk.pathlib.Path, call, refused)
-  room = places.room("", mesh)
+  room = memory_budget.room("", mesh)
   assert room["disk"] == 0 and room["device"] > 0
   if call == "expanduser":
     with pytest.raises(errors.UserError, match="no home.* Set VQT_JAX_CACHE"):
@@ -482,10 +483,10 @@ ROOM = {"device": 100, "host": 1000, "disk": 10_000}
   ],
 )
 def test_the_place_is_chosen_by_size(changes, stored, backend, place, why):
-  config = config_lib.default_config()
+  config = fields.default_config()
   config.update(changes)
-  chosen, said = places.choose(config, stored, 100, ROOM, backend)
+  chosen, said = memory_budget.choose(config, stored, 100, ROOM, backend)
   assert chosen == place and why in said
   if chosen == "images":
-    chosen, _ = places.choose(config, stored, 101, ROOM, backend)
+    chosen, _ = memory_budget.choose(config, stored, 101, ROOM, backend)
     assert chosen == "stream"

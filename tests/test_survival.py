@@ -14,14 +14,15 @@ import tensorstore
 
 from tests import runs
 from vqt_jax import errors
-from vqt_jax.train import checkpoint
-from vqt_jax.train import loop
+from vqt_jax.training import checkpoint
+from vqt_jax.training import loop as loop_lib
+from vqt_jax.training import preemption
 
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
-EXTRACT = "vqt_jax.train.store:_writer"
-TRAIN = "vqt_jax.train.step:train_steps"
-EVALUATE = "vqt_jax.train.step:eval_steps"
-REPORT = "vqt_jax.plots:report"
+EXTRACT = "vqt_jax.features.store:_writer"
+TRAIN = "vqt_jax.training.step:train_steps"
+EVALUATE = "vqt_jax.training.step:eval_steps"
+REPORT = "vqt_jax.training.results:write"
 STOPPED = "Stopped and saved; resume with the same command."
 RENAME = "os:rename"  # What makes a part of a save, or all of it, count.
 
@@ -104,8 +105,8 @@ def test_interrupted_within_an_epoch(material, alone, tmp_path):
 def test_no_call_takes_long(monkeypatch, compiling, each, calls):
   """Seconds to compile, of a step, and steps of the first calls."""
   now = 0.0
-  monkeypatch.setattr(loop.time, "monotonic", lambda: now)
-  pace, taken = loop.Pace(), []
+  monkeypatch.setattr(loop_lib.time, "monotonic", lambda: now)
+  pace, taken = loop_lib.Pace(), []
   now += compiling
   for _ in calls:
     taken.append(pace.wish)
@@ -134,24 +135,26 @@ def test_nobody_waits_for_steps_just_started(monkeypatch, several):
 
     return answer
 
-  monkeypatch.setattr(loop.step_lib, "train_steps", train_steps)
-  monkeypatch.setattr(loop.step_lib, "step_bytes", lambda *args: None)
+  monkeypatch.setattr(loop_lib.step_lib, "train_steps", train_steps)
+  monkeypatch.setattr(loop_lib.step_lib, "step_bytes", lambda *args: None)
   if several:
-    monkeypatch.setattr(loop.parallel, "ask", ask)
+    monkeypatch.setattr(loop_lib.processes, "ask", ask)
   chunk = {}, np.zeros((1, 1), np.int32), np.ones((1, 1))
   source = types.SimpleNamespace(
     steps=1, num_examples=1, epoch=lambda *args: iter([chunk])
   )
-  phase = loop.Phase("", (loop.Run(1.0, 0.0, 0),), source, 9, 0, False, 1)
+  phase = loop_lib.Phase(
+    "", (loop_lib.Run(1.0, 0.0, 0),), source, 9, 0, False, 1
+  )
   due = lambda: len(calls) == 1
-  with pytest.raises(checkpoint.Stopped):
-    loop.train_phase(
+  with pytest.raises(preemption.Stopped):
+    loop_lib.train_phase(
       phase,
       None,
       None,
       None,
       {},
-      loop.Progress(),
+      loop_lib.Progress(),
       due=due,
       stop=stop,
       save=lambda state: saves.append(len(calls)),

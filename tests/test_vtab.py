@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from vqt_jax import data
 from vqt_jax import errors
 from vqt_jax.data import labels
-from vqt_jax.data import lookup
+from vqt_jax.data import tasks
 from vqt_jax.data import vtab
 
 # name, group, builder, classes, full sizes, val, test, test size; facts of
@@ -252,7 +252,7 @@ def test_official_names_are_aliases():
   assert sorted(vtab.OFFICIAL_NAMES.values()) == sorted(NAMES)
   for official, short in vtab.OFFICIAL_NAMES.items():
     for name in (official, f"vtab-{official}", official.replace('"', "'")):
-      assert lookup.make_task(name) == vtab.VTAB[short]
+      assert tasks.make_task(name) == vtab.VTAB[short]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -404,7 +404,7 @@ def copies(tmp_path_factory):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_task_reads_its_dataset(name, copies):
-  task = lookup.make_task(name, data_dir=copies)
+  task = tasks.make_task(name, data_dir=copies)
   last = task.splits["test"].partition("[")[0]
   task = dataclasses.replace(
     task, splits={"train": "train[:3]", "test": f"{last}[1:]"}
@@ -431,7 +431,7 @@ def test_cifar100_order_is_the_published_one(tmp_path):
   tfds.disable_progress_bar()
   _prepare("cifar100", tmp_path, {"train": keys})  # Labels: places in `keys`.
   task = dataclasses.replace(
-    lookup.make_task("cifar100", data_dir=str(tmp_path)),
+    tasks.make_task("cifar100", data_dir=str(tmp_path)),
     splits={"train": "train[:5]"},
   )
   arrays = data.load_arrays(task, "train", image_size=4, value_range="0..1")
@@ -439,7 +439,7 @@ def test_cifar100_order_is_the_published_one(tmp_path):
 
 
 def test_size_warning_is_silent_for_the_right_sizes(copies):
-  task = lookup.make_task("dtd", data_dir=copies)
+  task = tasks.make_task("dtd", data_dir=copies)
   right = {"train": 4, "validation": 4, "test": 4}
   assert data.size_warning(dataclasses.replace(task, sizes=right)) is None
 
@@ -450,7 +450,7 @@ def test_an_older_prepared_copy_is_used(copies, tmp_path):
   shutil.copytree(f"{copies}/oxford_iiit_pet/4.0.0", old)
   info = old / "dataset_info.json"
   info.write_text(info.read_text().replace("4.0.0", "3.2.0"))
-  task = lookup.make_task("pets", data_dir=str(tmp_path))
+  task = tasks.make_task("pets", data_dir=str(tmp_path))
   task = dataclasses.replace(task, splits={"test": "test"})
   assert data.num_examples(task, "test") == 4
 
@@ -458,7 +458,7 @@ def test_an_older_prepared_copy_is_used(copies, tmp_path):
 def test_what_can_be_prepared_again_is_moved_away(copies, tmp_path):
   shutil.copytree(f"{copies}/dtd", tmp_path / "dtd")
   (info,) = tmp_path.glob("dtd/*/dataset_info.json")
-  task = lookup.make_task("dtd", data_dir=str(tmp_path))
+  task = tasks.make_task("dtd", data_dir=str(tmp_path))
   task = dataclasses.replace(task, splits={"test": "test"})
   command = f"python -m vqt_jax.data.prepare dtd --data_dir {tmp_path}$"
   for record in info.parent.glob("*-test*"):
@@ -473,11 +473,11 @@ def test_what_can_be_prepared_again_is_moved_away(copies, tmp_path):
 
 
 def test_slices_beyond_the_end_are_refused(copies):
-  task = lookup.make_task("dtd", data_dir=copies)
+  task = tasks.make_task("dtd", data_dir=copies)
   with pytest.raises(errors.UserError, match=r"train\[:800\].*train \(4\)"):
     data.check_prepared(task)
 
 
 def test_settings_for_a_vtab_task_are_refused():
   with pytest.raises(errors.UserError, match=r"fixed.*'cifar100:\*\.\*\.\*'"):
-    lookup.make_task("cifar100", splits={"train": "train"})
+    tasks.make_task("cifar100", splits={"train": "train"})

@@ -7,10 +7,10 @@ import pathlib
 import numpy as np
 import pytest
 
-from vqt_jax import console as console_lib
-from vqt_jax import published
-from vqt_jax import vtab_summary
 from vqt_jax.data import vtab
+from vqt_jax.reports import published
+from vqt_jax.reports import vtab_summary
+from vqt_jax.runtime import console as console_lib
 
 # Means that were printed (OSU's) or computed (V-PETL Bench's) by others than
 # this program, per cent: of groups, of tasks.

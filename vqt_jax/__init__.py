@@ -10,17 +10,17 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("EPATH_USE_TF", "false")
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
-from vqt_jax import train
-from vqt_jax.backbone import Backbone
 from vqt_jax.checkpoints import load_backbone
 from vqt_jax.checkpoints import save_npz
 from vqt_jax.errors import UserError
-from vqt_jax.tuner import Output
-from vqt_jax.tuner import Tuner
-from vqt_jax.tuner import apply
-from vqt_jax.tuner import make_tuner
-from vqt_jax.vit import Stream
-from vqt_jax.vit import ViTConfig
+from vqt_jax.experiments.train import train
+from vqt_jax.models.backbone import Backbone
+from vqt_jax.models.tuner import Output
+from vqt_jax.models.tuner import Tuner
+from vqt_jax.models.tuner import apply
+from vqt_jax.models.tuner import make_tuner
+from vqt_jax.models.vit import Stream
+from vqt_jax.models.vit_config import ViTConfig
 
 __version__ = "0.1.0"
 

@@ -46,14 +46,19 @@ from ml_collections import ConfigDict
 from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
-from vqt_jax import checks
-from vqt_jax import config as config_lib
 from vqt_jax import errors
-from vqt_jax import files
-from vqt_jax import noise
-from vqt_jax import numerics
-from vqt_jax import parallel
-from vqt_jax import results
+from vqt_jax.config import fields as fields_lib
+from vqt_jax.config import recipes
+from vqt_jax.config import values as values_lib
+from vqt_jax.experiments import train
+from vqt_jax.planning import plan as plan_lib
+from vqt_jax.runtime import files
+from vqt_jax.runtime import growing
+from vqt_jax.runtime import logfile
+from vqt_jax.runtime import numerics
+from vqt_jax.runtime import processes
+from vqt_jax.training import preemption
+from vqt_jax.training import workdir as workdir_lib
 
 # The exit status of a run that was asked to stop: EX_TEMPFAIL, try again.
 STOPPED = 75
@@ -92,8 +97,8 @@ config_flags.register_flag_parser_for_type(tuple, _Tuples())
 
 def main(argv: Sequence[str]) -> int:
   """Runs a command line; returns the exit status."""
-  noise.open_streams()
-  parallel.ask_for_determinism()
+  logfile.open_streams()
+  processes.ask_for_determinism()
   try:
     values = parse(list(argv))
     if values.help:
@@ -103,17 +108,17 @@ def main(argv: Sequence[str]) -> int:
   except errors.UserError as e:
     if "--debug" in argv:
       traceback.print_exc()
-    noise.say(f"error: {e}")
+    logfile.say(f"error: {e}")
     return 2
   except (MemoryError, jax.errors.JaxRuntimeError) as e:
     if "--debug" in argv or not (short := _of_memory(e)):
       raise
-    noise.say(f"error: {short}")
-    if parallel.is_connected():
-      parallel.leave(2)
+    logfile.say(f"error: {short}")
+    if processes.is_connected():
+      processes.leave(2)
     return 2
   except KeyboardInterrupt:
-    noise.say(f"Interrupted; {RESUMES}")
+    logfile.say(f"Interrupted; {RESUMES}")
     return 130
 
 
@@ -137,7 +142,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
   flags.DEFINE_boolean("help", False, "", short_name="h", flag_values=values)
   for arg in argv[1:]:
     if match := re.match(r"--?(no)?config\.([^=]*)", arg):
-      checks.check_field(match[2], config_lib.default_config())
+      values_lib.check_field(match[2], fields_lib.default_config())
   try:
     surplus = values(argv)[1:]
   except Exception as e:  # Config files are programs: anything can come.
@@ -159,51 +164,45 @@ def run(values: flags.FlagValues) -> int:
       f" a ConfigDict, found {type(config).__name__}."
     )
   given = tuple(values["config"].override_values)
-  config = config_lib.resolve(config, keep=given)
+  config = recipes.resolve(config, keep=given)
   if values.plan:
     return plan(config, values.plan)
   status = 0
   with (
     _begin(config, values) as (logs, name),
-    noise.quiet(logs.folder / name) as screen,
-    noise.last_words(screen, _crashed(logs.folder / name)),
+    logfile.quiet(logs.folder / name) as screen,
+    logfile.last_words(screen, _crashed(logs.folder / name)),
     _closing(logs),
   ):
-    # Imported late: errors above come at once, and noise goes to the log.
-    from vqt_jax import train
-    from vqt_jax.train import checkpoint
-
     try:
-      train(config, values.workdir)
-    except checkpoint.Stopped:
-      if parallel.is_first():
+      train.train(config, values.workdir)
+    except preemption.Stopped:
+      if processes.is_first():
         print("Stopped and saved; resume with the same command.", file=screen)
       status = STOPPED
     except jax.errors.JaxRuntimeError as e:
-      if not parallel.is_connected() or _of_memory(e):
+      if not processes.is_connected() or _of_memory(e):
         raise
       traceback.print_exc()  # To the log.
       status = 1
   if status == 1:
-    noise.say(f"error: {_crashed(logs.folder / name)}")
-    parallel.leave(1)
+    logfile.say(f"error: {_crashed(logs.folder / name)}")
+    processes.leave(1)
   return status
 
 
 def plan(config: ConfigDict, where: str) -> int:
   """Says what a run would need; returns the exit status."""
   with (
-    noise.quiet(os.devnull) as screen,
-    noise.last_words(screen, _jax_crashed()),
+    logfile.quiet(os.devnull) as screen,
+    logfile.last_words(screen, _jax_crashed()),
     numerics.as_usual(),
   ):
-    from vqt_jax import plan as plan_lib
-
     return 0 if plan_lib.run(config, where) else 3
 
 
 @contextlib.contextmanager
-def _closing(logs: files.Growing) -> Iterator[None]:
+def _closing(logs: growing.Growing) -> Iterator[None]:
   """Brings a log into its bucket; a run need not fail for want of that."""
   try:
     yield
@@ -214,7 +213,7 @@ def _closing(logs: files.Growing) -> Iterator[None]:
 
 def _crashed(log: files.Path) -> str:
   """What to say where Python cannot, or need not, say what happened."""
-  if not parallel.is_connected():
+  if not processes.is_connected():
     return (
       f"The program crashed or was killed; see the end of {log}. When that is"
       f" mended, {RESUMES}"
@@ -230,7 +229,7 @@ def _crashed(log: files.Path) -> str:
 def _jax_crashed() -> str:
   """What to say where JAX dies before there is a log."""
   given = {
-    "XLA_FLAGS": parallel.flags_given(),
+    "XLA_FLAGS": processes.flags_given(),
     "LIBTPU_INIT_ARGS": os.environ.get("LIBTPU_INIT_ARGS"),
   }
   flags_of = [f"{name}={value}" for name, value in given.items() if value]
@@ -244,7 +243,7 @@ def _jax_crashed() -> str:
 @contextlib.contextmanager
 def _begin(
   config: ConfigDict, values: flags.FlagValues
-) -> Iterator[tuple[files.Growing, str]]:
+) -> Iterator[tuple[growing.Growing, str]]:
   """Joins the other processes, if any, and opens the workdir.
 
   Yields:
@@ -253,25 +252,25 @@ def _begin(
   if values.coordinator is not None:
     alone = values.coordinator == "none"
   elif values.num_processes is values.process_id is None:
-    alone = parallel.platform() is None
+    alone = processes.platform() is None
   else:
     raise errors.UserError(f"--coordinator is missing. {USAGE}")
   workdir = files.path(values.workdir)
   joined = not alone and _join(values)
   with (
-    noise.quiet(os.devnull) as screen,
-    noise.last_words(screen, _jax_crashed()),
+    logfile.quiet(os.devnull) as screen,
+    logfile.last_words(screen, _jax_crashed()),
   ):
-    parallel.find_devices()  # Before the workdir is touched.
-  together = parallel.together if joined else contextlib.nullcontext
+    processes.find_devices()  # Before the workdir is touched.
+  together = processes.together if joined else contextlib.nullcontext
   with contextlib.ExitStack() as opened:
-    with noise.quiet(os.devnull), together():
-      if not joined or parallel.is_first():
+    with logfile.quiet(os.devnull), together():
+      if not joined or processes.is_first():
         name = "log.txt"
-        opened.enter_context(results.open_workdir(config, workdir))
+        opened.enter_context(workdir_lib.open_workdir(config, workdir))
       else:
         name = f"log_{jax.process_index()}.txt"
-      logs = files.Growing(workdir, name)
+      logs = growing.Growing(workdir, name)
     yield logs, name
 
 
@@ -281,17 +280,17 @@ def _join(values: flags.FlagValues) -> bool:
   if values.coordinator is None:  # As in the shell of a Slurm step.
     alone = " If there are none, add --coordinator=none to run alone."
   nobody = (
-    f"The other processes did not come within {parallel.CONNECT_SECONDS} s:"
+    f"The other processes did not come within {processes.CONNECT_SECONDS} s:"
     " start the same command on all of them, and see that each reaches the"
     f" first one (coordinator {values.coordinator or 'of the platform'})."
     f"{alone}"
   )  # Then JAX aborts.
   with (
-    noise.quiet(os.devnull) as screen,
-    noise.last_words(screen, nobody),
+    logfile.quiet(os.devnull) as screen,
+    logfile.last_words(screen, nobody),
     _if_long(screen, f"Waiting for the other processes.{alone}"),
   ):
-    return parallel.connect(
+    return processes.connect(
       values.coordinator,
       values.num_processes,
       values.process_id,
@@ -361,13 +360,13 @@ def _config_file(name: str) -> str:
 
 def _fields() -> str:
   """All fields of a config with defaults and comments, as flags."""
-  body = inspect.getsource(config_lib.default_config).split("  c = Config()\n")
+  body = inspect.getsource(fields_lib.default_config).split("  c = Config()\n")
   lines, group = [], ""
   for line in body[1].splitlines():
-    if match := re.fullmatch(r"  c\.(\w+) = ConfigDict\(\{(.*)", line):
+    if match := re.fullmatch(r"  c\.(\w+) = \{(.*)", line):
       group = f"{match[1]}."
       lines += [match[2].strip()] * bool(match[2])
-    elif line == "  })":
+    elif line == "  }":
       group = ""
     elif match := re.fullmatch(r'    +"(\w+)": (.*?),(  #.*|)', line):
       lines.append(f"--config.{group}{match[1]}={match[2]}{match[3]}")
@@ -385,9 +384,9 @@ def _explain(
     if isinstance(cause, errors.UserError):
       return cause
   if match := re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.S):
-    default = checks.check_field(match[1], config_lib.default_config())
+    default = values_lib.check_field(match[1], fields_lib.default_config())
     return errors.UserError(
-      f"config.{match[1]}: expected {checks.expected(default)}, found"
+      f"config.{match[1]}: expected {values_lib.expected(default)}, found"
       f" {match[2]!r}."
     )
   if match := re.match(r"flag --(\w+)=(.*?): invalid literal", str(error)):
@@ -404,7 +403,7 @@ def _explain(
 
 def _unknown_flag(name: str, argv: list[str]) -> errors.UserError:
   """What a person meant by a flag, above all a field without its `config.`."""
-  fields = checks.flatten(config_lib.default_config())
+  fields = values_lib.flatten(fields_lib.default_config())
   known = {field.rpartition(".")[2]: field for field in fields}
   known |= {field: field for field in fields} | dict.fromkeys(FLAGS)
   near = difflib.get_close_matches(name.replace("-", "_"), known, 1)

@@ -4,6 +4,7 @@ Queries, an editor's weights (copies of the backbone leaves that trained, and of
 no others) and the head.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import os
 from typing import Any
@@ -11,14 +12,59 @@ from typing import Any
 import flax.traverse_util
 import jax
 import numpy as np
+import safetensors
+import safetensors.numpy
 
-from vqt_jax import backbone as backbone_lib
 from vqt_jax import checkpoints
-from vqt_jax import editors
 from vqt_jax import errors
-from vqt_jax import readers
-from vqt_jax import results
-from vqt_jax import tuner as tuner_lib
+from vqt_jax.models import backbone as backbone_lib
+from vqt_jax.models import editors
+from vqt_jax.models import readers
+from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.runtime import files
+from vqt_jax.runtime.files import PathLike
+
+
+def save_tuned(
+  directory: PathLike, variables: Mapping[str, Any], info: Mapping[str, Any]
+) -> int:
+  """Writes what was trained, as a folder that appears at once.
+
+  Args:
+    directory: the folder; an older one of this kind is replaced.
+    variables: nested dict of arrays.
+    info: what one must know to use them; JSON-able.
+
+  Returns:
+    Bytes of its files.
+
+  Raises:
+    UserError: it cannot be written, or holds other files.
+  """
+  flat = flax.traverse_util.flatten_dict(variables, sep="/")
+  arrays = {k: np.ascontiguousarray(v) for k, v in flat.items()}
+  contents = {
+    "variables.safetensors": safetensors.numpy.save(arrays),
+    "info.json": files.json_bytes(info),
+  }
+  files.write_folder(files.path(directory), contents)
+  return sum(map(len, contents.values()))
+
+
+def load_tuned(directory: PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Reads what `save_tuned` wrote: (variables, info).
+
+  Raises:
+    UserError: it is missing or damaged.
+  """
+  directory = files.path(directory)
+  info = files.read_json(directory / "info.json")
+  path = directory / "variables.safetensors"
+  try:
+    flat = safetensors.numpy.load(files.read(path))
+  except (OSError, safetensors.SafetensorError) as e:
+    raise errors.UserError(f"Cannot read {path}: {e}.") from e
+  return flax.traverse_util.unflatten_dict(flat, sep="/"), info
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,7 +168,7 @@ def save(
     rows = np.flatnonzero(kept).astype(np.int32)
     kernel = np.asarray(variables["head"]["kernel"])[rows]
     variables["head"] |= {"kernel": kernel, "features": rows}
-  return results.save_tuned(
+  return save_tuned(
     directory,
     variables,
     {
@@ -161,7 +207,7 @@ def load(directory: str | os.PathLike[str], source: str | None = None) -> Tuned:
     UserError: a file is missing or damaged or holds NaN, or the backbone is
       gone, or has other weights by now.
   """
-  variables, info = results.load_tuned(directory)
+  variables, info = load_tuned(directory)
   flat = flax.traverse_util.flatten_dict(variables, sep="/")
   checkpoints.check_finite(flat, f"{directory}/variables.safetensors")
   variables = {"tuner": {}, **variables}  # An empty one leaves no trace.

@@ -16,8 +16,8 @@ import pathlib
 import time
 from typing import Any, NamedTuple
 
-from vqt_jax import files
 from vqt_jax.errors import UserError
+from vqt_jax.runtime import locks
 
 # Called with (bytes so far, bytes in all or None) while a file comes in.
 Progress = Callable[[int, int | None], None]
@@ -178,7 +178,7 @@ def _locked(part: pathlib.Path) -> Iterator[Any]:
       raise _unwritable(part.parent, error) from error
     with out:
       fcntl.flock(out, fcntl.LOCK_EX)
-      if files.is_at(out, part):  # Else it was completed, or given up.
+      if locks.is_at(out, part):  # Else it was completed, or given up.
         yield out
         return
 

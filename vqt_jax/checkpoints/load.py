@@ -8,19 +8,19 @@ import pathlib
 import jax
 import numpy as np
 
-from vqt_jax import files
-from vqt_jax import vit
-from vqt_jax.backbone import VALUE_RANGES
-from vqt_jax.backbone import Backbone
+from vqt_jax.checkpoints import architecture
 from vqt_jax.checkpoints import containers
 from vqt_jax.checkpoints import download
-from vqt_jax.checkpoints import infer
-from vqt_jax.checkpoints import layouts
+from vqt_jax.checkpoints import names
+from vqt_jax.checkpoints import positions as positions_lib
 from vqt_jax.checkpoints import public
-from vqt_jax.checkpoints import resize
 from vqt_jax.checkpoints import sources
 from vqt_jax.errors import UserError
 from vqt_jax.errors import names_checked
+from vqt_jax.models import vit_config
+from vqt_jax.models.backbone import VALUE_RANGES
+from vqt_jax.models.backbone import Backbone
+from vqt_jax.runtime import files
 
 _CHOICES = {
   "value_range": tuple(VALUE_RANGES),
@@ -89,7 +89,7 @@ def load_backbone(
   if known:
     _check_published(name, known, variant)
     variant = variant or known.variant
-    trained_size = trained_size or resize.as_pair(known.image_size)
+    trained_size = trained_size or positions_lib.as_pair(known.image_size)
   image_size = image_size or trained_size
 
   place, subtree = sources.split_subtree(known.address if known else name)
@@ -102,8 +102,10 @@ def load_backbone(
     gelu=given["gelu"] or config.gelu,
     dtype=dtype,
   )
-  infer.check_leaves(_shapes(leaves), stored, config, name)
-  infer.check_finite({stored[n]: leaf for n, leaf in leaves.items()}, name)
+  architecture.check_leaves(_shapes(leaves), stored, config, name)
+  architecture.check_finite(
+    {stored[n]: leaf for n, leaf in leaves.items()}, name
+  )
   if config.posemb == "learn":
     leaves, trained_size = _fit_positions(
       leaves, stored, config, image_size, trained_size
@@ -114,10 +116,10 @@ def load_backbone(
       f"{name} has no position embedding, so its positions are computed for"
       " the image size; pass image_size."
     )
-  resize.to_grid(image_size, config.patch_size)
+  positions_lib.to_grid(image_size, config.patch_size)
   return Backbone(
     config=dataclasses.replace(config, image_size=image_size),
-    params=layouts.nest(layouts.stack_blocks(leaves)),
+    params=names.nest(names.stack_blocks(leaves)),
     value_range=given["value_range"] or "-1..1",
     source=name,
     trained_size=trained_size if config.posemb == "learn" else None,
@@ -134,7 +136,7 @@ def read_config(
   gelu: str = "",
   dtype: str = "float32",
   trained_size: int | Sequence[int] | None = None,
-) -> vit.ViTConfig:
+) -> vit_config.ViTConfig:
   """The architecture that `load_backbone` would find, without any weights.
 
   Told by the header of a file, by a public name, or by the variant alone. A
@@ -144,7 +146,7 @@ def read_config(
     UserError: as `load_backbone`, or nothing tells the architecture.
   """
   name = _name(source)
-  image_size = resize.as_pair(image_size)
+  image_size = positions_lib.as_pair(image_size)
   known = _published(name)
   if known:
     _check_published(name, known, variant)
@@ -154,8 +156,8 @@ def read_config(
     path = containers.resolve(files.path(place))
   if path:
     shapes = containers.leaf_shapes(path)
-    picked = layouts.select(shapes, subtree, name)
-    stored = {new: picked[old] for new, old in layouts.rename(picked).items()}
+    picked = names.select(shapes, subtree, name)
+    stored = {new: picked[old] for new, old in names.rename(picked).items()}
     leaves = {
       new: jax.ShapeDtypeStruct(shapes[old], np.float32)
       for new, old in stored.items()
@@ -172,12 +174,12 @@ def read_config(
       )
   elif known or variant:
     variant = known.variant if known else variant
-    sizes = infer.decode_variant(variant)
+    sizes = architecture.decode_variant(variant)
     if "patch_size" not in sizes:
       raise UserError(
         f"variant {variant!r}: expected a patch as well, e.g. {variant}/16."
       )
-    config = vit.ViTConfig(**sizes, image_size=sizes["patch_size"])
+    config = vit_config.ViTConfig(**sizes, image_size=sizes["patch_size"])
   elif "://" in place:
     raise UserError(
       f"{name} is not here, so its architecture is not known. Give its"
@@ -205,7 +207,7 @@ def _name(source: str | os.PathLike[str]) -> str:
 def _as_pair(
   size: int | Sequence[int] | None, name: str
 ) -> tuple[int, int] | None:
-  return None if size is None else resize.as_pair(size, name)
+  return None if size is None else positions_lib.as_pair(size, name)
 
 
 def _published(name: str) -> public.PublicViT | None:
@@ -231,8 +233,8 @@ def _check_published(
   if known.refused:
     raise UserError(f"{name} is {known.refused}; choose another checkpoint.")
   if variant:
-    sizes = infer.decode_variant(known.variant)
-    infer.check_variant(sizes, variant, name)
+    sizes = architecture.decode_variant(known.variant)
+    architecture.check_variant(sizes, variant, name)
 
 
 def _local_path(
@@ -260,14 +262,12 @@ def _read(
   Returns:
     Present-day name -> float32 array, and -> name in the file.
   """
-  picked = layouts.select(containers.leaf_names(path), subtree, source)
-  if reason := infer.foreign(picked):
+  picked = names.select(containers.leaf_names(path), subtree, source)
+  if reason := architecture.foreign(picked):
     raise UserError(f"{source} is no plain ViT but {reason}.")
-  stored = {new: picked[old] for new, old in layouts.rename(picked).items()}
+  stored = {new: picked[old] for new, old in names.rename(picked).items()}
   arrays = containers.read_leaves(path, stored.values())
-  leaves = {
-    name: layouts.as_float32(arrays[old]) for name, old in stored.items()
-  }
+  leaves = {name: names.as_float32(arrays[old]) for name, old in stored.items()}
   wrong = [stored[name] for name, leaf in leaves.items() if leaf is None]
   if wrong:
     some = ", ".join(f"{name} ({arrays[name].dtype})" for name in wrong[:3])
@@ -283,12 +283,12 @@ def _infer_config(
   stored: Mapping[str, str],
   variant: str | None,
   source: str,
-) -> vit.ViTConfig:
+) -> vit_config.ViTConfig:
   """The architecture that a file tells; its image size is one patch."""
   shapes = _shapes(leaves)
-  if reason := infer.foreign_shapes(shapes):
+  if reason := architecture.foreign_shapes(shapes):
     raise UserError(f"{source} is no plain ViT but {reason}.")
-  sizes = infer.architecture(shapes)
+  sizes = architecture.architecture(shapes)
   if sizes is None:
     some = ", ".join(sorted(stored.values())[:4])
     raise UserError(
@@ -297,18 +297,18 @@ def _infer_config(
       f"{', ...' if len(stored) > 4 else ''}."
     )
   if variant:
-    infer.check_variant(sizes, variant, source)
-  learned = "pos_embedding" in leaves or layouts.is_pre_linen(stored.values())
+    architecture.check_variant(sizes, variant, source)
+  learned = "pos_embedding" in leaves or names.is_pre_linen(stored.values())
   if not learned and sizes["width"] % 4:
     raise UserError(
       f"{source} has no position embedding, and its width {sizes['width']} is"
       " not a multiple of 4, as computed (sincos2d) positions need."
     )
   sizes["patch_size"] = sizes["patch_size"] or (1, 1)  # It will be missed.
-  return vit.ViTConfig(
+  return vit_config.ViTConfig(
     **sizes,
     image_size=sizes["patch_size"],
-    pool_type=infer.pooling(shapes),
+    pool_type=architecture.pooling(shapes),
     posemb="learn" if learned else "sincos2d",
   )
 
@@ -316,9 +316,9 @@ def _infer_config(
 def _fit_positions(
   leaves: dict[str, np.ndarray],
   stored: Mapping[str, str],
-  config: vit.ViTConfig,
-  image_size: resize.Pair | None,
-  trained_size: resize.Pair | None,
+  config: vit_config.ViTConfig,
+  image_size: positions_lib.Pair | None,
+  trained_size: positions_lib.Pair | None,
 ) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
   """Folds a class row into the class token and resizes the rest.
 
@@ -332,27 +332,31 @@ def _fit_positions(
   )
   if first and "cls" in leaves:
     leaves["cls"] = leaves["cls"] + table[:, :1]
-  new = resize.to_grid(image_size, patch) if image_size else old
-  leaves["pos_embedding"] = resize.resize_positions(table[:, first:], old, new)
+  new = positions_lib.to_grid(image_size, patch) if image_size else old
+  leaves["pos_embedding"] = positions_lib.resize_positions(
+    table[:, first:], old, new
+  )
   return leaves, (old[0] * patch[0], old[1] * patch[1])
 
 
 def _find_positions(
   rows: int,
   stored: Mapping[str, str],
-  patch_size: resize.Pair,
-  image_size: resize.Pair | None,
-  trained_size: resize.Pair | None,
-) -> tuple[int, resize.Pair]:
+  patch_size: positions_lib.Pair,
+  image_size: positions_lib.Pair | None,
+  trained_size: positions_lib.Pair | None,
+) -> tuple[int, positions_lib.Pair]:
   """Number of rows of the class token (0 or 1), and the grid of the others."""
   wanted, trained = (
-    resize.to_grid(size, patch_size) if size else None
+    positions_lib.to_grid(size, patch_size) if size else None
     for size in (image_size, trained_size)
   )
-  first = resize.has_class_row(
+  first = positions_lib.has_class_row(
     rows, stored["pos_embedding"], "cls" in stored, trained or wanted
   )
-  return int(first), resize.find_grid(rows - first, patch_size, wanted, trained)
+  return int(first), positions_lib.find_grid(
+    rows - first, patch_size, wanted, trained
+  )
 
 
 def _shapes(leaves: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from vqt_jax.backbone import Backbone
-from vqt_jax.checkpoints import layouts
+from vqt_jax.checkpoints import names
 from vqt_jax.errors import UserError
+from vqt_jax.models.backbone import Backbone
 
 
 def save_npz(path: str | os.PathLike[str], backbone: Backbone | Any) -> None:
@@ -30,8 +30,8 @@ def save_npz(path: str | os.PathLike[str], backbone: Backbone | Any) -> None:
     UserError: the file cannot be written.
   """
   params = backbone.params if isinstance(backbone, Backbone) else backbone
-  leaves = {n: np.asarray(a) for n, a in layouts.flatten(params).items()}
-  arrays = dict(sorted(layouts.unstack_blocks(leaves).items()))
+  leaves = {n: np.asarray(a) for n, a in names.flatten(params).items()}
+  arrays = dict(sorted(names.unstack_blocks(leaves).items()))
   path = pathlib.Path(path).expanduser()
   try:
     path.parent.mkdir(parents=True, exist_ok=True)

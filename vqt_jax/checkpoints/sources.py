@@ -11,10 +11,10 @@ import urllib.parse
 
 import fsspec
 
-from vqt_jax import files
 from vqt_jax.checkpoints import containers
 from vqt_jax.checkpoints import download
 from vqt_jax.errors import UserError
+from vqt_jax.runtime import files
 
 _GOOGLE = "https://storage.googleapis.com/"
 

@@ -3,24 +3,24 @@
 Importing this does not import TensorFlow; its first use does.
 """
 
+from vqt_jax.data.builders import are_rows_of
+from vqt_jax.data.builders import check_prepared
+from vqt_jax.data.builders import expected_examples
+from vqt_jax.data.builders import fingerprint
+from vqt_jax.data.builders import identity
+from vqt_jax.data.builders import is_prepared
+from vqt_jax.data.builders import num_bytes
+from vqt_jax.data.builders import num_examples
+from vqt_jax.data.builders import prepare_command
+from vqt_jax.data.builders import size_warning
 from vqt_jax.data.classes import check_classes
-from vqt_jax.data.lookup import make_task
 from vqt_jax.data.pipeline import batches
 from vqt_jax.data.pipeline import load_arrays
 from vqt_jax.data.pipeline import load_labels
 from vqt_jax.data.pipeline import train_batches
-from vqt_jax.data.prepared import are_rows_of
-from vqt_jax.data.prepared import check_prepared
-from vqt_jax.data.prepared import expected_examples
-from vqt_jax.data.prepared import fingerprint
-from vqt_jax.data.prepared import identity
-from vqt_jax.data.prepared import is_prepared
-from vqt_jax.data.prepared import num_bytes
-from vqt_jax.data.prepared import num_examples
-from vqt_jax.data.prepared import prepare_command
-from vqt_jax.data.prepared import size_warning
 from vqt_jax.data.task import SPLITS
 from vqt_jax.data.task import Task
+from vqt_jax.data.tasks import make_task
 from vqt_jax.data.vtab import VTAB
 
 __all__ = [

@@ -15,9 +15,9 @@ from typing import Any
 from etils import epath
 
 from vqt_jax import errors
-from vqt_jax import files
 from vqt_jax.data import vtab
 from vqt_jax.data.tensorflow_lazy import tfds
+from vqt_jax.runtime import files
 
 # The project's own dataset; see `digits.py`.
 DIGITS = "digits"

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from vqt_jax import errors
-from vqt_jax.data import images
-from vqt_jax.data import prepared
+from vqt_jax.data import builders
+from vqt_jax.data import preprocess
 from vqt_jax.data import reading
 from vqt_jax.data.task import Task
 
@@ -24,7 +24,7 @@ def load_arrays(
   task: Task,
   split: str,
   *,
-  image_size: images.ImageSize,
+  image_size: preprocess.ImageSize,
   value_range: str,
   resize: str = "bilinear",
 ) -> reading.Batch:
@@ -43,7 +43,7 @@ def load_arrays(
   Raises:
     UserError: not prepared, no such split, damaged, or labels out of range.
   """
-  count = prepared.num_examples(task, split)
+  count = builders.num_examples(task, split)
   arrays: reading.Batch = {}
   for i, batch in enumerate(
     batches(
@@ -69,7 +69,7 @@ def batches(
   split: str,
   *,
   batch_size: int,
-  image_size: images.ImageSize,
+  image_size: preprocess.ImageSize,
   value_range: str,
   resize: str = "bilinear",
   process_index: int = 0,
@@ -99,8 +99,8 @@ def batches(
     UserError: as `load_arrays`, or a batch size the processes cannot share.
   """
   rows = reading.Rows(batch_size, process_index, process_count)
-  builder = prepared.open_builder(task)
-  count = prepared.split_size(builder, task, split)
+  builder = builders.open_builder(task)
+  count = builders.split_size(builder, task, split)
   decode = reading.decoder(task, builder, image_size, value_range, resize)
   order = reading.stored_order(task, builder, split).skip(start)
   steps = range(-(-(count - start) // batch_size))
@@ -113,8 +113,8 @@ def load_labels(task: Task, split: str) -> np.ndarray:
   Raises:
     UserError: as `load_arrays`.
   """
-  builder = prepared.open_builder(task)
-  count = prepared.split_size(builder, task, split)
+  builder = builders.open_builder(task)
+  count = builders.split_size(builder, task, split)
   batches_ = reading.read(
     task,
     builder,
@@ -134,7 +134,7 @@ def train_batches(
   batch_size: int,
   epoch: int,
   seed: int,
-  image_size: images.ImageSize,
+  image_size: preprocess.ImageSize,
   value_range: str,
   resize: str = "bilinear",
   process_index: int = 0,
@@ -168,8 +168,8 @@ def train_batches(
     UserError: as `batches`, or fewer examples than processes.
   """
   rows = reading.Rows(batch_size, process_index, process_count)
-  builder = prepared.open_builder(task)
-  count = prepared.split_size(builder, task, split)
+  builder = builders.open_builder(task)
+  count = builders.split_size(builder, task, split)
   if count < process_count:
     raise errors.UserError(
       f"{count} examples in {split} of {task.name!r} are too few for"
@@ -188,7 +188,7 @@ def train_batches(
 
 def _shuffle_buffer(builder: Any, count: int) -> int:
   """Examples that fit in `SHUFFLE_BYTES`, by their average size on disk."""
-  fitting = SHUFFLE_BYTES // prepared.example_bytes(builder)
+  fitting = SHUFFLE_BYTES // builders.example_bytes(builder)
   return max(1, min(count, fitting))
 
 

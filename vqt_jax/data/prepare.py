@@ -29,7 +29,7 @@ from absl import logging
 from etils import epath
 
 from vqt_jax import errors
-from vqt_jax.data import prepared
+from vqt_jax.data import builders
 from vqt_jax.data import vtab
 from vqt_jax.data.tensorflow_lazy import quiet
 from vqt_jax.data.tensorflow_lazy import tfds
@@ -122,7 +122,7 @@ def prepare(
   Raises:
     UserError: something is missing or cannot be downloaded or written.
   """
-  builder = prepared.find_builder(request, data_dir)
+  builder = builders.find_builder(request, data_dir)
   with quiet():
     if builder.is_prepared():
       return builder

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from vqt_jax import errors
-from vqt_jax import files
-from vqt_jax.data import images
-from vqt_jax.data import prepared
+from vqt_jax.data import builders
+from vqt_jax.data import preprocess as preprocess_lib
 from vqt_jax.data.task import Task
 from vqt_jax.data.tensorflow_lazy import quiet
 from vqt_jax.data.tensorflow_lazy import tf
 from vqt_jax.data.tensorflow_lazy import tfds
+from vqt_jax.runtime import files
 
 Batch = dict[str, np.ndarray]
 
@@ -85,19 +85,19 @@ def stored_order(task: Task, builder: Any, split: str) -> Any:
 def decoder(
   task: Task,
   builder: Any,
-  image_size: images.ImageSize,
+  image_size: preprocess_lib.ImageSize,
   value_range: str,
   resize: str,
 ) -> Any:
   """The map from an undecoded example to its image and label."""
   stored = builder.info.features[task.image_key].shape[-1]
   channels = 1 if stored == 1 else 3
-  preprocess = images.make_preprocess(
+  preprocess = preprocess_lib.make_preprocess(
     image_size, value_range, resize, task.pixel_scale
   )
 
   def decode(example: dict[str, Any]) -> dict[str, Any]:
-    image = images.decode(example[task.image_key], channels)
+    image = preprocess_lib.decode(example[task.image_key], channels)
     return {
       "image": preprocess(image),
       "label": label_of(task, example),
@@ -248,7 +248,7 @@ def _where(
 
 
 def _repair(task: Task, builder: Any, what: str) -> str:
-  return prepared.repair(task.dataset, task.data_dir, builder.data_path, what)
+  return builders.repair(task.dataset, task.data_dir, builder.data_path, what)
 
 
 def _reason(error: Exception) -> str:

@@ -1,0 +1,257 @@
+"""What a checkpoint's leaves tell of the architecture; whether they fit it."""
+
+import collections
+from collections.abc import Iterable, Mapping
+import dataclasses
+import math
+import re
+from typing import Any
+
+import numpy as np
+
+from vqt_jax.checkpoints import names as names_lib
+from vqt_jax.errors import UserError
+from vqt_jax.models import vit
+from vqt_jax.models import vit_config
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# Field -> (pattern of a leaf inside a block, axis) that show its value.
+_BLOCK_SIZES = {
+  "width": ((r"LayerNorm_\d/(scale|bias)", -1), (r".*/query/kernel", -3)),
+  "mlp_dim": (
+    (r"MlpBlock_0/Dense_0/(kernel|bias)", -1),
+    (r"MlpBlock_0/Dense_1/kernel", -2),
+  ),
+  "num_heads": (
+    (r".*_0/(query|key|value)/(kernel|bias)", -2),
+    (r".*_0/out/kernel", -3),
+  ),
+}
+_TOP_SIZES = {
+  "width": (
+    r"embedding/.*|cls|pos_embedding|Transformer/encoder_norm/.*",
+    -1,
+  ),
+  "rep_size": (r"pre_logits/(kernel|bias)", -1),
+  "num_classes": (r"head/(kernel|bias)", -1),
+}
+_MAX_LINES = 100
+
+
+def foreign(names: Iterable[str]) -> str | None:
+  """What a checkpoint is if it is no plain ViT, as far as its names tell."""
+  tops = {name.partition("/")[0] for name in names}
+  if "conv_root" in tops or "gn_root" in tops:
+    return "a hybrid (its patches come from a ResNet)"
+  if any(top.startswith("MixerBlock") for top in tops):
+    return "an MLP-Mixer"
+  if "Embed_0" in tops:
+    return "a text tower; the image tower of such files is under `:img`"
+  if "img" in tops and "embedding" not in tops:
+    return "a model of several towers; name the ViT in it with `:img`"
+  return None
+
+
+def foreign_shapes(shapes: Shapes) -> str | None:
+  """The same, as far as shapes tell."""
+  positions = shapes.get("pos_embedding", ())
+  if len(positions) == 3 and positions[0] != 1:
+    return "a NaFlex ViT (variable grids)"
+  return None
+
+
+def architecture(shapes: Shapes) -> dict[str, Any] | None:
+  """Sizes of the ViT that the leaves add up to.
+
+  Every leaf that shows a size has a vote, so that a single missing or misshapen
+  one is found to be wrong instead of everything else.
+
+  Args:
+    shapes: present-day name -> shape.
+
+  Returns:
+    width, depth, mlp_dim, num_heads, patch_size, rep_size and num_classes as in
+    `vit.ViTConfig`; None if this is no ViT. `patch_size` is None if the leaf
+    that tells it is lost.
+  """
+  votes = collections.defaultdict(collections.Counter)
+  # Kernels first: where a kernel and its bias disagree, the kernel is right.
+  for name in sorted(shapes, key=lambda name: not name.endswith("kernel")):
+    shape = shapes[name]
+    index, rest = names_lib.split_block(name)
+    if name.startswith(names_lib.STACKED):
+      rest = name.removeprefix(names_lib.STACKED)
+      votes["depth"].update(shape[:1])
+    elif index is None:
+      for field, (pattern, axis) in _TOP_SIZES.items():
+        if re.fullmatch(pattern, name):
+          votes[field].update(_axis(shape, axis))
+      continue
+    for field, patterns in _BLOCK_SIZES.items():
+      for pattern, axis in patterns:
+        if re.fullmatch(pattern, rest):
+          votes[field].update(_axis(shape, axis))
+  sizes = {
+    field: votes[field].most_common(1)[0][0] for field in votes if votes[field]
+  }
+  if not names_lib.is_stacked(shapes):
+    blocks = {names_lib.split_block(name)[0] for name in shapes} - {None}
+    sizes["depth"] = max(blocks, default=-1) + 1
+  needed = ("width", "depth", "mlp_dim", "num_heads")
+  if not all(sizes.get(field) for field in needed):
+    return None
+  if sizes["width"] % sizes["num_heads"]:
+    return None
+  kernel = shapes.get("embedding/kernel", ())
+  has_patch = len(kernel) == 4 and math.prod(kernel)
+  return {
+    **{field: int(sizes[field]) for field in needed},
+    "patch_size": (kernel[0], kernel[1]) if has_patch else None,
+    "rep_size": sizes.get("rep_size"),
+    "num_classes": sizes.get("num_classes"),
+  }
+
+
+def pooling(shapes: Shapes) -> str:
+  """The pooling that the leaves serve."""
+  if "cls" in shapes:
+    return "tok"
+  return "map" if any(n.startswith("MAPHead_0/") for n in shapes) else "gap"
+
+
+def check_variant(sizes: Mapping[str, Any], variant: str, source: str) -> None:
+  """Refuses a checkpoint that is not of the variant asked for."""
+  expected = decode_variant(variant)
+  wrong = [
+    f"{field} {_show(sizes[field])} instead of {_show(value)}"
+    for field, value in expected.items()
+    if sizes[field] not in (value, None)
+  ]
+  if wrong:
+    raise UserError(
+      f"{source} is not the variant {variant} asked for: it has"
+      f" {', '.join(wrong)}. Leave the variant out (all sizes are read from"
+      " the checkpoint), or name another checkpoint."
+    )
+
+
+def decode_variant(variant: str) -> dict[str, Any]:
+  """`vit.decode_variant`, whose error is the user's."""
+  if not isinstance(variant, str):
+    raise UserError(f"variant must be text, e.g. 'B/16', not {variant!r}.")
+  try:
+    return vit_config.decode_variant(variant)
+  except ValueError as error:
+    raise UserError(str(error)) from error
+
+
+def check_leaves(
+  shapes: Shapes,
+  stored: Mapping[str, str],
+  config: vit_config.ViTConfig,
+  source: str,
+) -> None:
+  """Compares a checkpoint with a model, leaf by leaf.
+
+  Args:
+    shapes: present-day name -> shape.
+    stored: present-day name -> name in the file.
+    config: the model; its image size does not matter.
+    source: what to call the file.
+
+  Raises:
+    UserError: lists all missing, surplus and misshapen leaves.
+  """
+  expected = expected_shapes(config, names_lib.is_stacked(shapes))
+  missing = [
+    f"missing: {name} {_text(name, expected[name])}"
+    for name in sorted(expected.keys() - shapes)
+  ]
+  surplus = [
+    f"unused: {stored[name]} {shapes[name]}"
+    for name in sorted(shapes.keys() - expected)
+  ]
+  misshapen = [
+    f"wrong shape: {stored[name]} is {shapes[name]}, expected"
+    f" {_text(name, expected[name])}"
+    for name in sorted(shapes.keys() & expected)
+    if not _fits(name, shapes[name], expected[name])
+  ]
+  problems = missing + surplus + misshapen
+  if len(problems) > _MAX_LINES:
+    rest = len(problems) - _MAX_LINES
+    problems[_MAX_LINES:] = [f"... and {rest} more"]
+  if problems:
+    raise UserError(
+      f"{source} does not fit the ViT that it seems to hold (width"
+      f" {config.width}, depth {config.depth}, pool_type"
+      f" {config.pool_type!r}). Leaves missing: {len(missing)}, unused:"
+      f" {len(surplus)}, of another shape: {len(misshapen)}. Use an undamaged"
+      " checkpoint of a plain ViT.\n  " + "\n  ".join(problems)
+    )
+
+
+def check_finite(leaves: Mapping[str, np.ndarray], source: str) -> None:
+  """Refuses NaN and infinity.
+
+  Args:
+    leaves: name in the file -> numbers.
+    source: what to call the file.
+
+  Raises:
+    UserError: naming leaves, and how many of their numbers these are.
+  """
+  spoilt = {n: x for n, x in leaves.items() if not np.isfinite(x).all()}
+  if not spoilt:
+    return
+  some = ", ".join(
+    f"{name} ({x.size - np.isfinite(x).sum():,} of {x.size:,} numbers)"
+    for name, x in list(spoilt.items())[:3]
+  )
+  more = f" and {len(spoilt) - 3} more leaves" if len(spoilt) > 3 else ""
+  raise UserError(
+    f"{source} holds NaN or infinity in {some}{more}. Likely its training"
+    " diverged, or numbers were too large for float16 or bfloat16 when it was"
+    " saved: take another checkpoint, or convert it again in float32."
+  )
+
+
+def expected_shapes(
+  config: vit_config.ViTConfig, stacked: bool
+) -> dict[str, tuple[int, ...]]:
+  """Name -> shape of a model's leaves, its blocks stacked or one by one."""
+  shapes = _stacked_shapes(
+    dataclasses.replace(config, image_size=config.patch_size)
+  )
+  if stacked:
+    return shapes
+  names = names_lib.unstack_names(shapes, config.depth)
+  return {
+    name: shapes[stacked_name] if index is None else shapes[stacked_name][1:]
+    for name, (stacked_name, index) in names.items()
+  }
+
+
+def _stacked_shapes(config: vit_config.ViTConfig) -> dict[str, tuple[int, ...]]:
+  tree = vit.param_shapes(config)
+  return {name: leaf.shape for name, leaf in names_lib.flatten(tree).items()}
+
+
+def _text(name: str, shape: tuple[int, ...]) -> str:
+  return f"(1, N, {shape[-1]})" if name == "pos_embedding" else str(shape)
+
+
+def _fits(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+  """Whether a shape is right; positions may be of any number."""
+  if name == "pos_embedding" and len(shape) == 3 and math.prod(shape):
+    return (shape[0], shape[2]) == (expected[0], expected[2])
+  return shape == expected
+
+
+def _axis(shape: tuple[int, ...], axis: int) -> Iterable[int]:
+  return [shape[axis]] if len(shape) >= -axis else []
+
+
+def _show(value: Any) -> str:
+  return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)

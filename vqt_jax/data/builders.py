@@ -1,0 +1,352 @@
+"""Datasets on disk: finding them, their sizes, and what is wrong with them.
+
+Nothing here downloads. TFDS is asked only for what lies in the data folder,
+and a dataset that is not there ends in one message with the command that
+prepares it. (Left alone, TFDS would try the network for minutes.)
+"""
+
+from collections.abc import Iterable, Iterator
+import contextlib
+import hashlib
+import json
+import os
+import shlex
+from typing import Any
+
+from etils import epath
+from google.protobuf import json_format
+
+from vqt_jax import errors
+from vqt_jax.data import names
+from vqt_jax.data.task import SPLITS
+from vqt_jax.data.task import Task
+from vqt_jax.data.tensorflow_lazy import quiet
+from vqt_jax.data.tensorflow_lazy import tf
+from vqt_jax.data.tensorflow_lazy import tfds
+from vqt_jax.runtime import files
+
+# Packages whose failures are a bucket's.
+_CLIENTS = ("aiohttp", "gcsfs", "google")
+
+# Sizes other than the table's that are as good: the builder skips one broken
+# image of SUN397, which is in none of VTAB-1k's slices.
+_ALSO_RIGHT = {("sun397", "train"): 76127}
+
+
+def find_builder(request: str, data_dir: str | None) -> Any:
+  """The TFDS builder of `name[/config][:version]`, prepared or not.
+
+  Files on disk win over TFDS's code, and are enough where it has none.
+
+  Args:
+    request: see `names`; its version may be `*.*.*`.
+    data_dir: TFDS folder, or None for TFDS's own.
+
+  Raises:
+    UserError: neither TFDS nor the folder has such a dataset, or the folder
+      cannot be read.
+  """
+  wanted = names.parse(request)
+  try:
+    with quiet(), _reading(data_dir):
+      return _find(wanted, data_dir)
+  except errors.UserError:
+    raise
+  except (
+    json_format.Error,
+    json.JSONDecodeError,
+    UnicodeDecodeError,
+    OSError,
+  ) as error:
+    raise errors.UserError(_damaged(wanted, data_dir, error)) from error
+  except (ValueError, AssertionError, ImportError) as error:
+    message = names.unusable(wanted, data_dir, error)
+    raise errors.UserError(message) from error
+  except tf.errors.OpError as error:
+    raise errors.UserError(
+      f"The data folder {data_dir} cannot be read:"
+      f" {error.message.splitlines()[0][:200]}. Check the address, and that"
+      " you may read it."
+    ) from error
+
+
+def _find(wanted: names.Request, data_dir: str | None) -> Any:
+  if wanted.name == names.DIGITS:
+    # Registers the builder.
+    from vqt_jax.data import digits
+
+    digits.prepare(data_dir)
+  folder = names.find_folder(wanted, data_dir)
+  if folder:
+    return tfds.builder_from_directory(folder)
+  try:
+    tfds.builder_cls(wanted.name)
+  except ValueError as error:  # Not found, or no name that code can have.
+    raise errors.UserError(names.unknown(wanted, data_dir)) from error
+  return tfds.builder(str(wanted), data_dir=os.fspath(names.root(data_dir)))
+
+
+def is_prepared(task: Task) -> bool:
+  """Whether the task's dataset is there; raises as `find_builder`."""
+  builder = find_builder(task.builder, task.data_dir)
+  with quiet(), _reading(task.data_dir):
+    return builder.is_prepared()
+
+
+def open_builder(task: Task) -> Any:
+  """The prepared builder of a task.
+
+  Raises:
+    UserError: it is not prepared, or in a format that cannot be read.
+  """
+  builder = find_builder(task.builder, task.data_dir)
+  with quiet(), _reading(task.data_dir):
+    prepared = builder.is_prepared()
+  if not prepared:
+    raise errors.UserError(
+      f"Dataset {task.dataset!r} is not prepared in"
+      f" {os.fspath(builder.data_path)}. Prepare it once with:"
+      f" {prepare_command(task)}"
+    )
+  if builder.info.file_format.value == "array_record":
+    raise errors.UserError(
+      f"Dataset {task.dataset!r} in {os.fspath(builder.data_path)} lies there"
+      " as ArrayRecord, which TFDS does not read with TensorFlow. Prepare it"
+      " as TFRecord, in another data_dir."
+    )
+  return builder
+
+
+def prepare_command(*tasks: Task) -> str:
+  """The shell command that prepares the datasets of tasks in one folder."""
+  return _command([task.dataset for task in tasks], tasks[0].data_dir)
+
+
+def _command(datasets: Iterable[str], data_dir: str | None) -> str:
+  command = ["python", "-m", "vqt_jax.data.prepare", *dict.fromkeys(datasets)]
+  if data_dir:
+    command += ["--data_dir", data_dir]
+  return shlex.join(command)
+
+
+def repair(
+  dataset: str, data_dir: str | None, place: os.PathLike, what: str
+) -> str:
+  """A sentence on what to do about damaged files; none is to delete them.
+
+  Args:
+    dataset: `name[/config]`.
+    data_dir: TFDS folder, or None for TFDS's own.
+    place: where the dataset lies.
+    what: to do where the files are all there is: TFDS cannot make them again.
+  """
+  if not names.of_tfds(dataset.partition("/")[0]):
+    return what
+  command = _command([dataset], data_dir)
+  return f"Move {os.fspath(place)} away, and prepare it again with: {command}"
+
+
+def check_prepared(task: Task, splits: Iterable[str] = SPLITS) -> None:
+  """Makes sure that the splits of a task can be read, without reading them.
+
+  Raises:
+    UserError: the dataset is not prepared, or lacks a split or examples in it.
+  """
+  builder = open_builder(task)
+  for split in splits:
+    split_size(builder, task, split)
+
+
+def num_examples(task: Task, split: str) -> int:
+  """Examples in one of the task's splits; raises as `check_prepared`."""
+  return split_size(open_builder(task), task, split)
+
+
+def num_bytes(task: Task, split: str) -> int:
+  """About the size of a split on disk; raises as `check_prepared`."""
+  builder = open_builder(task)
+  return split_size(builder, task, split) * example_bytes(builder)
+
+
+def example_bytes(builder: Any) -> int:
+  """Average size of an example of all splits on disk, at least 1."""
+  splits = builder.info.splits.values()
+  examples = sum(split.num_examples for split in splits)
+  total = sum(split.num_bytes for split in splits)
+  return max(1, total // max(examples, 1))
+
+
+def expected_examples(task: Task, split: str) -> int:
+  """As `num_examples`; where the table knows the sizes, nothing is read."""
+  if not task.sizes:
+    return num_examples(task, split)
+  # TFDS computes slices of files; it does not look for these.
+  template = tfds.core.ShardedFileTemplate(
+    data_dir="", dataset_name=task.name, filetype_suffix="tfrecord"
+  )
+  whole = [
+    tfds.core.SplitInfo(
+      name=name,
+      shard_lengths=[size],
+      num_bytes=0,
+      filename_template=template,
+    )
+    for name, size in task.sizes.items()
+  ]
+  splits = tfds.core.splits.SplitDict(whole)
+  return splits[task.splits[split]].num_examples
+
+
+def split_size(builder: Any, task: Task, split: str) -> int:
+  """As `num_examples`, with the builder already open."""
+  slices = task.splits[split]
+  found = ", ".join(
+    f"{name} ({info.num_examples})"
+    for name, info in builder.info.splits.items()
+  )
+  try:
+    count = builder.info.splits[slices].num_examples
+  except (ValueError, KeyError) as error:
+    # Without TFDS's list of splits, and where to read on.
+    reason = files.first_line(error).split(". ")[0].rstrip(".")
+    raise errors.UserError(
+      f"Split {slices!r} ({split} of {task.name!r}) cannot be read from"
+      f" {os.fspath(builder.data_path)}: {reason}. Splits there:"
+      f" {found or 'none'}."
+    ) from error
+  if count <= 0:
+    raise errors.UserError(
+      f"Split {slices!r} ({split} of {task.name!r}) is empty. Splits in"
+      f" {os.fspath(builder.data_path)}: {found}."
+    )
+  return count
+
+
+def are_rows_of(task: Task, parts: Iterable[str], whole: str) -> bool:
+  """Whether some splits, one after another, are another one, row by row."""
+  splits = open_builder(task).info.splits
+
+  def rows(names):
+    """Ranges of each file; one that goes on where the last ended joins it."""
+    ranges = []
+    for name in names:
+      for part in splits[task.splits[name]].file_instructions:
+        end = part.skip + part.take
+        if part.take < 0:
+          end = part.examples_in_shard
+        if ranges and ranges[-1][::2] == [part.filename, part.skip]:
+          ranges[-1][2] = end
+        else:
+          ranges.append([part.filename, part.skip, end])
+    return ranges
+
+  return rows(parts) == rows([whole])
+
+
+def fingerprint(task: Task, split: str) -> dict[str, Any]:
+  """What decides the images of a split, json-able: files, and rows of them.
+
+  Files are known by name, size and time of change; labels play no part.
+  """
+  builder = open_builder(task)
+  parts = []
+  for part in builder.info.splits[task.splits[split]].file_instructions:
+    path = epath.Path(part.filename)
+    with _reading(task.data_dir):
+      stat = path.stat()
+    rows = [part.skip, part.take]
+    parts.append([path.name, stat.length, stat.mtime, *rows])
+  return {
+    "dataset": builder.info.full_name,
+    "image_key": task.image_key,
+    "pixel_scale": task.pixel_scale,
+    "files": parts,
+  }
+
+
+def identity(task: Task) -> dict[str, Any]:
+  """What decides a task's examples, the same of every copy of the dataset.
+
+  Returns:
+    `dataset` (its full name), `image_key`, `num_classes`, `splits` (of each its
+    `slices` and its number of `images`), and `sha256`, of the sizes of all that
+    the dataset holds.
+  """
+  builder = open_builder(task)
+  sizes = {
+    name: [info.num_bytes, *info.shard_lengths]
+    for name, info in builder.info.splits.items()
+  }
+  text = json.dumps(sizes, sort_keys=True)
+  return {
+    "dataset": builder.info.full_name,
+    "image_key": task.image_key,
+    "num_classes": task.num_classes,
+    "splits": {
+      split: {
+        "slices": task.splits[split],
+        "images": split_size(builder, task, split),
+      }
+      for split in SPLITS
+    },
+    "sha256": hashlib.sha256(text.encode()).hexdigest(),
+  }
+
+
+def size_warning(task: Task) -> str | None:
+  """One sentence if the prepared dataset is not as large as VTAB's, or None.
+
+  Its slices are then other images than those of published results.
+  """
+  splits = open_builder(task).info.splits
+  differences = []
+  for name, expected in task.sizes.items():
+    found = splits[name].num_examples if name in splits else 0
+    if found not in (expected, _ALSO_RIGHT.get((task.name, name))):
+      differences.append(f"{name} has {found} examples, not {expected}")
+  if not differences:
+    return None
+  return (
+    f"The prepared copy of {task.dataset!r} is not the one of VTAB:"
+    f" {'; '.join(differences)}. Results may not compare with published ones."
+  )
+
+
+@contextlib.contextmanager
+def _reading(data_dir: str | None) -> Iterator[None]:
+  """Turns what a bucket and those who ask it say into a `UserError`."""
+  try:
+    yield
+  except errors.UserError:
+    raise
+  except Exception as e:  # Each of the libraries on the way has its own.
+    if not data_dir or not files.in_bucket(data_dir):
+      raise
+    advice = files.advice(e)
+    if isinstance(e, FileNotFoundError):
+      advice = "No such bucket, or nothing of that name in it."
+    elif not advice and type(e).__module__.split(".")[0] not in _CLIENTS:
+      raise
+    raise errors.UserError(
+      f"The data folder {data_dir} cannot be read: {files.first_line(e)}"
+      f" {advice or 'Check data_dir.'}"
+    ) from e
+
+
+def _damaged(
+  wanted: names.Request, data_dir: str | None, error: Exception
+) -> str:
+  """Tells that what describes the dataset cannot be read."""
+  place = names.root(data_dir) / wanted.name
+  advice = "Make it readable."
+  if not isinstance(error, PermissionError):
+    advice = repair(
+      wanted.dataset,
+      data_dir,
+      place,
+      "Write the dataset again, or restore that file from a copy.",
+    )
+  return (
+    f"The description of dataset {wanted.dataset!r} in {place} cannot be"
+    f" read: {files.first_line(error)} {advice}"
+  )

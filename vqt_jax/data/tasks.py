@@ -1,0 +1,189 @@
+"""From a name in a config to a task."""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from vqt_jax import errors
+from vqt_jax.data import builders
+from vqt_jax.data import labels
+from vqt_jax.data import names
+from vqt_jax.data import vtab
+from vqt_jax.data.task import SPLITS
+from vqt_jax.data.task import Task
+from vqt_jax.data.tensorflow_lazy import tfds
+
+# VTAB-1k's sizes, for datasets with TFDS's usual two splits.
+DEFAULT_SPLITS = {
+  "train": "train[:800]",
+  "val": "train[800:1000]",
+  "test": "test",
+}
+
+
+def make_task(
+  name: str,
+  *,
+  data_dir: str | None = None,
+  splits: Mapping[str, str] | None = None,
+  image_key: str | None = None,
+  label_key: str | None = None,
+  num_classes: int | None = None,
+) -> Task:
+  """The task of that name. Reads no data, and no file for the 19 of VTAB.
+
+  Args:
+    name: one of VTAB's 19 (`VTAB`, or its official name), or any classification
+      dataset of TFDS as `name[/config][:version]`. It may be one that only
+      exists in `data_dir`. A version makes a TFDS dataset of a VTAB name:
+      `cifar100:*.*.*`.
+    data_dir: TFDS folder; empty or None is TFDS's own.
+    splits: "train", "val", "trainval", "test" -> TFDS split strings. Default
+      (also of single ones that are missing or empty): `train[:800]`,
+      `train[800:1000]`, train and val together, `test`.
+    image_key: name of the image feature. Default: the one the dataset names for
+      supervised learning, or the only one.
+    label_key: name of the label feature; default as for the image.
+    num_classes: default: what the label feature says.
+
+  Raises:
+    UserError: unknown name or feature, several features that could be meant,
+      or a setting for a VTAB task, where all is fixed.
+  """
+  data_dir = data_dir or None
+  given = {key: text for key, text in (splits or {}).items() if text}
+  if unknown := sorted(set(given) - set(SPLITS)):
+    raise errors.UserError(
+      f"Unknown splits {unknown}; a task has: {', '.join(SPLITS)}."
+    )
+  task = vtab.find(name)
+  if task is None:
+    return _tfds_task(name, data_dir, given, image_key, label_key, num_classes)
+  if given or image_key or label_key or num_classes:
+    raise errors.UserError(
+      f"{name!r} is a VTAB-1k task: its splits, features and classes are"
+      " fixed. For the whole dataset with settings of your own, give its TFDS"
+      f" name with a version: {task.builder!r}."
+    )
+  return dataclasses.replace(task, data_dir=data_dir)
+
+
+def _tfds_task(
+  name: str,
+  data_dir: str | None,
+  splits: dict[str, str],
+  image_key: str | None,
+  label_key: str | None,
+  num_classes: int | None,
+) -> Task:
+  """A task on any TFDS dataset, its features taken from the dataset itself."""
+  request = str(names.parse(name))
+  info = builders.find_builder(request, data_dir).info
+  if not isinstance(info.features, tfds.features.FeaturesDict):
+    raise errors.UserError(
+      f"Dataset {name!r} has no named features, so it is no classification"
+      " dataset."
+    )
+  image_key, label_key = _keys(name, info, image_key, label_key)
+  number = _num_classes(name, label_key, info, num_classes)
+  named = getattr(info.features[label_key], "names", None) or ()
+  return Task(
+    name=name,
+    builder=request,
+    num_classes=number,
+    splits=_fill(splits),
+    label=labels.feature(label_key),
+    image_key=image_key,
+    data_dir=data_dir,
+    class_names=tuple(named) if len(named) >= number else (),
+  )
+
+
+def _fill(splits: dict[str, str]) -> dict[str, str]:
+  filled = DEFAULT_SPLITS | splits
+  filled.setdefault("trainval", f"{filled['train']}+{filled['val']}")
+  return {split: filled[split] for split in SPLITS}
+
+
+def _keys(
+  name: str, info: Any, image_key: str | None, label_key: str | None
+) -> tuple[str, str]:
+  """Names of the image and the label feature."""
+  features = dict(sorted(info.features.items()))  # TFDS's order varies.
+  supervised = info.supervised_keys or ()
+  images = [key for key, value in features.items() if _is_image(value)]
+  classes = [key for key, value in features.items() if _is_class(value)]
+  integers = [key for key, value in features.items() if _is_integer(value)]
+  if not images:
+    found = "; ".join(f"{key}: {value}" for key, value in features.items())
+    raise errors.UserError(
+      f"No feature of dataset {name!r} can be the image: expected pictures of"
+      f" 8 bits and 1, 3 or 4 channels. It has {found[:300]}."
+    )
+  image_key = image_key or _choose(
+    name, "image", images, [key for key in supervised if key in images]
+  )
+  label_key = label_key or _choose(
+    name, "label", classes, [key for key in supervised if key in classes]
+  )
+  _check_key(name, "image", image_key, images, features)
+  _check_key(name, "label", label_key, integers, features)
+  return image_key, label_key
+
+
+def _choose(
+  name: str, kind: str, candidates: list[str], supervised: list[str]
+) -> str:
+  for choice in (supervised, candidates):
+    if len(choice) == 1:
+      return choice[0]
+  found = ", ".join(candidates) or "none"
+  near = [task.name for task in vtab.VTAB.values() if task.dataset == name]
+  raise errors.UserError(
+    f"Which feature of dataset {name!r} is the {kind}? Candidates: {found}."
+    f" Set {kind}_key."
+    + (f" VTAB-1k tasks on it: {', '.join(near)}." if near else "")
+  )
+
+
+def _check_key(
+  name: str, kind: str, key: str, usable: list[str], features: dict[str, Any]
+) -> None:
+  if key not in usable:
+    found = f"is {features[key]}" if key in features else "does not exist"
+    raise errors.UserError(
+      f"{kind}_key {key!r} of dataset {name!r} {found}. Features that can be"
+      f" the {kind}: {', '.join(usable) or 'none'}."
+    )
+
+
+def _is_image(value: Any) -> bool:
+  """Whether the feature is a picture of 8 bits: grey, RGB or RGBA."""
+  if not isinstance(value, tfds.features.Image):
+    return False
+  return value.np_dtype == np.uint8 and value.shape[-1] != 2
+
+
+def _is_class(value: Any) -> bool:
+  return isinstance(value, tfds.features.ClassLabel)
+
+
+def _is_integer(value: Any) -> bool:
+  """Whether the feature is one integer; a `ClassLabel` is."""
+  if not isinstance(value, tfds.features.Tensor):
+    return False
+  return value.shape == () and np.issubdtype(value.np_dtype, np.integer)
+
+
+def _num_classes(
+  name: str, label_key: str, info: Any, num_classes: int | None
+) -> int:
+  number = num_classes or getattr(info.features[label_key], "num_classes", None)
+  if not number:
+    raise errors.UserError(
+      f"Dataset {name!r} does not tell how many classes {label_key!r} has."
+      " Set num_classes."
+    )
+  return number

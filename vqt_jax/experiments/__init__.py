@@ -1,0 +1,1 @@
+"""Everything that one command does: training, then its report."""

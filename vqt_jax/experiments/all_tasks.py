@@ -1,0 +1,97 @@
+"""The tasks of VTAB-1k one after another, and one outcome of all of them."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import ml_collections
+
+from vqt_jax import data
+from vqt_jax import errors
+from vqt_jax import results
+from vqt_jax.config import recipes
+from vqt_jax.data import vtab
+from vqt_jax.experiments import run_many
+from vqt_jax.reports import vtab_figure
+from vqt_jax.reports import vtab_summary
+from vqt_jax.runtime import console as console_lib
+from vqt_jax.runtime import files
+from vqt_jax.runtime import processes
+
+
+def train(
+  config: ml_collections.ConfigDict,
+  workdir: files.Path,
+  console: console_lib.Console,
+) -> dict[str, Any]:
+  """Does what `run.train` does for every task, see `several.train`.
+
+  Tasks whose dataset is not prepared are left out.
+
+  Args:
+    config: with `task="all"`.
+    workdir: gets a folder per task, `results.json`, `vtab.csv` and `vtab.png`.
+    console: shows progress.
+
+  Returns:
+    The contents of `results.json`.
+
+  Raises:
+    UserError: something the user can mend; also if no task is prepared.
+    Stopped: asked to stop by a signal; everything is saved.
+  """
+  return run_many.train(config, workdir, console, "task", _look, _sum_up)
+
+
+def _look(
+  config: ml_collections.ConfigDict, workdir: files.Path
+) -> tuple[run_many.Configs, str]:
+  """Configs of the tasks to be done, and which ones are left out.
+
+  Raises:
+    UserError: there is nothing to do, or a dataset is not as it should be.
+  """
+  finished, missing = run_many.finished(workdir, vtab.VTAB), set()
+  with processes.together():
+    for name in vtab.VTAB:
+      if name in finished:
+        continue
+      task = data.make_task(name, data_dir=config.data_dir)
+      if data.is_prepared(task):
+        data.check_prepared(task)
+      else:
+        missing.add(name)
+  # Of several processes each may have data of its own.
+  missing = {n for n in vtab.VTAB if processes.any_process(n in missing)}
+  told = _not_prepared(config, missing) if missing else ""
+  if missing == set(vtab.VTAB):
+    raise errors.UserError(told)
+  there = [name for name in vtab.VTAB if name not in missing]
+  return {name: recipes.one(config, task=name) for name in there}, told
+
+
+def _not_prepared(
+  config: ml_collections.ConfigDict, missing: Iterable[str]
+) -> str:
+  """Says which tasks are left out, and what to do about it."""
+  names = [name for name in vtab.VTAB if name in missing]
+  tasks = [data.make_task(name, data_dir=config.data_dir) for name in names]
+  folder = config.data_dir or "TFDS's own folder"
+  return (
+    f"{len(names)} of {len(vtab.VTAB)} tasks are not prepared in {folder}:"
+    f" {', '.join(names)}."
+    f" To add them: {data.prepare_command(*tasks)}, then the same command"
+    " again."
+  )
+
+
+def _sum_up(
+  console: console_lib.Console, workdir: files.Path, names: Iterable[str]
+) -> dict[str, Any]:
+  """Writes and prints what came out; `results.json` comes last."""
+  summary = vtab_summary.summarize(run_many.outcomes(workdir, names))
+  if processes.is_first():
+    files.write(workdir / "vtab.csv", vtab_summary.to_csv(summary).encode())
+    vtab_figure.vtab(summary, workdir / "vtab.png")
+    files.write_json(workdir / results.RESULTS, summary)
+  vtab_summary.show(console, workdir, summary)
+  return summary

@@ -1,0 +1,87 @@
+"""Runs one after another, each in a folder of its own, and what they add up to.
+
+Each is just as if it had been started alone: finished ones are not redone, a
+stopped one is resumed.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from typing import Any
+
+import ml_collections
+
+from vqt_jax import results
+from vqt_jax.experiments import single
+from vqt_jax.runtime import console as console_lib
+from vqt_jax.runtime import files
+from vqt_jax.runtime import processes
+from vqt_jax.training import preemption
+from vqt_jax.training import workdir as workdir_lib
+
+Configs = Mapping[str, ml_collections.ConfigDict]
+
+
+def train(
+  config: ml_collections.ConfigDict,
+  workdir: files.Path,
+  console: console_lib.Console,
+  label: str,
+  look: Callable[[ml_collections.ConfigDict, files.Path], Any],
+  sum_up: Callable[..., dict[str, Any]],
+) -> dict[str, Any]:
+  """Does what `run.train` does for every run, then sums up.
+
+  Args:
+    config: of all of them.
+    workdir: gets a folder per run, named as it is.
+    console: shows progress.
+    label: what a run is of, for people.
+    look: (config, workdir) -> (name -> config of each run, what to tell or "").
+    sum_up: (console, workdir, names) -> contents of `results.json`, which it
+      writes.
+
+  Returns:
+    What `sum_up` does.
+
+  Raises:
+    UserError: something the user can mend.
+    Stopped: asked to stop by a signal; everything is saved.
+  """
+  with preemption.StopSignal() as stop, contextlib.ExitStack() as opened:
+    with stop.at_once():
+      configs, told = look(config, workdir)
+      done = finished(workdir, configs)
+      with processes.together():
+        if processes.is_first():
+          # All of them, so that one of another config is found at once.
+          opened.enter_context(workdir_lib.open_workdir(config, workdir))
+          for name, its_config in configs.items():
+            opened.enter_context(
+              workdir_lib.open_workdir(its_config, workdir / name)
+            )
+    if told:
+      console.note(told, "missing")
+    for number, (name, its_config) in enumerate(configs.items(), start=1):
+      place = f"{number} of {len(configs)}: {name}"
+      if name in done:
+        console.note(f"{place} is finished already", label)
+        continue
+      if stop:
+        raise preemption.Stopped
+      console.note(place, label)
+      single.train(its_config, workdir / name, console)
+    with processes.together():
+      return sum_up(console, workdir, list(configs))
+
+
+def finished(workdir: files.Path, names: Iterable[str]) -> set[str]:
+  """Those of the runs that are finished, as any of the processes sees it."""
+  exists = lambda name: files.exists(workdir / name / results.RESULTS)
+  return {name for name in names if processes.any_process(exists(name))}
+
+
+def outcomes(
+  workdir: files.Path, names: Iterable[str]
+) -> dict[str, dict[str, Any]]:
+  """What came out of each run: the contents of its `results.json`."""
+  return {name: results.read(workdir / name) for name in names}

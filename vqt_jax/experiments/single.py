@@ -1,0 +1,30 @@
+"""One method on one task, and the report of it."""
+
+from typing import Any
+
+import ml_collections
+
+from vqt_jax.reports import run_figure
+from vqt_jax.reports import run_table
+from vqt_jax.runtime import console as console_lib
+from vqt_jax.runtime import files
+from vqt_jax.runtime import processes
+from vqt_jax.training import run
+
+
+def train(
+  config: ml_collections.ConfigDict,
+  workdir: files.Path,
+  console: console_lib.Console,
+) -> dict[str, Any]:
+  """Does what `run.train` does, prints a table and draws `report.png`.
+
+  The picture is drawn again if a finished run has lost it.
+  """
+  results = run.train(config, workdir, console)
+  run_table.show(console, workdir, results)
+  picture = workdir / "report.png"
+  with processes.together():
+    if processes.is_first() and not files.exists(picture):
+      run_figure.report(results, picture)
+  return results

@@ -1,0 +1,1 @@
+"""ViTs, readers, editors and heads: pure functions of arrays."""

@@ -1,0 +1,160 @@
+"""A frozen ViT with its weights: what readers read from."""
+
+import dataclasses
+import functools
+import hashlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vqt_jax import errors
+from vqt_jax.models import vit
+from vqt_jax.models import vit_config
+
+# Name -> (mean, std) per RGB channel, for images in 0..1.
+VALUE_RANGES = {
+  "-1..1": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+  "0..1": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+  "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+# How to get there from 0..255, for messages.
+_FROM_PIXELS = {
+  "-1..1": "images / 127.5 - 1",
+  "0..1": "images / 255",
+  "imagenet": (
+    "(images / 255 - mean) / std, with mean, std ="
+    ' vqt_jax.models.backbone.VALUE_RANGES["imagenet"]'
+  ),
+}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _apply(config, params, images, collect):
+  return vit.ViT(config).apply({"params": params}, images, collect=collect)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Backbone:
+  """A ViT and its parameters; call it with images to get the stream.
+
+  Attributes:
+    config: architecture.
+    params: nested dict with Big Vision's names, blocks stacked over depth.
+    value_range: key of `VALUE_RANGES`: how its inputs are scaled.
+    source: where it came from, for people to read.
+    trained_size: (height, width) of the images that its positions were learnt
+      on, pixels; None if that is not known, or they are computed.
+    assumed: of "value_range" and "gelu", those that nobody and nothing told.
+  """
+
+  config: vit_config.ViTConfig
+  params: Any
+  value_range: str = "-1..1"
+  source: str = ""
+  trained_size: tuple[int, int] | None = None
+  assumed: tuple[str, ...] = ()
+
+  def __repr__(self) -> str:
+    c = self.config
+    return (
+      f"Backbone(ViT-{c.variant}, {c.depth} blocks of width {c.width},"
+      f" {c.image_size[0]}x{c.image_size[1]} px, inputs {self.value_range},"
+      f" from {self.source!r})"
+    )
+
+  def __call__(self, images: jax.Array) -> vit.Stream:
+    """Images (B, height, width, 3), scaled to `value_range` -> the stream.
+
+    Raises:
+      UserError: as `checked`.
+    """
+    images = self.checked(images)
+    return _apply(self.config, self.params, images, ("tokens", "blocks"))
+
+  def checked(self, images: Any) -> jax.Array | np.ndarray:
+    """Images as an array, if they are such as this backbone takes.
+
+    While JAX traces, and of arrays that other processes share, values are not
+    known; dtype and shape are.
+
+    Raises:
+      UserError: they are not (B, height, width, 3), no floats, not finite, or
+        not scaled to `value_range`.
+    """
+    if not isinstance(images, jax.Array):
+      try:
+        images = np.asarray(images)
+      except ValueError as e:
+        raise errors.UserError(f"images: expected one array: {e}.") from e
+    wanted = f"(B, {', '.join(map(str, self.config.image_size))}, 3)"
+    right_shape = images.shape[1:] == (*self.config.image_size, 3)
+    right_dtype = jnp.issubdtype(images.dtype, jnp.floating)
+    if not (right_shape and right_dtype):
+      shape = f"({', '.join(map(str, images.shape))})"
+      raise errors.UserError(
+        f"images: expected floats {wanted} scaled to {self.value_range},"
+        f" found {images.dtype} {shape}."
+        + ("" if right_shape else self._shape_advice(images.shape))
+        + ("" if right_dtype else self._scale_advice)
+      )
+    if isinstance(images, jax.core.Tracer) or not images.size:
+      return images
+    if isinstance(images, jax.Array) and not images.is_fully_addressable:
+      return images
+    self._check_values(np.asarray(images))
+    return images
+
+  def _check_values(self, images: np.ndarray) -> None:
+    mean, std = map(np.array, VALUE_RANGES[self.value_range])
+    low, high = float(min((0 - mean) / std)), float(max((1 - mean) / std))
+    found = float(images.min()), float(images.max())
+    # Resizing may overshoot; images of another range are further out.
+    margin = (high - low) / 4
+    if low - margin <= found[0] and found[1] <= high + margin:
+      return
+    if np.isnan(found).any():
+      raise errors.UserError(
+        f"images: {np.isnan(images).sum():,} of {images.size:,} numbers are"
+        " NaN; leave out the images that hold them."
+      )
+    raise errors.UserError(
+      f"images: expected values of {self.value_range} ({low:.3g} to"
+      f" {high:.3g}), found {found[0]:.3g} to {found[1]:.3g}."
+      f"{self._scale_advice}"
+    )
+
+  @property
+  def _scale_advice(self) -> str:
+    return f" Scale pixels of 0..255: {_FROM_PIXELS[self.value_range]}."
+
+  def _shape_advice(self, shape: tuple[int, ...]) -> str:
+    if len(shape) not in (3, 4) or shape[-1] != 3:
+      return " Three channels come last."
+    if len(shape) == 3:
+      return " Add an axis for the batch: images[None]."
+    return (
+      " Resize them, or load the backbone for them: load_backbone(...,"
+      f" image_size=({shape[1]}, {shape[2]}))."
+    )
+
+  @functools.cached_property
+  def digest(self) -> str:
+    """SHA-256 of all weights and their names, in hexadecimal."""
+    return _digest(self.params)
+
+  @functools.cached_property
+  def identity(self) -> str:
+    """The same without positions: another SciPy may resize these otherwise."""
+    params = dict(self.params)
+    params.pop("pos_embedding", None)
+    return _digest(params)
+
+
+def _digest(params: Any) -> str:
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    digest.update(jax.tree_util.keystr(path).encode())
+    digest.update(np.ascontiguousarray(leaf).tobytes())
+  return digest.hexdigest()

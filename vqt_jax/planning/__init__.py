@@ -1,0 +1,1 @@
+"""What a config costs, found by compiling its programs without running them."""

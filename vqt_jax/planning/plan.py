@@ -1,0 +1,406 @@
+"""What a run will need, known before it starts: `main.py --plan v5e:4x4`.
+
+Every program of the run is compiled ahead of time for a slice of TPUs that need
+not be there, or for this machine, from shapes alone. Memory is the compiler's;
+operations and bytes are counted (`compiled`, `hlo`); times are what the chip
+would take if one of arithmetic, memory and links were busy all the time, and
+the others hid behind it, so nothing is faster. Reading and decoding of images,
+compiling and saving are not in them.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Any
+
+import jax
+import ml_collections
+
+from vqt_jax import checkpoints
+from vqt_jax import data
+from vqt_jax import errors
+from vqt_jax.config import fields
+from vqt_jax.data import vtab
+from vqt_jax.features import examples
+from vqt_jax.features import memory_budget
+from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.planning import cost
+from vqt_jax.planning import hlo
+from vqt_jax.planning import programs
+from vqt_jax.planning import tpus
+from vqt_jax.runtime import console as console_lib
+from vqt_jax.runtime import mesh as mesh_lib
+
+MIB = 2**20
+TRIES = 6  # Batches that are compiled to find the largest that fits.
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+  """What one program needs, per chip; None: it cannot be compiled.
+
+  Attributes:
+    program: the program.
+    memory: part -> bytes.
+    total: bytes in all.
+    flops: operations of matrix products, a step.
+    traffic: bytes from and to the main memory, a step.
+    collectives: of a call.
+  """
+
+  program: programs.Program
+  memory: dict[str, int] | None
+  total: int | None
+  flops: float
+  traffic: float | None
+  collectives: list[hlo.Collective]
+
+  def fits(self, chip: tpus.Chip) -> bool:
+    return self.memory is not None and self.total <= chip.memory
+
+  @property
+  def sent(self) -> float:
+    """Bytes that a chip sends in a step."""
+    return sum(each.sent for each in self.collectives) / self.program.steps
+
+  def seconds(self, chip: tpus.Chip) -> dict[str, float] | None:
+    """What keeps a step busy -> how long at least; None: not known."""
+    if self.traffic is None or not chip.flops:
+      return None
+    return {
+      "arithmetic": self.flops / chip.flops,
+      "memory": self.traffic / chip.bandwidth,
+      "links": self.sent / chip.links,
+    }
+
+
+def make_job(config: ml_collections.ConfigDict, where: str) -> programs.Job:
+  """What is to be planned; reads no weights and no images.
+
+  Args:
+    config: resolved.
+    where: e.g. "v5e:4x4", or "here".
+
+  Raises:
+    UserError: something the user can mend.
+  """
+  if config.task == vtab.ALL:
+    raise errors.UserError(
+      "A plan is for one task: name it, e.g. --config.task=cifar100."
+    )
+  if config.methods:
+    raise errors.UserError(
+      "A plan is for one method: add e.g. --config.methods= --config.method="
+      f"{config.methods.split(',')[-1]}."
+    )
+  chip, devices = tpus.find(where)
+  platform = devices[0].platform
+  dtype = "float32" if platform == "cpu" else "bfloat16"
+  image_size = checkpoints.size_of(config.image_size, config.image_width)
+  vit_config = checkpoints.read_config(
+    config.init,
+    image_size=image_size,
+    variant=config.variant,
+    pool_type=config.pool_type,
+    gelu=config.gelu,
+    dtype=config.dtype or dtype,
+    trained_size=checkpoints.size_of(config.trained_size, config.trained_width),
+  )
+  checkpoints.check_image_size(vit_config.patch_size, image_size)
+  task = data.make_task(
+    config.task, **{name: config[name] for name in fields.TASK_FIELDS}
+  )
+  tuner = tuner_lib.make_tuner(
+    config.method, vit_config, task.num_classes, **fields.of_tuner(config)
+  )
+  mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.model, devices)
+  mesh_lib.check_heads(mesh, vit_config.num_heads)
+  job = programs.Job(
+    config=config,
+    tuner=tuner,
+    chip=chip,
+    mesh=mesh,
+    counts={x: data.expected_examples(task, x) for x in data.SPLITS},
+    base={x: examples.base_of(task, x) for x in data.SPLITS},
+    place="",
+    why="",
+    room=0,
+  )
+  room = _room(job, where)
+  count = job.counts[job.base["trainval"]]
+  place, why = memory_budget.choose(
+    config,
+    count * job.layout.bytes_per_image,
+    count * 12 * image_size[0] * image_size[1],
+    room,
+    platform,
+  )
+  if place == "stream":
+    examples.check_batch(config.batch_size, mesh)
+  return dataclasses.replace(job, place=place, why=why, room=room["device"])
+
+
+def _room(job: programs.Job, where: str) -> dict[str, int]:
+  """As `places.room`; the disk of a slice is large enough."""
+  if where == tpus.HERE:
+    return memory_budget.room(job.config.store_dir, job.mesh)
+  each = job.chip.memory * memory_budget.DEVICE_SHARE
+  host = job.chip.host_memory * memory_budget.HOST_SHARE
+  return {
+    "device": int(each * job.mesh.shape["data"]),
+    "host": int(host * job.mesh.size),
+    "disk": 2**63,
+  }
+
+
+def measure(program: programs.Program, mesh: jax.sharding.Mesh) -> Needs:
+  """Compiles a program and counts what it needs."""
+  flops = cost.matmuls(program.function, *program.args)
+  flops /= mesh.size * program.steps
+  try:
+    parts = {
+      "weights": _resident(program.weights, mesh),
+      "data": _resident(program.data, mesh),
+      "runs": _resident(program.trained, mesh),
+    }
+    done = cost.compile_for(mesh, program.function, *program.args)
+  except cost.Exceeds as e:
+    return Needs(program, None, e.needed, flops, None, [])
+  text, sizes = done.as_text(), done.memory_analysis()
+  results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+  parts["temporary"] = sizes.temp_size_in_bytes + program.results * results
+  return Needs(
+    program,
+    parts,
+    sum(parts.values()),
+    flops,
+    hlo.traffic(text) / program.steps,
+    hlo.collectives(text),
+  )
+
+
+def _resident(tree: Any, mesh: jax.sharding.Mesh) -> int:
+  """Bytes of arrays on each device, with what fills them up there."""
+  leaves = jax.tree.leaves(tree)
+  if not leaves:
+    return 0
+  nothing = jax.jit(lambda *x: 0, keep_unused=True)
+  done = cost.compile_for(mesh, nothing, *leaves)
+  return done.memory_analysis().argument_size_in_bytes
+
+
+def reduced(needs: Needs) -> float:
+  """Bytes that are summed over the devices in a step: gradients, mostly."""
+  return sum(
+    each.times * each.size / needs.program.steps
+    for each in needs.collectives
+    if each.kind == "all-reduce"
+  )
+
+
+def largest_batch(job: programs.Job) -> tuple[int | None, int | None]:
+  """The largest batch that is found to fit, and the least that does not.
+
+  In the first phase of training, over all devices; None: there is none. No
+  batch is larger than the split.
+  """
+  shards = job.mesh.shape["data"]
+  size = most = job.counts[programs.first_stage(job).split]
+  fits, fails = None, None
+  for _ in range(TRIES):
+    if _with_batch(job, size).fits(job.chip):
+      fits = size
+    else:
+      fails = size
+    if fits == most:
+      break
+    middle = ((fits or 0) + fails) // 2 // shards * shards
+    if middle <= (fits or 0):
+      break
+    size = middle
+  return fits, fails
+
+
+def _with_batch(job: programs.Job, size: int) -> Needs:
+  config = job.config.copy_and_resolve_references()
+  config.batch_size = size
+  other = dataclasses.replace(job, config=config)
+  return measure(programs.search(other), job.mesh)
+
+
+def run(
+  config: ml_collections.ConfigDict,
+  where: str,
+  console: console_lib.Console | None = None,
+) -> bool:
+  """Plans, tells, and returns whether it fits."""
+  console = console or console_lib.Console()
+  job = make_job(config, where)
+  console.header(_describe(job, where))
+  todo, found = programs.all_programs(job), []
+  with console.phase("compile", len(todo), "program") as line:
+    for program in todo:
+      found.append(measure(program, job.mesh))
+      line.update(len(found))
+  _show_memory(console, job, found)
+  _show_steps(console, job, found)
+  _show_protocol(console, job, found)
+  fits = all(needs.fits(job.chip) for needs in found)
+  batch, too_large = largest_batch(job)
+  console.note(_batch_line(job, batch, too_large), "batch")
+  if fits:
+    console.note("it fits", "verdict")
+  else:
+    console.note(_advice(job, found, batch), "verdict")
+  return fits
+
+
+def _describe(job: programs.Job, where: str) -> list[str]:
+  c, shape = job.tuner.config, job.mesh.shape
+  pixels = "x".join(map(str, dict.fromkeys(c.image_size)))
+  count = job.counts[job.base["trainval"]]
+  layout = job.held("trainval")
+  each = layout.bytes_per_image
+  size = memory_budget.size
+  kept = (
+    f"{count:,} images x {size(each)} = {size(count * each)} of"
+    f" {'keys and values' if layout.projected else 'features'}, kept"
+    f" {memory_budget.FEATURES[job.place]}"
+    if job.stored
+    else f"{count:,} images, through the backbone every step"
+  )
+  return [
+    f"plan of {job.tuner.method} on {job.config.task}   ViT-{c.variant}"
+    f" {job.config.init}, {pixels} px, {c.dtype}",
+    f"{where}: {job.mesh.size} x {job.chip.name}, data {shape['data']} x"
+    f" model {shape['model']}, {memory_budget.size(job.chip.memory)} each",
+    f"{kept}, {job.why}",
+  ]
+
+
+def _mib(size: float | None) -> str:
+  return "" if size is None else f"{size / MIB:,.1f}"
+
+
+def _show_memory(console, job, found: Sequence[Needs]) -> None:
+  parts = ("weights", "data", "runs", "temporary")
+  rows = []
+  for needs in found:
+    sizes = [_mib((needs.memory or {}).get(part)) for part in parts]
+    share = needs.total and f"{needs.total / job.chip.memory:.0%}"
+    rows.append(
+      [
+        needs.program.name,
+        f"{needs.program.images:,}",
+        needs.program.runs,
+        *sizes,
+        _mib(needs.total),
+        share or "too much",
+      ]
+    )
+  columns = ["memory of a chip, MiB", "images", "runs", *parts, "all", "of it"]
+  console.table("", columns, rows)
+
+
+def _show_steps(console, job, found: Sequence[Needs]) -> None:
+  rows, talk = [], []
+  for needs in found:
+    seconds = needs.seconds(job.chip)
+    slowest = seconds and max(seconds, key=seconds.get)
+    rows.append(
+      [
+        needs.program.name,
+        f"{needs.flops / 1e9:,.1f}",
+        _mib(needs.traffic),
+        _mib(needs.sent),
+        f"{1000 * seconds[slowest]:,.3f}" if seconds else "",
+        slowest or "",
+      ]
+    )
+    talk += [[needs.program.name, *row] for row in _talk(needs)]
+  columns = [
+    "a step, of a chip",
+    "GFLOP",
+    "memory traffic, MiB",
+    "sent, MiB",
+    "ms at least",
+    "bound by",
+  ]
+  console.table("", columns, rows)
+  columns = ["communication of a step", "", "times", "of", "MiB", "where"]
+  if talk:
+    console.table("", columns, talk)
+
+
+def _talk(needs: Needs) -> list[list[str]]:
+  """What a step exchanges: kind, times, type, size and place."""
+  rows, where = [], {}
+  for each in needs.collectives:
+    inner = each.loops - (needs.program.steps > 1)
+    place = "each block" if inner > 0 else "once"
+    key = (each.kind, "+".join(each.dtypes), place)
+    times, size = where.get(key, (0, 0))
+    times += each.times / needs.program.steps
+    where[key] = times, size + each.times * each.size / needs.program.steps
+  for (kind, dtypes, place), (times, size) in where.items():
+    rows.append([kind, f"{times:.3g}", dtypes, f"{size / MIB:,.3f}", place])
+  return rows
+
+
+def _show_protocol(console, job, found: Sequence[Needs]) -> None:
+  rows, total = [], 0.0
+  for needs in found:
+    seconds = needs.seconds(job.chip)
+    if seconds is None:
+      continue
+    whole = needs.program.in_all * max(seconds.values())
+    total += whole
+    rows.append(
+      [needs.program.name, f"{needs.program.in_all:,}", f"{whole:,.2f}"]
+    )
+  if len(rows) == len(found):
+    rows.append(["all", "", f"{total:,.2f}"])
+  if rows:
+    console.table("", ["whole protocol", "steps", "seconds at least"], rows)
+
+
+def _batch_line(job, fits: int | None, fails: int | None) -> str:
+  if fits is None:
+    return "no batch was found that fits"
+  if fails is None:
+    return f"{fits:,} images fit: all there are to train on"
+  return f"{fits:,} images fit, {fails:,} do not"
+
+
+def _model(job) -> str:
+  """The smallest number of devices that can share a backbone."""
+  heads = job.tuner.config.num_heads
+  parts = next(n for n in range(2, max(heads, 2) + 1) if heads % n == 0)
+  return f"--config.mesh.model={parts}"
+
+
+def _advice(job, found: Sequence[Needs], batch: int | None) -> str:
+  """What to change; the largest part of the memory tells."""
+  worst = max(found, key=lambda needs: needs.total or 2**63)
+  name = worst.program.name
+  parts = worst.memory or {"temporary": 1}
+  largest = max(parts, key=parts.get)
+  if largest == "weights":
+    advice = f"spread the backbone: {_model(job)}, or more"
+  elif largest == "data" and job.place == "device":
+    advice = "keep features elsewhere: --config.features=host"
+  elif largest == "data" and job.place == "images":
+    advice = "read images in every epoch: --config.data=stream"
+  elif name in ("extraction", "test"):
+    advice = "run fewer images at once: --config.eval_batch_size="
+    advice += str(max(1, worst.program.images // 2))
+  elif job.tuner.editor and not job.config.remat:
+    advice = "compute blocks again in the gradient: --config.remat=True"
+  elif batch and batch < job.config.batch_size:
+    advice = f"take a smaller batch: --config.batch_size={batch}"
+  else:
+    advice = f"take a larger slice, or {_model(job)}"
+  needs = f"{_mib(worst.total)} MiB" if worst.total else "more than there is"
+  return (
+    f"it does not fit: {name} needs {needs} of {_mib(job.chip.memory)} MiB a"
+    f" chip; {advice}"
+  )

@@ -1,0 +1,1 @@
+"""Tables and pictures made from the results of finished runs."""

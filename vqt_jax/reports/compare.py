@@ -1,0 +1,282 @@
+"""Finished runs side by side: a table, compare.csv and compare.png."""
+
+from collections.abc import Mapping
+import csv
+import io
+from typing import Any
+
+from vqt_jax import accuracy as accuracy_lib
+from vqt_jax import data
+from vqt_jax.features import memory_budget
+from vqt_jax.reports import attention_figure
+from vqt_jax.reports import compare_figure
+from vqt_jax.runtime import console as console_lib
+from vqt_jax.runtime import files
+
+ABOUT = ("task", "backbone", "device")
+# What a comparison needs of a run; None of what an older program left out.
+FIELDS = (
+  "method",
+  *ABOUT,
+  "num_queries",
+  "test_accuracy",
+  "chosen",
+  "search",
+  "batch_size",
+  "trained_parameters",
+  "memory",
+  "seconds",
+  "tuned_bytes",
+)
+# What runs of a fair comparison have in common: columns, and their names.
+SETUP = {
+  "image_size": "image size",
+  "value_range": "value range",
+  "resize": "resize",
+  "weights": "weights",
+  "pool_type": "pooling",
+  "gelu": "GELU",
+  "dtype": "dtype",
+  "dataset": "dataset",
+  "num_classes": "classes",
+  "data_sha256": "contents of the dataset",
+  **{f"{split}_split": f"{split} split" for split in data.SPLITS},
+}
+UNKNOWN = "unknown"
+SHORT = 8  # Characters of a digest on the screen.
+COLUMNS = (
+  "run",
+  "task",
+  "method",
+  "accuracy_percent",
+  "std_percent",
+  "interval_low_percent",
+  "interval_high_percent",
+  "seeds",
+  "trained_parameters",
+  "peak_bytes",
+  "step_bytes",
+  "side_by_side",
+  "epoch_seconds",
+  "training_seconds",
+  "tuned_bytes",
+  "settings",
+  "lr",
+  "batch_size",
+  "weight_decay",
+  "keep_fraction",
+  "num_queries",
+  "backbone",
+  *SETUP,
+  "device",
+)
+
+
+def summarize(outcomes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+  """What is compared, the most accurate run first.
+
+  Args:
+    outcomes: name -> contents of the run's `results.json`; at least one.
+
+  Returns:
+    `task`, `backbone` and `device` (of all, with commas between different
+    ones); `differences`: what of `SETUP` differs, as value -> names of runs,
+    "unknown" where an older program left it out; and `runs`: name -> what a
+    table needs of it; `details` tells it from others of its method.
+  """
+  runs = {name: _entry(results) for name, results in outcomes.items()}
+  about = {
+    key: ", ".join(dict.fromkeys(run[key] for run in runs.values()))
+    for key in ABOUT
+  }
+  for name, run in runs.items():
+    run["details"] = _details(name, runs)
+  rank = lambda name: -runs[name]["test_accuracy"]["mean"]
+  runs = {name: runs[name] for name in sorted(runs, key=rank)}
+  return {**about, "differences": _differences(runs), "runs": runs}
+
+
+def _differences(
+  runs: Mapping[str, Mapping[str, Any]],
+) -> dict[str, dict[str, list[str]]]:
+  setups = {name: run["setup"] for name, run in runs.items()}
+  titles = dict(SETUP)
+  if any(setup["weights"] is None for setup in setups.values()):
+    # Else these tell more: the same ones may lie in two places.
+    titles = {"backbone": "backbone", **titles}
+    setups = {
+      n: {**s, "backbone": runs[n]["backbone"]} for n, s in setups.items()
+    }
+  found = {}
+  for column, title in titles.items():
+    groups = {}
+    for name, setup in setups.items():
+      groups.setdefault(setup[column], []).append(name)
+    if len(groups) > 1:
+      found[title] = {
+        _shown(column, value, runs[names[0]]): names
+        for value, names in groups.items()
+      }
+  return found
+
+
+def _shown(column: str, value: str | None, run: Mapping[str, Any]) -> str:
+  if value is None:
+    return UNKNOWN
+  if column == "weights":
+    return f"{value[:SHORT]} of {run['backbone']}"
+  return value[:SHORT] if column == "data_sha256" else value
+
+
+def differences_told(summary: Mapping[str, Any]) -> str:
+  """One sentence; "" if runs differ in nothing but their methods."""
+  differ, unknown = [], {}
+  for title, groups in summary["differences"].items():
+    if len(groups.keys() - {UNKNOWN}) > 1:
+      each = [f"{value} ({', '.join(of)})" for value, of in groups.items()]
+      differ.append(f"{title} {', '.join(each)}")
+    else:
+      unknown.setdefault(", ".join(groups[UNKNOWN]), []).append(title)
+  told = ["not the same in all runs: " + "; ".join(differ)] if differ else []
+  told += [f"not known of {of}: {', '.join(x)}" for of, x in unknown.items()]
+  return "; ".join(told)
+
+
+def _details(name: str, runs: Mapping[str, Mapping[str, Any]]) -> str:
+  looks = lambda run: (run["method"], run["num_queries"], run["task"])
+  run, others = runs[name], [runs[other] for other in runs if other != name]
+  details = f", T={run['num_queries']}" if run["num_queries"] else ""
+  if any(other["task"] != run["task"] for other in others):
+    details += f", {run['task']}"
+  if any(looks(other) == looks(run) for other in others):
+    details += f", {name}"
+  return details
+
+
+def _entry(results: Mapping[str, Any]) -> dict[str, Any]:
+  entry = {key: results.get(key) for key in FIELDS}
+  search = entry.pop("search")
+  memory = entry.pop("memory") or {}
+  return {
+    **entry,
+    "setup": _setup(results),
+    "settings": len(search["runs"]) if search else 1,
+    **{
+      key: memory.get(key)
+      for key in ("peak_bytes", "step_bytes", "side_by_side")
+    },
+    "epoch_seconds": entry.pop("seconds").get("epoch"),
+    "training_seconds": results["seconds"]["training"],
+  }
+
+
+def _setup(results: Mapping[str, Any]) -> dict[str, str | None]:
+  """Values of `SETUP`; None of what an older program left out."""
+  examples = results.get("data", {})
+  splits = {
+    f"{name}_split": f"{split['slices']}, {split['images']:,} images"
+    for name, split in examples.get("splits", {}).items()
+  }
+  size = results.get("image_size")
+  values = {
+    **results,
+    **splits,
+    "image_size": size and "x".join(map(str, size)),
+    "dataset": examples.get("dataset"),
+    "num_classes": examples.get("num_classes"),
+    "data_sha256": examples.get("sha256"),
+  }
+  values = {column: values.get(column) for column in SETUP}
+  return {column: x if x is None else str(x) for column, x in values.items()}
+
+
+def to_csv(summary: Mapping[str, Any]) -> str:
+  """A line per run, the most accurate first."""
+  file = io.StringIO()
+  writer = csv.DictWriter(
+    file, COLUMNS, lineterminator="\n", extrasaction="ignore"
+  )
+  writer.writeheader()
+  for name, run in summary["runs"].items():
+    test = run["test_accuracy"]
+    writer.writerow(
+      {
+        "run": name,
+        **run["chosen"],
+        **run,
+        **run["setup"],
+        **accuracy_lib.columns(test),
+        "seeds": len(test["per_seed"]),
+      }
+    )
+  return file.getvalue()
+
+
+def show(console: console_lib.Console, summary: Mapping[str, Any]) -> None:
+  """Prints a row per run, the most accurate first, and in what they differ."""
+  rows = []
+  for run in summary["runs"].values():
+    test = run["test_accuracy"]
+    rows.append(
+      [
+        run["method"] + run["details"],
+        f"{accuracy_lib.told(test)} %",
+        accuracy_lib.told_bounds(test) or UNKNOWN,
+        f"{run['trained_parameters']:,}",
+        _told(run["tuned_bytes"], memory_budget.size),
+        _told(run["peak_bytes"], memory_budget.size),
+        _told(run["step_bytes"], memory_budget.size),
+        _told(run["side_by_side"], str),
+        _told(run["epoch_seconds"], "{:.3g}".format),
+      ]
+    )
+  columns = [
+    summary["task"],
+    "test accuracy",
+    "95 % interval",
+    "trained",
+    "tuned/",
+    "peak memory",
+    "of a step",
+    "of runs",
+    "s / epoch, run",
+  ]
+  console.table("", columns, rows)
+  if told := differences_told(summary):
+    console.note(told, "differ")
+
+
+def _told(value: Any, write: Any) -> str:
+  return UNKNOWN if value is None else write(value)
+
+
+def write(
+  console: console_lib.Console,
+  summary: Mapping[str, Any],
+  workdirs: Mapping[str, files.Path],
+  output: files.Path,
+) -> None:
+  """Writes the CSV file and the pictures, and prints the table.
+
+  A picture of attention that is there already is left alone.
+
+  Args:
+    console: to print on.
+    summary: as `summarize` gives it.
+    workdirs: of the runs, by the same names.
+    output: folder.
+
+  Raises:
+    UserError: a file cannot be written.
+  """
+  table = to_csv(summary).encode()
+  files.write(output / "compare.csv", table)
+  compare_figure.draw(summary, output / "compare.png")
+  show(console, summary)
+  written = ["compare.csv", "compare.png"]
+  for name, run in summary["runs"].items():
+    if run["method"] == "vqt":
+      written.append(f"attention_{name}.png")
+      if not files.exists(output / written[-1]):
+        attention_figure.draw(workdirs[name], output / written[-1])
+  console.note("   ".join([str(output / written[0]), *written[1:]]), "results")

@@ -1,0 +1,321 @@
+"""The picture of one run: its search, training and test."""
+
+from collections.abc import Sequence
+import os
+from typing import Any
+
+import numpy as np
+
+from vqt_jax import accuracy as accuracy_lib
+from vqt_jax.reports import figures
+from vqt_jax.reports import style
+
+
+def report(results: dict[str, Any], path: str | os.PathLike) -> None:
+  """One run: search, training, test, and what a further search has found.
+
+  Args:
+    results: contents of `results.json`.
+    path: the picture (PNG).
+  """
+  panels = [_training, _tested if len(results["tested"]) > 1 else _test]
+  if results["search"]:
+    panels.insert(0, _search)
+  if results["best"]:
+    panels.append(_finalists)
+  if _fractions(results):
+    panels.append(_keep_fractions)
+  if any(tested["kept_share"] for tested in results["tested"]):
+    panels.append(_kept_share)
+  columns = 2 if len(panels) == 4 else min(3, len(panels))
+  rows = -(-len(panels) // columns)
+  figure = style.figure_of(5 * columns, 4.2 * rows)
+  axes = figure.subplots(rows, columns, squeeze=False).flatten()
+  for panel, ax in zip(panels, axes):
+    panel(ax, results)
+  for ax in axes[len(panels) :]:
+    ax.set_axis_off()
+  test = results["test_accuracy"]
+  figure.suptitle(
+    f"{style.method_name(results)} on {results['task']}:"
+    f" {accuracy_lib.told(test, 1, '±')} %\n",
+    x=0.01,
+    ha="left",
+    fontsize=14,
+    fontweight="bold",
+    color=style.INK,
+  )
+  figure.text(
+    0.01,
+    1 - 0.075 / rows,
+    f"95 % interval of {test['images']:,} images:"
+    f" {accuracy_lib.told_bounds(test)}   {results['backbone']}"
+    f"   {results['trained_parameters']:,} trained parameters"
+    f"   {results['device']}",
+    color=style.FAINT,
+    va="top",
+  )
+  figure.get_layout_engine().set(wspace=0.04, hspace=0.06)
+  style.save(figure, path)
+
+
+def _search(ax: Any, results: dict[str, Any]) -> None:
+  """Val accuracy of every setting as a table of colours; the chosen framed."""
+  search = results["search"]
+  runs, accuracy = search["runs"], search["val_accuracy"]
+  rates = sorted({run["lr"] for run in runs})
+  decays = sorted({run["weight_decay"] for run in runs})
+  table = np.full((len(decays), len(rates)), np.nan)
+  place = lambda run: (
+    decays.index(run["weight_decay"]),
+    rates.index(run["lr"]),
+  )
+  for i, (run, value) in enumerate(zip(runs, accuracy)):
+    if value is not None and i not in search["diverged"]:
+      table[place(run)] = value
+  low, high = np.nanmin(table), np.nanmax(table)
+  ax.imshow(
+    table,
+    "Blues",
+    vmin=low - 0.15 * (high - low) - 1e-6,
+    vmax=high + 0.6 * (high - low) + 1e-6,
+    aspect="auto",
+  )
+  for (y, x), value in np.ndenumerate(table):
+    text = "diverged" if np.isnan(value) else f"{100 * value:.1f}"
+    ax.text(x, y, text, ha="center", va="center", color=style.INK)
+  y, x = place(runs[search["chosen"]])
+  ax.add_patch(
+    figures.matplotlib.patches.Rectangle(
+      (x - 0.5, y - 0.5),
+      1,
+      1,
+      fill=False,
+      edgecolor=style.COLOURS[1],
+      linewidth=2.5,
+      clip_on=False,
+      zorder=3,
+    )
+  )
+  ax.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+  ax.set_yticks(range(len(decays)), [f"{decay:g}" for decay in decays])
+  ax.set(xlabel="learning rate, as used", ylabel="weight decay")
+  ax.tick_params(length=0)
+  ax.spines[:].set_visible(False)
+  ax.set_title("Search: accuracy on val, %", loc="left")
+
+
+def _training(ax: Any, results: dict[str, Any]) -> None:
+  """Loss (left axis) and accuracy (right axis) of every seed."""
+  history = results["seeds"]["history"]
+  epochs = np.arange(1, len(history) + 1)
+  other = ax.twinx()
+  sides = (
+    (ax, "loss", style.COLOURS[0]),
+    (other, "accuracy", style.COLOURS[1]),
+  )
+  for axes, name, colour in sides:
+    values = np.array([epoch[name] for epoch in history], float)
+    axes.plot(epochs, values, color=colour, alpha=0.35, linewidth=0.9)
+    axes.plot(epochs, values.mean(axis=1), color=colour, linewidth=2)
+    axes.set_ylabel(name, color=colour)
+    axes.tick_params(axis="y", colors=colour)
+    axes.set_ylim(bottom=0)
+  other.set_ylim(0, 1)
+  other.yaxis.set_major_formatter(style.percent_axis())
+  other.spines["left"].set_visible(False)
+  ax.xaxis.set_major_locator(
+    figures.matplotlib.ticker.MaxNLocator(integer=True)
+  )
+  ax.set(xlabel="epoch", xlim=(1, max(2, len(history))))
+  ax.grid(axis="y")
+  ax.set_title("Training: each seed, and their mean", loc="left")
+
+
+def _test(ax: Any, results: dict[str, Any]) -> None:
+  """Test accuracy of every seed, their mean and standard deviation."""
+  test = results["test_accuracy"]
+  values = list(test["per_seed"].values())
+  x = np.arange(len(values))
+  std = accuracy_lib.spread(test) or 0.0
+  ax.axhspan(
+    test["mean"] - std,
+    test["mean"] + std,
+    color=style.COLOURS[0],
+    alpha=0.12,
+    linewidth=0,
+  )
+  ax.axhline(test["mean"], color=style.COLOURS[0], linewidth=1.5)
+  ax.plot(x, values, "o", color=style.COLOURS[0], markersize=8)
+  for i, value in enumerate(values):
+    above = value >= test["mean"]
+    ax.annotate(
+      f"{100 * value:.1f}",
+      (i, value),
+      (0, 8 if above else -8),
+      textcoords="offset points",
+      ha="center",
+      color=style.INK,
+      va="bottom" if above else "top",
+    )
+  ax.set_xticks(x, test["per_seed"])
+  spread = max(np.ptp(values), 2 * std, 0.01)
+  middle = test["mean"]
+  ax.set_ylim(middle - 1.3 * spread, min(middle + 1.3 * spread, 1.01))
+  ax.set_xlim(-0.6, len(values) - 0.4)
+  ax.yaxis.set_major_formatter(style.percent_axis(1))
+  ax.grid(axis="y")
+  ax.set_xlabel("seed")
+  ax.set_title(f"Test accuracy, {test['images']:,} images", loc="left")
+
+
+def _tested(ax: Any, results: dict[str, Any]) -> None:
+  """Test accuracy of all that was tested; the result is the last one."""
+  names = []
+  for y, tested in enumerate(results["tested"]):
+    last = y == len(results["tested"]) - 1
+    _seeds(ax, tested, y, style.COLOURS[0] if last else style.FAINT)
+    name = style.CANDIDATES[tested["name"]].replace(", ", ",\n")
+    size, seconds = tested["trained_parameters"], tested["training_seconds"]
+    names.append(f"{name}\n{size:,} trained\n{seconds:,.0f} s to train")
+  ax.set_yticks(range(len(names)), names, fontsize=8)
+  ax.set_ylim(len(names) - 0.5, -0.5)
+  ax.xaxis.set_major_formatter(style.percent_axis(1))
+  ax.xaxis.set_major_locator(figures.matplotlib.ticker.MaxNLocator(4))
+  ax.margins(x=0.15)
+  ax.grid(axis="x")
+  images = results["test_accuracy"]["images"]
+  ax.set_title(f"Test accuracy, {images:,} images", loc="left")
+
+
+def _finalists(ax: Any, results: dict[str, Any]) -> None:
+  """Accuracy on val, on which they were found, and in all folds."""
+  found = results["best"]
+  rank = lambda f: -f["cv_accuracy"]
+  for y, each in enumerate(sorted(found["finalists"], key=rank)):
+    chosen = all(
+      each[k] == found["chosen"][k] for k in style.SETTING if k in each
+    )
+    if each["val_accuracy"] is not None:
+      ax.plot(each["val_accuracy"], y, "o", color=style.FAINT, markersize=6)
+    colour = style.COLOURS[1] if chosen else style.COLOURS[0]
+    ax.plot(each["cv_accuracy"], y, "D", color=colour, markersize=7)
+  names = _settings(sorted(found["finalists"], key=rank))
+  ax.set_yticks(range(len(names)), names, fontsize=8)
+  ax.set_ylim(len(names) - 0.5, -0.5)
+  ax.xaxis.set_major_formatter(style.percent_axis(1))
+  ax.xaxis.set_major_locator(figures.matplotlib.ticker.MaxNLocator(4))
+  ax.margins(x=0.1)
+  ax.grid(axis="x")
+  ax.set_title(
+    f"Finalists of {found['searched']}: {found['folds']} folds (◆), val (●)",
+    loc="left",
+  )
+
+
+def _settings(found: Sequence[dict[str, Any]]) -> list[str]:
+  """Names of settings, as long as it takes to tell them apart."""
+  dropout = len({each.get("query_dropout") for each in found}) > 1
+  names = []
+  for each in found:
+    parts = [f"lr {each['lr']:g}", f"decay {each['weight_decay']:g}"]
+    if "num_queries" in each:
+      parts.insert(0, f"T={each['num_queries']}")
+      parts += ["\nnot normalised"] * (not each["normalize"])
+    if dropout:
+      parts.append(f"dropout {each['query_dropout']:g}")
+    name = ", ".join(parts).replace(", \n", "\n")
+    names.append(name + "\n(full protocol's choice)" * each["full"])
+  return names
+
+
+def _fractions(results: dict[str, Any]) -> dict[str, Any] | None:
+  """What has compared several fractions of features last, if anything has."""
+  for name in ("best", "selection"):
+    found = results.get(name)
+    if found and len(found["keep_fractions"]) > 1:
+      return found
+  return None
+
+
+def _keep_fractions(ax: Any, results: dict[str, Any]) -> None:
+  """Accuracy on val, or in all folds, over the fraction that is kept."""
+  found = _fractions(results)
+  shares, y = zip(*(f.values() for f in found["keep_fractions"]))
+  x = range(len(shares))
+  folds, chosen = "folds" in found, found["chosen"]
+  new = len(x) - folds  # In the folds, all features are without a new head.
+  ax.plot(x[:new], y[:new], "D-", color=style.COLOURS[0], markersize=7)
+  ax.plot(x[new:], y[new:], "D", color=style.COLOURS[0], markersize=7)
+  chosen = shares.index(chosen["keep_fraction"] if folds else chosen)
+  ax.plot(x[chosen], y[chosen], "D", color=style.COLOURS[1], markersize=9)
+  for place in zip(x, y):
+    ax.annotate(
+      f"{100 * place[1]:.1f}",
+      place,
+      (0, 9),
+      textcoords="offset points",
+      ha="center",
+      color=style.INK,
+    )
+  ax.set_xticks(x, [f"{100 * share:g}" for share in shares])
+  ax.yaxis.set_major_formatter(style.percent_axis(1))
+  ax.margins(0.12, 0.25)
+  ax.grid(axis="y")
+  first = " (100: the head as first trained)" if folds else ""
+  ax.set_xlabel(f"features kept, %{first}")
+  where = f"in {found['folds']} folds" if folds else "on val"
+  ax.set_title(f"Chosen setting: accuracy {where}", loc="left")
+
+
+def _kept_share(ax: Any, results: dict[str, Any]) -> None:
+  """What is kept of the final feature and of each block's."""
+  tested = [t for t in results["tested"] if t["kept_share"]]
+  blocks = max(len(t["kept_share"]) for t in tested) - 1
+  width = 0.8 / len(tested)
+  for i, each in enumerate(tested):
+    final, *of_blocks = each["kept_share"]
+    x = np.arange(1, blocks + 2) + (i - (len(tested) - 1) / 2) * width
+    last = each is results["tested"][-1]
+    ax.bar(
+      x,
+      [*of_blocks, final],
+      0.9 * width,
+      label=style.CANDIDATES[each["name"]],
+      color=style.COLOURS[0] if last else style.FAINT,
+    )
+  if len(tested) > 1:
+    ax.legend(frameon=False, fontsize=8, loc="lower left")
+  step = -(-blocks // 12)
+  places = [*range(step, blocks + 1, step), blocks + 1]
+  ax.set_xticks(places, [*places[:-1], "final"])
+  ax.yaxis.set_major_formatter(style.percent_axis())
+  ax.set_ylim(0, 1)
+  ax.grid(axis="y")
+  ax.set_xlabel("block")
+  ax.set_title("Features kept, mean of the seeds", loc="left")
+
+
+def _seeds(ax: Any, result: dict[str, Any], y: float, colour: str) -> None:
+  """One row: every seed, and mean with standard deviation above."""
+  test = result["test_accuracy"]
+  values = list(test["per_seed"].values())
+  ax.plot(values, [y + 0.16] * len(values), "o", color=colour, alpha=0.45)
+  ax.errorbar(
+    test["mean"],
+    y - 0.08,
+    xerr=accuracy_lib.spread(test),
+    fmt="D",
+    color=colour,
+    capsize=4,
+    markersize=7,
+    linewidth=2,
+  )
+  ax.annotate(
+    f"{accuracy_lib.told(test, 1, '±')} %",
+    (test["mean"], y - 0.08),
+    (0, 9),
+    textcoords="offset points",
+    ha="center",
+    color=style.INK,
+  )

@@ -1,0 +1,44 @@
+"""The results of a run as a table on the terminal."""
+
+from typing import Any
+
+from vqt_jax import accuracy as accuracy_lib
+from vqt_jax import results as results_lib
+from vqt_jax.reports import style
+from vqt_jax.runtime import console as console_lib
+from vqt_jax.runtime import files
+
+
+def show(
+  console: console_lib.Console, workdir: files.Path, results: dict[str, Any]
+) -> None:
+  """Prints what came out, and where it is."""
+  rows = []
+  for tested in results["tested"]:
+    test = tested["test_accuracy"]
+    each = [f"{s} {100 * a:.1f}" for s, a in test["per_seed"].items()]
+    rows.append(
+      [
+        style.CANDIDATES[tested["name"]],
+        f"{accuracy_lib.told(test)} %",
+        accuracy_lib.told_bounds(test),
+        ", ".join(each),
+        f"{tested['trained_parameters']:,}",
+        f"{tested['training_seconds']:.0f}",
+      ]
+    )
+  console.table(
+    "",
+    [
+      f"{results['method']} on {results['task']}",
+      "test accuracy",
+      "95 % interval",
+      "of each seed",
+      "trained",
+      "seconds to train",
+    ],
+    rows,
+  )
+  console.note(
+    f"{workdir / results_lib.RESULTS}   report.png   tuned/", "results"
+  )

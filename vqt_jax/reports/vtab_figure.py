@@ -1,0 +1,206 @@
+"""The picture of all tasks of VTAB-1k."""
+
+from collections.abc import Sequence
+import os
+from typing import Any
+
+import numpy as np
+
+from vqt_jax import accuracy as accuracy_lib
+from vqt_jax.data import vtab as vtab_lib
+from vqt_jax.reports import figures
+from vqt_jax.reports import published
+from vqt_jax.reports import style as style_lib
+from vqt_jax.reports import vtab_summary
+
+
+def vtab(summary: dict[str, Any], path: str | os.PathLike) -> None:
+  """All VTAB-1k tasks and their means, with published numbers behind.
+
+  Args:
+    summary: contents of the `results.json` of `task="all"`.
+    path: the picture (PNG).
+  """
+  figure = style_lib.figure_of(16, 6.4)
+  tasks = vtab_lib.VTAB
+  groups = [
+    [name for name in tasks if tasks[name].group == group]
+    for group in vtab_lib.GROUPS
+  ]
+  words = vtab_summary.labels(summary)
+  axes = figure.subplots(
+    1, 4, sharey=True, width_ratios=[*map(len, groups), 1 + len(words)]
+  )
+  ours = {n: t["test_accuracy"] for n, t in summary["tasks"].items()}
+  rows = published.ROWS
+  theirs = [vtab_summary.same_tasks(row, summary) for row in rows]
+  for ax, group, names in zip(axes, vtab_lib.GROUPS, groups):
+    lines = [name.replace("_", "\n") for name in names]
+    _columns(ax, names, lines, ours, [row.accuracy for row in rows])
+    ax.set_title(group, loc="left")
+  lines = [
+    word.replace(" ", "\n") if name in vtab_lib.GROUPS else word
+    for name, word in words.items()
+  ]
+  _columns(
+    axes[3],
+    list(words),
+    lines,
+    summary["means"],
+    [{n: m["mean"] for n, m in means.items()} for means in theirs],
+  )
+  axes[3].set_title("means over", loc="left")
+  axes[3].set_facecolor("#f5f7fa")
+  axes[0].set_ylim(0, 1.1)
+  axes[0].set_yticks(np.linspace(0, 1, 6))
+  axes[0].yaxis.set_major_formatter(style_lib.percent_axis())
+  axes[0].set_ylabel("test accuracy")
+  _vtab_words(figure, axes[0], summary)
+  style_lib.save(figure, path)
+
+
+def _columns(
+  ax: Any,
+  names: Sequence[str],
+  labels: Sequence[str],
+  ours: dict[str, Any],
+  theirs: Sequence[dict[str, float | None]],
+) -> None:
+  """A column per task or mean: ours in front, theirs behind.
+
+  Args:
+    ax: the axes.
+    names: of the columns.
+    labels: what is written below them.
+    ours: name -> "mean" and perhaps "std"; what is missing is left empty.
+    theirs: name -> accuracy, for each of `published.ROWS`.
+  """
+  x = np.arange(len(names))
+  for row, found in zip(published.ROWS, theirs):
+    values = np.array([found[name] for name in names], float)
+    shape = _mark(row)
+    if shape:
+      ax.plot(x, values, shape[0], **shape[1])
+    else:
+      ax.hlines(
+        values, x - 0.22, x + 0.22, color=style_lib.FAINT, lw=0.8, alpha=0.6
+      )
+  for i, name in enumerate(names):
+    if name not in ours or ours[name]["mean"] is None:
+      ax.text(
+        i,
+        1.04,
+        "missing",
+        color=style_lib.FAINT,
+        ha="center",
+        va="bottom",
+        fontsize=8,
+      )
+      continue
+    mean = ours[name]["mean"]
+    std = accuracy_lib.spread(ours[name]) if "std" in ours[name] else None
+    ax.errorbar(
+      i,
+      mean,
+      yerr=std,
+      fmt="o",
+      color=style_lib.COLOURS[0],
+      markersize=9,
+      markeredgecolor="white",
+      capsize=4,
+      linewidth=1.5,
+      zorder=4,
+    )
+    ax.text(
+      i,
+      1.04,
+      f"{100 * mean:.1f}",
+      color=style_lib.COLOURS[0],
+      ha="center",
+      va="bottom",
+      fontweight="bold",
+      fontsize=9,
+    )
+  ax.set_xticks(x, labels, fontsize=7)
+  ax.set_xlim(-0.6, len(names) - 0.4)
+  ax.tick_params(length=0)
+  ax.grid(axis="y")
+
+
+def _mark(row: published.Row) -> tuple[str, dict[str, Any]] | None:
+  """How a published row that is named stands out; None: a dash."""
+  names = published.FAMILIAR
+  if row.source is not published.BENCH or row.method not in names:
+    return None
+  style = {
+    "color": style_lib.INK,
+    "markersize": 5.5,
+    "markerfacecolor": "white",
+    "markeredgewidth": 0.9,
+    "alpha": 0.75,
+  }
+  return "sv^D"[names.index(row.method)], style
+
+
+def _vtab_words(figure: Any, ax: Any, summary: dict[str, Any]) -> None:
+  """Title, the line under it, and the legend."""
+  means, words = summary["means"], vtab_summary.labels(summary)
+  method = summary["method"]
+  figure.suptitle(
+    f"{style_lib.METHODS.get(method, method)} on VTAB-1k: "
+    + ", ".join(
+      f"{100 * means[name]['mean']:.1f} % mean of {words[name]}"
+      for name in (vtab_summary.OF_GROUPS, vtab_summary.OF_TASKS)
+    )
+    + "\n",
+    x=0.01,
+    ha="left",
+    fontsize=14,
+    fontweight="bold",
+    color=style_lib.INK,
+  )
+  tests = [task["test_accuracy"] for task in summary["tasks"].values()]
+  figure.text(
+    0.01,
+    0.945,
+    f"{summary['backbone']}   {accuracy_lib.over_seeds(tests)}"
+    f"   protocol: {summary['protocol']}",
+    color=style_lib.FAINT,
+    va="top",
+  )
+  handles = [
+    figures.matplotlib.lines.Line2D(
+      [],
+      [],
+      marker="o",
+      linestyle="",
+      color=style_lib.COLOURS[0],
+      markersize=9,
+      markeredgecolor="white",
+      label="ours",
+    )
+  ]
+  for row in published.familiar():
+    shape, style = _mark(row)
+    handles.append(
+      figures.matplotlib.lines.Line2D(
+        [], [], marker=shape, linestyle="", label=row.method, **style
+      )
+    )
+  handles.append(
+    figures.matplotlib.lines.Line2D(
+      [], [], color=style_lib.FAINT, linewidth=1, label="other methods"
+    )
+  )
+  figure.legend(
+    handles=handles,
+    loc="outside lower left",
+    ncols=len(handles),
+    frameon=False,
+    fontsize=9,
+    title="All but ours: published, "
+    f"{published.BENCH.backbone} ({published.BENCH.name},"
+    f" {published.STUDY.name}); protocols differ",
+    title_fontsize=9,
+    alignment="left",
+  )

@@ -1,0 +1,1 @@
+"""What a run finds: files, processes, devices, memory, terminal."""

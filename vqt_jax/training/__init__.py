@@ -1,0 +1,1 @@
+"""Stages of trials, from batches to results.json."""

@@ -1,0 +1,210 @@
+"""Saving and resuming a run with Orbax."""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import functools
+import glob
+import os
+import re
+import sys
+import threading
+import time
+from typing import Any, TypeVar
+
+from etils import epath
+from etils import epy
+import jax
+
+from vqt_jax import errors
+from vqt_jax.runtime import files
+from vqt_jax.runtime import processes
+
+# After this a save has failed: on a process that others are waiting for.
+SAVE_SECONDS = 120
+
+with epy.lazy_imports():  # Slow to import.
+  import orbax.checkpoint as ocp
+
+T = TypeVar("T")
+
+
+class _Literal(type(epath.Path("/"))):  # A class without a public name.
+  """A local folder whose own path is no pattern, as for `epath.Path` it is.
+
+  What is found in it is one as well.
+  """
+
+  _uri_scheme = None  # Nor is it a bucket if it begins with /gs or /s3.
+
+  def glob(self, pattern: str) -> Iterator["_Literal"]:
+    for name in glob.iglob(pattern, root_dir=self):
+      yield self / name
+
+
+class Checkpointer:
+  """Saves state and progress asynchronously; the last complete save wins.
+
+  A save holds every array of the training state (random keys included) and a
+  json-able `progress`: a stage, and where it stands.
+
+  Every method may raise a `UserError`: files cannot be written (an earlier save
+  may be meant), or read.
+  """
+
+  def __init__(self, directory: files.PathLike, every_seconds: float):
+    self._directory = files.absolute(files.path(directory))
+    self._every = every_seconds
+    self._last = time.monotonic()
+    _mute_late_ends()
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=2,
+      enable_async_checkpointing=True,
+      async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS),
+    )
+    place = self._directory
+    if not files.in_bucket(place):
+      place = _Literal(place)
+    with self._writing():
+      files.make_folder(self._directory)
+      self._manager = ocp.CheckpointManager(place, options=options)
+    for number in self._manager.all_steps():
+      save = self._directory / str(number)
+      if not files.exists(save / "progress"):  # It would be the next to go.
+        raise errors.UserError(
+          f"{save} is no save of this program. Move it elsewhere, or choose"
+          " another --workdir."
+        )
+
+  def due(self) -> bool:
+    """Whether the last save is long ago, on this process."""
+    return time.monotonic() - self._last >= self._every
+
+  def save(self, state: Any, progress: dict[str, Any]) -> None:
+    """Starts a save; the arrays may be donated as soon as this returns."""
+    number = (self._manager.latest_step() or 0) + 1
+    with self._writing():
+      self._manager.save(
+        number,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(_flatten(state)),
+          progress=ocp.args.JsonSave(progress),
+        ),
+      )
+    self._last = time.monotonic()
+
+  def progress(self, parse: Callable[..., T]) -> T | None:
+    """Progress of the last complete save, or None.
+
+    Args:
+      parse: gets what was saved as keyword arguments.
+    """
+    if self._manager.latest_step() is None:
+      return None
+    with self._reading():
+      return parse(**self._restore(progress=ocp.args.JsonRestore()).progress)
+
+  def restore(self, like: Any) -> Any:
+    """State of the last complete save, placed as `like` is."""
+    flat = _flatten(like)
+    shape = lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=x.sharding
+    )
+    args = ocp.args.StandardRestore(jax.tree.map(shape, flat))
+    with self._reading():
+      return _unflatten(like, self._restore(state=args).state)
+
+  def close(self) -> None:
+    """Waits until the last save is complete on disk."""
+    try:
+      with self._writing():
+        self._manager.close()
+    finally:  # Of a save that failed, some threads have yet to complain.
+      for thread in threading.enumerate():
+        if type(thread).__module__.startswith("orbax."):
+          threading.Thread.join(thread)  # Its own raises.
+
+  def _restore(self, **items: Any) -> Any:
+    number = self._manager.latest_step()
+    return self._manager.restore(number, args=ocp.args.Composite(**items))
+
+  @contextlib.contextmanager
+  def _reading(self) -> Iterator[None]:
+    try:
+      yield
+    except Exception as e:  # Each of Orbax's layers has its own.
+      advice = "Delete that folder to resume from the save before it."
+      if files.in_bucket(self._directory):
+        advice = files.advice(e) or advice
+      raise errors.UserError(
+        f"Cannot read {self._directory / str(self._manager.latest_step())}:"
+        f" {files.first_line(e)} {advice}"
+      ) from e
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Failures of the file system as `UserError`, from all layers of Orbax."""
+    with files.writing(self._directory):
+      try:
+        yield
+      except TimeoutError as e:
+        if not processes.is_connected():
+          raise
+        raise errors.UserError(
+          "Another process of this run could not save; see what it says."
+        ) from e
+      except Exception as e:
+        failure = _failure(e)
+        if not failure or files.in_bucket(self._directory):
+          raise
+        raise failure from e
+
+
+@functools.cache
+def _mute_late_ends() -> None:
+  """Sees that nothing is shown of what ends after its save or restore failed.
+
+  When one read or write of many fails, Orbax closes the event loop of all;
+  TensorStore then shows a traceback for each of the others, at any time until
+  the exit.
+  """
+  show = sys.unraisablehook
+
+  def show_others(args):
+    if str(args.exc_value) != "Event loop is closed":
+      show(args)
+
+  sys.unraisablehook = show_others
+
+
+def _failure(error: BaseException | None) -> OSError | None:
+  """The failure of the file system behind an exception, if there is one."""
+  while error:
+    if isinstance(error, OSError):
+      return error
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+      return OSError(int(code[1]), os.strerror(int(code[1])))
+    error = error.__cause__ or error.__context__
+  return None
+
+
+def _is_key(leaf: Any) -> bool:
+  return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _flatten(state: Any) -> dict[str, jax.Array]:
+  """Leaves by path; random keys as their data."""
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="."): (
+      jax.random.key_data(leaf) if _is_key(leaf) else leaf
+    )
+    for path, leaf in leaves
+  }
+
+
+def _unflatten(like: Any, flat: dict[str, jax.Array]) -> Any:
+  def pick(path, leaf):
+    saved = flat[jax.tree_util.keystr(path, simple=True, separator=".")]
+    return jax.random.wrap_key_data(saved) if _is_key(leaf) else saved
+
+  return jax.tree_util.tree_map_with_path(pick, like)

@@ -1,0 +1,180 @@
+"""Metrics of a run: metrics.jsonl and TensorBoard events."""
+
+from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+import json
+import os
+import pathlib
+import re
+import time
+from typing import Any
+
+from etils import epy
+
+from vqt_jax.runtime import files
+from vqt_jax.runtime import growing
+from vqt_jax.runtime.files import PathLike
+
+
+def metrics_bytes(workdir: files.Path) -> bytes:
+  """Contents of metrics.jsonl; nothing if there is none."""
+  with contextlib.suppress(FileNotFoundError):
+    return files.read(workdir / "metrics.jsonl")
+  return b""
+
+
+with epy.lazy_imports():  # Slow to import.
+  from tensorboard.compat.proto import event_pb2
+  from tensorboard.compat.proto import summary_pb2
+  from tensorboard.summary.writer import record_writer
+
+
+class MetricsWriter:
+  """Appends epochs to metrics.jsonl and TensorBoard events.
+
+  A row is a flat dict with at least `epoch` (number of finished epochs, from 1)
+  and `run` (its index in the phase). The first call for a phase brings all rows
+  that the resumed state knows of: what the file holds beyond them was written
+  between that state and the crash, will be done again, and is cut off.
+
+    writer = MetricsWriter(workdir)
+    writer.epochs("seeds", rows_up_to_epoch_40)  # [] at the start of a phase.
+    writer.epochs("seeds", rows_of_epoch_41)
+  """
+
+  def __init__(self, workdir: PathLike):
+    """Reads what is there; of a line cut off by a crash nothing counts.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    self._workdir = files.path(workdir)
+    self._growing = growing.Growing(self._workdir, "metrics.jsonl")
+    self._path = self._growing.folder / "metrics.jsonl"
+    self._folder = self._growing.folder / "tensorboard"
+    self._rows = read_metrics(workdir)
+    self._begun: set[str] = set()
+    self._events: Events | None = None
+
+  def epochs(self, phase: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Adds rows of a phase and sees that they are on disk.
+
+    In a bucket they are a little later, see `files.Growing`.
+
+    Raises:
+      UserError: there is no room; what was written before stays.
+    """
+    rows = [files.plain({"phase": phase, **row}) for row in rows]
+    if phase not in self._begun:
+      self._begun.add(phase)
+      rows = self._resume(phase, rows)
+    with files.writing(self._path), open(self._path, "ab") as file:
+      file.write(b"".join(map(files.json_line, rows)))
+      file.flush()
+      os.fsync(file.fileno())
+    self._rows += rows
+    with files.writing(self._folder):
+      if self._events is None:
+        # Events cannot be cut at an epoch, but made again from what stayed.
+        remove(self._workdir / "tensorboard")
+        self._events = Events(self._folder)
+        rows = self._rows
+      self._events.write(rows)
+    self._growing.copy()
+
+  def close(self) -> None:
+    if self._events is not None:
+      with files.writing(self._folder):
+        self._events.close()
+    self._growing.close()
+
+  def _resume(self, phase: str, rows: list[Any]) -> list[Any]:
+    """Cuts the file behind the last row that is right; returns the missing."""
+    phases = [row["phase"] for row in self._rows]
+    start = phases.index(phase) if phase in phases else len(phases)
+    same = 0
+    for old, new in zip(self._rows[start:], rows):
+      if old != new:
+        break
+      same += 1
+    self._rows = self._rows[: start + same]
+    if self._path.exists():
+      with files.writing(self._path):
+        os.truncate(
+          self._path, sum(len(files.json_line(row)) for row in self._rows)
+        )
+    return rows[same:]
+
+
+def read_metrics(workdir: PathLike) -> list[dict[str, Any]]:
+  """All whole rows of a workdir's metrics.jsonl, in the order of writing."""
+  rows = []
+  for line in metrics_bytes(files.path(workdir)).splitlines(keepends=True):
+    try:
+      row = json.loads(line)
+      if files.json_line(row) != line or "phase" not in row:
+        break
+    except ValueError:
+      break
+    rows.append(row)
+  return rows
+
+
+# Quantities among a row's entries; the others say which run it is.
+PLOTTED = ("loss", "accuracy", "val_loss", "val_accuracy")
+
+# Other programs name their machine where this one has "run".
+_OWN = re.compile(r"events\.out\.tfevents\.\d+\.run")
+
+
+def remove(directory: files.Path) -> None:
+  """Removes what `Events` has written there, and nothing else."""
+  for phase in files.names(directory):
+    for run in files.names(directory / phase):
+      folder = directory / phase / run
+      for name in filter(_OWN.fullmatch, files.names(folder)):
+        (folder / name).unlink()
+
+
+class Events:
+  """A folder per phase and run; a scalar per quantity and epoch."""
+
+  def __init__(self, directory: pathlib.Path):
+    """Touches nothing; older events are to be removed before."""
+    self._directory = directory
+    self._writers: dict[str, record_writer.RecordWriter] = {}
+
+  def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    for row in rows:
+      values = [
+        summary_pb2.Summary.Value(tag=name, simple_value=value)
+        for name, value in row.items()
+        if name in PLOTTED and value is not None
+      ]
+      self._add(row, summary=summary_pb2.Summary(value=values))
+    for writer in self._writers.values():
+      writer.flush()
+
+  def close(self) -> None:
+    for writer in self._writers.values():
+      writer.close()
+
+  def _add(self, row: Mapping[str, Any], **what: Any) -> None:
+    name = _run_name(row)
+    if name not in self._writers:
+      folder = self._directory / name
+      folder.mkdir(parents=True, exist_ok=True)
+      file = open(folder / f"events.out.tfevents.{int(time.time())}.run", "wb")
+      self._writers[name] = record_writer.RecordWriter(file)
+      start = event_pb2.Event(
+        wall_time=time.time(), file_version="brain.Event:2"
+      )
+      self._writers[name].write(start.SerializeToString())
+    event = event_pb2.Event(wall_time=time.time(), step=row["epoch"], **what)
+    self._writers[name].write(event.SerializeToString())
+
+
+def _run_name(row: Mapping[str, Any]) -> str:
+  keys = [k for k in ("lr", "weight_decay", "seed") if k in row]
+  told = " ".join(f"{key}={row[key]:g}" for key in keys)
+  return f"{row['phase']}/{row['run']:02d} {told}".strip()

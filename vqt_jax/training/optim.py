@@ -1,0 +1,78 @@
+"""Learning-rate schedule and optimiser: the authors' recipe, and AdamW."""
+
+from typing import Any
+
+import jax
+import optax
+
+from vqt_jax.config import fields
+
+
+def schedule(length: int, warmup: int) -> optax.Schedule:
+  """Linear warm-up from 0, then cosine to 0: a factor of the peak rate.
+
+  The official program counts in epochs, so its first epoch has rate 0 (but
+  moves the moments), and its last a small rate that is not 0. With
+  `schedule="step"` the same curve counts steps.
+
+  Args:
+    length: epochs (or steps) in all.
+    warmup: epochs (or steps) of warm-up.
+  """
+  cosine = optax.cosine_decay_schedule(1.0, length - warmup)
+  if not warmup:
+    return cosine
+  return optax.join_schedules(
+    [optax.linear_schedule(0.0, 1.0, warmup), cosine], [warmup]
+  )
+
+
+# Not decayed; of an editor's, those that start at 1 or 0 and do nothing there.
+_UNDECAYED = ("bias", "scale", "shift")
+
+
+def decayed(trained: Any) -> Any:
+  """Weight decay falls on every trained leaf but biases and norms."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: path[-1].key not in _UNDECAYED, trained
+  )
+
+
+def _scale_editor(rate: float) -> optax.GradientTransformation:
+  """Moves what an editor trains at another rate than the rest."""
+
+  def scale(path, update):
+    is_editor = any(getattr(key, "key", None) == "editor" for key in path)
+    return update * rate if is_editor else update
+
+  return optax.stateless(
+    lambda updates, params: jax.tree_util.tree_map_with_path(scale, updates)
+  )
+
+
+def optimizer(
+  name: str,
+  lr: jax.typing.ArrayLike,
+  weight_decay: jax.typing.ArrayLike,
+  editor_rate: float = 1.0,
+) -> optax.GradientTransformation:
+  """The update rule; `lr` and `weight_decay` may be traced scalars.
+
+  "adam" (0.9, 0.999, 1e-8) and "sgd" (momentum 0.9) add coupled L2 to the
+  gradient before the moments, as torch's do; "adamw" decays the weights apart
+  from them. `editor_rate` times `lr` is the rate of what an editor trains.
+  """
+  decay = optax.add_decayed_weights(weight_decay, decayed)
+  rate = optax.scale_by_learning_rate(lr)
+  if editor_rate != 1:
+    rate = optax.chain(rate, _scale_editor(editor_rate))
+  match name:
+    case "adam":
+      return optax.chain(decay, optax.scale_by_adam(), rate)
+    case "sgd":
+      return optax.chain(decay, optax.trace(decay=0.9), rate)
+    case "adamw":
+      return optax.chain(optax.scale_by_adam(), decay, rate)
+  raise ValueError(
+    f"optimizer must be one of {fields.OPTIMIZERS}, not {name!r}"
+  )

@@ -1,0 +1,291 @@
+"""Which runs are trained and how one of them is chosen; never by the test set.
+
+`full` is the authors' protocol: every setting on train, the best on val trained
+with every seed on trainval, then feature selection; of several fractions of
+features the best on val, likewise. `best` gets more out of the
+same labels: it also searches query counts, normalisation and the fraction of
+features that is kept, and chooses by cross-validation on trainval.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.training import cross_validation
+from vqt_jax.training import feature_selection
+from vqt_jax.training import loop
+from vqt_jax.training import stage as stage_lib
+from vqt_jax.training import stages as stages_lib
+
+
+@dataclasses.dataclass
+class Candidate:
+  """A setting trained with every seed on trainval, to be tested.
+
+  Attributes:
+    name: for people.
+    tuner: of all runs.
+    runs: a seed each.
+    variables: {"tuner", "head"}, leaves (R, ...).
+    trained: how they were, before any selection.
+    keep_fraction: of the features.
+    kept: features in use (R, F), 0 and 1; None: all.
+    seconds: of all training that led to it.
+  """
+
+  name: str
+  tuner: tuner_lib.Tuner
+  runs: tuple[loop.Run, ...]
+  variables: Any
+  trained: stage_lib.Outcome
+  keep_fraction: float
+  kept: np.ndarray | None
+  seconds: float
+
+  @property
+  def num_trained(self) -> int:
+    """Numbers that one run ships: queries, and the head's rows in use."""
+    size = lambda tree: sum(x[0].size for x in jax.tree.leaves(tree))
+    kernel = self.variables["head"]["kernel"][0]
+    left_out = 0 if self.kept is None else int((self.kept[0] == 0).sum())
+    return size(self.variables) - left_out * kernel.shape[1]
+
+  @property
+  def kept_share(self) -> list[float] | None:
+    """Of the final feature and of each block's, what is kept; None: all.
+
+    Mean over the runs.
+    """
+    if self.kept is None:
+      return None
+    c, features = self.tuner.config, self.tuner.num_features
+    of_block = max(1, (features - c.width) // c.depth)
+    starts = range(c.width, features, of_block)
+    groups = np.split(self.kept, starts, axis=1)
+    return [float(group.mean()) for group in groups]
+
+  @property
+  def setting(self) -> dict[str, Any]:
+    """What was chosen."""
+    chosen = cross_validation.setting(self.tuner, self.runs[0])
+    return {**chosen, "keep_fraction": self.keep_fraction}
+
+
+def candidates(
+  job: Any, stages: stages_lib.Stages, examples: Any
+) -> tuple[dict[str, Any], list[Candidate]]:
+  """Trains as `config.protocol` tells.
+
+  Args:
+    job: the `run.Job`.
+    stages: does the work.
+    examples: tells how many there are.
+
+  Returns:
+    What was found on the way, for `results.json`, and what is to be tested; the
+    last one is the protocol's own result.
+  """
+  c = job.config
+  if c.protocol == "best":  # Said before hours have gone by.
+    cross_validation.folds(examples.count("trainval"), c.best.folds)
+    examples.check_rows("trainval")
+  search, chosen = _search(job, stages)
+  selection_found, keep = _fraction(job, stages, chosen)
+  found = {"search": search, "selection": selection_found, "best": None}
+  spent = sum(each["seconds"] for each in found.values() if each)
+  made = _finish(stages, "", job.tuner, chosen, keep, c.seeds, spent)
+  if c.protocol == "full":
+    return found, made
+  found["best"], tuner, chosen, keep = cross_validation.search(
+    job, stages, search, chosen, examples.count("trainval")
+  )
+  spent += found["best"]["seconds"]
+  made += _finish(stages, "best_", tuner, chosen, keep, c.seeds, spent)
+  return found, made
+
+
+def planned(
+  config: ml_collections.ConfigDict, tuner: tuner_lib.Tuner
+) -> list[stage_lib.Stage]:
+  """All stages of `protocol="full"`, in order.
+
+  What is still to be found is left open in them: the setting is any of the
+  grid, held weights are missing.
+  """
+  search = search_stage(config, tuner)
+  chosen, fractions = search.runs[0], config.keep_fraction
+  found = [search] if len(search.runs) > 1 else []
+  if len(fractions) > 1:
+    found += feature_selection.compared(
+      "keep_",
+      "keep",
+      tuner,
+      chosen,
+      fractions,
+      split="train",
+      judge=("val", None),
+    )
+  seeds = seeds_stage(tuner, chosen, config.seeds)
+  found.append(seeds)
+  if min(fractions) < 1:
+    found += feature_selection.selecting("", tuner, seeds.runs, fractions[:1])
+  return found
+
+
+def search_stage(
+  config: ml_collections.ConfigDict, tuner: tuner_lib.Tuner
+) -> stage_lib.Stage:
+  """The grid, trained on train and compared on val."""
+  runs = tuple(
+    loop.Run(
+      lr * config.batch_size / 256,
+      decay,
+      config.search_seed,
+      config.query_dropout if tuner.has_queries else 0.0,
+      config.normalize,
+    )
+    for lr, decay in itertools.product(config.lr, config.weight_decay)
+  )
+  return stage_lib.Stage(
+    "search",
+    "search",
+    tuner,
+    runs,
+    "setting",
+    split="train",
+    judge=("val", None),
+    least=1,
+    keeps_weights=False,
+  )
+
+
+def seeds_stage(
+  tuner: tuner_lib.Tuner,
+  chosen: loop.Run,
+  seeds: Sequence[int],
+  prefix: str = "",
+) -> stage_lib.Stage:
+  """A setting with every seed, trained on trainval."""
+  runs = tuple(dataclasses.replace(chosen, seed=seed) for seed in seeds)
+  return stage_lib.Stage(f"{prefix}seeds", "seeds", tuner, runs, "seed")
+
+
+def _search(
+  job: Any, stages: stages_lib.Stages
+) -> tuple[dict[str, Any] | None, loop.Run]:
+  """What the grid tells; no search if there is one setting."""
+  stage = search_stage(job.config, job.tuner)
+  runs = stage.runs
+  if len(runs) == 1:
+    return None, runs[0]
+  out = stages.run(stage)
+  chosen = loop.choose(runs, out.accuracy, set(out.diverged))
+  found = {
+    "chosen": chosen,
+    "runs": [dataclasses.asdict(run) for run in runs],
+    "val_accuracy": out.accuracy,
+    "diverged": out.diverged,
+    "seconds": out.seconds,
+  }
+  job.console.note(_choice(found, job.config.batch_size), "chosen")
+  return found, runs[chosen]
+
+
+def _fraction(
+  job: Any, stages: stages_lib.Stages, chosen: loop.Run
+) -> tuple[dict[str, Any] | None, float]:
+  """The fraction of features that val picks; no search if there is one.
+
+  On a tie more features win.
+  """
+  fractions = job.config.keep_fraction
+  if len(fractions) == 1:
+    return None, fractions[0]
+  accuracy, seconds = feature_selection.compare(
+    stages,
+    "keep_",
+    "keep",
+    job.tuner,
+    chosen,
+    fractions,
+    split="train",
+    judge=("val", None),
+  )
+  by_fraction = dict(sorted(zip(fractions, accuracy)))
+  keep = min(by_fraction, key=lambda f: (-by_fraction[f], -f))
+  job.console.note(
+    f"{100 * keep:g} % of the features (val {100 * by_fraction[keep]:.1f} %)",
+    "chosen",
+  )
+  found = {
+    "keep_fractions": [
+      {"keep_fraction": fraction, "val_accuracy": share}
+      for fraction, share in by_fraction.items()
+    ],
+    "chosen": keep,
+    "seconds": seconds,
+  }
+  return found, keep
+
+
+def _finish(
+  stages: stages_lib.Stages,
+  prefix: str,
+  tuner: tuner_lib.Tuner,
+  chosen: loop.Run,
+  keep_fraction: float,
+  seeds: Sequence[int],
+  spent: float,
+) -> list[Candidate]:
+  """The chosen setting with every seed; then with selected features."""
+  stage = seeds_stage(tuner, chosen, seeds, prefix)
+  runs, out = stage.runs, stages.run(stage)
+  spent += out.seconds
+  everything = Candidate(
+    f"{prefix}all", tuner, runs, out.variables, out, 1.0, None, spent
+  )
+  if keep_fraction == 1:
+    return [everything]
+  kept, selected, seconds = feature_selection.select(
+    stages, prefix, tuner, runs, out.variables, [keep_fraction]
+  )
+  return [
+    everything,
+    dataclasses.replace(
+      everything,
+      name=f"{prefix}selected",
+      variables=selected.variables,
+      keep_fraction=keep_fraction,
+      kept=kept,
+      seconds=spent + seconds,
+    ),
+  ]
+
+
+def _choice(found: dict[str, Any], batch_size: int) -> str:
+  """What a search has chosen, and how clearly."""
+  run, accuracy = found["runs"][found["chosen"]], found["val_accuracy"]
+  top, diverged = accuracy[found["chosen"]], found["diverged"]
+  near = [a for i, a in enumerate(accuracy) if i not in diverged]
+  near = sum(a >= top - 0.005 for a in near) - 1
+  lost = f", {len(diverged)} diverged" if diverged else ""
+  return (
+    f"{loop.Run(**run).told(batch_size)} (val {100 * top:.1f} %; of"
+    f" {len(accuracy) - 1} others {near} within 0.5{lost}"
+    f"{_at_an_end(run, found['runs'])})"
+  )
+
+
+def _at_an_end(run: dict[str, Any], runs: Sequence[dict[str, Any]]) -> str:
+  """Says so where a better rate may lie outside of the grid."""
+  rates = sorted({each["lr"] for each in runs})
+  if len(rates) < 3 or run["lr"] not in (rates[0], rates[-1]):
+    return ""
+  which = "smallest" if run["lr"] == rates[0] else "largest"
+  return f"; the {which} lr that was tried"

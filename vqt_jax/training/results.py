@@ -1,0 +1,138 @@
+"""What a finished run leaves behind: results.json and tuned/."""
+
+from collections.abc import Sequence
+import dataclasses
+import importlib.metadata
+import platform
+from typing import Any
+
+import jax
+
+from vqt_jax import accuracy as accuracy_lib
+from vqt_jax import data
+from vqt_jax import results as results_lib
+from vqt_jax import tuned
+from vqt_jax.runtime import files
+from vqt_jax.runtime import memory
+from vqt_jax.runtime import processes
+from vqt_jax.training import protocol
+
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets")
+
+
+def write(
+  job: Any,
+  found: dict[str, Any],
+  candidates: Sequence[protocol.Candidate],
+  test: dict[str, Any],
+  seconds: float,
+  peak: memory.Peak,
+) -> dict[str, Any]:
+  """Writes the results; `results.json` comes last.
+
+  Args:
+    job: the `run.Job`.
+    found: on the way, by the protocol.
+    candidates: what was tested; the last one is the result.
+    test: outcome of testing them.
+    seconds: wall time of this process's share of the run.
+    peak: of its memory.
+
+  Returns:
+    The contents of `results.json`.
+  """
+  results = _results(job, found, candidates, test, seconds, peak)
+  if processes.is_first():
+    results["tuned_bytes"] = _write_tuned(job, candidates[-1], results)
+    files.write_json(job.workdir / results_lib.RESULTS, results)
+    files.remove(job.workdir / "stages")
+  return results
+
+
+def _results(job, found, candidates, test, seconds, peak) -> dict[str, Any]:
+  c, result = job.backbone.config, candidates[-1]
+  tested = [
+    {
+      "name": each.name,
+      "setting": each.setting,
+      "kept_share": each.kept_share,
+      "test_accuracy": accuracy_lib.summary(
+        [run.seed for run in each.runs], accuracy, test["images"]
+      ),
+      "trained_parameters": each.num_trained,
+      "training_seconds": each.seconds,
+    }
+    for each, accuracy in zip(candidates, test["accuracy"])
+  ]
+  return {
+    "task": job.task.name,
+    "method": result.tuner.method,
+    "num_queries": result.setting.get("num_queries", 0),
+    "backbone": f"ViT-{c.variant} {job.backbone.source}",
+    "weights": job.backbone.identity,
+    "pool_type": c.pool_type,
+    "gelu": c.gelu,
+    "dtype": c.dtype,
+    "image_size": list(c.image_size),
+    "value_range": job.backbone.value_range,
+    "resize": job.config.resize,
+    "data": data.identity(job.task),
+    "protocol": job.config.protocol,
+    "batch_size": job.config.batch_size,  # config.lr is per 256 images.
+    "test_accuracy": tested[-1]["test_accuracy"],
+    "chosen": result.setting,
+    "tested": tested,
+    **found,
+    "seeds": {
+      "runs": [dataclasses.asdict(run) for run in result.runs],
+      "history": result.trained.history,
+    },
+    "trained_parameters": result.num_trained,
+    "seconds": {
+      "training": result.seconds,
+      "epoch": result.trained.epoch_seconds,
+      "test": test["seconds"],
+      "process": seconds,
+    },
+    "memory": {
+      "peak_bytes": peak.bytes(),
+      "start_bytes": peak.start,
+      "step_bytes": result.trained.step_bytes,
+      "side_by_side": result.trained.side_by_side,
+    },
+    "tuned_bytes": None,  # Known when they are written.
+    "device": f"{job.mesh.size} x {jax.devices()[0].device_kind}",
+    "versions": {
+      "python": platform.python_version(),
+      **{name: importlib.metadata.version(name) for name in PACKAGES},
+    },
+  }
+
+
+def _write_tuned(job, candidate, results) -> int:
+  """What each seed trained, as `tuned/seed_<seed>/`, what one ships.
+
+  Returns:
+    Bytes of the first one's files.
+  """
+  test, sizes = results["test_accuracy"], []
+  for i, run in enumerate(candidate.runs):
+    accuracy = test["per_seed"][str(run.seed)]
+    size = tuned.save(
+      job.workdir / "tuned" / f"seed_{run.seed}",
+      job.config.init,
+      job.backbone,
+      dataclasses.replace(candidate.tuner, normalize=run.normalize),
+      jax.tree.map(lambda x, i=i: x[i], candidate.variables),
+      {
+        "task": results["task"],
+        "resize": results["resize"],
+        "chosen": results["chosen"],
+        "seed": run.seed,
+        "test_accuracy": accuracy,
+        "test_interval": accuracy_lib.interval(accuracy, test["images"]),
+      },
+      kept=None if candidate.kept is None else candidate.kept[i],
+    )
+    sizes.append(size)
+  return sizes[0]

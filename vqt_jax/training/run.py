@@ -1,0 +1,120 @@
+"""A run from config to results: the protocol's stages, then the test."""
+
+import contextlib
+import time
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from vqt_jax import results as results_lib
+from vqt_jax.features import examples as examples_lib
+from vqt_jax.runtime import console as console_lib
+from vqt_jax.runtime import files
+from vqt_jax.runtime import memory
+from vqt_jax.runtime import processes
+from vqt_jax.training import checkpoint
+from vqt_jax.training import forecast as forecast_lib
+from vqt_jax.training import metrics as metrics_lib
+from vqt_jax.training import preemption
+from vqt_jax.training import protocol
+from vqt_jax.training import results as results_training
+from vqt_jax.training import setup
+from vqt_jax.training import stages as stages_lib
+from vqt_jax.training import step as step_lib
+from vqt_jax.training import workdir as workdir_lib
+
+
+def train(
+  config: ml_collections.ConfigDict,
+  workdir: files.Path,
+  console: console_lib.Console,
+) -> dict[str, Any]:
+  """Trains and tests one method on one task.
+
+  Args:
+    config: resolved.
+    workdir: gets `config.json`, `metrics.jsonl`, `results.json`, TensorBoard
+      events, `checkpoints/` and `tuned/`.
+    console: shows progress.
+
+  Returns:
+    The contents of `results.json`.
+
+  Raises:
+    UserError: something the user can mend.
+    Stopped: asked to stop by a signal; everything is saved.
+  """
+  with contextlib.ExitStack() as opened:
+    with processes.together():
+      if processes.is_first():
+        opened.enter_context(workdir_lib.open_workdir(config, workdir))
+      finished = files.exists(workdir / results_lib.RESULTS)
+    if not processes.any_process(finished):
+      return _train(config, workdir, console)
+    with processes.together():
+      results = results_lib.read(workdir)
+    console.note("this run is finished already; it is not done again")
+    return results
+
+
+def _train(config, workdir, console) -> dict[str, Any]:
+  with preemption.StopSignal() as stop:
+    started, peak = time.monotonic(), memory.Peak()
+    with stop.at_once(), processes.together():
+      job = setup.prepare(config, workdir, console)
+    with jax.set_mesh(job.mesh):
+      saver = checkpoint.Checkpointer(
+        workdir / "checkpoints", config.checkpoint_seconds
+      )
+      metrics = metrics_lib.MetricsWriter(workdir)
+      try:
+        examples = examples_lib.Examples(
+          config,
+          console,
+          job.task,
+          job.backbone,
+          job.tuner,
+          job.params,
+          job.mesh,
+        )
+        examples.check_classes()
+        planned = protocol.planned(config, job.tuner)
+        with processes.together():
+          forecast = forecast_lib.Forecast(job, examples, planned)
+        stages = stages_lib.Stages(
+          job, examples, saver, metrics, stop, peak, forecast
+        )
+        found, candidates = protocol.candidates(job, stages, examples)
+        test = _test(job, stages, examples, candidates)
+      finally:
+        saver.close()
+        metrics.close()
+    with processes.together():
+      seconds = time.monotonic() - started
+      return results_training.write(job, found, candidates, test, seconds, peak)
+
+
+def _test(job, stages, examples, candidates) -> dict[str, Any]:
+  """All seeds of all candidates over the test set, in one pass."""
+  started = time.monotonic()
+  accuracy = stages.evaluate(
+    "test",
+    None,
+    [
+      (
+        each.tuner,
+        step_lib.Ready(
+          each.variables, np.array([r.normalize for r in each.runs])
+        ),
+      )
+      for each in candidates
+    ],
+    "test",
+  )
+  return {
+    "accuracy": accuracy,
+    "images": examples.count("test"),
+    "seconds": time.monotonic() - started,
+  }

@@ -1,0 +1,207 @@
+"""Stages, what comes out of them, and their files."""
+
+from collections.abc import Sequence
+import dataclasses
+import json
+import pathlib
+import statistics
+from typing import Any
+
+import flax.traverse_util
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from vqt_jax import errors
+from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.runtime import files
+from vqt_jax.training import loop
+
+SUFFIX = ".safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """What to train, and what to judge it by.
+
+  Attributes:
+    name: names the stage's file and its rows in metrics.jsonl.
+    label: for people, short.
+    tuner: of all runs.
+    runs: trained on the same examples.
+    what: a run is, for people, e.g. "setting".
+    split: trained on.
+    rows: of the split; None: all.
+    judge: split and rows whose accuracy is wanted, or None.
+    trains: the parts that train.
+    held: the other parts, leaves (R, ...).
+    lasso: weight of the group lasso on the head's rows.
+    kept: (R, F) of 0 and 1, the features of each run; None: all.
+    least: runs whose loss must stay finite, others that diverge are out; None:
+      all of them.
+    keeps_weights: whether later stages need what was trained.
+  """
+
+  name: str
+  label: str
+  tuner: tuner_lib.Tuner
+  runs: tuple[loop.Run, ...]
+  what: str
+  split: str = "trainval"
+  rows: np.ndarray | None = None
+  judge: tuple[str, np.ndarray | None] | None = None
+  trains: tuple[str, ...] = tuner_lib.TRAINED
+  held: dict[str, Any] = dataclasses.field(default_factory=dict)
+  lasso: float = 0.0
+  kept: np.ndarray | None = None
+  least: int | None = None
+  keeps_weights: bool = True
+
+
+@dataclasses.dataclass
+class Outcome:
+  """What came out of a stage.
+
+  Attributes:
+    history: per epoch {"loss": per run, "accuracy": per run}.
+    seconds: of training.
+    diverged: runs whose loss stopped being finite.
+    accuracy: of each run where it was judged, 0 of one that diverged; None if
+      they were not.
+    variables: {"tuner", "head"}, numpy leaves (R, ...), if kept.
+    side_by_side: runs that trained at the same time.
+    epoch_seconds: wall time of an epoch for each of these, compiling left out;
+      None if no epoch followed that of the compiling.
+    step_bytes: memory of the compiled step of these, see `step.step_bytes`.
+    peak_bytes: of memory, in the run so far; None if unknown.
+  """
+
+  history: list[dict[str, list[float]]]
+  seconds: float
+  diverged: list[int]
+  accuracy: list[float] | None
+  variables: Any = None
+  side_by_side: int = 1
+  epoch_seconds: float | None = None
+  step_bytes: int | None = None
+  peak_bytes: int | None = None
+
+
+@dataclasses.dataclass
+class Saved:
+  """Whose state a save holds, and where it stands; json-able."""
+
+  stage: str = ""
+  progress: loop.Progress = dataclasses.field(default_factory=loop.Progress)
+
+  def __post_init__(self):
+    if isinstance(self.progress, dict):
+      self.progress = loop.Progress(**self.progress)
+
+
+def packs(stage: Stage, size: int) -> list[Stage]:
+  """A stage in parts of at most so many runs; itself, if it has no more."""
+  if len(stage.runs) <= size:
+    return [stage]
+  return [_part(stage, i, size) for i in range(0, len(stage.runs), size)]
+
+
+def _part(stage: Stage, start: int, size: int) -> Stage:
+  """Some runs of a stage, named after which they are.
+
+  So a run that is resumed where memory holds more or fewer of them does not
+  take them for others.
+  """
+  some = slice(start, min(start + size, len(stage.runs)))
+  return dataclasses.replace(
+    stage,
+    name=f"{stage.name}_{some.start + 1}-{some.stop}",
+    runs=stage.runs[some],
+    held=jax.tree.map(lambda x: x[some], stage.held),
+    kept=None if stage.kept is None else stage.kept[some],
+    least=None if stage.least is None else 0,
+  )
+
+
+def join_packs(parts: Sequence[Outcome], starts: Sequence[int]) -> Outcome:
+  """Packs of a stage as one."""
+  together = lambda *lists: [x for each in lists for x in each]
+  return Outcome(
+    history=[
+      {name: together(*(e[name] for e in epoch)) for name in epoch[0]}
+      for epoch in zip(*(part.history for part in parts))
+    ],
+    seconds=sum(part.seconds for part in parts),
+    diverged=[s + i for s, part in zip(starts, parts) for i in part.diverged],
+    accuracy=parts[0].accuracy and together(*(part.accuracy for part in parts)),
+    variables=parts[0].variables
+    and jax.tree.map(
+      lambda *x: np.concatenate(x), *(part.variables for part in parts)
+    ),
+    side_by_side=max(part.side_by_side for part in parts),
+    epoch_seconds=median_per_trial(
+      [p.epoch_seconds for p in parts if p.epoch_seconds is not None]
+    ),
+    step_bytes=max(p.step_bytes or 0 for p in parts) or None,
+  )
+
+
+def median_per_trial(seconds: Sequence[float], runs: int = 1) -> float | None:
+  """The median of what so many runs take together, for each of them."""
+  return statistics.median(seconds) / runs if seconds else None
+
+
+def write_result(path: files.Path, outcome: Outcome) -> None:
+  flat = flax.traverse_util.flatten_dict(outcome.variables or {}, sep="/")
+  info = dataclasses.asdict(dataclasses.replace(outcome, variables=None))
+  files.write(
+    path,
+    safetensors.numpy.save(
+      {name: np.ascontiguousarray(x) for name, x in flat.items()},
+      metadata={"outcome": json.dumps(info)},
+    ),
+  )
+
+
+def read_result(path: files.Path, stage: Stage) -> Outcome:
+  """What `write_result` wrote of a stage."""
+  with files.as_file(path) as local:
+    return _parse(path, local, stage)
+
+
+def _parse(path: files.Path, local: pathlib.Path, stage: Stage) -> Outcome:
+  """Reads a local copy of the file at a path."""
+  runs = len(stage.runs)
+  try:
+    with safetensors.safe_open(local, "numpy") as file:
+      outcome = Outcome(**json.loads((file.metadata() or {})["outcome"]))
+      flat = {name: file.get_tensor(name) for name in file.keys()}
+    if any(len(row["loss"]) != runs for row in outcome.history):
+      raise ValueError(f"expected {runs} runs")
+    if flat:  # An empty part leaves no trace.
+      variables = flax.traverse_util.unflatten_dict(flat, sep="/")
+      outcome.variables = {"tuner": {}, **variables}
+    _check_shapes(outcome.variables, stage)
+  except (
+    OSError,
+    KeyError,
+    TypeError,
+    ValueError,
+    safetensors.SafetensorError,
+  ) as e:
+    raise errors.UserError(
+      f"Cannot read {path}: {e!r}. Delete it to do this part again."
+    ) from e
+  return outcome
+
+
+def _check_shapes(variables: Any, stage: Stage) -> None:
+  """Raises a `ValueError` if these are not a stage's weights."""
+  expected = None
+  if stage.keeps_weights:
+    shape = lambda x: (len(stage.runs), *x.shape)
+    expected = jax.tree.map(shape, stage.tuner.shapes())
+  found = jax.tree.map(np.shape, variables)
+  if found != expected:
+    raise ValueError(f"expected weights {expected}, found {found}")

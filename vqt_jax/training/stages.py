@@ -1,0 +1,314 @@
+"""Stages of a run: runs trained together and judged, each stage done once.
+
+What a finished stage found, and the weights that later ones need, is kept in
+`<workdir>/stages/<name>.safetensors`, which appears at once; a stage that was
+interrupted goes on from its last checkpoint.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from vqt_jax import errors
+from vqt_jax.features import batches
+from vqt_jax.features import memory_budget
+from vqt_jax.models import head as head_lib
+from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.runtime import files
+from vqt_jax.runtime import mesh
+from vqt_jax.runtime import processes
+from vqt_jax.training import loop
+from vqt_jax.training import preemption
+from vqt_jax.training import stage as stage_lib
+from vqt_jax.training import step as step_lib
+
+
+class Stages:
+  """Runs stages, or finds what they gave before."""
+
+  def __init__(self, job, examples, saver, metrics, stop, peak, forecast):
+    """Reads what there is.
+
+    Args:
+      job: the `run.Job`.
+      examples: an `Examples`.
+      saver: a `Checkpointer`.
+      metrics: a `MetricsWriter`.
+      stop: a `StopSignal`.
+      peak: a `memory.Peak`.
+      forecast: a `forecast.Forecast`.
+
+    Raises:
+      UserError: it was begun with other weights of the backbone.
+    """
+    self._job, self._examples, self._saver = job, examples, saver
+    self._metrics, self._stop, self._peak = metrics, stop, peak
+    self._forecast, self._size = forecast, 1
+    self._folder = job.workdir / "stages"
+    with processes.together():
+      names = files.names(self._folder)
+      self._done = {
+        name.removesuffix(stage_lib.SUFFIX)
+        for name in names
+        if name.endswith(stage_lib.SUFFIX)
+      }
+    self._saved = saver.progress(stage_lib.Saved) or stage_lib.Saved()
+    with processes.together():
+      if processes.is_first():
+        self._check_weights()
+
+  def _check_weights(self) -> None:
+    """Notes down the backbone's, or that they are those that it began with."""
+    path = self._folder / "backbone.json"
+    found = {"sha256": self._job.backbone.identity}
+    begun = (self._done or self._saved.stage) and files.exists(path)
+    if not begun:
+      files.write_json(path, found)
+    elif files.read_json(path) != found:
+      raise errors.UserError(
+        f"The run in {self._job.workdir} was begun with other weights: what"
+        " config.init names has changed since. Choose another --workdir, or"
+        " bring the old weights back to resume."
+      )
+
+  def run(self, stage: stage_lib.Stage) -> stage_lib.Outcome:
+    """Does a stage, in as many packs of runs as memory asks for."""
+    self._size = memory_budget.runs_at_once(
+      stage.tuner,
+      self._job.config.batch_size,
+      self._job.mesh,
+      self._job.config.remat,
+    )
+    parts = stage_lib.packs(stage, self._size)
+    if len(parts) == 1:
+      return self._pack(stage)
+    starts = range(0, len(stage.runs), self._size)
+    joined = stage_lib.join_packs([self._pack(part) for part in parts], starts)
+    if len(stage.runs) - len(joined.diverged) < (stage.least or 0):
+      raise errors.UserError(
+        f"The loss of all {len(stage.runs)} runs of phase {stage.name} became"
+        " infinite or undefined. Lower config.lr in a new workdir, or look at"
+        " the value range of the inputs."
+      )
+    return joined
+
+  def _pack(self, stage: stage_lib.Stage) -> stage_lib.Outcome:
+    path = self._folder / f"{stage.name}{stage_lib.SUFFIX}"
+    if processes.any_process(stage.name in self._done):
+      with processes.together():
+        outcome = stage_lib.read_result(path, stage)
+      self._peak.include(outcome.peak_bytes)
+      self._log(stage, _rows(stage, outcome.history))
+      return outcome
+    state, progress = self._train(stage)
+    outcome = stage_lib.Outcome(
+      history=progress.history,
+      seconds=progress.seconds,
+      diverged=sorted(map(int, progress.diverged)),
+      accuracy=None,
+      side_by_side=len(stage.runs),
+      epoch_seconds=stage_lib.median_per_trial(
+        progress.epoch_seconds, len(stage.runs)
+      ),
+      step_bytes=progress.step_bytes,
+    )
+    ready = step_lib.Ready(
+      _variables(state, stage), np.array([r.normalize for r in stage.runs])
+    )
+    if stage.judge:
+      (accuracy,) = self.evaluate(*stage.judge, [(stage.tuner, ready)], "val")
+      able = [i not in outcome.diverged for i in range(len(accuracy))]
+      outcome.accuracy = [a if ok else 0.0 for a, ok in zip(accuracy, able)]
+    if stage.keeps_weights:
+      outcome.variables = jax.tree.map(processes.to_host, ready.variables)
+    outcome.peak_bytes = self._peak.bytes()
+    with processes.together():
+      if processes.is_first():
+        stage_lib.write_result(path, outcome)
+    return outcome
+
+  def _train(
+    self, stage: stage_lib.Stage
+  ) -> tuple[step_lib.State, loop.Progress]:
+    """Trains from the start, or from the checkpoint."""
+    job, c, runs = self._job, self._job.config, stage.runs
+    progress = loop.Progress()
+    recipe = recipe_of(c, stage)
+    seeds = np.array([run.seed for run in runs], np.uint32)
+    state = step_lib.init_on(job.mesh, stage.tuner, recipe)(job.params, seeds)
+    if self._saved.stage == stage.name:
+      progress = self._saved.progress
+      self._peak.include(progress.peak_bytes)
+      state = self._saver.restore(state)
+      if progress.epoch < c.epochs:
+        after = f"{stage.label} after epoch {progress.epoch}"
+        job.console.note(after, "resume")
+    self._saved = stage_lib.Saved()  # From here on the last save is another.
+
+    self._log(stage, _rows(stage, progress.history))
+
+    def save(state):
+      progress.peak_bytes = self._peak.bytes()
+      saved = stage_lib.Saved(stage.name, progress)
+      self._saver.save(state, dataclasses.asdict(saved))
+
+    if progress.epoch == c.epochs:
+      return state, progress
+    with self._stop.at_once(), processes.together():
+      source = self._examples.source(stage.split, stage.rows)
+    phase = loop.Phase(
+      stage.name,
+      runs,
+      source,
+      c.epochs,
+      c.warmup_epochs,
+      per_step=c.schedule == "step",
+      least=len(runs) if stage.least is None else stage.least,
+      held=mesh.replicate(stage.held, job.mesh),
+      kept=mesh.replicate(stage.kept, job.mesh),
+    )
+    plural = "s" if len(runs) > 1 else ""
+    detail = f"{len(runs)} {stage.what}{plural} x {c.epochs} epochs"
+    if stage.tuner != job.tuner:
+      detail += f", {stage.tuner.num_queries} queries"
+    with job.console.phase(stage.label, c.epochs, detail=detail) as line:
+
+      def report(epoch, loss, accuracy, speed):
+        self._log(stage, _rows(stage, progress.history, epoch))
+        able = np.isfinite(loss)
+        able |= ~able.any()
+        line.update(
+          epoch + 1,
+          loss=float(np.mean(loss[able])),
+          accuracy=float(np.mean(accuracy[able])),
+          images_per_second=speed,
+        )
+
+      def timed(steps, seconds):
+        all_steps = c.epochs * source.steps
+        left = all_steps - progress.epoch * source.steps - progress.step
+        self._forecast.hear(left, steps, seconds)
+
+      live = self._examples.is_live(stage.split)
+      self._forecast.begin(stage, self._size, self._done, live)
+      frozen = tuner_lib.partition(job.params, stage.tuner.shapes())[1]
+      state = loop.train_phase(
+        phase,
+        stage.tuner,
+        recipe,
+        frozen,
+        state,
+        progress,
+        save=save,
+        due=self._saver.due,
+        stop=self._stop,
+        report=report,
+        timed=timed,
+      )
+    save(state)
+    return state, progress
+
+  def _log(self, stage: stage_lib.Stage, rows: list[dict[str, Any]]) -> None:
+    if processes.is_first():
+      self._metrics.epochs(stage.name, rows)
+
+  def evaluate(
+    self,
+    split: str,
+    rows: np.ndarray | None,
+    ready: Sequence[tuple[tuner_lib.Tuner, step_lib.Ready]],
+    label: str,
+  ) -> list[list[float]]:
+    """Accuracy of every run of several tuners, in one pass of the backbone.
+
+    In several, if the devices cannot hold what all of them have trained.
+
+    Args:
+      split: each of its images counts exactly once.
+      rows: of the split; None: all.
+      ready: tuners with their trained runs; if any reads the blocks, so does
+        the first.
+      label: for people.
+    """
+    size = min(memory_budget.held_at_once(tuner) for tuner, _ in ready)
+    if sum(len(runs.normalize) for _, runs in ready) <= size:
+      return self._pass(split, rows, ready, label)
+    found = []
+    for tuner, runs in ready:
+      accuracy = []
+      for start in range(0, len(runs.normalize), size):
+        some = jax.tree.map(lambda x, i=start: x[i : i + size], runs)
+        accuracy += self._pass(split, rows, [(tuner, some)], label)[0]
+      found.append(accuracy)
+    return found
+
+  def _pass(self, split, rows, ready, label) -> list[list[float]]:
+    """What `evaluate` gives, in one pass of the backbone."""
+    job = self._job
+    tuners, runs = zip(*ready)
+    runs = mesh.replicate(runs, job.mesh)
+    right, count = None, 0
+    total = self._examples.count(split) if rows is None else len(rows)
+    with self._stop.at_once(), processes.together():
+      chunks = self._examples.evaluation(split, rows)
+    with job.console.phase(label, total, "image") as line:
+      evaluate = functools.partial(
+        step_lib.eval_steps, tuners, runs, job.params
+      )
+      ask = lambda: processes.ask(lambda: [self._stop.received])
+      done = ((evaluate(*chunk), chunk[2].sum(), ask()) for chunk in chunks)
+      for part, real, stopped in batches.behind(done):
+        part = [x.astype(np.float64) for x in processes.to_host(part)]
+        right = [a + b for a, b in zip(right, part)] if right else part
+        count += int(real)
+        line.update(count)
+        if stopped().any():
+          raise preemption.Stopped
+    return [(x / count).tolist() for x in right]
+
+
+def recipe_of(config: ml_collections.ConfigDict, stage: stage_lib.Stage):
+  """What of a stage's recipe is compiled in, a `step.Recipe`."""
+  return step_lib.Recipe(
+    optimizer=config.optimizer,
+    query_dropout=stage.tuner.has_queries
+    and any(run.query_dropout for run in stage.runs),
+    embedding_dropout=config.embedding_dropout,
+    lasso=stage.lasso,
+    trains=stage.trains,
+    editor_rate=config.editor_rate if stage.tuner.editor else 1.0,
+    remat=config.remat,
+  )
+
+
+def _variables(state: step_lib.State, stage: stage_lib.Stage) -> Any:
+  """{"tuner", "head"} as they are now, without the features left out."""
+  variables = {
+    name: stage.held.get(name, state.trained[name])
+    for name in tuner_lib.TRAINED
+  }
+  if stage.kept is not None:
+    variables["head"] = head_lib.select(variables["head"], stage.kept)
+  return variables
+
+
+def _rows(
+  stage: stage_lib.Stage, history: list[dict[str, list[float]]], first: int = 0
+) -> list[dict[str, Any]]:
+  """The metrics of all epochs from the first on, a row per epoch and run."""
+  return [
+    {
+      "epoch": epoch + 1,
+      "run": i,
+      **dataclasses.asdict(run),
+      "loss": history[epoch]["loss"][i],
+      "accuracy": history[epoch]["accuracy"][i],
+    }
+    for epoch in range(first, len(history))
+    for i, run in enumerate(stage.runs)
+  ]
