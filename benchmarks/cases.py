@@ -162,7 +162,7 @@ def train(
     remat: whether the blocks are computed again for an editor's gradient.
   """
   config = tuner.config
-  recipe = step_lib.Recipe("adam", query_dropout=True, remat=remat)
+  recipe = step_lib.StaticSettings("adam", query_dropout=True, remat=remat)
 
   def build():
     params = _params(config, config.dtype)

@@ -30,14 +30,14 @@ SLICES = (
 )
 
 
-def job_of(variant: str, where: str, features: str) -> programs.Job:
+def job_of(variant: str, where: str, features: str) -> programs.PlanContext:
   """A step of `PER_CHIP` images on each chip, of `STEPS` times as many."""
   config = fields.default_config()
   config.init, config.variant = "gs://some/where.npz", variant
   config.lr, config.weight_decay, config.seeds = (0.1,), (1e-4,), (0,)
   config.keep_fraction = (1.0,)
   config.features = features
-  job = plan.make_job(recipes.resolve(config), where)
+  job = plan.make_context(recipes.resolve(config), where)
   images = PER_CHIP * job.mesh.shape["data"]
   config = job.config.copy_and_resolve_references()
   config.batch_size = config.eval_batch_size = images

@@ -26,9 +26,10 @@ from vqt_jax.config import recipes
 from vqt_jax.features import examples as examples_lib
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.runtime import console as console_lib
-from vqt_jax.training import loop
 from vqt_jax.training import setup
+from vqt_jax.training import stage as stage_lib
 from vqt_jax.training import step as step_lib
+from vqt_jax.training import trial
 
 MIB = 2**20
 
@@ -36,7 +37,9 @@ MIB = 2**20
 class Way:
   """One step of some runs of a config, its features kept or not."""
 
-  def __init__(self, job: setup.Job, runs: tuple[loop.Run, ...], place: str):
+  def __init__(
+    self, job: setup.RunContext, runs: tuple[trial.Trial, ...], place: str
+  ):
     config = job.config.copy_and_resolve_references()
     config.features = place
     job = dataclasses.replace(job, config=config)
@@ -49,13 +52,13 @@ class Way:
       job.params,
       job.mesh,
     ).source("train")
-    phase = loop.Phase("step", runs, source, 1, 0, False, len(runs))
-    recipe = step_lib.Recipe(config.optimizer, query_dropout=True)
+    stage = stage_lib.Stage("step", "step", job.tuner, runs, "setting")
+    recipe = step_lib.StaticSettings(config.optimizer, query_dropout=True)
     data, order, mask = next(source.epoch(0, 0))
     frozen = tuner_lib.partition(
       job.params, jax.eval_shape(job.tuner.init, jax.random.key(0))
     )[1]
-    rest = frozen, phase.settings, data, order[:1], mask[:1], np.ones(1)
+    rest = frozen, stage.settings(), data, order[:1], mask[:1], np.ones(1)
     self._start = lambda: step_lib.init_on(job.mesh, job.tuner, recipe)(
       job.params, np.array([run.seed for run in runs], np.uint32)
     )
@@ -82,12 +85,12 @@ class Way:
     return np.array(found)
 
 
-def settings(config: ConfigDict, number: int) -> tuple[loop.Run, ...]:
+def settings(config: ConfigDict, number: int) -> tuple[trial.Trial, ...]:
   grid = itertools.islice(
     itertools.product(config.lr, config.weight_decay), number
   )
   return tuple(
-    loop.Run(
+    trial.Trial(
       lr * config.batch_size / 256,
       decay,
       config.search_seed,

@@ -73,7 +73,7 @@ def evaluation(train: cases.Case) -> cases.Case:
   def build():
     state, frozen, settings, data, order, mask, _ = train.build()
     variables = {name: state.trained[name] for name in ("tuner", "head")}
-    ready = (step_lib.Ready(variables, settings.normalize),)
+    ready = (step_lib.TrainedTrials(variables, settings.normalize),)
     return ready, frozen["backbone"], data, order, mask
 
   return cases.Case(

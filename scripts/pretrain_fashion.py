@@ -53,7 +53,7 @@ class Phase:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class StaticSettings:
   """How to train. Angles in radians, shifts in pixels."""
 
   phases: tuple[Phase, ...] = (
@@ -83,7 +83,9 @@ def load(data_dir: str, split: str) -> tuple[np.ndarray, np.ndarray]:
   return images, np.asarray(data["label"]).astype(np.int32)
 
 
-def augment(recipe: Recipe, key: jax.Array, images: jax.Array) -> jax.Array:
+def augment(
+  recipe: StaticSettings, key: jax.Array, images: jax.Array
+) -> jax.Array:
   """Random flip, rotation, zoom, shift and contrast.
 
   Args:
@@ -117,7 +119,7 @@ def augment(recipe: Recipe, key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def make_optimizer(
-  recipe: Recipe, phase: Phase, steps_per_epoch: int
+  recipe: StaticSettings, phase: Phase, steps_per_epoch: int
 ) -> optax.GradientTransformation:
   """AdamW, linear warm-up, cosine to zero; decay on kernels only."""
   schedule = optax.warmup_cosine_decay_schedule(
@@ -145,7 +147,7 @@ def choose_patches(key: jax.Array, count: int, kept: int) -> jax.Array:
 
 
 def make_train_steps(
-  recipe: Recipe, phase: Phase, optimizer: optax.GradientTransformation
+  recipe: StaticSettings, phase: Phase, optimizer: optax.GradientTransformation
 ) -> Callable[..., Any]:
   """Compiles many steps into one call.
 
@@ -191,7 +193,7 @@ def accuracy(params: Any, images: np.ndarray, labels: np.ndarray) -> float:
 
 
 def run_phase(
-  recipe: Recipe, phase: Phase, first_epoch: int, params: Any, data: Any
+  recipe: StaticSettings, phase: Phase, first_epoch: int, params: Any, data: Any
 ) -> Iterator[tuple[dict[str, Any], Any]]:
   """Yields a record and the parameters after every epoch.
 
@@ -223,7 +225,7 @@ def run_phase(
     yield record, jax.device_get(cpu_vit.stacked(state[0]))
 
 
-def train(recipe: Recipe, data_dir: str, out: str) -> None:
+def train(recipe: StaticSettings, data_dir: str, out: str) -> None:
   """Runs the recipe; prints a JSON line and writes `out` every epoch."""
   start, cpu = time.time(), time.process_time()
   data = tuple(map(jnp.asarray, load(data_dir, "train")))
@@ -245,9 +247,9 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--data_dir", default="", help="folder of TFDS")
   parser.add_argument("--out", default="vqt_jax/assets/fashion_vit.npz")
-  parser.add_argument("--seed", type=int, default=Recipe.seed)
+  parser.add_argument("--seed", type=int, default=StaticSettings.seed)
   args = parser.parse_args()
-  train(Recipe(seed=args.seed), args.data_dir, args.out)
+  train(StaticSettings(seed=args.seed), args.data_dir, args.out)
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def test_a_comparison_has_the_configs_of_single_runs():
     alone = digits.get_config(f"method={method}")
     alone.settings = 3
     alone = recipes.resolve(alone)
-    assert recipes.one(config, method=method) == alone
+    assert recipes.config_for(config, method=method) == alone
     assert (alone.lr, alone.weight_decay) == (rates, (1e-4,))
   assert alone.image_size == 28
 

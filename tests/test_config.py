@@ -331,7 +331,7 @@ def test_all_tasks_have_the_configs_they_have_alone(arg):
   for name in ("dtd", "svhn"):
     alone = get_config(f"task={name},{arg}")
     alone.preset = "authors"
-    assert recipes.one(config, task=name) == recipes.resolve(alone)
+    assert recipes.config_for(config, task=name) == recipes.resolve(alone)
 
 
 def test_all_tasks_are_taken_as_they_are():

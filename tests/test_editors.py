@@ -217,7 +217,9 @@ def train(tuner, backbone, seeds, recipe, steps=3):
 def trained(method):
   backbone = helpers.tiny_backbone()
   tuner = tiny_tuner(method, backbone)
-  start, end, _ = train(tuner, backbone, SEEDS, step_lib.Recipe("adamw"))
+  start, end, _ = train(
+    tuner, backbone, SEEDS, step_lib.StaticSettings("adamw")
+  )
   return backbone, tuner, start, end
 
 
@@ -314,7 +316,7 @@ def test_of_a_leaf_in_part_only_the_last_rows_train():
 
 def test_together_equals_alone_and_rematerialised():
   backbone, tuner, _, together = trained("head2toe+lora")
-  recipe = step_lib.Recipe("adamw", remat=True)
+  recipe = step_lib.StaticSettings("adamw", remat=True)
   _, alone, _ = train(tuner, backbone, SEEDS[1:], recipe)
   jax.tree.map(helpers.assert_close, run_of(together, [1]), alone)
 
@@ -416,9 +418,9 @@ def test_memory_of_a_run_is_foreseen(remat):
   )
   compiled = case.function.lower(*case.shapes()).compile()
   needed = compiled.memory_analysis().temp_size_in_bytes + held
-  foreseen = memory_budget.bytes_per_run(tuner, 32, remat)
+  foreseen = memory_budget.bytes_per_trial(tuner, 32, remat)
   assert 1 < foreseen / needed < 2
-  kept = memory_budget.bytes_per_run(tuner, 32)
+  kept = memory_budget.bytes_per_trial(tuner, 32)
   assert not remat or 4 * needed < kept
 
 

@@ -57,7 +57,7 @@ def told(stream):
 def test_from_stored_features():
   """What runs share counts as two more of them on a CPU."""
   forecast, (search, seeds), said = start("vqt", extracted=(3.0, 0.01))
-  assert (len(search.runs), len(seeds.runs)) == (4, 5)
+  assert (len(search.trials), len(seeds.trials)) == (4, 5)
   forecast.begin(search, 20, set(), live=False)
   forecast.hear(79, 1, 9.0)  # Compiles.
   forecast.hear(78, 1, 0.6)
@@ -131,7 +131,7 @@ def test_of_a_search_that_is_over_quickly(extracted, protocol_name, words):
 def test_a_part_that_is_not_planned_comes_first():
   forecast, planned, said = start("linear", protocol="best")
   fold = stage_lib.Stage(
-    "fold_1_1", "fold 1", planned[0].tuner, planned[0].runs, "setting"
+    "fold_1_1", "fold 1", planned[0].tuner, planned[0].trials, "setting"
   )
   done = {stage.name for stage in planned}
   forecast.begin(fold, 20, done, live=False)

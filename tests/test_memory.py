@@ -111,7 +111,7 @@ def test_memory_of_a_run_is_foreseen(num_queries, runs):
   )
   more = temporary_bytes(case(2 * runs)) - temporary_bytes(case(runs))
   needed = more / runs + held
-  assert 1 < memory_budget.bytes_per_run(tuner, BATCH) / needed < 2
+  assert 1 < memory_budget.bytes_per_trial(tuner, BATCH) / needed < 2
 
 
 def test_count_of_full_fine_tuning():

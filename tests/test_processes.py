@@ -207,7 +207,7 @@ def test_data_that_one_process_cannot_read(material, tmp_path):
     second={"data_dir": spoilt},
     eval_batch_size=4,
   )
-  assert status == [2, 2]
+  assert status == [2, 2], "\n".join(said)
   assert "(DataLossError: truncated record" in said[1]
   error = said[0].splitlines()[-1]
   assert error.startswith("error: Another process of this run failed")
@@ -324,7 +324,7 @@ def test_what_fails_on_one_fails_on_both(material, tmp_path, which):
     (tmp_path / "results.json").write_text("{}")
     second, word = {}, f"{tmp_path / 'results.json'} is there, but no config"
   status, said = group(material, tmp_path, second=second, **changes)
-  assert status == [2, 2]
+  assert status == [2, 2], "\n".join(said)
   assert said[which].splitlines()[-1].startswith("error: " + word)
   other = said[1 - which].splitlines()[-1]
   assert other.startswith("error: Another process of this run failed")

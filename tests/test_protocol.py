@@ -12,10 +12,10 @@ from vqt_jax import errors
 from vqt_jax.features import memory_budget
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.training import cross_validation
-from vqt_jax.training import loop
 from vqt_jax.training import protocol
 from vqt_jax.training import stage as stage_lib
 from vqt_jax.training import step as step_lib
+from vqt_jax.training import trial
 
 TOO_HIGH = 3e38 * 256 / 12  # As a peak rate: the largest float32.
 # Everything a protocol can do, as small as it gets.
@@ -51,7 +51,7 @@ def test_the_first_fold_is_the_split_of_vtab():
 
 def test_of_equal_settings_the_simplest():
   tuner = lambda queries: tuner_lib.Tuner("vqt", None, 3, queries)
-  run = lambda lr, decay, normalize: loop.Run(lr, decay, 1, 0.1, normalize)
+  run = lambda lr, decay, normalize: trial.Trial(lr, decay, 1, 0.1, normalize)
   ranked = [
     (tuner(1), run(0.1, 0.0, True)),
     (tuner(1), run(0.1, 0.0, False)),
@@ -77,8 +77,8 @@ def test_packs_give_what_all_together_give(
   found = []
   for pack in (size, 100):
     at_once = lambda *args, pack=pack: pack
-    monkeypatch.setattr(memory_budget, "runs_at_once", at_once)
-    monkeypatch.setattr(memory_budget, "held_at_once", at_once)
+    monkeypatch.setattr(memory_budget, "trials_at_once", at_once)
+    monkeypatch.setattr(memory_budget, "weights_at_once", at_once)
     workdir = tmp_path / str(pack)
     assert main.main(runs.command(material, workdir, **changes)) == 0
     found.append(runs.results(workdir))
@@ -94,27 +94,27 @@ def test_packs_give_what_all_together_give(
 
 
 def test_the_last_pack_is_what_is_left():
-  run = loop.Run(0.1, 0.0, 1)
+  run = trial.Trial(0.1, 0.0, 1)
   stage = stage_lib.Stage(
     "seeds",
     "",
     None,
     (run,) * 3,
     "",
-    held={"head": np.arange(3)},
-    kept=np.eye(3),
+    frozen_parts={"head": np.arange(3)},
+    feature_mask=np.eye(3),
   )
   first, last = (stage_lib._part(stage, start, 2) for start in (0, 2))
   assert (first.name, last.name) == ("seeds_1-2", "seeds_3-3")
-  assert (len(first.runs), len(last.runs)) == (2, 1)
-  assert last.held["head"].tolist() == [2]
-  assert last.kept.tolist() == [[0, 0, 1]]
+  assert (len(first.trials), len(last.trials)) == (2, 1)
+  assert last.frozen_parts["head"].tolist() == [2]
+  assert last.feature_mask.tolist() == [[0, 0, 1]]
 
 
 def test_if_all_packs_diverge_it_is_said(
   material, tmp_path, monkeypatch, capfd
 ):
-  monkeypatch.setattr(memory_budget, "runs_at_once", lambda *args: 1)
+  monkeypatch.setattr(memory_budget, "trials_at_once", lambda *args: 1)
   changes = {"method": "linear", "lr": f"{TOO_HIGH},{TOO_HIGH / 2}"}
   assert main.main(runs.command(material, tmp_path, **changes)) == 2
   error = capfd.readouterr().err.splitlines()[-1]
@@ -259,5 +259,5 @@ def test_a_choice_at_an_end_of_the_grid_is_told(rates, chosen, end):
   "batch_size, told", [(256, "0.25"), (128, "0.5 (0.25 used: batch 128)")]
 )
 def test_a_rate_is_told_as_it_was_asked_for(batch_size, told):
-  run = loop.Run(lr=0.25, weight_decay=1e-3, seed=1)
-  assert run.told(batch_size) == f"lr {told}, weight decay 0.001"
+  run = trial.Trial(lr=0.25, weight_decay=1e-3, seed=1)
+  assert run.describe(batch_size) == f"lr {told}, weight decay 0.001"

@@ -1,7 +1,6 @@
 """Whole runs through `main.py`, in this process, on eight fake devices."""
 
 import contextvars
-import functools
 import shutil
 import signal
 
@@ -20,8 +19,6 @@ from vqt_jax.config import fields
 from vqt_jax.config import recipes
 from vqt_jax.features import batches as batches_lib
 from vqt_jax.runtime import locks
-from vqt_jax.runtime import mesh as mesh_lib
-from vqt_jax.training import loop
 from vqt_jax.training import optim
 
 SEEDS = (7, 8)
@@ -272,9 +269,7 @@ def test_the_authors_program(material, tmp_path, capfd):
 
 def test_the_rate_follows_epochs_or_steps(monkeypatch):
   """And is computed once: later it would wait for the steps in the queue."""
-  rows = batches_lib.Resident({}, np.arange(10), 4, 0, mesh_lib.make_mesh())
-  phase = functools.partial(loop.Phase, "seeds", (), rows, 4, 1, least=0)
-  by_epoch, by_step = phase(per_step=False), phase(per_step=True)
+  by_epoch, by_step = (optim.Schedule(4, 1, 3, x) for x in (False, True))
   by_epoch.factors(0, 0, 1), by_step.factors(0, 0, 1)
   schedule = optim.schedule
   monkeypatch.delattr(optim, "schedule")

@@ -13,10 +13,10 @@ import vqt_jax
 from vqt_jax.models import head as head_lib
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.training import feature_selection
-from vqt_jax.training import loop
 from vqt_jax.training import optim
 from vqt_jax.training import stage as stage_lib
 from vqt_jax.training import step as step_lib
+from vqt_jax.training import trial
 
 CASES = {
   case["name"]: case
@@ -32,11 +32,11 @@ def _choose(name):
   runs, accuracy, epochs = [], [], []
   for run in case["runs_in_file_order"]:
     values = run["val_top1_per_epoch"]
-    runs.append(loop.Run(run["lr"], run["wd"], 100))
+    runs.append(trial.Trial(run["lr"], run["wd"], 100))
     accuracy.append(values[-1] if values else float("nan"))
     epochs.append(len(values))
   diverged = {i for i, n in enumerate(epochs) if n < max(epochs)}
-  chosen = runs[loop.choose(tuple(runs), accuracy, diverged)]
+  chosen = runs[trial.best_trial(tuple(runs), accuracy, diverged)]
   return (chosen.lr, chosen.weight_decay), (case["best_lr"], case["best_wd"])
 
 
@@ -66,7 +66,7 @@ def test_all_features_are_judged_with_the_head_that_is_shipped():
       asked.append(stage)
       share = {"keep_all": [0.7], "keep_selected": [0.6, 0.5]}.get(stage.name)
       kernel = np.ones((1, 4, 2), np.float32)
-      return stage_lib.Outcome(
+      return stage_lib.StageResult(
         [],
         1.0,
         [],
@@ -80,7 +80,7 @@ def test_all_features_are_judged_with_the_head_that_is_shipped():
     "keep_",
     "keep",
     tuner,
-    loop.Run(0.1, 0.0, 1),
+    trial.Trial(0.1, 0.0, 1),
     (1.0, 0.5, 0.25),
     judge=("val", None),
     split="train",
@@ -110,7 +110,9 @@ class Head:
     self.golden = golden
     self.backbone = helpers.golden_backbone()
     self.tuner = vqt_jax.make_tuner("vqt", self.backbone.config, 7)
-    self.recipe = step_lib.Recipe(optimizer, lasso=lasso, trains=("head",))
+    self.recipe = step_lib.StaticSettings(
+      optimizer, lasso=lasso, trains=("head",)
+    )
 
   def train(self, kernel, bias, lr, decay, factors, kept=None):
     """Full batch; returns the loss of each step, final kernel and bias."""
@@ -126,8 +128,8 @@ class Head:
     settings = step_lib.Settings(
       jnp.array([lr]),
       jnp.array([decay]),
-      held={"tuner": start["tuner"]},
-      kept=None if kept is None else kept[None],
+      frozen_parts={"tuner": start["tuner"]},
+      feature_mask=None if kept is None else kept[None],
     )
     data = {"image": self.golden["images"], "label": self.golden["labels"]}
     count = len(data["label"])

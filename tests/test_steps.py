@@ -33,7 +33,7 @@ def test_trajectories_of_the_official_trainer(name, optimizer, prefix):
   get = lambda key: golden.get(prefix + key, golden.get(key))
   backbone = helpers.golden_backbone()
   tuner = vqt_jax.make_tuner("vqt", backbone.config, 7)
-  recipe = step_lib.Recipe(optimizer)
+  recipe = step_lib.StaticSettings(optimizer)
   kernel, bias = get("init/head/kernel"), get("init/head/bias")
   start = {
     "tuner": {"queries": get("init/queries")},
@@ -100,7 +100,7 @@ class Case:
   def __init__(self, method="vqt", recipe=None, mesh=None, **options):
     self.backbone = helpers.tiny_backbone()
     self.tuner = vqt_jax.make_tuner(method, self.backbone.config, 5, **options)
-    self.recipe = recipe or step_lib.Recipe(query_dropout=True)
+    self.recipe = recipe or step_lib.StaticSettings(query_dropout=True)
     self.examples = helpers.tiny_examples(self.backbone, 21, 5)
     self.mesh = mesh or single_device_mesh()
     self.params = mesh_lib.place_backbone(
@@ -151,7 +151,7 @@ class Case:
       np.array(decay, np.float32),
       np.array(dropout or [0.2] * len(lr), np.float32),
       np.array(normalize or [True] * len(lr)),
-      kept=kept,
+      feature_mask=kept,
     )
     source = self.source(how)
     with jax.set_mesh(self.mesh):
@@ -173,7 +173,7 @@ class Case:
             np.full(len(order), 1.0, np.float32),
           )
           losses.append(some)
-      ready = step_lib.Ready(
+      ready = step_lib.TrainedTrials(
         {name: state.trained[name] for name in ("tuner", "head")},
         settings.normalize,
       )
@@ -299,7 +299,7 @@ def test_devices_of_a_process_follow_one_another():
 def test_editors_sharded_equal_single():
   """Each device has its own part of noise, and one share of the lasso."""
   method, data, model = "vqt+lora", 4, 2
-  recipe = step_lib.Recipe(
+  recipe = step_lib.StaticSettings(
     "sgd", query_dropout=True, embedding_dropout=0.1, lasso=1e-2
   )
   settings = dict(lr=(0.01,), epochs=2)
@@ -326,7 +326,7 @@ def test_backbone_is_sharded_over_model():
 
 
 def test_frozen_leaves_keep_their_bits_and_trained_ones_move():
-  case = Case(recipe=step_lib.Recipe(query_dropout=True))
+  case = Case(recipe=step_lib.StaticSettings(query_dropout=True))
   before = jax.tree.map(np.array, case.params)
   start = case.train(epochs=1, lr=(0.0,))
   after = case.train(epochs=2)
@@ -352,8 +352,8 @@ def test_labels_decide_what_is_trained():
 
 
 def test_embedding_dropout_makes_the_stream_noisy():
-  quiet = Case(recipe=step_lib.Recipe()).train()
-  noisy = Case(recipe=step_lib.Recipe(embedding_dropout=0.1)).train()
+  quiet = Case(recipe=step_lib.StaticSettings()).train()
+  noisy = Case(recipe=step_lib.StaticSettings(embedding_dropout=0.1)).train()
   assert np.abs(quiet["loss"] - noisy["loss"]).max() > 1e-4
 
 

@@ -16,7 +16,10 @@ from tests import runs
 from vqt_jax import errors
 from vqt_jax.training import checkpoint
 from vqt_jax.training import loop as loop_lib
+from vqt_jax.training import optim
 from vqt_jax.training import preemption
+from vqt_jax.training import stage as stage_lib
+from vqt_jax.training import trial
 
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 EXTRACT = "vqt_jax.features.store:_writer"
@@ -106,7 +109,7 @@ def test_no_call_takes_long(monkeypatch, compiling, each, calls):
   """Seconds to compile, of a step, and steps of the first calls."""
   now = 0.0
   monkeypatch.setattr(loop_lib.time, "monotonic", lambda: now)
-  pace, taken = loop_lib.Pace(), []
+  pace, taken = loop_lib.CallLength(), []
   now += compiling
   for _ in calls:
     taken.append(pace.wish)
@@ -138,23 +141,21 @@ def test_nobody_waits_for_steps_just_started(monkeypatch, several):
   monkeypatch.setattr(loop_lib.step_lib, "train_steps", train_steps)
   monkeypatch.setattr(loop_lib.step_lib, "step_bytes", lambda *args: None)
   if several:
-    monkeypatch.setattr(loop_lib.processes, "ask", ask)
+    monkeypatch.setattr(loop_lib.processes, "all_reduce_max_async", ask)
   chunk = {}, np.zeros((1, 1), np.int32), np.ones((1, 1))
   source = types.SimpleNamespace(
     steps=1, num_examples=1, epoch=lambda *args: iter([chunk])
   )
-  phase = loop_lib.Phase(
-    "", (loop_lib.Run(1.0, 0.0, 0),), source, 9, 0, False, 1
-  )
+  stage = stage_lib.Stage("", "", None, (trial.Trial(1.0, 0.0, 0),), "seed")
   due = lambda: len(calls) == 1
   with pytest.raises(preemption.Stopped):
-    loop_lib.train_phase(
-      phase,
-      None,
-      None,
-      None,
+    loop_lib.train(
+      stage,
+      source,
+      optim.Schedule(9, 0, 1),
+      *[None] * 3,
       {},
-      loop_lib.Progress(),
+      stage_lib.Progress(),
       due=due,
       stop=stop,
       save=lambda state: saves.append(len(calls)),

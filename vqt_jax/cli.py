@@ -96,7 +96,17 @@ config_flags.register_flag_parser_for_type(tuple, _Tuples())
 
 
 def main(argv: Sequence[str]) -> int:
-  """Runs a command line; returns the exit status."""
+  """Run a command line; return the exit status.
+
+  One of several processes ends here instead, after the others.
+  """
+  status = _main(argv)
+  if processes.is_connected():
+    processes.leave_together(status)
+  return status
+
+
+def _main(argv: Sequence[str]) -> int:
   logfile.open_streams()
   processes.ask_for_determinism()
   try:
@@ -262,7 +272,7 @@ def _begin(
     logfile.last_words(screen, _jax_crashed()),
   ):
     processes.find_devices()  # Before the workdir is touched.
-  together = processes.together if joined else contextlib.nullcontext
+  together = processes.raise_on_all if joined else contextlib.nullcontext
   with contextlib.ExitStack() as opened:
     with logfile.quiet(os.devnull), together():
       if not joined or processes.is_first():

@@ -211,7 +211,7 @@ RESUMABLE = (
 )
 
 
-def of_tuner(config: Config) -> dict[str, Any]:
+def tuner_options(config: Config) -> dict[str, Any]:
   """A resolved config's part of `make_tuner`'s options."""
   sizes = [field.name for field in dataclasses.fields(editors.Options)]
   options = {

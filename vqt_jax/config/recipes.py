@@ -80,8 +80,8 @@ def resolve(
   `preset` is cleared, so that what comes back says all and can be resolved
   again. To depart from a preset, change fields after this call. The same goes
   for `settings` and `reader_lr`. (With `task="all"`, what the authors choose by
-  the task is left to `one`, and with `methods` all that depends on the method;
-  `method` is empty then.)
+  the task is left to `config_for`, and with `methods` all that depends on the
+  method; `method` is empty then.)
 
   Args:
     config: a changed `default_config()`, which is left as it is; or a dict of
@@ -133,7 +133,7 @@ def _own(config: Mapping[str, Any] | ConfigDict) -> fields.Config:
   return own
 
 
-def one(config: fields.Config, **changes: str) -> fields.Config:
+def config_for(config: fields.Config, **changes: str) -> fields.Config:
   """What a resolved config of several runs means for one of them, resolved.
 
   Args:

@@ -44,7 +44,7 @@ def _look(
   """The config of each method."""
   del workdir
   methods = tuner.parse_list(config.methods)
-  return {name: recipes.one(config, method=name) for name in methods}, ""
+  return {name: recipes.config_for(config, method=name) for name in methods}, ""
 
 
 def _sum_up(

@@ -51,7 +51,7 @@ def _look(
     UserError: there is nothing to do, or a dataset is not as it should be.
   """
   finished, missing = run_many.finished(workdir, vtab.VTAB), set()
-  with processes.together():
+  with processes.raise_on_all():
     for name in vtab.VTAB:
       if name in finished:
         continue
@@ -66,7 +66,7 @@ def _look(
   if missing == set(vtab.VTAB):
     raise errors.UserError(told)
   there = [name for name in vtab.VTAB if name not in missing]
-  return {name: recipes.one(config, task=name) for name in there}, told
+  return {name: recipes.config_for(config, task=name) for name in there}, told
 
 
 def _not_prepared(

@@ -51,7 +51,7 @@ def train(
     with stop.at_once():
       configs, told = look(config, workdir)
       done = finished(workdir, configs)
-      with processes.together():
+      with processes.raise_on_all():
         if processes.is_first():
           # All of them, so that one of another config is found at once.
           opened.enter_context(workdir_lib.open_workdir(config, workdir))
@@ -70,7 +70,7 @@ def train(
         raise preemption.Stopped
       console.note(place, label)
       single.train(its_config, workdir / name, console)
-    with processes.together():
+    with processes.raise_on_all():
       return sum_up(console, workdir, list(configs))
 
 

@@ -24,7 +24,7 @@ def train(
   results = run.train(config, workdir, console)
   run_table.show(console, workdir, results)
   picture = workdir / "report.png"
-  with processes.together():
+  with processes.raise_on_all():
     if processes.is_first() and not files.exists(picture):
       run_figure.report(results, picture)
   return results

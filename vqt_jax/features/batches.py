@@ -152,6 +152,9 @@ class Streamed:
       yield on_devices(batch, self.mesh)
 
 
+Source = Resident | Stored | Streamed
+
+
 def on_devices(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> Chunk:
   """One batch of {"image", "label", "mask"} as a chunk of one step."""
   data = mesh_lib.from_local(batch, mesh)

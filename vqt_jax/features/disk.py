@@ -144,7 +144,7 @@ class File:
       with _writing(part):
         done = self._whole_records(file)
       # In batches, since processes tell each other float32.
-      done = batch_size * int(processes.smallest(done // batch_size))
+      done = batch_size * int(processes.all_reduce_min(done // batch_size))
       with _writing(part):
         self._cut(file, done)
       for rows in stream(done) if done < self._count else ():
@@ -163,7 +163,7 @@ class File:
   def _locked(self, part: pathlib.Path) -> Iterator[BinaryIO]:
     """The unfinished file; one run at a time."""
     while True:
-      with processes.together(), files.writing(part):
+      with processes.raise_on_all(), files.writing(part):
         part.parent.mkdir(parents=True, exist_ok=True)
         file = open(part, "ab")
       with file:
@@ -228,7 +228,7 @@ class File:
 def _writing(path: pathlib.Path) -> Iterator[None]:
   """What cannot be written on one process is an error on all, and goes away."""
   try:
-    with processes.together(), files.writing(path):
+    with processes.raise_on_all(), files.writing(path):
       yield
   except errors.UserError:
     path.unlink(missing_ok=True)

@@ -64,7 +64,7 @@ class Examples:
 
   def source(
     self, split: str, some: np.ndarray | None = None
-  ) -> batches_lib.Resident | batches_lib.Stored | batches_lib.Streamed:
+  ) -> batches_lib.Source:
     """The examples of a split, or some rows of it, to train on.
 
     Raises:
@@ -142,11 +142,11 @@ class Examples:
     for split in ("train", "val", "trainval"):
       base = self._base(split)
       if self._place(base)[0] == "stream":
-        with processes.together():
+        with processes.raise_on_all():
           if data.num_bytes(self.task, base) > LABEL_BYTES:
             continue
       checked.append(split)
-    with processes.together():
+    with processes.raise_on_all():
       labels = {
         split: self._labels(self._base(split))[self._rows_of(split)]
         for split in checked
@@ -219,7 +219,7 @@ class Examples:
     images = count * 12 * int(np.prod(self.backbone.config.image_size))
     if stored > room["device"]:  # A file that is there needs no more room.
       there = max(file.size for file in self._files(base))
-      room["disk"] += int(processes.smallest(there))
+      room["disk"] += int(processes.all_reduce_min(there))
     backend = jax.default_backend()
     return memory_budget.choose(self.config, stored, images, room, backend)
 
@@ -249,9 +249,9 @@ class Examples:
     count, layout = self.count(base), self._layout
     if place == "device":
       room = self._room["device"]
-      layout = store.held_layout(layout, self.tuner, count, room)
+      layout = store.device_layout(layout, self.tuner, count, room)
     self.console.note(_plan(layout, count, place, why), "store")
-    with processes.together():
+    with processes.raise_on_all():
       label = self._labels(base)
     if place == "disk" or self.config.store_dir:
       return self._place_kept(self._on_disk(base), label, place, layout)
@@ -319,7 +319,7 @@ class Examples:
     """The features in their file, extracted if there is none."""
     known = self._files(base)
     for file in known:
-      with processes.together():
+      with processes.raise_on_all():
         kept = self._open(file)
       if not processes.any_process(kept is None):
         self.console.note(f"found in {file.path}", "extract")
@@ -353,7 +353,7 @@ class Examples:
   def _load_images(self, base: str, why: str) -> dict[str, jax.Array]:
     count = self.count(base)
     with self.console.phase("images", count, "image") as line:
-      with processes.together():
+      with processes.raise_on_all():
         examples = data.load_arrays(self.task, base, **self._decoding)
       held = jax.block_until_ready(
         store.resident(examples, self.mesh, self.backbone.config.dtype)

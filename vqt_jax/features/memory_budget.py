@@ -38,7 +38,7 @@ def room(store_dir: str, mesh: jax.sharding.Mesh) -> dict[str, int]:
   }
   parts = {"device": mesh.shape["data"], "host": jax.process_count()}
   return {
-    place: int(processes.smallest(size)) * parts.get(place, 1)
+    place: int(processes.all_reduce_min(size)) * parts.get(place, 1)
     for place, size in mine.items()
   }
 
@@ -111,7 +111,7 @@ def size(count: int) -> str:
 MEMORY_SHARE = 0.4
 
 
-def bytes_per_run(
+def bytes_per_trial(
   tuner: tuner_lib.Tuner, batch_size: float, remat: bool = False
 ) -> float:
   """What a training step holds for one run, about; bytes on one device.
@@ -154,14 +154,14 @@ def _stream_numbers(tuner: tuner_lib.Tuner, remat: bool) -> int:
   return c.depth * tokens * 2 * c.width + tokens * of_token
 
 
-def held_at_once(tuner: tuner_lib.Tuner) -> int:
+def weights_at_once(tuner: tuner_lib.Tuner) -> int:
   """The number of runs, at least one, whose weights fit on each device."""
   numbers = sum(math.prod(x.shape) for x in jax.tree.leaves(tuner.shapes()))
-  room = processes.smallest(MEMORY_SHARE * memory.device_memory())
+  room = processes.all_reduce_min(MEMORY_SHARE * memory.device_memory())
   return max(1, int(room / (4 * numbers)))
 
 
-def runs_at_once(
+def trials_at_once(
   tuner: tuner_lib.Tuner,
   batch_size: int,
   mesh: jax.sharding.Mesh,
@@ -177,12 +177,12 @@ def runs_at_once(
     tuner: of the runs.
     batch_size: images in a step, over all devices.
     mesh: its devices.
-    remat: as in `bytes_per_run`.
+    remat: as in `bytes_per_trial`.
     device_memory: bytes; None: of the devices that are here.
   """
   if tuner.editor and mesh.devices.flat[0].platform == "cpu":
     return 1
   size = device_memory or memory.device_memory()
-  room = processes.smallest(MEMORY_SHARE * size)
+  room = processes.all_reduce_min(MEMORY_SHARE * size)
   local = batch_size / mesh.shape["data"]
-  return max(1, int(room / bytes_per_run(tuner, local, remat)))
+  return max(1, int(room / bytes_per_trial(tuner, local, remat)))

@@ -113,7 +113,7 @@ def layout_of(
   )
 
 
-def held_layout(
+def device_layout(
   layout: Layout, tuner: tuner_lib.Tuner, count: int, room: int
 ) -> Layout:
   """Of features in device memory: on one CPU projected, if that has room.
@@ -240,7 +240,7 @@ def on_devices(
   return {**store, "label": mesh_lib.from_host(_pad(label, rows), replicated)}
 
 
-def held_shapes(layout: Layout, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+def device_shapes(layout: Layout, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
   """What `on_devices` gives for so many rows, in its place."""
   depth, _, width = layout.row
   shape = lambda name, *rest: jax.ShapeDtypeStruct(
@@ -258,7 +258,7 @@ def held_shapes(layout: Layout, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _empty(layout, rows, names):
-  shapes = {name: held_shapes(layout, rows)[name] for name in names}
+  shapes = {name: device_shapes(layout, rows)[name] for name in names}
   zeros = lambda: {
     name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()
   }

@@ -55,26 +55,29 @@ def compile_for(
       raise Exceeds(int(float(number) * 2**power)) from e
 
 
-def matmuls(function: Callable[..., Any], *args: Any) -> int:
-  """Operations of all matrix products and convolutions of one call.
+def matmuls(
+  function: Callable[..., Any], *args: Any, trips: int | None = None
+) -> int:
+  """Count operations of all matrix products and convolutions of one call.
 
   2 per multiply-add, over all devices; the body of a scan times its length.
 
   Args:
     function: made by `jax.jit`.
     *args: its arguments, arrays or `jax.ShapeDtypeStruct`.
+    trips: of a loop whose length is an argument.
 
   Raises:
-    ValueError: a product sits in a loop whose length is not known.
+    ValueError: a product sits in such a loop, and `trips` is not given.
   """
-  return _of_jaxpr(function.trace(*args).jaxpr.jaxpr)
+  return _of_jaxpr(function.trace(*args).jaxpr.jaxpr, trips)
 
 
-def _of_jaxpr(jaxpr: core.Jaxpr) -> int:
-  return sum(map(_of_equation, jaxpr.eqns))
+def _of_jaxpr(jaxpr: core.Jaxpr, trips: int | None) -> int:
+  return sum(_of_equation(equation, trips) for equation in jaxpr.eqns)
 
 
-def _of_equation(equation) -> int:
+def _of_equation(equation, trips) -> int:
   name, params = equation.primitive.name, equation.params
   if name == "dot_general":
     (contracted, _), _ = params["dimension_numbers"]
@@ -91,13 +94,15 @@ def _of_equation(equation) -> int:
     products = 2 if "_fwd_" in name else 5  # Scores are computed again.
     return products * 2 * batch * heads * tokens**2 * size
   counts = [
-    _of_jaxpr(getattr(inner, "jaxpr", inner))
+    _of_jaxpr(getattr(inner, "jaxpr", inner), trips)
     for value in params.values()
     for inner in (value if isinstance(value, (tuple, list)) else (value,))
     if isinstance(inner, (core.Jaxpr, core.ClosedJaxpr))
   ]
   if name == "while" and any(counts):
-    raise ValueError("A matrix product sits in a loop of unknown length.")
+    if trips is None:
+      raise ValueError("A matrix product sits in a loop of unknown length.")
+    return sum(counts) * trips
   if name == "cond":
     return max(counts)
   if name == "shard_map":  # Its shapes are those of a device's part.

@@ -70,9 +70,14 @@ class Collective:
     return self.times * self.size * share
 
 
-def collectives(text: str) -> list[Collective]:
-  """All communication of a compiled program, from its text (`as_text`)."""
-  program, found = _Program(text), []
+def collectives(text: str, trips: int = 1) -> list[Collective]:
+  """Find all communication of a compiled program.
+
+  Args:
+    text: of the program, from `as_text`.
+    trips: of a loop whose length is an argument.
+  """
+  program, found = _Program(text, trips), []
   for op, times, loops in program.executed(inside_fusions=True):
     kind = op.kind.removesuffix("-start")
     if kind not in COLLECTIVES:
@@ -90,13 +95,15 @@ def collectives(text: str) -> list[Collective]:
   return found
 
 
-def traffic(text: str) -> int:
+def traffic(text: str, trips: int = 1) -> int:
   """Bytes a device reads from and writes to its main memory in a call.
+
+  Arguments as of `collectives`.
 
   What every operation of a compiled program reads and writes, but for what
   lies in on-chip memory, and of what is sliced or updated the part in question.
   """
-  program = _Program(text)
+  program = _Program(text, trips)
   return sum(
     times * program.moved(op)
     for op, times, _ in program.executed(inside_fusions=False)
@@ -144,7 +151,8 @@ class _Operation:
 class _Program:
   """A compiled program: its computations, lists of operations by name."""
 
-  def __init__(self, text: str):
+  def __init__(self, text: str, trips: int):
+    self.trips = trips
     self.computations: dict[str, dict[str, _Operation]] = {}
     self.roots: dict[str, _Operation] = {}
     name = ""
@@ -178,7 +186,7 @@ class _Program:
         yield from visit(called, times, loops)
 
   def _trips(self, loop: _Operation) -> int:
-    """How often a loop runs: from 0 in steps of 1 to a constant."""
+    """Trips of a loop that runs from 0 in steps of 1 to a constant."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.text):
       return int(known[1])
     condition = self.computations[loop.refers("condition")].values()
@@ -188,7 +196,7 @@ class _Program:
       if op.kind == "constant"
       and (number := re.search(r"constant\((\d+)\)", op.text))
     ]
-    return max(limits, default=1)
+    return max(limits, default=self.trips)
 
   def moved(self, op: _Operation) -> int:
     """Bytes of the main memory that one operation reads and writes."""

@@ -10,6 +10,7 @@ compiling and saving are not in them.
 
 from collections.abc import Sequence
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -18,24 +19,22 @@ import ml_collections
 from vqt_jax import checkpoints
 from vqt_jax import data
 from vqt_jax import errors
-from vqt_jax.config import fields
 from vqt_jax.data import vtab
 from vqt_jax.features import examples
 from vqt_jax.features import memory_budget
-from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.planning import cost
 from vqt_jax.planning import hlo
 from vqt_jax.planning import programs
 from vqt_jax.planning import tpus
 from vqt_jax.runtime import console as console_lib
-from vqt_jax.runtime import mesh as mesh_lib
+from vqt_jax.training import setup
 
 MIB = 2**20
 TRIES = 6  # Batches that are compiled to find the largest that fits.
 
 
 @dataclasses.dataclass(frozen=True)
-class Needs:
+class ResourceEstimate:
   """What one program needs, per chip; None: it cannot be compiled.
 
   Attributes:
@@ -73,7 +72,9 @@ class Needs:
     }
 
 
-def make_job(config: ml_collections.ConfigDict, where: str) -> programs.Job:
+def make_context(
+  config: ml_collections.ConfigDict, where: str
+) -> programs.PlanContext:
   """What is to be planned; reads no weights and no images.
 
   Args:
@@ -94,27 +95,13 @@ def make_job(config: ml_collections.ConfigDict, where: str) -> programs.Job:
     )
   chip, devices = tpus.find(where)
   platform = devices[0].platform
-  dtype = "float32" if platform == "cpu" else "bfloat16"
-  image_size = checkpoints.size_of(config.image_size, config.image_width)
   vit_config = checkpoints.read_config(
-    config.init,
-    image_size=image_size,
-    variant=config.variant,
-    pool_type=config.pool_type,
-    gelu=config.gelu,
-    dtype=config.dtype or dtype,
-    trained_size=checkpoints.size_of(config.trained_size, config.trained_width),
+    config.init, **setup.backbone_options(config, platform)
   )
-  checkpoints.check_image_size(vit_config.patch_size, image_size)
-  task = data.make_task(
-    config.task, **{name: config[name] for name in fields.TASK_FIELDS}
-  )
-  tuner = tuner_lib.make_tuner(
-    config.method, vit_config, task.num_classes, **fields.of_tuner(config)
-  )
-  mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.model, devices)
-  mesh_lib.check_heads(mesh, vit_config.num_heads)
-  job = programs.Job(
+  task = setup.find_task(config)
+  tuner = setup.find_tuner(config, vit_config, task)
+  mesh = setup.find_mesh(config, vit_config, devices)
+  context = programs.PlanContext(
     config=config,
     tuner=tuner,
     chip=chip,
@@ -125,36 +112,38 @@ def make_job(config: ml_collections.ConfigDict, where: str) -> programs.Job:
     why="",
     room=0,
   )
-  room = _room(job, where)
-  count = job.counts[job.base["trainval"]]
+  room = _room(context, where)
+  count = context.counts[context.base["trainval"]]
   place, why = memory_budget.choose(
     config,
-    count * job.layout.bytes_per_image,
-    count * 12 * image_size[0] * image_size[1],
+    count * context.layout.bytes_per_image,
+    count * 12 * math.prod(vit_config.image_size),
     room,
     platform,
   )
   if place == "stream":
     examples.check_batch(config.batch_size, mesh)
-  return dataclasses.replace(job, place=place, why=why, room=room["device"])
+  return dataclasses.replace(context, place=place, why=why, room=room["device"])
 
 
-def _room(job: programs.Job, where: str) -> dict[str, int]:
+def _room(context: programs.PlanContext, where: str) -> dict[str, int]:
   """As `places.room`; the disk of a slice is large enough."""
   if where == tpus.HERE:
-    return memory_budget.room(job.config.store_dir, job.mesh)
-  each = job.chip.memory * memory_budget.DEVICE_SHARE
-  host = job.chip.host_memory * memory_budget.HOST_SHARE
+    return memory_budget.room(context.config.store_dir, context.mesh)
+  each = context.chip.memory * memory_budget.DEVICE_SHARE
+  host = context.chip.host_memory * memory_budget.HOST_SHARE
   return {
-    "device": int(each * job.mesh.shape["data"]),
-    "host": int(host * job.mesh.size),
+    "device": int(each * context.mesh.shape["data"]),
+    "host": int(host * context.mesh.size),
     "disk": 2**63,
   }
 
 
-def measure(program: programs.Program, mesh: jax.sharding.Mesh) -> Needs:
+def measure(
+  program: programs.Program, mesh: jax.sharding.Mesh
+) -> ResourceEstimate:
   """Compiles a program and counts what it needs."""
-  flops = cost.matmuls(program.function, *program.args)
+  flops = cost.matmuls(program.function, *program.args, trips=program.steps)
   flops /= mesh.size * program.steps
   try:
     parts = {
@@ -164,17 +153,17 @@ def measure(program: programs.Program, mesh: jax.sharding.Mesh) -> Needs:
     }
     done = cost.compile_for(mesh, program.function, *program.args)
   except cost.Exceeds as e:
-    return Needs(program, None, e.needed, flops, None, [])
+    return ResourceEstimate(program, None, e.needed, flops, None, [])
   text, sizes = done.as_text(), done.memory_analysis()
   results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
   parts["temporary"] = sizes.temp_size_in_bytes + program.results * results
-  return Needs(
+  return ResourceEstimate(
     program,
     parts,
     sum(parts.values()),
     flops,
-    hlo.traffic(text) / program.steps,
-    hlo.collectives(text),
+    hlo.traffic(text, program.steps) / program.steps,
+    hlo.collectives(text, program.steps),
   )
 
 
@@ -188,26 +177,28 @@ def _resident(tree: Any, mesh: jax.sharding.Mesh) -> int:
   return done.memory_analysis().argument_size_in_bytes
 
 
-def reduced(needs: Needs) -> float:
+def reduced(estimate: ResourceEstimate) -> float:
   """Bytes that are summed over the devices in a step: gradients, mostly."""
   return sum(
-    each.times * each.size / needs.program.steps
-    for each in needs.collectives
+    each.times * each.size / estimate.program.steps
+    for each in estimate.collectives
     if each.kind == "all-reduce"
   )
 
 
-def largest_batch(job: programs.Job) -> tuple[int | None, int | None]:
+def largest_batch(
+  context: programs.PlanContext,
+) -> tuple[int | None, int | None]:
   """The largest batch that is found to fit, and the least that does not.
 
   In the first phase of training, over all devices; None: there is none. No
   batch is larger than the split.
   """
-  shards = job.mesh.shape["data"]
-  size = most = job.counts[programs.first_stage(job).split]
+  shards = context.mesh.shape["data"]
+  size = most = context.counts[programs.first_stage(context).split]
   fits, fails = None, None
   for _ in range(TRIES):
-    if _with_batch(job, size).fits(job.chip):
+    if _with_batch(context, size).fits(context.chip):
       fits = size
     else:
       fails = size
@@ -220,11 +211,11 @@ def largest_batch(job: programs.Job) -> tuple[int | None, int | None]:
   return fits, fails
 
 
-def _with_batch(job: programs.Job, size: int) -> Needs:
-  config = job.config.copy_and_resolve_references()
+def _with_batch(context: programs.PlanContext, size: int) -> ResourceEstimate:
+  config = context.config.copy_and_resolve_references()
   config.batch_size = size
-  other = dataclasses.replace(job, config=config)
-  return measure(programs.search(other), job.mesh)
+  other = dataclasses.replace(context, config=config)
+  return measure(programs.search(other), context.mesh)
 
 
 def run(
@@ -234,46 +225,47 @@ def run(
 ) -> bool:
   """Plans, tells, and returns whether it fits."""
   console = console or console_lib.Console()
-  job = make_job(config, where)
-  console.header(_describe(job, where))
-  todo, found = programs.all_programs(job), []
+  context = make_context(config, where)
+  console.header(_describe(context, where))
+  todo, found = programs.all_programs(context), []
   with console.phase("compile", len(todo), "program") as line:
     for program in todo:
-      found.append(measure(program, job.mesh))
+      found.append(measure(program, context.mesh))
       line.update(len(found))
-  _show_memory(console, job, found)
-  _show_steps(console, job, found)
-  _show_protocol(console, job, found)
-  fits = all(needs.fits(job.chip) for needs in found)
-  batch, too_large = largest_batch(job)
-  console.note(_batch_line(job, batch, too_large), "batch")
+  _show_memory(console, context, found)
+  _show_steps(console, context, found)
+  _show_protocol(console, context, found)
+  fits = all(estimate.fits(context.chip) for estimate in found)
+  batch, too_large = largest_batch(context)
+  console.note(_batch_line(context, batch, too_large), "batch")
   if fits:
     console.note("it fits", "verdict")
   else:
-    console.note(_advice(job, found, batch), "verdict")
+    console.note(_advice(context, found, batch), "verdict")
   return fits
 
 
-def _describe(job: programs.Job, where: str) -> list[str]:
-  c, shape = job.tuner.config, job.mesh.shape
+def _describe(context: programs.PlanContext, where: str) -> list[str]:
+  c, shape = context.tuner.config, context.mesh.shape
   pixels = "x".join(map(str, dict.fromkeys(c.image_size)))
-  count = job.counts[job.base["trainval"]]
-  layout = job.held("trainval")
+  count = context.counts[context.base["trainval"]]
+  layout = context.on_device("trainval")
   each = layout.bytes_per_image
   size = memory_budget.size
   kept = (
     f"{count:,} images x {size(each)} = {size(count * each)} of"
     f" {'keys and values' if layout.projected else 'features'}, kept"
-    f" {memory_budget.FEATURES[job.place]}"
-    if job.stored
+    f" {memory_budget.FEATURES[context.place]}"
+    if context.stored
     else f"{count:,} images, through the backbone every step"
   )
   return [
-    f"plan of {job.tuner.method} on {job.config.task}   ViT-{c.variant}"
-    f" {job.config.init}, {pixels} px, {c.dtype}",
-    f"{where}: {job.mesh.size} x {job.chip.name}, data {shape['data']} x"
-    f" model {shape['model']}, {memory_budget.size(job.chip.memory)} each",
-    f"{kept}, {job.why}",
+    f"plan of {context.tuner.method} on {context.config.task}   ViT-{c.variant}"
+    f" {context.config.init}, {pixels} px, {c.dtype}",
+    f"{where}: {context.mesh.size} x {context.chip.name}, data"
+    f" {shape['data']} x model {shape['model']},"
+    f" {memory_budget.size(context.chip.memory)} each",
+    f"{kept}, {context.why}",
   ]
 
 
@@ -281,19 +273,19 @@ def _mib(size: float | None) -> str:
   return "" if size is None else f"{size / MIB:,.1f}"
 
 
-def _show_memory(console, job, found: Sequence[Needs]) -> None:
+def _show_memory(console, context, found: Sequence[ResourceEstimate]) -> None:
   parts = ("weights", "data", "runs", "temporary")
   rows = []
-  for needs in found:
-    sizes = [_mib((needs.memory or {}).get(part)) for part in parts]
-    share = needs.total and f"{needs.total / job.chip.memory:.0%}"
+  for estimate in found:
+    sizes = [_mib((estimate.memory or {}).get(part)) for part in parts]
+    share = estimate.total and f"{estimate.total / context.chip.memory:.0%}"
     rows.append(
       [
-        needs.program.name,
-        f"{needs.program.images:,}",
-        needs.program.runs,
+        estimate.program.name,
+        f"{estimate.program.images:,}",
+        estimate.program.trials,
         *sizes,
-        _mib(needs.total),
+        _mib(estimate.total),
         share or "too much",
       ]
     )
@@ -301,22 +293,22 @@ def _show_memory(console, job, found: Sequence[Needs]) -> None:
   console.table("", columns, rows)
 
 
-def _show_steps(console, job, found: Sequence[Needs]) -> None:
+def _show_steps(console, context, found: Sequence[ResourceEstimate]) -> None:
   rows, talk = [], []
-  for needs in found:
-    seconds = needs.seconds(job.chip)
+  for estimate in found:
+    seconds = estimate.seconds(context.chip)
     slowest = seconds and max(seconds, key=seconds.get)
     rows.append(
       [
-        needs.program.name,
-        f"{needs.flops / 1e9:,.1f}",
-        _mib(needs.traffic),
-        _mib(needs.sent),
+        estimate.program.name,
+        f"{estimate.flops / 1e9:,.1f}",
+        _mib(estimate.traffic),
+        _mib(estimate.sent),
         f"{1000 * seconds[slowest]:,.3f}" if seconds else "",
         slowest or "",
       ]
     )
-    talk += [[needs.program.name, *row] for row in _talk(needs)]
+    talk += [[estimate.program.name, *row] for row in _talk(estimate)]
   columns = [
     "a step, of a chip",
     "GFLOP",
@@ -331,31 +323,31 @@ def _show_steps(console, job, found: Sequence[Needs]) -> None:
     console.table("", columns, talk)
 
 
-def _talk(needs: Needs) -> list[list[str]]:
+def _talk(estimate: ResourceEstimate) -> list[list[str]]:
   """What a step exchanges: kind, times, type, size and place."""
   rows, where = [], {}
-  for each in needs.collectives:
-    inner = each.loops - (needs.program.steps > 1)
+  for each in estimate.collectives:
+    inner = each.loops - (estimate.program.steps > 1)
     place = "each block" if inner > 0 else "once"
     key = (each.kind, "+".join(each.dtypes), place)
     times, size = where.get(key, (0, 0))
-    times += each.times / needs.program.steps
-    where[key] = times, size + each.times * each.size / needs.program.steps
+    times += each.times / estimate.program.steps
+    where[key] = times, size + each.times * each.size / estimate.program.steps
   for (kind, dtypes, place), (times, size) in where.items():
     rows.append([kind, f"{times:.3g}", dtypes, f"{size / MIB:,.3f}", place])
   return rows
 
 
-def _show_protocol(console, job, found: Sequence[Needs]) -> None:
+def _show_protocol(console, context, found: Sequence[ResourceEstimate]) -> None:
   rows, total = [], 0.0
-  for needs in found:
-    seconds = needs.seconds(job.chip)
+  for estimate in found:
+    seconds = estimate.seconds(context.chip)
     if seconds is None:
       continue
-    whole = needs.program.in_all * max(seconds.values())
+    whole = estimate.program.in_all * max(seconds.values())
     total += whole
     rows.append(
-      [needs.program.name, f"{needs.program.in_all:,}", f"{whole:,.2f}"]
+      [estimate.program.name, f"{estimate.program.in_all:,}", f"{whole:,.2f}"]
     )
   if len(rows) == len(found):
     rows.append(["all", "", f"{total:,.2f}"])
@@ -363,7 +355,7 @@ def _show_protocol(console, job, found: Sequence[Needs]) -> None:
     console.table("", ["whole protocol", "steps", "seconds at least"], rows)
 
 
-def _batch_line(job, fits: int | None, fails: int | None) -> str:
+def _batch_line(context, fits: int | None, fails: int | None) -> str:
   if fits is None:
     return "no batch was found that fits"
   if fails is None:
@@ -371,36 +363,38 @@ def _batch_line(job, fits: int | None, fails: int | None) -> str:
   return f"{fits:,} images fit, {fails:,} do not"
 
 
-def _model(job) -> str:
+def _model(context) -> str:
   """The smallest number of devices that can share a backbone."""
-  heads = job.tuner.config.num_heads
+  heads = context.tuner.config.num_heads
   parts = next(n for n in range(2, max(heads, 2) + 1) if heads % n == 0)
   return f"--config.mesh.model={parts}"
 
 
-def _advice(job, found: Sequence[Needs], batch: int | None) -> str:
+def _advice(
+  context, found: Sequence[ResourceEstimate], batch: int | None
+) -> str:
   """What to change; the largest part of the memory tells."""
-  worst = max(found, key=lambda needs: needs.total or 2**63)
+  worst = max(found, key=lambda estimate: estimate.total or 2**63)
   name = worst.program.name
   parts = worst.memory or {"temporary": 1}
   largest = max(parts, key=parts.get)
   if largest == "weights":
-    advice = f"spread the backbone: {_model(job)}, or more"
-  elif largest == "data" and job.place == "device":
+    advice = f"spread the backbone: {_model(context)}, or more"
+  elif largest == "data" and context.place == "device":
     advice = "keep features elsewhere: --config.features=host"
-  elif largest == "data" and job.place == "images":
+  elif largest == "data" and context.place == "images":
     advice = "read images in every epoch: --config.data=stream"
   elif name in ("extraction", "test"):
     advice = "run fewer images at once: --config.eval_batch_size="
     advice += str(max(1, worst.program.images // 2))
-  elif job.tuner.editor and not job.config.remat:
+  elif context.tuner.editor and not context.config.remat:
     advice = "compute blocks again in the gradient: --config.remat=True"
-  elif batch and batch < job.config.batch_size:
+  elif batch and batch < context.config.batch_size:
     advice = f"take a smaller batch: --config.batch_size={batch}"
   else:
-    advice = f"take a larger slice, or {_model(job)}"
-  needs = f"{_mib(worst.total)} MiB" if worst.total else "more than there is"
+    advice = f"take a larger slice, or {_model(context)}"
+  estimate = f"{_mib(worst.total)} MiB" if worst.total else "more than there is"
   return (
-    f"it does not fit: {name} needs {needs} of {_mib(job.chip.memory)} MiB a"
-    f" chip; {advice}"
+    f"it does not fit: {name} needs {estimate} of"
+    f" {_mib(context.chip.memory)} MiB a chip; {advice}"
   )

@@ -21,7 +21,6 @@ from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.models import vit
 from vqt_jax.planning import tpus
 from vqt_jax.runtime import mesh as mesh_lib
-from vqt_jax.training import loop
 from vqt_jax.training import protocol
 from vqt_jax.training import stage as stage_lib
 from vqt_jax.training import stages as stages_lib
@@ -31,7 +30,7 @@ Shapes = Any  # A tree of `jax.ShapeDtypeStruct` with shardings.
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class PlanContext:
   """What is planned.
 
   Attributes:
@@ -61,12 +60,12 @@ class Job:
   def layout(self) -> store.Layout:
     return store.layout_of(self.config, self.tuner, self.mesh)
 
-  def held(self, split: str) -> store.Layout:
+  def on_device(self, split: str) -> store.Layout:
     """Of the features of a split where they are used."""
     if self.place != "device":
       return self.layout
     count = self.counts[self.base[split]]
-    return store.held_layout(self.layout, self.tuner, count, self.room)
+    return store.device_layout(self.layout, self.tuner, count, self.room)
 
   @property
   def stored(self) -> bool:
@@ -94,8 +93,8 @@ class Job:
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
     )
 
-  def runs_at_once(self, tuner: tuner_lib.Tuner) -> int:
-    return memory_budget.runs_at_once(
+  def trials_at_once(self, tuner: tuner_lib.Tuner) -> int:
+    return memory_budget.trials_at_once(
       tuner,
       self.config.batch_size,
       self.mesh,
@@ -126,7 +125,7 @@ class Program:
   function: Callable[..., Any]
   args: tuple[Any, ...]
   images: int
-  runs: int
+  trials: int
   steps: int
   in_all: int
   weights: Shapes
@@ -135,108 +134,105 @@ class Program:
   results: int = 1
 
 
-def all_programs(job: Job) -> list[Program]:
+def all_programs(context: PlanContext) -> list[Program]:
   """Extraction (if features are kept), training of both phases, test.
 
   Val is left out (it takes less than an epoch of the search). Feature selection
   is taken for two more trainings of the seeds, of which it is a part, and the
   choice of a fraction for three more searches, which it is at most.
   """
-  stages = _stages(job)
-  times = [1, 1 + 2 * job.selects][-len(stages) :]
-  times[0] += 3 * (len(job.config.keep_fraction) > 1)
-  found = [training(job, stage) for stage in stages]
+  stages = _stages(context)
+  times = [1, 1 + 2 * context.selects][-len(stages) :]
+  times[0] += 3 * (len(context.config.keep_fraction) > 1)
+  found = [training(context, stage) for stage in stages]
   found = [
     dataclasses.replace(each, in_all=each.in_all * more)
     for each, more in zip(found, times)
   ]
-  if job.stored:
-    found.insert(0, extraction(job))
-  return [*found, test(job)]
+  if context.stored:
+    found.insert(0, extraction(context))
+  return [*found, test(context)]
 
 
-def search(job: Job) -> Program:
+def search(context: PlanContext) -> Program:
   """Training in its first phase, which most runs share."""
-  return training(job, first_stage(job))
+  return training(context, first_stage(context))
 
 
-def first_stage(job: Job) -> stage_lib.Stage:
+def first_stage(context: PlanContext) -> stage_lib.Stage:
   """The search, or the seeds if there is nothing to search."""
-  return _stages(job)[0]
+  return _stages(context)[0]
 
 
-def _stages(job: Job) -> list[stage_lib.Stage]:
-  first = protocol.search_stage(job.config, job.tuner)
-  seeds = protocol.seeds_stage(job.tuner, first.runs[0], job.config.seeds)
-  return [first, seeds] if len(first.runs) > 1 else [seeds]
+def _stages(context: PlanContext) -> list[stage_lib.Stage]:
+  first = protocol.search_stage(context.config, context.tuner)
+  seeds = protocol.seeds_stage(
+    context.tuner, first.trials[0], context.config.seeds
+  )
+  return [first, seeds] if len(first.trials) > 1 else [seeds]
 
 
-def extraction(job: Job) -> Program:
+def extraction(context: PlanContext) -> Program:
   """The backbone over all images whose features are kept."""
-  size, c = job.eval_batch_size, job.tuner.config
+  size, c = context.eval_batch_size, context.tuner.config
   images = jax.ShapeDtypeStruct(
     (size, *c.image_size, 3),
     jnp.float32,
-    sharding=mesh_lib.batch_sharding(job.mesh),
+    sharding=mesh_lib.batch_sharding(context.mesh),
   )
-  params = job.params()
-  bases = {job.base[split] for split in ("train", "val", "trainval")}
+  params = context.params()
+  bases = {context.base[split] for split in ("train", "val", "trainval")}
   return Program(
     name="extraction",
-    function=store.runner(job.layout),
+    function=store.runner(context.layout),
     args=(params, images),
     images=size,
-    runs=1,
+    trials=1,
     steps=1,
-    in_all=sum(-(-job.counts[base] // size) for base in bases),
+    in_all=sum(-(-context.counts[base] // size) for base in bases),
     weights=params,
-    data=_resident(job, "trainval"),
+    data=_resident(context, "trainval"),
     results=2,  # One is computed while another is used.
   )
 
 
-def training(job: Job, stage: stage_lib.Stage) -> Program:
+def training(context: PlanContext, stage: stage_lib.Stage) -> Program:
   """An epoch of a stage, in one call or a call a step."""
-  runs = stage.runs[: job.runs_at_once(stage.tuner)]
+  trials = stage.trials[: context.trials_at_once(stage.tuner)]
   stage, packs = (
-    dataclasses.replace(stage, runs=runs),
-    (-(-len(stage.runs) // len(runs))),
+    dataclasses.replace(stage, trials=trials),
+    (-(-len(stage.trials) // len(trials))),
   )
-  recipe, params = stages_lib.recipe_of(job.config, stage), job.params()
-  seeds = jnp.zeros(len(runs), jnp.uint32)
-  init = functools.partial(step_lib.init, stage.tuner, recipe)
-  state = job.replicated(jax.eval_shape(init, params, seeds))
+  static, params = (
+    stages_lib.static_settings(context.config, stage),
+    context.params(),
+  )
+  seeds = jnp.zeros(len(trials), jnp.uint32)
+  init = functools.partial(step_lib.init, stage.tuner, static)
+  state = context.replicated(jax.eval_shape(init, params, seeds))
   frozen = tuner_lib.partition(params, stage.tuner.shapes())[1]
-  phase = loop.Phase(
-    stage.name,
-    runs,
-    None,
-    job.config.epochs,
-    job.config.warmup_epochs,
-    per_step=False,
-    least=0,
-  )
-  count = job.counts[stage.split]
+  count = context.counts[stage.split]
   index, mask = store.order(
-    np.arange(count), job.config.batch_size, job.mesh.shape["data"]
+    np.arange(count), context.config.batch_size, context.mesh.shape["data"]
   )
-  in_epoch, held = len(index), _resident(job, stage.split)
-  if held is None:  # A call a step.
+  in_epoch, on_device = len(index), _resident(context, stage.split)
+  one_step = on_device is None
+  if one_step:  # A call a step.
     index, mask = index[:1], mask[:1]
-    data = _batch(job, index.shape[1])
-    held = [data] * (batches.AHEAD + 1)
+    data = _batch(context, index.shape[1])
+    on_device = [data] * (batches.AHEAD + 1)
   else:
-    data = held
-  settings, factor, index = job.replicated(
-    (phase.settings, np.ones(len(index), np.float32), index)
+    data = on_device
+  settings, factor, index, count = context.replicated(
+    (stage.settings(), np.ones(len(index), np.float32), index, np.int32(0))
   )
-  mask = _mask(job, mask, shared=job.place == "stream")
+  mask = _mask(context, mask, shared=context.place == "stream")
   return Program(
     name=stage.label,
     function=step_lib.train_steps,
     args=(
       stage.tuner,
-      recipe,
+      static,
       state,
       frozen,
       settings,
@@ -244,44 +240,45 @@ def training(job: Job, stage: stage_lib.Stage) -> Program:
       index,
       mask,
       factor,
+      *([] if one_step else [count]),
     ),
     images=index.shape[1],
-    runs=len(runs),
+    trials=len(trials),
     steps=len(index),
-    in_all=packs * in_epoch * job.config.epochs,
+    in_all=packs * in_epoch * context.config.epochs,
     weights=params,
-    data=held,
+    data=on_device,
     trained=state,
   )
 
 
-def test(job: Job) -> Program:
+def test(context: PlanContext) -> Program:
   """All seeds over the test images, with and without selected features."""
-  size, c = job.eval_batch_size, job.tuner.config
-  runs = len(job.config.seeds)
-  several = lambda x: jax.ShapeDtypeStruct((runs, *x.shape), x.dtype)
-  ready = job.replicated(
-    step_lib.Ready(
-      jax.tree.map(several, job.tuner.shapes()),
-      jax.ShapeDtypeStruct((runs,), bool),
+  size, c = context.eval_batch_size, context.tuner.config
+  trials = len(context.config.seeds)
+  several = lambda x: jax.ShapeDtypeStruct((trials, *x.shape), x.dtype)
+  ready = context.replicated(
+    step_lib.TrainedTrials(
+      jax.tree.map(several, context.tuner.shapes()),
+      jax.ShapeDtypeStruct((trials,), bool),
     )
   )
-  candidates = 1 + job.selects
-  over = mesh_lib.batch_sharding(job.mesh)
+  candidates = 1 + context.selects
+  over = mesh_lib.batch_sharding(context.mesh)
   data = {
     "image": jax.ShapeDtypeStruct(
       (size, *c.image_size, 3), jnp.float32, sharding=over
     ),
     "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=over),
   }
-  index = job.replicated(np.zeros((1, size), np.int32))
-  mask = _mask(job, np.zeros((1, size), np.float32), shared=True)
-  params = job.params()
+  index = context.replicated(np.zeros((1, size), np.int32))
+  mask = _mask(context, np.zeros((1, size), np.float32), shared=True)
+  params = context.params()
   return Program(
     name="test",
     function=step_lib.eval_steps,
     args=(
-      (job.tuner,) * candidates,
+      (context.tuner,) * candidates,
       (ready,) * candidates,
       params,
       data,
@@ -289,39 +286,41 @@ def test(job: Job) -> Program:
       mask,
     ),
     images=size,
-    runs=runs * candidates,
+    trials=trials * candidates,
     steps=1,
-    in_all=-(-job.counts["test"] // size),
+    in_all=-(-context.counts["test"] // size),
     weights=params,
-    data=[data, data, _resident(job, "trainval")],
+    data=[data, data, _resident(context, "trainval")],
     trained=(ready,) * candidates,
   )
 
 
-def _resident(job: Job, split: str) -> Shapes | None:
+def _resident(context: PlanContext, split: str) -> Shapes | None:
   """What of a split lies on the devices as long as it is used."""
-  c, count = job.tuner.config, job.counts[job.base[split]]
-  if job.place == "device":
-    size = job.eval_batch_size
-    return store.held_shapes(job.held(split), -(-count // size) * size)
-  if job.place == "images":
-    return store.resident_shapes(count, c.image_size, job.mesh, c.dtype)
+  c, count = context.tuner.config, context.counts[context.base[split]]
+  if context.place == "device":
+    size = context.eval_batch_size
+    return store.device_shapes(
+      context.on_device(split), -(-count // size) * size
+    )
+  if context.place == "images":
+    return store.resident_shapes(count, c.image_size, context.mesh, c.dtype)
   return None
 
 
-def _mask(job: Job, mask: np.ndarray, shared: bool) -> Shapes:
+def _mask(context: PlanContext, mask: np.ndarray, shared: bool) -> Shapes:
   """Of steps (S, B), which comes from the host, or shared out with images."""
   if not shared:
-    return job.replicated(mask)
-  over = mesh_lib.batch_sharding(job.mesh, 1)
+    return context.replicated(mask)
+  over = mesh_lib.batch_sharding(context.mesh, 1)
   return jax.ShapeDtypeStruct(mask.shape, mask.dtype, sharding=over)
 
 
-def _batch(job: Job, size: int) -> Shapes:
+def _batch(context: PlanContext, size: int) -> Shapes:
   """What is sent to the devices for one step."""
-  c, layout = job.tuner.config, job.layout
-  if not job.stored:
-    over = mesh_lib.batch_sharding(job.mesh)
+  c, layout = context.tuner.config, context.layout
+  if not context.stored:
+    over = mesh_lib.batch_sharding(context.mesh)
     shape = (size, *c.image_size, 3)
     return {
       "image": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=over),
@@ -330,5 +329,5 @@ def _batch(job: Job, size: int) -> Shapes:
   shape = lambda name, x: jax.ShapeDtypeStruct(
     x.shape, x.dtype, sharding=layout.sharding(name)
   )
-  held = store.held_shapes(layout, size)
-  return {name: shape(name, x) for name, x in held.items()}
+  on_device = store.device_shapes(layout, size)
+  return {name: shape(name, x) for name, x in on_device.items()}

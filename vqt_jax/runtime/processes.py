@@ -10,13 +10,18 @@ import importlib.util
 import os
 import re
 import sys
+import time
 from typing import Any, NoReturn, TypeVar
 
+from etils import epy
 import jax
 import numpy as np
 
 from vqt_jax import errors
 from vqt_jax.runtime import mesh as mesh_lib
+
+with epy.lazy_imports():  # Slow to import.
+  import orbax.checkpoint as ocp
 
 T = TypeVar("T")
 
@@ -31,6 +36,7 @@ GPU_FLAGS = (
 CONNECT_SECONDS = 300
 LEAVE_SECONDS = 30
 HUNG_SECONDS = 1800
+FIRST_SECONDS = 1  # That the first process stays longer than the others.
 
 
 def ask_for_determinism() -> None:
@@ -197,21 +203,35 @@ def leave(status: int) -> NoReturn:
   os._exit(status)
 
 
+def leave_together(status: int) -> NoReturn:
+  """End this process when all have come to their end, the first one last.
+
+  The first process serves what JAX's processes know of each other. Were it gone
+  while another still listens, JAX would abort that one, whatever its status.
+  """
+  barrier = ocp.multihost.get_barrier_sync_fn()
+  with contextlib.suppress(Exception):  # The others may be gone.
+    barrier(key="vqt_jax_end", timeout_ms=1000 * LEAVE_SECONDS)
+  if is_first():
+    time.sleep(FIRST_SECONDS)
+  leave(status)
+
+
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def raise_on_all() -> Iterator[None]:
   """What fails with a `UserError` on one process fails on all of them."""
   error = None
   try:
     yield
   except errors.UserError as e:
     error = e
-  _raise_together(error, ask(lambda: [error is not None]))
+  _raise_on_all(error, all_reduce_max_async(lambda: [error is not None]))
 
 
-def _raise_together(
+def _raise_on_all(
   error: errors.UserError | None, failed: Callable[[], np.ndarray]
 ) -> None:
-  """Raises if any process has failed, as `ask` tells."""
+  """Raises if any process has failed, as `all_reduce_max_async` tells."""
   if failed().any():
     raise error or errors.UserError(
       "Another process of this run failed; see what it says."
@@ -236,13 +256,13 @@ def in_step(items: Iterable[T]) -> Iterator[T]:
       item = next(iterator, end)
     except errors.UserError as e:
       error = e
-    return item, error, ask(lambda: [error is not None])
+    return item, error, all_reduce_max_async(lambda: [error is not None])
 
   following = get()
   while True:
     item, error, failed = following
     following = get()  # Also behind the last one: all ask equally often.
-    _raise_together(error, failed)
+    _raise_on_all(error, failed)
     if item is end:
       return
     yield item
@@ -270,15 +290,17 @@ def exit_if_hung() -> Iterator[None]:
 
 def any_process(flag: bool) -> bool:
   """Whether the flag is up on any process; all must call it together."""
-  return bool(ask(lambda: [flag])().any())
+  return bool(all_reduce_max_async(lambda: [flag])().any())
 
 
-def smallest(value: float) -> float:
+def all_reduce_min(value: float) -> float:
   """The smallest value of all processes; all must call it together."""
-  return -float(ask(lambda: [-value])()[0])
+  return -float(all_reduce_max_async(lambda: [-value])()[0])
 
 
-def ask(values: Callable[[], Sequence[float]]) -> Callable[[], np.ndarray]:
+def all_reduce_max_async(
+  values: Callable[[], Sequence[float]],
+) -> Callable[[], np.ndarray]:
   """Starts to find the largest of each value over all processes.
 
   All must ask together. The devices answer when they have done what they were

@@ -15,16 +15,17 @@ import numpy as np
 from vqt_jax import errors
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.training import feature_selection
-from vqt_jax.training import loop
+from vqt_jax.training import setup
 from vqt_jax.training import stage
 from vqt_jax.training import stages as stages_lib
+from vqt_jax.training import trial as trial_lib
 
-Setting = tuple[tuner_lib.Tuner, loop.Run]
+Setting = tuple[tuner_lib.Tuner, trial_lib.Trial]
 
 
-def setting(tuner: tuner_lib.Tuner, run: loop.Run) -> dict[str, Any]:
+def setting(tuner: tuner_lib.Tuner, trial: trial_lib.Trial) -> dict[str, Any]:
   """All of a run but its seed, json-able."""
-  chosen = dataclasses.asdict(run)
+  chosen = dataclasses.asdict(trial)
   del chosen["seed"]
   if not tuner.has_queries:
     return {name: chosen[name] for name in ("lr", "weight_decay")}
@@ -33,13 +34,13 @@ def setting(tuner: tuner_lib.Tuner, run: loop.Run) -> dict[str, Any]:
 
 def simplest(pair: Setting) -> tuple[Any, ...]:
   """Of equally good settings the first in this order is taken."""
-  tuner, run = pair
+  tuner, trial = pair
   return (
     tuner.num_queries,
-    run.lr,
-    run.weight_decay,
-    run.query_dropout,
-    not run.normalize,
+    trial.lr,
+    trial.weight_decay,
+    trial.query_dropout,
+    not trial.normalize,
   )
 
 
@@ -64,16 +65,16 @@ def folds(count: int, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def search(
-  job: Any,
+  context: setup.RunContext,
   stages: stages_lib.Stages,
   known: dict[str, Any] | None,
-  first: loop.Run,
+  first: trial_lib.Trial,
   count: int,
-) -> tuple[dict[str, Any], tuner_lib.Tuner, loop.Run, float]:
+) -> tuple[dict[str, Any], tuner_lib.Tuner, trial_lib.Trial, float]:
   """Finds a setting.
 
   Args:
-    job: the `run.Job`.
+    context: the `setup.RunContext`.
     stages: does the work.
     known: what the full protocol's search found.
     first: what it chose; it is a finalist in any case.
@@ -83,9 +84,9 @@ def search(
     What was found, for `results.json`; the chosen tuner, run and fraction of
     features to keep.
   """
-  c, first = job.config.best, (job.tuner, first)
+  c, first = context.config.best, (context.tuner, first)
   parts = folds(count, c.folds)
-  val, seconds = _wide(job, stages, known)
+  val, seconds = _wide(context, stages, known)
   ranked = sorted(val, key=lambda pair: (-val[pair], *simplest(pair)))
   finalists = list(dict.fromkeys([*ranked[: c.finalists], first]))
 
@@ -94,15 +95,15 @@ def search(
   chosen = min(finalists, key=lambda p: (-accuracy[p], *simplest(p)))
 
   by_fraction = {1.0: accuracy[chosen]}
-  if job.tuner.reads_blocks:
-    tried = {*job.config.keep_fraction, *c.keep_fractions} - {1.0}
+  if context.tuner.reads_blocks:
+    tried = {*context.config.keep_fraction, *c.keep_fractions} - {1.0}
     fractions, more = _fractions(stages, *chosen, sorted(tried), parts)
     by_fraction |= fractions
     seconds += more
   keep = min(by_fraction, key=lambda f: (-by_fraction[f], -f))
 
-  job.console.note(
-    f"{_told(chosen, job.config.batch_size)}, {100 * keep:g} % of the"
+  context.console.note(
+    f"{_told(chosen, context.config.batch_size)}, {100 * keep:g} % of the"
     f" features ({len(parts)} folds: {100 * by_fraction[keep]:.1f} %; the"
     f" full protocol's choice {100 * accuracy[first]:.1f} %)",
     "chosen",
@@ -131,58 +132,60 @@ def search(
 
 def _told(pair: Setting, batch_size: int) -> str:
   """A setting for people."""
-  tuner, run = pair
-  told = run.told(batch_size)
+  tuner, trial = pair
+  told = trial.describe(batch_size)
   if not tuner.has_queries:
     return told
-  norm = "" if run.normalize else "not "
+  norm = "" if trial.normalize else "not "
   return f"queries {tuner.num_queries}, {told}, {norm}normalised"
 
 
 def _wide(
-  job: Any, stages: stages_lib.Stages, known: dict[str, Any] | None
+  context: setup.RunContext,
+  stages: stages_lib.Stages,
+  known: dict[str, Any] | None,
 ) -> tuple[dict[Setting, float], float]:
   """Val accuracy of every setting that did not diverge, and seconds."""
-  c = job.config
+  c = context.config
   val, seconds = {}, 0.0
   if known:
     val = {
-      (job.tuner, loop.Run(**run)): known["val_accuracy"][i]
-      for i, run in enumerate(known["runs"])
+      (context.tuner, trial_lib.Trial(**trial)): known["val_accuracy"][i]
+      for i, trial in enumerate(known["runs"])
       if i not in known["diverged"]
     }
-  tried = [loop.Run(**run) for run in known["runs"]] if known else []
+  tried = [trial_lib.Trial(**trial) for trial in known["runs"]] if known else []
   wide = (c.best.query_dropout, c.best.normalize)
-  counts = sorted({job.tuner.num_queries, *c.best.num_queries})
-  if not job.tuner.has_queries:
-    wide, counts = ((0.0,), (c.normalize,)), [job.tuner.num_queries]
+  counts = sorted({context.tuner.num_queries, *c.best.num_queries})
+  if not context.tuner.has_queries:
+    wide, counts = ((0.0,), (c.normalize,)), [context.tuner.num_queries]
   for num_queries in counts:
-    tuner = dataclasses.replace(job.tuner, num_queries=num_queries)
-    runs = tuple(
-      loop.Run(lr * c.batch_size / 256, decay, c.search_seed, *rest)
+    tuner = dataclasses.replace(context.tuner, num_queries=num_queries)
+    trials = tuple(
+      trial_lib.Trial(lr * c.batch_size / 256, decay, c.search_seed, *rest)
       for lr, decay, *rest in itertools.product(c.lr, c.weight_decay, *wide)
     )
-    if tuner == job.tuner:
-      runs = tuple(run for run in runs if run not in tried)
-    if not runs:
+    if tuner == context.tuner:
+      trials = tuple(trial for trial in trials if trial not in tried)
+    if not trials:
       continue
     out = stages.run(
       stage.Stage(
         f"search_{num_queries}",
         "search",
         tuner,
-        runs,
+        trials,
         "setting",
         split="train",
         judge=("val", None),
-        least=0,
+        min_finite=0,
         keeps_weights=False,
       )
     )
     seconds += out.seconds
     val |= {
-      (tuner, run): out.accuracy[i]
-      for i, run in enumerate(runs)
+      (tuner, trial): out.accuracy[i]
+      for i, trial in enumerate(trials)
       if i not in out.diverged
     }
   return val, seconds
@@ -200,30 +203,30 @@ def _cross_validate(
   right, seconds = dict.fromkeys(finalists, 0.0), 0.0
   for number, (rows, judged) in enumerate(parts, start=1):
     for tuner in dict.fromkeys(tuner for tuner, _ in finalists):
-      runs = tuple(run for other, run in finalists if other == tuner)
+      trials = tuple(trial for other, trial in finalists if other == tuner)
       out = stages.run(
         stage.Stage(
           f"fold_{number}_{tuner.num_queries}",
           f"fold {number}",
           tuner,
-          runs,
+          trials,
           "setting",
           rows=rows,
           judge=("trainval", judged),
-          least=0,
+          min_finite=0,
           keeps_weights=False,
         )
       )
       seconds += out.seconds
-      for run, share in zip(runs, out.accuracy):
-        right[tuner, run] += share * len(judged)
+      for trial, share in zip(trials, out.accuracy):
+        right[tuner, trial] += share * len(judged)
   return _shares(right, parts), seconds
 
 
 def _fractions(
   stages: stages_lib.Stages,
   tuner: tuner_lib.Tuner,
-  run: loop.Run,
+  trial: trial_lib.Trial,
   fractions: list[float],
   parts: list[tuple[np.ndarray, np.ndarray]],
 ) -> tuple[dict[float, float], float]:
@@ -235,7 +238,7 @@ def _fractions(
       f"keep_{number}_",
       f"fold {number}",
       tuner,
-      run,
+      trial,
       fractions,
       rows=rows,
       judge=("trainval", judged),

@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from vqt_jax.features import examples as examples_lib
 from vqt_jax.models import head as head_lib
 from vqt_jax.models import tuner as tuner_lib
-from vqt_jax.training import loop
 from vqt_jax.training import stage
 from vqt_jax.training import stages as stages_lib
+from vqt_jax.training import trial as trial_lib
 
 LASSO = 1e-4
 RATE = 0.5  # Of the first head's rate, with queries.
@@ -28,11 +29,11 @@ def compare(
   prefix: str,
   label: str,
   tuner: tuner_lib.Tuner,
-  run: loop.Run,
+  trial: trial_lib.Trial,
   fractions: Sequence[float],
   *,
   judge: tuple[str, np.ndarray | None],
-  **examples: Any,
+  **examples: examples_lib.Examples,
 ) -> tuple[list[float], float]:
   """Trains a run, then new heads on each of some fractions of its features.
 
@@ -53,7 +54,7 @@ def compare(
     Accuracy of each fraction; seconds of training.
   """
   first, *_ = compared(
-    prefix, label, tuner, run, fractions, judge=judge, **examples
+    prefix, label, tuner, trial, fractions, judge=judge, **examples
   )
   out = stages.run(first)
   fewer = _fewer(fractions)
@@ -61,7 +62,7 @@ def compare(
     stages,
     prefix,
     tuner,
-    (run,),
+    (trial,),
     out.variables,
     fewer,
     judge=judge,
@@ -77,11 +78,11 @@ def compared(
   prefix: str,
   label: str,
   tuner: tuner_lib.Tuner,
-  run: loop.Run,
+  trial: trial_lib.Trial,
   fractions: Sequence[float],
   *,
   judge: tuple[str, np.ndarray | None],
-  **examples: Any,
+  **examples: examples_lib.Examples,
 ) -> tuple[stage.Stage, ...]:
   """The stages of `compare`, of whose arguments these are some."""
   fewer = _fewer(fractions)
@@ -89,14 +90,14 @@ def compared(
     f"{prefix}all",
     label,
     tuner,
-    (run,),
+    (trial,),
     "setting",
-    least=0,
+    min_finite=0,
     judge=judge if len(fewer) < len(fractions) else None,
     **examples,
   )
   return first, *selecting(
-    prefix, tuner, (run,), fewer, judge=judge, **examples
+    prefix, tuner, (trial,), fewer, judge=judge, **examples
   )
 
 
@@ -108,11 +109,11 @@ def select(
   stages: stages_lib.Stages,
   prefix: str,
   tuner: tuner_lib.Tuner,
-  runs: tuple[loop.Run, ...],
+  trials: tuple[trial_lib.Trial, ...],
   variables: Any,
   fractions: Sequence[float],
-  **examples: Any,
-) -> tuple[np.ndarray, stage.Outcome, float]:
+  **examples: examples_lib.Examples,
+) -> tuple[np.ndarray, stage.StageResult, float]:
   """Trains new heads on fewer features.
 
   Args:
@@ -128,11 +129,11 @@ def select(
     The kept features (R * K, F) of 0 and 1, all fractions of the first run
     first; the outcome of the new heads in that order; seconds of training.
   """
-  scoring, selection = selecting(prefix, tuner, runs, fractions, **examples)
-  held = {"tuner": variables["tuner"]}
-  scored = stages.run(dataclasses.replace(scoring, held=held))
+  scoring, selection = selecting(prefix, tuner, trials, fractions, **examples)
+  frozen_parts = {"tuner": variables["tuner"]}
+  scored = stages.run(dataclasses.replace(scoring, frozen_parts=frozen_parts))
   scores = np.asarray(head_lib.scores(scored.variables["head"]))
-  kept = np.stack(
+  feature_mask = np.stack(
     [
       head_lib.best(of_run, fraction)
       for of_run in scores
@@ -141,15 +142,19 @@ def select(
   )
   repeat = lambda x: np.repeat(x, len(fractions), axis=0)
   selected = stages.run(
-    dataclasses.replace(selection, held=jax.tree.map(repeat, held), kept=kept)
+    dataclasses.replace(
+      selection,
+      frozen_parts=jax.tree.map(repeat, frozen_parts),
+      feature_mask=feature_mask,
+    )
   )
-  return kept, selected, scored.seconds + selected.seconds
+  return feature_mask, selected, scored.seconds + selected.seconds
 
 
 def selecting(
   prefix: str,
   tuner: tuner_lib.Tuner,
-  runs: tuple[loop.Run, ...],
+  trials: tuple[trial_lib.Trial, ...],
   fractions: Sequence[float],
   *,
   split: str = "trainval",
@@ -169,18 +174,20 @@ def selecting(
       diverges is only judged badly.
   """
   rate = RATE if tuner.has_queries else 1.0
-  runs = tuple(dataclasses.replace(run, lr=run.lr * rate) for run in runs)
+  trials = tuple(
+    dataclasses.replace(trial, lr=trial.lr * rate) for trial in trials
+  )
   both = dict(
-    split=split, rows=rows, trains=("head",), least=0 if judge else None
+    split=split, rows=rows, trains=("head",), min_finite=0 if judge else None
   )
   scores = stage.Stage(
-    f"{prefix}scores", "scores", tuner, runs, "head", lasso=LASSO, **both
+    f"{prefix}scores", "scores", tuner, trials, "head", lasso=LASSO, **both
   )
   selected = stage.Stage(
     f"{prefix}selected",
     "selected",
     tuner,
-    tuple(run for run in runs for _ in fractions),
+    tuple(trial for trial in trials for _ in fractions),
     "head",
     judge=judge,
     keeps_weights=judge is None,

@@ -8,12 +8,13 @@ rather than of the run, from docs/results.md.
 
 from collections.abc import Sequence
 import datetime
-from typing import Any
 
 import jax
 import numpy as np
 
 from vqt_jax import data
+from vqt_jax.features import examples as examples_lib
+from vqt_jax.training import setup
 from vqt_jax.training import stage as stage_lib
 
 ENOUGH = 1.0  # Seconds of steps, before their speed is relied on.
@@ -30,16 +31,19 @@ class Forecast:
   """Hears of a run's calls and says once how long the rest will take."""
 
   def __init__(
-    self, job: Any, examples: Any, planned: Sequence[stage_lib.Stage]
+    self,
+    context: setup.RunContext,
+    examples: examples_lib.Examples,
+    planned: Sequence[stage_lib.Stage],
   ):
     """Says nothing yet.
 
     Args:
-      job: the `run.Job`.
+      context: the `setup.RunContext`.
       examples: an `Examples`.
       planned: the stages of the protocol, or the first ones of it.
     """
-    self._job, self._examples, self._planned = job, examples, planned
+    self._context, self._examples, self._planned = context, examples, planned
     self._count = {split: examples.count(split) for split in data.SPLITS}
     self._told = False
 
@@ -76,7 +80,7 @@ class Forecast:
       self._tell(self._seconds_left(left, seconds / steps))
 
   def _tell(self, seconds: dict[str, float]) -> None:
-    config = self._job.config
+    config = self._context.config
     about = "at least" if config.protocol == "best" else "about"
     about += f" {_duration(sum(seconds.values()))} to go"
     if "test" not in seconds:
@@ -86,7 +90,7 @@ class Forecast:
       for label, value in seconds.items()
       if value >= 0.5
     ]
-    self._job.console.note(": ".join([about, ", ".join(parts)]), "time")
+    self._context.console.note(": ".join([about, ", ".join(parts)]), "time")
 
   def _seconds_left(self, left: int, step: float) -> dict[str, float]:
     """Of each part that is left, by its label; `step` is what one takes now."""
@@ -112,7 +116,7 @@ class Forecast:
     return seconds if test is None else seconds | {"test": test}
 
   def _steps_of(self, stage: stage_lib.Stage) -> int:
-    c = self._job.config
+    c = self._context.config
     count = self._images(stage.split, stage.rows)
     return c.epochs * -(-count // c.batch_size)
 
@@ -124,32 +128,32 @@ class Forecast:
     tuner = stage.tuner
     only_head = "tuner" not in stage.trains
     each = FORWARD if only_head and (tuner.has_queries or tuner.editor) else 1.0
-    return self._shared + each * len(stage.runs)
+    return self._shared + each * len(stage.trials)
 
   @property
   def _shared(self) -> float:
-    if self._job.tuner.editor:
+    if self._context.tuner.editor:
       return 0.0
     kind = "cpu" if jax.default_backend() == "cpu" else "gpu"
     return (LIVE if self._live else STORED)[kind]
 
-  def _image(self, runs: int, unit: float) -> float:
+  def _image(self, trials: int, unit: float) -> float:
     """Seconds of an image through the stream of so many runs."""
-    batches = runs * FORWARD if self._job.tuner.editor else self._shared
-    return batches * unit / self._job.config.batch_size
+    batches = trials * FORWARD if self._context.tuner.editor else self._shared
+    return batches * unit / self._context.config.batch_size
 
   def _judging(self, stage: stage_lib.Stage, unit: float) -> float:
     """Seconds; of images whose features are kept next to none."""
     if not stage.judge or not self._live:
       return 0.0
-    return self._images(*stage.judge) * self._image(len(stage.runs), unit)
+    return self._images(*stage.judge) * self._image(len(stage.trials), unit)
 
   def _test(self, unit: float) -> float | None:
     """Seconds; None if no image was through the backbone in this start."""
     count = self._count["test"]
     if self._live:
       last = [s for s in self._planned if s.name in ("seeds", "selected")]
-      return count * self._image(sum(len(s.runs) for s in last), unit)
+      return count * self._image(sum(len(s.trials) for s in last), unit)
     if self._examples.extracted is None:
       return None
     start, each = self._examples.extracted

@@ -1,8 +1,6 @@
-"""The training loop: epochs of all runs of a phase, saved and resumable."""
+"""The training loop: epochs of all trials of a stage, saved and resumable."""
 
 from collections.abc import Iterator
-import dataclasses
-import functools
 import time
 from typing import Any
 
@@ -10,10 +8,10 @@ import numpy as np
 
 from vqt_jax import errors
 from vqt_jax.features import batches
-from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.runtime import processes
 from vqt_jax.training import optim
 from vqt_jax.training import preemption
+from vqt_jax.training import stage as stage_lib
 from vqt_jax.training import step as step_lib
 
 # What a call may take, so that a run that must go saves itself in time: clouds
@@ -22,128 +20,15 @@ CALL_SECONDS = 5.0
 GROWTH = 4
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """One training: a setting and a seed.
-
-  Attributes:
-    lr: peak learning rate as used.
-    weight_decay: as used.
-    seed: of initialisation and dropout.
-    query_dropout: rate.
-    normalize: whether feature groups are divided by their norms.
-  """
-
-  lr: float
-  weight_decay: float
-  seed: int
-  query_dropout: float = 0.0
-  normalize: bool = True
-
-  def told(self, batch_size: int) -> str:
-    """The setting for people, with the rate per 256 images, as in config.lr."""
-    rate = f"lr {self.lr * 256 / batch_size:g}"
-    if batch_size != 256:
-      rate += f" ({self.lr:g} used: batch {batch_size})"
-    return f"{rate}, weight decay {self.weight_decay:g}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Phase:
-  """Runs that train together on the same examples.
-
-  Attributes:
-    name: what it is for.
-    runs: trained side by side.
-    source: the examples.
-    epochs: how often each is seen.
-    warmup_epochs: of `epochs`.
-    per_step: the schedule counts steps rather than epochs.
-    least: runs whose loss must stay finite; others that diverge are out.
-    held: what of each run does not train, see `step.Settings`.
-    kept: the features of each run, see `step.Settings`.
-  """
-
-  name: str
-  runs: tuple[Run, ...]
-  source: batches.Resident | batches.Stored | batches.Streamed
-  epochs: int
-  warmup_epochs: int
-  per_step: bool
-  least: int
-  held: dict[str, Any] = dataclasses.field(default_factory=dict)
-  kept: np.ndarray | None = None
-
-  @property
-  def settings(self) -> step_lib.Settings:
-    """Of all runs, as the compiled step takes them."""
-    of = lambda name: np.array([getattr(run, name) for run in self.runs])
-    return step_lib.Settings(
-      lr=of("lr").astype(np.float32),
-      weight_decay=of("weight_decay").astype(np.float32),
-      query_dropout=of("query_dropout").astype(np.float32),
-      normalize=of("normalize"),
-      held=self.held,
-      kept=self.kept,
-    )
-
-  @functools.cached_property
-  def _curve(self) -> np.ndarray:
-    """Factors of the peak rate, one an epoch or one a step.
-
-    All at once: to compute one on the devices is to wait for the steps that
-    are queued there.
-    """
-    each = self.source.steps if self.per_step else 1
-    curve = optim.schedule(self.epochs * each, self.warmup_epochs * each)
-    # An epoch more, for what is left over in a call late in the last one.
-    steps = np.arange((self.epochs + 1) * each)
-    return np.asarray(curve(steps), np.float32)
-
-  def factors(self, epoch: int, start: int, steps: int) -> np.ndarray:
-    """Factors of the peak rate for some steps of an epoch, (steps,) float32."""
-    if not self.per_step:
-      return np.full(steps, self._curve[epoch])
-    first = epoch * self.source.steps + start
-    return self._curve[first : first + steps]
-
-
-@dataclasses.dataclass
-class Progress:
-  """Where a phase stands, json-able; saved with every checkpoint.
-
-  Attributes:
-    epoch: epochs done.
-    step: steps done in the next epoch.
-    sums: of that epoch so far, per run: loss sum and number right.
-    history: per finished epoch {"loss": per run, "accuracy": per run}.
-    seconds: of training so far.
-    diverged: run -> epoch in which its loss stopped being finite.
-    epoch_seconds: of every epoch but the first of each start, which compiles.
-    step_bytes: that the compiled step takes; None if unknown.
-    peak_bytes: of memory, in the run so far; None if unknown.
-  """
-
-  epoch: int = 0
-  step: int = 0
-  sums: list[list[float]] = dataclasses.field(default_factory=list)
-  history: list[dict[str, list[float]]] = dataclasses.field(
-    default_factory=list
-  )
-  seconds: float = 0.0
-  diverged: dict[str, int] = dataclasses.field(default_factory=dict)
-  epoch_seconds: list[float] = dataclasses.field(default_factory=list)
-  step_bytes: int | None = None
-  peak_bytes: int | None = None
-
-
-def train_phase(
-  phase: Phase,
-  tuner: tuner_lib.Tuner,
-  recipe: step_lib.Recipe,
+def train(
+  stage: stage_lib.Stage,
+  source: batches.Source,
+  schedule: optim.Schedule,
+  static: step_lib.StaticSettings,
+  settings: step_lib.Settings,
   frozen: Any,
   state: step_lib.State,
-  progress: Progress,
+  progress: stage_lib.Progress,
   *,
   save,
   due,
@@ -151,14 +36,16 @@ def train_phase(
   report,
   timed,
 ) -> step_lib.State:
-  """Trains all runs of a phase to the end.
+  """Train all trials of a stage to the end.
 
   Args:
-    phase: what to train.
-    tuner: the method.
-    recipe: its compiled part.
+    stage: what to train.
+    source: examples to train on.
+    schedule: of the learning rate, over the steps of `source`.
+    static: settings that are compiled in.
+    settings: of all trials.
     frozen: frozen leaves, on the devices.
-    state: of `phase.runs`, at `progress`; donated.
+    state: of the trials, at `progress`; donated.
     progress: moves with the training.
     save: (state) -> None; starts a checkpoint of it and of `progress`.
     due: () -> bool; whether it is time for one, as this process sees it.
@@ -173,32 +60,33 @@ def train_phase(
     UserError: the loss is not finite any more.
     Stopped: asked to stop; saved before.
   """
-  settings = phase.settings
   measured = False
   pending = []  # Sums on the devices: read late, so that steps queue up.
   clock, first = time.monotonic(), progress.epoch
   booked = clock  # Until when `progress.seconds` counts.
   compiled = clock  # When the first epoch was over, from which speed counts.
-  pace = Pace()
+  call_length = CallLength()
 
   def ask():
     """Whether to stop, to save, and what pace not to exceed."""
-    return processes.ask(lambda: [stop.received, due(), -pace.wish])
+    return processes.all_reduce_max_async(
+      lambda: [stop.received, due(), -call_length.wish]
+    )
 
   def settle():
     """Waits for the queued steps; books finished epochs."""
     nonlocal clock, booked, compiled
     for epoch, losses, right, count, last in pending:
       losses, right = (x[:count] for x in processes.to_host((losses, right)))
-      seconds = pace.measure(count)
-      _check(phase, progress, epoch, losses)
-      total = np.array(progress.sums or np.zeros((2, len(phase.runs))))
+      seconds = call_length.measure(count)
+      _check(stage, source, progress, epoch, losses)
+      total = np.array(progress.sums or np.zeros((2, len(stage.trials))))
       for step in zip(losses, right):  # In turn: calls differ in length.
         total += step
       progress.sums = total.tolist()
       progress.step += len(losses)
       if last:
-        loss, accuracy = total / phase.source.num_examples
+        loss, accuracy = total / source.num_examples
         progress.history.append(
           {"loss": loss.tolist(), "accuracy": accuracy.tolist()}
         )
@@ -210,7 +98,7 @@ def train_phase(
           epochs_per_second = (epoch - first) / max(clock - compiled, 1e-9)
         else:
           epochs_per_second, compiled = 1 / max(elapsed, 1e-9), clock
-        seen = phase.source.num_examples * len(phase.runs)
+        seen = source.num_examples * len(stage.trials)
         report(epoch, loss, accuracy, seen * epochs_per_second)
       timed(count, seconds)
     pending.clear()
@@ -219,20 +107,20 @@ def train_phase(
     booked = now
 
   asked = ask()
-  while progress.epoch + len([p for p in pending if p[-1]]) < phase.epochs:
+  while progress.epoch + len([p for p in pending if p[-1]]) < schedule.epochs:
     epoch = progress.epoch + len([p for p in pending if p[-1]])
     start = progress.step if epoch == progress.epoch else 0
-    for call, count in _calls(phase, epoch, start, pace):
+    for call, count in _calls(source, schedule, epoch, start, call_length):
       state, losses, right = step_lib.train_steps(
-        tuner, recipe, state, frozen, settings, *call
+        stage.tuner, static, state, frozen, settings, *call
       )
       if not measured:
         measured = True
         progress.step_bytes = step_lib.step_bytes(
-          tuner, recipe, state, frozen, settings, *call
+          stage.tuner, static, state, frozen, settings, *call
         )
       start += count
-      last = start == phase.source.steps
+      last = start == source.steps
       if pending:  # Everything but the call just started.
         settle()
       pending.append((epoch, losses, right, count, last))
@@ -240,7 +128,7 @@ def train_phase(
       # have to wait until the steps just started are over.
       asked, before = ask(), asked
       stopping, saving, minus_steps = before()
-      pace.steps = int(-minus_steps)
+      call_length.steps = int(-minus_steps)
       if stopping or saving:
         settle()
         save(state)
@@ -252,7 +140,7 @@ def train_phase(
   return state
 
 
-class Pace:
+class CallLength:
   """How many steps a compiled call may take, so that none takes long.
 
   In a call nobody asks for signals. The first calls, of which one also
@@ -279,49 +167,40 @@ class Pace:
 
 
 def _calls(
-  phase: Phase, epoch: int, start: int, pace: Pace
+  source: batches.Source,
+  schedule: optim.Schedule,
+  epoch: int,
+  start: int,
+  call_length: CallLength,
 ) -> Iterator[tuple[tuple[Any, ...], int]]:
   """The rest of an epoch: `train_steps`' last arguments, and steps taken."""
-  for data, order, mask in phase.source.epoch(epoch, start):
+  for data, order, mask in source.epoch(epoch, start):
     if len(order) == 1:
-      yield (data, order, mask, phase.factors(epoch, start, 1)), 1
+      yield (data, order, mask, schedule.factors(epoch, start, 1)), 1
       start += 1
       continue
-    while start < phase.source.steps:
-      factor = phase.factors(epoch, start, len(order))
-      count = min(pace.steps, phase.source.steps - start)
+    while start < source.steps:
+      factor = schedule.factors(epoch, start, len(order))
+      count = min(call_length.steps, source.steps - start)
       yield (data, order, mask, factor, np.int32(count)), count
       order, mask = np.roll(order, -count, 0), np.roll(mask, -count, 0)
       start += count
 
 
-def _check(phase, progress, epoch, losses):
+def _check(stage, source, progress, epoch, losses):
   """Books runs whose loss (S, R) is not finite; stops if too few are left."""
-  for run in np.flatnonzero(~np.isfinite(losses).all(axis=0)):
-    if str(run) in progress.diverged:
+  for i in np.flatnonzero(~np.isfinite(losses).all(axis=0)):
+    if str(i) in progress.diverged:
       continue
-    progress.diverged[str(run)] = epoch
-    bad = int(np.argmin(np.isfinite(losses[:, run])))
-    left = len(phase.runs) - len(progress.diverged)
-    if left < phase.least:
+    progress.diverged[str(i)] = epoch
+    bad = int(np.argmin(np.isfinite(losses[:, i])))
+    left = len(stage.trials) - len(progress.diverged)
+    if left < stage.must_stay_finite:
+      trial = stage.trials[i]
       raise errors.UserError(
-        f"The loss became {losses[bad, run]} in epoch {epoch + 1}, step"
-        f" {progress.step + bad + 1} of {phase.source.steps}"
-        f" ({phase.runs[run].told(phase.source.batch_size)}, seed"
-        f" {phase.runs[run].seed}, phase {phase.name}). Lower config.lr in a"
-        " new workdir, or look at the value range of the inputs."
+        f"The loss became {losses[bad, i]} in epoch {epoch + 1}, step"
+        f" {progress.step + bad + 1} of {source.steps}"
+        f" ({trial.describe(source.batch_size)}, seed {trial.seed}, stage"
+        f" {stage.name}). Lower config.lr in a new workdir, or look at the"
+        " value range of the inputs."
       )
-
-
-def choose(
-  runs: tuple[Run, ...], accuracy: list[float], diverged: set[int]
-) -> int:
-  """The run that val picks: best accuracy after the last epoch.
-
-  On a tie the smaller learning rate wins, then the smaller weight decay; a run
-  that diverged never does.
-  """
-  able = [i for i in range(len(runs)) if i not in diverged]
-  return min(
-    able, key=lambda i: (-accuracy[i], runs[i].lr, runs[i].weight_decay)
-  )

@@ -1,8 +1,11 @@
 """Learning-rate schedule and optimiser: the authors' recipe, and AdamW."""
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from vqt_jax.config import fields
@@ -10,10 +13,6 @@ from vqt_jax.config import fields
 
 def schedule(length: int, warmup: int) -> optax.Schedule:
   """Linear warm-up from 0, then cosine to 0: a factor of the peak rate.
-
-  The official program counts in epochs, so its first epoch has rate 0 (but
-  moves the moments), and its last a small rate that is not 0. With
-  `schedule="step"` the same curve counts steps.
 
   Args:
     length: epochs (or steps) in all.
@@ -25,6 +24,46 @@ def schedule(length: int, warmup: int) -> optax.Schedule:
   return optax.join_schedules(
     [optax.linear_schedule(0.0, 1.0, warmup), cosine], [warmup]
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """`schedule` over the epochs or steps of a stage.
+
+  The official program counts in epochs, so its first epoch has rate 0 (but
+  moves the moments), and its last a small rate that is not 0.
+
+  Attributes:
+    epochs: how often each example is seen.
+    warmup_epochs: of `epochs`.
+    steps: of an epoch.
+    per_step: count steps rather than epochs.
+  """
+
+  epochs: int
+  warmup_epochs: int
+  steps: int
+  per_step: bool = False
+
+  @functools.cached_property
+  def _curve(self) -> np.ndarray:
+    """Factors of all epochs or steps.
+
+    All at once: to compute one on the devices is to wait for the steps that
+    are queued there.
+    """
+    each = self.steps if self.per_step else 1
+    curve = schedule(self.epochs * each, self.warmup_epochs * each)
+    # An epoch more, for what is left over in a call late in the last one.
+    steps = np.arange((self.epochs + 1) * each)
+    return np.asarray(curve(steps), np.float32)
+
+  def factors(self, epoch: int, start: int, steps: int) -> np.ndarray:
+    """Factors of some steps of an epoch, (steps,) float32."""
+    if not self.per_step:
+      return np.full(steps, self._curve[epoch])
+    first = epoch * self.steps + start
+    return self._curve[first : first + steps]
 
 
 # Not decayed; of an editor's, those that start at 1 or 0 and do nothing there.

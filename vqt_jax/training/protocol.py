@@ -16,12 +16,14 @@ import jax
 import ml_collections
 import numpy as np
 
+from vqt_jax.features import examples as examples_lib
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.training import cross_validation
 from vqt_jax.training import feature_selection
-from vqt_jax.training import loop
+from vqt_jax.training import setup
 from vqt_jax.training import stage as stage_lib
 from vqt_jax.training import stages as stages_lib
+from vqt_jax.training import trial as trial_lib
 
 
 @dataclasses.dataclass
@@ -41,11 +43,11 @@ class Candidate:
 
   name: str
   tuner: tuner_lib.Tuner
-  runs: tuple[loop.Run, ...]
+  trials: tuple[trial_lib.Trial, ...]
   variables: Any
-  trained: stage_lib.Outcome
+  trained: stage_lib.StageResult
   keep_fraction: float
-  kept: np.ndarray | None
+  feature_mask: np.ndarray | None
   seconds: float
 
   @property
@@ -53,7 +55,9 @@ class Candidate:
     """Numbers that one run ships: queries, and the head's rows in use."""
     size = lambda tree: sum(x[0].size for x in jax.tree.leaves(tree))
     kernel = self.variables["head"]["kernel"][0]
-    left_out = 0 if self.kept is None else int((self.kept[0] == 0).sum())
+    left_out = (
+      0 if self.feature_mask is None else int((self.feature_mask[0] == 0).sum())
+    )
     return size(self.variables) - left_out * kernel.shape[1]
 
   @property
@@ -62,28 +66,30 @@ class Candidate:
 
     Mean over the runs.
     """
-    if self.kept is None:
+    if self.feature_mask is None:
       return None
     c, features = self.tuner.config, self.tuner.num_features
     of_block = max(1, (features - c.width) // c.depth)
     starts = range(c.width, features, of_block)
-    groups = np.split(self.kept, starts, axis=1)
+    groups = np.split(self.feature_mask, starts, axis=1)
     return [float(group.mean()) for group in groups]
 
   @property
   def setting(self) -> dict[str, Any]:
     """What was chosen."""
-    chosen = cross_validation.setting(self.tuner, self.runs[0])
+    chosen = cross_validation.setting(self.tuner, self.trials[0])
     return {**chosen, "keep_fraction": self.keep_fraction}
 
 
 def candidates(
-  job: Any, stages: stages_lib.Stages, examples: Any
+  context: setup.RunContext,
+  stages: stages_lib.Stages,
+  examples: examples_lib.Examples,
 ) -> tuple[dict[str, Any], list[Candidate]]:
   """Trains as `config.protocol` tells.
 
   Args:
-    job: the `run.Job`.
+    context: the `setup.RunContext`.
     stages: does the work.
     examples: tells how many there are.
 
@@ -91,19 +97,19 @@ def candidates(
     What was found on the way, for `results.json`, and what is to be tested; the
     last one is the protocol's own result.
   """
-  c = job.config
+  c = context.config
   if c.protocol == "best":  # Said before hours have gone by.
     cross_validation.folds(examples.count("trainval"), c.best.folds)
     examples.check_rows("trainval")
-  search, chosen = _search(job, stages)
-  selection_found, keep = _fraction(job, stages, chosen)
+  search, chosen = _search(context, stages)
+  selection_found, keep = _fraction(context, stages, chosen)
   found = {"search": search, "selection": selection_found, "best": None}
   spent = sum(each["seconds"] for each in found.values() if each)
-  made = _finish(stages, "", job.tuner, chosen, keep, c.seeds, spent)
+  made = _finish(stages, "", context.tuner, chosen, keep, c.seeds, spent)
   if c.protocol == "full":
     return found, made
   found["best"], tuner, chosen, keep = cross_validation.search(
-    job, stages, search, chosen, examples.count("trainval")
+    context, stages, search, chosen, examples.count("trainval")
   )
   spent += found["best"]["seconds"]
   made += _finish(stages, "best_", tuner, chosen, keep, c.seeds, spent)
@@ -119,8 +125,8 @@ def planned(
   grid, held weights are missing.
   """
   search = search_stage(config, tuner)
-  chosen, fractions = search.runs[0], config.keep_fraction
-  found = [search] if len(search.runs) > 1 else []
+  chosen, fractions = search.trials[0], config.keep_fraction
+  found = [search] if len(search.trials) > 1 else []
   if len(fractions) > 1:
     found += feature_selection.compared(
       "keep_",
@@ -134,7 +140,7 @@ def planned(
   seeds = seeds_stage(tuner, chosen, config.seeds)
   found.append(seeds)
   if min(fractions) < 1:
-    found += feature_selection.selecting("", tuner, seeds.runs, fractions[:1])
+    found += feature_selection.selecting("", tuner, seeds.trials, fractions[:1])
   return found
 
 
@@ -142,8 +148,8 @@ def search_stage(
   config: ml_collections.ConfigDict, tuner: tuner_lib.Tuner
 ) -> stage_lib.Stage:
   """The grid, trained on train and compared on val."""
-  runs = tuple(
-    loop.Run(
+  trials = tuple(
+    trial_lib.Trial(
       lr * config.batch_size / 256,
       decay,
       config.search_seed,
@@ -156,62 +162,62 @@ def search_stage(
     "search",
     "search",
     tuner,
-    runs,
+    trials,
     "setting",
     split="train",
     judge=("val", None),
-    least=1,
+    min_finite=1,
     keeps_weights=False,
   )
 
 
 def seeds_stage(
   tuner: tuner_lib.Tuner,
-  chosen: loop.Run,
+  chosen: trial_lib.Trial,
   seeds: Sequence[int],
   prefix: str = "",
 ) -> stage_lib.Stage:
   """A setting with every seed, trained on trainval."""
-  runs = tuple(dataclasses.replace(chosen, seed=seed) for seed in seeds)
-  return stage_lib.Stage(f"{prefix}seeds", "seeds", tuner, runs, "seed")
+  trials = tuple(dataclasses.replace(chosen, seed=seed) for seed in seeds)
+  return stage_lib.Stage(f"{prefix}seeds", "seeds", tuner, trials, "seed")
 
 
 def _search(
-  job: Any, stages: stages_lib.Stages
-) -> tuple[dict[str, Any] | None, loop.Run]:
+  context: setup.RunContext, stages: stages_lib.Stages
+) -> tuple[dict[str, Any] | None, trial_lib.Trial]:
   """What the grid tells; no search if there is one setting."""
-  stage = search_stage(job.config, job.tuner)
-  runs = stage.runs
-  if len(runs) == 1:
-    return None, runs[0]
+  stage = search_stage(context.config, context.tuner)
+  trials = stage.trials
+  if len(trials) == 1:
+    return None, trials[0]
   out = stages.run(stage)
-  chosen = loop.choose(runs, out.accuracy, set(out.diverged))
+  chosen = trial_lib.best_trial(trials, out.accuracy, set(out.diverged))
   found = {
     "chosen": chosen,
-    "runs": [dataclasses.asdict(run) for run in runs],
+    "runs": [dataclasses.asdict(trial) for trial in trials],
     "val_accuracy": out.accuracy,
     "diverged": out.diverged,
     "seconds": out.seconds,
   }
-  job.console.note(_choice(found, job.config.batch_size), "chosen")
-  return found, runs[chosen]
+  context.console.note(_choice(found, context.config.batch_size), "chosen")
+  return found, trials[chosen]
 
 
 def _fraction(
-  job: Any, stages: stages_lib.Stages, chosen: loop.Run
+  context: setup.RunContext, stages: stages_lib.Stages, chosen: trial_lib.Trial
 ) -> tuple[dict[str, Any] | None, float]:
   """The fraction of features that val picks; no search if there is one.
 
   On a tie more features win.
   """
-  fractions = job.config.keep_fraction
+  fractions = context.config.keep_fraction
   if len(fractions) == 1:
     return None, fractions[0]
   accuracy, seconds = feature_selection.compare(
     stages,
     "keep_",
     "keep",
-    job.tuner,
+    context.tuner,
     chosen,
     fractions,
     split="train",
@@ -219,7 +225,7 @@ def _fraction(
   )
   by_fraction = dict(sorted(zip(fractions, accuracy)))
   keep = min(by_fraction, key=lambda f: (-by_fraction[f], -f))
-  job.console.note(
+  context.console.note(
     f"{100 * keep:g} % of the features (val {100 * by_fraction[keep]:.1f} %)",
     "chosen",
   )
@@ -238,22 +244,22 @@ def _finish(
   stages: stages_lib.Stages,
   prefix: str,
   tuner: tuner_lib.Tuner,
-  chosen: loop.Run,
+  chosen: trial_lib.Trial,
   keep_fraction: float,
   seeds: Sequence[int],
   spent: float,
 ) -> list[Candidate]:
   """The chosen setting with every seed; then with selected features."""
   stage = seeds_stage(tuner, chosen, seeds, prefix)
-  runs, out = stage.runs, stages.run(stage)
+  trials, out = stage.trials, stages.run(stage)
   spent += out.seconds
   everything = Candidate(
-    f"{prefix}all", tuner, runs, out.variables, out, 1.0, None, spent
+    f"{prefix}all", tuner, trials, out.variables, out, 1.0, None, spent
   )
   if keep_fraction == 1:
     return [everything]
-  kept, selected, seconds = feature_selection.select(
-    stages, prefix, tuner, runs, out.variables, [keep_fraction]
+  feature_mask, selected, seconds = feature_selection.select(
+    stages, prefix, tuner, trials, out.variables, [keep_fraction]
   )
   return [
     everything,
@@ -262,7 +268,7 @@ def _finish(
       name=f"{prefix}selected",
       variables=selected.variables,
       keep_fraction=keep_fraction,
-      kept=kept,
+      feature_mask=feature_mask,
       seconds=spent + seconds,
     ),
   ]
@@ -270,22 +276,23 @@ def _finish(
 
 def _choice(found: dict[str, Any], batch_size: int) -> str:
   """What a search has chosen, and how clearly."""
-  run, accuracy = found["runs"][found["chosen"]], found["val_accuracy"]
+  trial, accuracy = found["runs"][found["chosen"]], found["val_accuracy"]
   top, diverged = accuracy[found["chosen"]], found["diverged"]
   near = [a for i, a in enumerate(accuracy) if i not in diverged]
   near = sum(a >= top - 0.005 for a in near) - 1
   lost = f", {len(diverged)} diverged" if diverged else ""
+  told = trial_lib.Trial(**trial).describe(batch_size)
   return (
-    f"{loop.Run(**run).told(batch_size)} (val {100 * top:.1f} %; of"
+    f"{told} (val {100 * top:.1f} %; of"
     f" {len(accuracy) - 1} others {near} within 0.5{lost}"
-    f"{_at_an_end(run, found['runs'])})"
+    f"{_at_an_end(trial, found['runs'])})"
   )
 
 
-def _at_an_end(run: dict[str, Any], runs: Sequence[dict[str, Any]]) -> str:
+def _at_an_end(trial: dict[str, Any], trials: Sequence[dict[str, Any]]) -> str:
   """Says so where a better rate may lie outside of the grid."""
-  rates = sorted({each["lr"] for each in runs})
-  if len(rates) < 3 or run["lr"] not in (rates[0], rates[-1]):
+  rates = sorted({each["lr"] for each in trials})
+  if len(rates) < 3 or trial["lr"] not in (rates[0], rates[-1]):
     return ""
-  which = "smallest" if run["lr"] == rates[0] else "largest"
+  which = "smallest" if trial["lr"] == rates[0] else "largest"
   return f"; the {which} lr that was tried"

@@ -16,12 +16,13 @@ from vqt_jax.runtime import files
 from vqt_jax.runtime import memory
 from vqt_jax.runtime import processes
 from vqt_jax.training import protocol
+from vqt_jax.training import setup
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets")
 
 
 def write(
-  job: Any,
+  context: setup.RunContext,
   found: dict[str, Any],
   candidates: Sequence[protocol.Candidate],
   test: dict[str, Any],
@@ -31,7 +32,7 @@ def write(
   """Writes the results; `results.json` comes last.
 
   Args:
-    job: the `run.Job`.
+    context: the `setup.RunContext`.
     found: on the way, by the protocol.
     candidates: what was tested; the last one is the result.
     test: outcome of testing them.
@@ -41,23 +42,23 @@ def write(
   Returns:
     The contents of `results.json`.
   """
-  results = _results(job, found, candidates, test, seconds, peak)
+  results = _results(context, found, candidates, test, seconds, peak)
   if processes.is_first():
-    results["tuned_bytes"] = _write_tuned(job, candidates[-1], results)
-    files.write_json(job.workdir / results_lib.RESULTS, results)
-    files.remove(job.workdir / "stages")
+    results["tuned_bytes"] = _write_tuned(context, candidates[-1], results)
+    files.write_json(context.workdir / results_lib.RESULTS, results)
+    files.remove(context.workdir / "stages")
   return results
 
 
-def _results(job, found, candidates, test, seconds, peak) -> dict[str, Any]:
-  c, result = job.backbone.config, candidates[-1]
+def _results(context, found, candidates, test, seconds, peak) -> dict[str, Any]:
+  c, result = context.backbone.config, candidates[-1]
   tested = [
     {
       "name": each.name,
       "setting": each.setting,
       "kept_share": each.kept_share,
       "test_accuracy": accuracy_lib.summary(
-        [run.seed for run in each.runs], accuracy, test["images"]
+        [trial.seed for trial in each.trials], accuracy, test["images"]
       ),
       "trained_parameters": each.num_trained,
       "training_seconds": each.seconds,
@@ -65,26 +66,26 @@ def _results(job, found, candidates, test, seconds, peak) -> dict[str, Any]:
     for each, accuracy in zip(candidates, test["accuracy"])
   ]
   return {
-    "task": job.task.name,
+    "task": context.task.name,
     "method": result.tuner.method,
     "num_queries": result.setting.get("num_queries", 0),
-    "backbone": f"ViT-{c.variant} {job.backbone.source}",
-    "weights": job.backbone.identity,
+    "backbone": f"ViT-{c.variant} {context.backbone.source}",
+    "weights": context.backbone.identity,
     "pool_type": c.pool_type,
     "gelu": c.gelu,
     "dtype": c.dtype,
     "image_size": list(c.image_size),
-    "value_range": job.backbone.value_range,
-    "resize": job.config.resize,
-    "data": data.identity(job.task),
-    "protocol": job.config.protocol,
-    "batch_size": job.config.batch_size,  # config.lr is per 256 images.
+    "value_range": context.backbone.value_range,
+    "resize": context.config.resize,
+    "data": data.identity(context.task),
+    "protocol": context.config.protocol,
+    "batch_size": context.config.batch_size,  # config.lr is per 256 images.
     "test_accuracy": tested[-1]["test_accuracy"],
     "chosen": result.setting,
     "tested": tested,
     **found,
     "seeds": {
-      "runs": [dataclasses.asdict(run) for run in result.runs],
+      "runs": [dataclasses.asdict(trial) for trial in result.trials],
       "history": result.trained.history,
     },
     "trained_parameters": result.num_trained,
@@ -101,7 +102,7 @@ def _results(job, found, candidates, test, seconds, peak) -> dict[str, Any]:
       "side_by_side": result.trained.side_by_side,
     },
     "tuned_bytes": None,  # Known when they are written.
-    "device": f"{job.mesh.size} x {jax.devices()[0].device_kind}",
+    "device": f"{context.mesh.size} x {jax.devices()[0].device_kind}",
     "versions": {
       "python": platform.python_version(),
       **{name: importlib.metadata.version(name) for name in PACKAGES},
@@ -109,30 +110,32 @@ def _results(job, found, candidates, test, seconds, peak) -> dict[str, Any]:
   }
 
 
-def _write_tuned(job, candidate, results) -> int:
+def _write_tuned(context, candidate, results) -> int:
   """What each seed trained, as `tuned/seed_<seed>/`, what one ships.
 
   Returns:
     Bytes of the first one's files.
   """
   test, sizes = results["test_accuracy"], []
-  for i, run in enumerate(candidate.runs):
-    accuracy = test["per_seed"][str(run.seed)]
+  for i, trial in enumerate(candidate.trials):
+    accuracy = test["per_seed"][str(trial.seed)]
     size = tuned.save(
-      job.workdir / "tuned" / f"seed_{run.seed}",
-      job.config.init,
-      job.backbone,
-      dataclasses.replace(candidate.tuner, normalize=run.normalize),
+      context.workdir / "tuned" / f"seed_{trial.seed}",
+      context.config.init,
+      context.backbone,
+      dataclasses.replace(candidate.tuner, normalize=trial.normalize),
       jax.tree.map(lambda x, i=i: x[i], candidate.variables),
       {
         "task": results["task"],
         "resize": results["resize"],
         "chosen": results["chosen"],
-        "seed": run.seed,
+        "seed": trial.seed,
         "test_accuracy": accuracy,
         "test_interval": accuracy_lib.interval(accuracy, test["images"]),
       },
-      kept=None if candidate.kept is None else candidate.kept[i],
+      kept=None
+      if candidate.feature_mask is None
+      else candidate.feature_mask[i],
     )
     sizes.append(size)
   return sizes[0]

@@ -47,13 +47,13 @@ def train(
     Stopped: asked to stop by a signal; everything is saved.
   """
   with contextlib.ExitStack() as opened:
-    with processes.together():
+    with processes.raise_on_all():
       if processes.is_first():
         opened.enter_context(workdir_lib.open_workdir(config, workdir))
       finished = files.exists(workdir / results_lib.RESULTS)
     if not processes.any_process(finished):
       return _train(config, workdir, console)
-    with processes.together():
+    with processes.raise_on_all():
       results = results_lib.read(workdir)
     console.note("this run is finished already; it is not done again")
     return results
@@ -62,9 +62,9 @@ def train(
 def _train(config, workdir, console) -> dict[str, Any]:
   with preemption.StopSignal() as stop:
     started, peak = time.monotonic(), memory.Peak()
-    with stop.at_once(), processes.together():
-      job = setup.prepare(config, workdir, console)
-    with jax.set_mesh(job.mesh):
+    with stop.at_once(), processes.raise_on_all():
+      context = setup.prepare(config, workdir, console)
+    with jax.set_mesh(context.mesh):
       saver = checkpoint.Checkpointer(
         workdir / "checkpoints", config.checkpoint_seconds
       )
@@ -73,30 +73,32 @@ def _train(config, workdir, console) -> dict[str, Any]:
         examples = examples_lib.Examples(
           config,
           console,
-          job.task,
-          job.backbone,
-          job.tuner,
-          job.params,
-          job.mesh,
+          context.task,
+          context.backbone,
+          context.tuner,
+          context.params,
+          context.mesh,
         )
         examples.check_classes()
-        planned = protocol.planned(config, job.tuner)
-        with processes.together():
-          forecast = forecast_lib.Forecast(job, examples, planned)
+        planned = protocol.planned(config, context.tuner)
+        with processes.raise_on_all():
+          forecast = forecast_lib.Forecast(context, examples, planned)
         stages = stages_lib.Stages(
-          job, examples, saver, metrics, stop, peak, forecast
+          context, examples, saver, metrics, stop, peak, forecast
         )
-        found, candidates = protocol.candidates(job, stages, examples)
-        test = _test(job, stages, examples, candidates)
+        found, candidates = protocol.candidates(context, stages, examples)
+        test = _test(context, stages, examples, candidates)
       finally:
         saver.close()
         metrics.close()
-    with processes.together():
+    with processes.raise_on_all():
       seconds = time.monotonic() - started
-      return results_training.write(job, found, candidates, test, seconds, peak)
+      return results_training.write(
+        context, found, candidates, test, seconds, peak
+      )
 
 
-def _test(job, stages, examples, candidates) -> dict[str, Any]:
+def _test(context, stages, examples, candidates) -> dict[str, Any]:
   """All seeds of all candidates over the test set, in one pass."""
   started = time.monotonic()
   accuracy = stages.evaluate(
@@ -105,8 +107,8 @@ def _test(job, stages, examples, candidates) -> dict[str, Any]:
     [
       (
         each.tuner,
-        step_lib.Ready(
-          each.variables, np.array([r.normalize for r in each.runs])
+        step_lib.TrainedTrials(
+          each.variables, np.array([r.normalize for r in each.trials])
         ),
       )
       for each in candidates

@@ -1,6 +1,6 @@
 """Looks up what a config names and places it on the devices."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
 import math
@@ -14,14 +14,15 @@ from vqt_jax import data
 from vqt_jax.config import fields
 from vqt_jax.models import backbone as backbone_lib
 from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.models import vit_config as vit_config_lib
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import files
 from vqt_jax.runtime import mesh as mesh_lib
 
 
 @dataclasses.dataclass
-class Job:
-  """What a run is made of, looked up and placed on the devices."""
+class RunContext:
+  """What a config names, looked up and placed on the devices."""
 
   config: ml_collections.ConfigDict
   workdir: files.Path
@@ -33,40 +34,82 @@ class Job:
   params: Any  # The backbone's, on the devices.
 
 
-def prepare(config, workdir, console) -> Job:
-  task = data.make_task(
-    config.task, **{name: config[name] for name in fields.TASK_FIELDS}
+def find_task(config: ml_collections.ConfigDict) -> data.Task:
+  """Return the task of a config; raise a `UserError` if there is none."""
+  options = {name: config[name] for name in fields.TASK_FIELDS}
+  return data.make_task(config.task, **options)
+
+
+def backbone_options(
+  config: ml_collections.ConfigDict, platform: str
+) -> dict[str, Any]:
+  """Options of `checkpoints.load_backbone` that decide shapes and dtypes.
+
+  Args:
+    config: resolved.
+    platform: "cpu", "gpu" or "tpu", which decides the dtype that is left open.
+  """
+  return {
+    "variant": config.variant,
+    "image_size": checkpoints.size_of(config.image_size, config.image_width),
+    "pool_type": config.pool_type,
+    "gelu": config.gelu,
+    "dtype": config.dtype or ("float32" if platform == "cpu" else "bfloat16"),
+    "trained_size": checkpoints.size_of(
+      config.trained_size, config.trained_width
+    ),
+  }
+
+
+def find_tuner(
+  config: ml_collections.ConfigDict,
+  vit_config: vit_config_lib.ViTConfig,
+  task: data.Task,
+) -> tuner_lib.Tuner:
+  """Return the tuner of a config.
+
+  Raises:
+    UserError: its images have no whole number of patches, or options of the
+      method do not fit the backbone.
+  """
+  size = checkpoints.size_of(config.image_size, config.image_width)
+  checkpoints.check_image_size(vit_config.patch_size, size)
+  return tuner_lib.make_tuner(
+    config.method,
+    vit_config,
+    task.num_classes,
+    **fields.tuner_options(config),
   )
+
+
+def find_mesh(
+  config: ml_collections.ConfigDict,
+  vit_config: vit_config_lib.ViTConfig,
+  devices: Sequence[jax.Device] | None = None,
+) -> jax.sharding.Mesh:
+  """Return the mesh of a config over devices (None: all of all processes)."""
+  mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.model, devices)
+  mesh_lib.check_heads(mesh, vit_config.num_heads)
+  return mesh
+
+
+def prepare(config, workdir, console) -> RunContext:
+  task = find_task(config)
   data.check_prepared(task)
   if warning := data.size_warning(task):
     console.note(warning)
 
-  on_cpu = jax.default_backend() == "cpu"
-  image_size = checkpoints.size_of(config.image_size, config.image_width)
+  options = backbone_options(config, jax.default_backend())
   with contextlib.ExitStack() as download:
     backbone = checkpoints.load_backbone(
       config.init,
-      variant=config.variant,
-      image_size=image_size,
       value_range=config.value_range,
-      pool_type=config.pool_type,
-      gelu=config.gelu,
-      dtype=config.dtype or ("float32" if on_cpu else "bfloat16"),
-      trained_size=checkpoints.size_of(
-        config.trained_size, config.trained_width
-      ),
+      **options,
       progress=_download_line(console, download),
     )
-  checkpoints.check_image_size(backbone.config.patch_size, image_size)
-  tuner = tuner_lib.make_tuner(
-    config.method,
-    backbone.config,
-    task.num_classes,
-    **fields.of_tuner(config),
-  )
-  mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.model)
-  mesh_lib.check_heads(mesh, backbone.config.num_heads)
-  job = Job(
+  tuner = find_tuner(config, backbone.config, task)
+  mesh = find_mesh(config, backbone.config)
+  context = RunContext(
     config=config,
     workdir=workdir,
     console=console,
@@ -78,8 +121,8 @@ def prepare(config, workdir, console) -> Job:
       backbone.params, mesh, backbone.config.dtype
     ),
   )
-  console.header(_describe(job))
-  return job
+  console.header(_describe(context))
+  return context
 
 
 def _download_line(
@@ -101,11 +144,11 @@ def count_parameters(tree: Any) -> int:
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def _describe(job: Job) -> list[str]:
+def _describe(context: RunContext) -> list[str]:
   """The resolved setting in two lines, and what of it is assumed in a third."""
-  c, tuner = job.backbone.config, job.tuner
+  c, tuner = context.backbone.config, context.tuner
   size = "x".join(map(str, dict.fromkeys(c.image_size)))
-  group = " (vtab-1k)" if job.task.group else ""
+  group = " (vtab-1k)" if context.task.group else ""
   trained = tuner.shapes()
   shapes = f"head {tuner.num_features:,} x {tuner.num_classes}"
   if tuner.has_queries:
@@ -117,12 +160,13 @@ def _describe(job: Job) -> list[str]:
     own = count_parameters(trained["tuner"]["editor"])
     shapes = f"{tuner.editor} {own:,}, {shapes}"
   return [
-    f"{tuner.method} on {job.task.name}{group}   ViT-{c.variant}"
-    f" {job.backbone.source}, {size} px, inputs {job.backbone.value_range},"
-    f" {c.dtype}   {job.mesh.size} x {jax.devices()[0].device_kind}",
-    f"frozen {count_parameters(job.backbone.params):,}   trained"
+    f"{tuner.method} on {context.task.name}{group}   ViT-{c.variant}"
+    f" {context.backbone.source}, {size} px, inputs"
+    f" {context.backbone.value_range}, {c.dtype}  "
+    f" {context.mesh.size} x {jax.devices()[0].device_kind}",
+    f"frozen {count_parameters(context.backbone.params):,}   trained"
     f" {count_parameters(trained):,}: {shapes}",
-    *_assumed(job.backbone),
+    *_assumed(context.backbone),
   ]
 
 

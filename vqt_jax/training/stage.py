@@ -1,4 +1,8 @@
-"""Stages, what comes out of them, and their files."""
+"""Stages, their results, and the files that keep these.
+
+The result of a finished stage, with the weights that later ones need, lies in
+`<workdir>/stages/<name>.safetensors`, which appears at once.
+"""
 
 from collections.abc import Sequence
 import dataclasses
@@ -16,7 +20,8 @@ import safetensors.numpy
 from vqt_jax import errors
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.runtime import files
-from vqt_jax.training import loop
+from vqt_jax.training import step as step_lib
+from vqt_jax.training import trial as trial_lib
 
 SUFFIX = ".safetensors"
 
@@ -38,30 +43,47 @@ class Stage:
     held: the other parts, leaves (R, ...).
     lasso: weight of the group lasso on the head's rows.
     kept: (R, F) of 0 and 1, the features of each run; None: all.
-    least: runs whose loss must stay finite, others that diverge are out; None:
-      all of them.
+    min_finite: trials whose loss must stay finite, others may diverge and are
+      out; None: all of them.
     keeps_weights: whether later stages need what was trained.
   """
 
   name: str
   label: str
   tuner: tuner_lib.Tuner
-  runs: tuple[loop.Run, ...]
+  trials: tuple[trial_lib.Trial, ...]
   what: str
   split: str = "trainval"
   rows: np.ndarray | None = None
   judge: tuple[str, np.ndarray | None] | None = None
   trains: tuple[str, ...] = tuner_lib.TRAINED
-  held: dict[str, Any] = dataclasses.field(default_factory=dict)
+  frozen_parts: dict[str, Any] = dataclasses.field(default_factory=dict)
   lasso: float = 0.0
-  kept: np.ndarray | None = None
-  least: int | None = None
+  feature_mask: np.ndarray | None = None
+  min_finite: int | None = None
   keeps_weights: bool = True
+
+  @property
+  def must_stay_finite(self) -> int:
+    """Number of trials whose loss must stay finite."""
+    return len(self.trials) if self.min_finite is None else self.min_finite
+
+  def settings(self) -> step_lib.Settings:
+    """Settings of all trials, as the compiled step takes them."""
+    of = lambda name: np.array([getattr(each, name) for each in self.trials])
+    return step_lib.Settings(
+      lr=of("lr").astype(np.float32),
+      weight_decay=of("weight_decay").astype(np.float32),
+      query_dropout=of("query_dropout").astype(np.float32),
+      normalize=of("normalize"),
+      frozen_parts=self.frozen_parts,
+      feature_mask=self.feature_mask,
+    )
 
 
 @dataclasses.dataclass
-class Outcome:
-  """What came out of a stage.
+class StageResult:
+  """The result of a stage.
 
   Attributes:
     history: per epoch {"loss": per run, "accuracy": per run}.
@@ -89,22 +111,51 @@ class Outcome:
 
 
 @dataclasses.dataclass
-class Saved:
+class Progress:
+  """Where a phase stands, json-able; saved with every checkpoint.
+
+  Attributes:
+    epoch: epochs done.
+    step: steps done in the next epoch.
+    sums: of that epoch so far, per run: loss sum and number right.
+    history: per finished epoch {"loss": per run, "accuracy": per run}.
+    seconds: of training so far.
+    diverged: run -> epoch in which its loss stopped being finite.
+    epoch_seconds: of every epoch but the first of each start, which compiles.
+    step_bytes: that the compiled step takes; None if unknown.
+    peak_bytes: of memory, in the run so far; None if unknown.
+  """
+
+  epoch: int = 0
+  step: int = 0
+  sums: list[list[float]] = dataclasses.field(default_factory=list)
+  history: list[dict[str, list[float]]] = dataclasses.field(
+    default_factory=list
+  )
+  seconds: float = 0.0
+  diverged: dict[str, int] = dataclasses.field(default_factory=dict)
+  epoch_seconds: list[float] = dataclasses.field(default_factory=list)
+  step_bytes: int | None = None
+  peak_bytes: int | None = None
+
+
+@dataclasses.dataclass
+class ResumePoint:
   """Whose state a save holds, and where it stands; json-able."""
 
   stage: str = ""
-  progress: loop.Progress = dataclasses.field(default_factory=loop.Progress)
+  progress: Progress = dataclasses.field(default_factory=Progress)
 
   def __post_init__(self):
     if isinstance(self.progress, dict):
-      self.progress = loop.Progress(**self.progress)
+      self.progress = Progress(**self.progress)
 
 
 def packs(stage: Stage, size: int) -> list[Stage]:
   """A stage in parts of at most so many runs; itself, if it has no more."""
-  if len(stage.runs) <= size:
+  if len(stage.trials) <= size:
     return [stage]
-  return [_part(stage, i, size) for i in range(0, len(stage.runs), size)]
+  return [_part(stage, i, size) for i in range(0, len(stage.trials), size)]
 
 
 def _part(stage: Stage, start: int, size: int) -> Stage:
@@ -113,21 +164,25 @@ def _part(stage: Stage, start: int, size: int) -> Stage:
   So a run that is resumed where memory holds more or fewer of them does not
   take them for others.
   """
-  some = slice(start, min(start + size, len(stage.runs)))
+  some = slice(start, min(start + size, len(stage.trials)))
   return dataclasses.replace(
     stage,
     name=f"{stage.name}_{some.start + 1}-{some.stop}",
-    runs=stage.runs[some],
-    held=jax.tree.map(lambda x: x[some], stage.held),
-    kept=None if stage.kept is None else stage.kept[some],
-    least=None if stage.least is None else 0,
+    trials=stage.trials[some],
+    frozen_parts=jax.tree.map(lambda x: x[some], stage.frozen_parts),
+    feature_mask=None
+    if stage.feature_mask is None
+    else stage.feature_mask[some],
+    min_finite=None if stage.min_finite is None else 0,
   )
 
 
-def join_packs(parts: Sequence[Outcome], starts: Sequence[int]) -> Outcome:
+def join_packs(
+  parts: Sequence[StageResult], starts: Sequence[int]
+) -> StageResult:
   """Packs of a stage as one."""
   together = lambda *lists: [x for each in lists for x in each]
-  return Outcome(
+  return StageResult(
     history=[
       {name: together(*(e[name] for e in epoch)) for name in epoch[0]}
       for epoch in zip(*(part.history for part in parts))
@@ -147,12 +202,12 @@ def join_packs(parts: Sequence[Outcome], starts: Sequence[int]) -> Outcome:
   )
 
 
-def median_per_trial(seconds: Sequence[float], runs: int = 1) -> float | None:
+def median_per_trial(seconds: Sequence[float], trials: int = 1) -> float | None:
   """The median of what so many runs take together, for each of them."""
-  return statistics.median(seconds) / runs if seconds else None
+  return statistics.median(seconds) / trials if seconds else None
 
 
-def write_result(path: files.Path, outcome: Outcome) -> None:
+def write_result(path: files.Path, outcome: StageResult) -> None:
   flat = flax.traverse_util.flatten_dict(outcome.variables or {}, sep="/")
   info = dataclasses.asdict(dataclasses.replace(outcome, variables=None))
   files.write(
@@ -164,21 +219,21 @@ def write_result(path: files.Path, outcome: Outcome) -> None:
   )
 
 
-def read_result(path: files.Path, stage: Stage) -> Outcome:
+def read_result(path: files.Path, stage: Stage) -> StageResult:
   """What `write_result` wrote of a stage."""
   with files.as_file(path) as local:
     return _parse(path, local, stage)
 
 
-def _parse(path: files.Path, local: pathlib.Path, stage: Stage) -> Outcome:
+def _parse(path: files.Path, local: pathlib.Path, stage: Stage) -> StageResult:
   """Reads a local copy of the file at a path."""
-  runs = len(stage.runs)
+  trials = len(stage.trials)
   try:
     with safetensors.safe_open(local, "numpy") as file:
-      outcome = Outcome(**json.loads((file.metadata() or {})["outcome"]))
+      outcome = StageResult(**json.loads((file.metadata() or {})["outcome"]))
       flat = {name: file.get_tensor(name) for name in file.keys()}
-    if any(len(row["loss"]) != runs for row in outcome.history):
-      raise ValueError(f"expected {runs} runs")
+    if any(len(row["loss"]) != trials for row in outcome.history):
+      raise ValueError(f"expected {trials} runs")
     if flat:  # An empty part leaves no trace.
       variables = flax.traverse_util.unflatten_dict(flat, sep="/")
       outcome.variables = {"tuner": {}, **variables}
@@ -200,7 +255,7 @@ def _check_shapes(variables: Any, stage: Stage) -> None:
   """Raises a `ValueError` if these are not a stage's weights."""
   expected = None
   if stage.keeps_weights:
-    shape = lambda x: (len(stage.runs), *x.shape)
+    shape = lambda x: (len(stage.trials), *x.shape)
     expected = jax.tree.map(shape, stage.tuner.shapes())
   found = jax.tree.map(np.shape, variables)
   if found != expected:

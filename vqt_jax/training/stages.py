@@ -16,109 +16,118 @@ import numpy as np
 
 from vqt_jax import errors
 from vqt_jax.features import batches
+from vqt_jax.features import examples as examples_lib
 from vqt_jax.features import memory_budget
 from vqt_jax.models import head as head_lib
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.runtime import files
+from vqt_jax.runtime import memory
 from vqt_jax.runtime import mesh
 from vqt_jax.runtime import processes
+from vqt_jax.training import checkpoint
+from vqt_jax.training import forecast as forecast_lib
 from vqt_jax.training import loop
+from vqt_jax.training import metrics as metrics_lib
+from vqt_jax.training import optim
 from vqt_jax.training import preemption
+from vqt_jax.training import setup
 from vqt_jax.training import stage as stage_lib
 from vqt_jax.training import step as step_lib
 
 
 class Stages:
-  """Runs stages, or finds what they gave before."""
+  """Trains and judges stages, or loads the results of an earlier start."""
 
-  def __init__(self, job, examples, saver, metrics, stop, peak, forecast):
-    """Reads what there is.
-
-    Args:
-      job: the `run.Job`.
-      examples: an `Examples`.
-      saver: a `Checkpointer`.
-      metrics: a `MetricsWriter`.
-      stop: a `StopSignal`.
-      peak: a `memory.Peak`.
-      forecast: a `forecast.Forecast`.
+  def __init__(
+    self,
+    context: setup.RunContext,
+    examples: examples_lib.Examples,
+    saver: checkpoint.Checkpointer,
+    metrics: metrics_lib.MetricsWriter,
+    stop: preemption.StopSignal,
+    peak: memory.Peak,
+    forecast: forecast_lib.Forecast,
+  ):
+    """Find the stages that an earlier start has finished.
 
     Raises:
-      UserError: it was begun with other weights of the backbone.
+      UserError: the run was begun with other weights of the backbone.
     """
-    self._job, self._examples, self._saver = job, examples, saver
+    self._context, self._examples, self._saver = context, examples, saver
     self._metrics, self._stop, self._peak = metrics, stop, peak
     self._forecast, self._size = forecast, 1
-    self._folder = job.workdir / "stages"
-    with processes.together():
+    self._folder = context.workdir / "stages"
+    with processes.raise_on_all():
       names = files.names(self._folder)
       self._done = {
         name.removesuffix(stage_lib.SUFFIX)
         for name in names
         if name.endswith(stage_lib.SUFFIX)
       }
-    self._saved = saver.progress(stage_lib.Saved) or stage_lib.Saved()
-    with processes.together():
+    self._saved = (
+      saver.progress(stage_lib.ResumePoint) or stage_lib.ResumePoint()
+    )
+    with processes.raise_on_all():
       if processes.is_first():
         self._check_weights()
 
   def _check_weights(self) -> None:
     """Notes down the backbone's, or that they are those that it began with."""
     path = self._folder / "backbone.json"
-    found = {"sha256": self._job.backbone.identity}
+    found = {"sha256": self._context.backbone.identity}
     begun = (self._done or self._saved.stage) and files.exists(path)
     if not begun:
       files.write_json(path, found)
     elif files.read_json(path) != found:
       raise errors.UserError(
-        f"The run in {self._job.workdir} was begun with other weights: what"
+        f"The run in {self._context.workdir} was begun with other weights: what"
         " config.init names has changed since. Choose another --workdir, or"
         " bring the old weights back to resume."
       )
 
-  def run(self, stage: stage_lib.Stage) -> stage_lib.Outcome:
+  def run(self, stage: stage_lib.Stage) -> stage_lib.StageResult:
     """Does a stage, in as many packs of runs as memory asks for."""
-    self._size = memory_budget.runs_at_once(
+    self._size = memory_budget.trials_at_once(
       stage.tuner,
-      self._job.config.batch_size,
-      self._job.mesh,
-      self._job.config.remat,
+      self._context.config.batch_size,
+      self._context.mesh,
+      self._context.config.remat,
     )
     parts = stage_lib.packs(stage, self._size)
     if len(parts) == 1:
       return self._pack(stage)
-    starts = range(0, len(stage.runs), self._size)
+    starts = range(0, len(stage.trials), self._size)
     joined = stage_lib.join_packs([self._pack(part) for part in parts], starts)
-    if len(stage.runs) - len(joined.diverged) < (stage.least or 0):
+    if len(stage.trials) - len(joined.diverged) < (stage.min_finite or 0):
       raise errors.UserError(
-        f"The loss of all {len(stage.runs)} runs of phase {stage.name} became"
+        f"The loss of all {len(stage.trials)} runs of phase {stage.name} became"
         " infinite or undefined. Lower config.lr in a new workdir, or look at"
         " the value range of the inputs."
       )
     return joined
 
-  def _pack(self, stage: stage_lib.Stage) -> stage_lib.Outcome:
+  def _pack(self, stage: stage_lib.Stage) -> stage_lib.StageResult:
     path = self._folder / f"{stage.name}{stage_lib.SUFFIX}"
     if processes.any_process(stage.name in self._done):
-      with processes.together():
+      with processes.raise_on_all():
         outcome = stage_lib.read_result(path, stage)
       self._peak.include(outcome.peak_bytes)
       self._log(stage, _rows(stage, outcome.history))
       return outcome
     state, progress = self._train(stage)
-    outcome = stage_lib.Outcome(
+    outcome = stage_lib.StageResult(
       history=progress.history,
       seconds=progress.seconds,
       diverged=sorted(map(int, progress.diverged)),
       accuracy=None,
-      side_by_side=len(stage.runs),
+      side_by_side=len(stage.trials),
       epoch_seconds=stage_lib.median_per_trial(
-        progress.epoch_seconds, len(stage.runs)
+        progress.epoch_seconds, len(stage.trials)
       ),
       step_bytes=progress.step_bytes,
     )
-    ready = step_lib.Ready(
-      _variables(state, stage), np.array([r.normalize for r in stage.runs])
+    ready = step_lib.TrainedTrials(
+      _variables(state, stage), np.array([r.normalize for r in stage.trials])
     )
     if stage.judge:
       (accuracy,) = self.evaluate(*stage.judge, [(stage.tuner, ready)], "val")
@@ -127,56 +136,57 @@ class Stages:
     if stage.keeps_weights:
       outcome.variables = jax.tree.map(processes.to_host, ready.variables)
     outcome.peak_bytes = self._peak.bytes()
-    with processes.together():
+    with processes.raise_on_all():
       if processes.is_first():
         stage_lib.write_result(path, outcome)
     return outcome
 
   def _train(
     self, stage: stage_lib.Stage
-  ) -> tuple[step_lib.State, loop.Progress]:
+  ) -> tuple[step_lib.State, stage_lib.Progress]:
     """Trains from the start, or from the checkpoint."""
-    job, c, runs = self._job, self._job.config, stage.runs
-    progress = loop.Progress()
-    recipe = recipe_of(c, stage)
-    seeds = np.array([run.seed for run in runs], np.uint32)
-    state = step_lib.init_on(job.mesh, stage.tuner, recipe)(job.params, seeds)
+    context, c, trials = self._context, self._context.config, stage.trials
+    progress = stage_lib.Progress()
+    static = static_settings(c, stage)
+    seeds = np.array([trial.seed for trial in trials], np.uint32)
+    state = step_lib.init_on(context.mesh, stage.tuner, static)(
+      context.params, seeds
+    )
     if self._saved.stage == stage.name:
       progress = self._saved.progress
       self._peak.include(progress.peak_bytes)
       state = self._saver.restore(state)
       if progress.epoch < c.epochs:
         after = f"{stage.label} after epoch {progress.epoch}"
-        job.console.note(after, "resume")
-    self._saved = stage_lib.Saved()  # From here on the last save is another.
+        context.console.note(after, "resume")
+    self._saved = (
+      stage_lib.ResumePoint()
+    )  # From here on the last save is another.
 
     self._log(stage, _rows(stage, progress.history))
 
     def save(state):
       progress.peak_bytes = self._peak.bytes()
-      saved = stage_lib.Saved(stage.name, progress)
+      saved = stage_lib.ResumePoint(stage.name, progress)
       self._saver.save(state, dataclasses.asdict(saved))
 
     if progress.epoch == c.epochs:
       return state, progress
-    with self._stop.at_once(), processes.together():
+    with self._stop.at_once(), processes.raise_on_all():
       source = self._examples.source(stage.split, stage.rows)
-    phase = loop.Phase(
-      stage.name,
-      runs,
-      source,
-      c.epochs,
-      c.warmup_epochs,
-      per_step=c.schedule == "step",
-      least=len(runs) if stage.least is None else stage.least,
-      held=mesh.replicate(stage.held, job.mesh),
-      kept=mesh.replicate(stage.kept, job.mesh),
+    stage = dataclasses.replace(
+      stage,
+      frozen_parts=mesh.replicate(stage.frozen_parts, context.mesh),
+      feature_mask=mesh.replicate(stage.feature_mask, context.mesh),
     )
-    plural = "s" if len(runs) > 1 else ""
-    detail = f"{len(runs)} {stage.what}{plural} x {c.epochs} epochs"
-    if stage.tuner != job.tuner:
+    schedule = optim.Schedule(
+      c.epochs, c.warmup_epochs, source.steps, c.schedule == "step"
+    )
+    plural = "s" if len(trials) > 1 else ""
+    detail = f"{len(trials)} {stage.what}{plural} x {c.epochs} epochs"
+    if stage.tuner != context.tuner:
       detail += f", {stage.tuner.num_queries} queries"
-    with job.console.phase(stage.label, c.epochs, detail=detail) as line:
+    with context.console.phase(stage.label, c.epochs, detail=detail) as line:
 
       def report(epoch, loss, accuracy, speed):
         self._log(stage, _rows(stage, progress.history, epoch))
@@ -196,11 +206,13 @@ class Stages:
 
       live = self._examples.is_live(stage.split)
       self._forecast.begin(stage, self._size, self._done, live)
-      frozen = tuner_lib.partition(job.params, stage.tuner.shapes())[1]
-      state = loop.train_phase(
-        phase,
-        stage.tuner,
-        recipe,
+      frozen = tuner_lib.partition(context.params, stage.tuner.shapes())[1]
+      state = loop.train(
+        stage,
+        source,
+        schedule,
+        static,
+        stage.settings(),
         frozen,
         state,
         progress,
@@ -221,7 +233,7 @@ class Stages:
     self,
     split: str,
     rows: np.ndarray | None,
-    ready: Sequence[tuple[tuner_lib.Tuner, step_lib.Ready]],
+    ready: Sequence[tuple[tuner_lib.Tuner, step_lib.TrainedTrials]],
     label: str,
   ) -> list[list[float]]:
     """Accuracy of every run of several tuners, in one pass of the backbone.
@@ -235,32 +247,34 @@ class Stages:
         the first.
       label: for people.
     """
-    size = min(memory_budget.held_at_once(tuner) for tuner, _ in ready)
-    if sum(len(runs.normalize) for _, runs in ready) <= size:
+    size = min(memory_budget.weights_at_once(tuner) for tuner, _ in ready)
+    if sum(len(trials.normalize) for _, trials in ready) <= size:
       return self._pass(split, rows, ready, label)
     found = []
-    for tuner, runs in ready:
+    for tuner, trials in ready:
       accuracy = []
-      for start in range(0, len(runs.normalize), size):
-        some = jax.tree.map(lambda x, i=start: x[i : i + size], runs)
+      for start in range(0, len(trials.normalize), size):
+        some = jax.tree.map(lambda x, i=start: x[i : i + size], trials)
         accuracy += self._pass(split, rows, [(tuner, some)], label)[0]
       found.append(accuracy)
     return found
 
   def _pass(self, split, rows, ready, label) -> list[list[float]]:
     """What `evaluate` gives, in one pass of the backbone."""
-    job = self._job
-    tuners, runs = zip(*ready)
-    runs = mesh.replicate(runs, job.mesh)
+    context = self._context
+    tuners, trials = zip(*ready)
+    trials = mesh.replicate(trials, context.mesh)
     right, count = None, 0
     total = self._examples.count(split) if rows is None else len(rows)
-    with self._stop.at_once(), processes.together():
+    with self._stop.at_once(), processes.raise_on_all():
       chunks = self._examples.evaluation(split, rows)
-    with job.console.phase(label, total, "image") as line:
+    with context.console.phase(label, total, "image") as line:
       evaluate = functools.partial(
-        step_lib.eval_steps, tuners, runs, job.params
+        step_lib.eval_steps, tuners, trials, context.params
       )
-      ask = lambda: processes.ask(lambda: [self._stop.received])
+      ask = lambda: processes.all_reduce_max_async(
+        lambda: [self._stop.received]
+      )
       done = ((evaluate(*chunk), chunk[2].sum(), ask()) for chunk in chunks)
       for part, real, stopped in batches.behind(done):
         part = [x.astype(np.float64) for x in processes.to_host(part)]
@@ -272,12 +286,12 @@ class Stages:
     return [(x / count).tolist() for x in right]
 
 
-def recipe_of(config: ml_collections.ConfigDict, stage: stage_lib.Stage):
-  """What of a stage's recipe is compiled in, a `step.Recipe`."""
-  return step_lib.Recipe(
+def static_settings(config: ml_collections.ConfigDict, stage: stage_lib.Stage):
+  """What of a stage's recipe is compiled in, a `step.StaticSettings`."""
+  return step_lib.StaticSettings(
     optimizer=config.optimizer,
     query_dropout=stage.tuner.has_queries
-    and any(run.query_dropout for run in stage.runs),
+    and any(trial.query_dropout for trial in stage.trials),
     embedding_dropout=config.embedding_dropout,
     lasso=stage.lasso,
     trains=stage.trains,
@@ -289,11 +303,11 @@ def recipe_of(config: ml_collections.ConfigDict, stage: stage_lib.Stage):
 def _variables(state: step_lib.State, stage: stage_lib.Stage) -> Any:
   """{"tuner", "head"} as they are now, without the features left out."""
   variables = {
-    name: stage.held.get(name, state.trained[name])
+    name: stage.frozen_parts.get(name, state.trained[name])
     for name in tuner_lib.TRAINED
   }
-  if stage.kept is not None:
-    variables["head"] = head_lib.select(variables["head"], stage.kept)
+  if stage.feature_mask is not None:
+    variables["head"] = head_lib.select(variables["head"], stage.feature_mask)
   return variables
 
 
@@ -305,10 +319,10 @@ def _rows(
     {
       "epoch": epoch + 1,
       "run": i,
-      **dataclasses.asdict(run),
+      **dataclasses.asdict(trial),
       "loss": history[epoch]["loss"][i],
       "accuracy": history[epoch]["accuracy"][i],
     }
     for epoch in range(first, len(history))
-    for i, run in enumerate(stage.runs)
+    for i, trial in enumerate(stage.trials)
   ]

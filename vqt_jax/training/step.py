@@ -28,7 +28,7 @@ Batch = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class StaticSettings:
   """What of a recipe is compiled in.
 
   Attributes:
@@ -92,21 +92,21 @@ class Settings:
   weight_decay: jax.Array
   query_dropout: jax.Array | None = None
   normalize: jax.Array | None = None
-  held: dict[str, Any] = flax.struct.field(default_factory=dict)
-  kept: jax.Array | None = None
+  frozen_parts: dict[str, Any] = flax.struct.field(default_factory=dict)
+  feature_mask: jax.Array | None = None
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def init(
-  tuner: tuner_lib.Tuner, recipe: Recipe, params: Any, seeds: jax.Array
+  tuner: tuner_lib.Tuner, static: StaticSettings, params: Any, seeds: jax.Array
 ) -> State:
   """Fresh state of runs with these seeds, (R,) uint32, on backbone `params`."""
 
   def one(seed):
     init_key, key = jax.random.split(jax.random.key(seed))
     variables = tuner.init(init_key, params)
-    trained, _ = tuner_lib.partition(params, variables, recipe.trains)
-    opt_state = recipe.update_rule(1.0, 0.0).init(trained)
+    trained, _ = tuner_lib.partition(params, variables, static.trains)
+    opt_state = static.update_rule(1.0, 0.0).init(trained)
     return trained, opt_state, key
 
   trained, opt_state, key = jax.vmap(one)(seeds)
@@ -115,11 +115,11 @@ def init(
 
 @functools.cache
 def init_on(
-  mesh: jax.sharding.Mesh, tuner: tuner_lib.Tuner, recipe: Recipe
+  mesh: jax.sharding.Mesh, tuner: tuner_lib.Tuner, static: StaticSettings
 ) -> Callable[[Any, jax.Array], State]:
   """`init` for this tuner and recipe, its result on all devices of a mesh."""
   return jax.jit(
-    functools.partial(init, tuner, recipe),
+    functools.partial(init, tuner, static),
     out_shardings=mesh_lib.replicated(mesh),
   )
 
@@ -190,7 +190,7 @@ def _score(logits, batch):
 
 def run_step(
   tuner: tuner_lib.Tuner,
-  recipe: Recipe,
+  static: StaticSettings,
   frozen: Any,
   batch: Batch,
   step: jax.Array,
@@ -203,27 +203,27 @@ def run_step(
   batch = dict(batch)
   embed_key, query_key = jax.random.split(jax.random.fold_in(key, step))
   config, size = tuner.config, len(batch["label"])
-  if recipe.embedding_dropout and "image" in batch:
+  if static.embedding_dropout and "image" in batch:
     shape = (size, config.num_tokens, config.width)
     batch["embedding_mask"] = _keep_mask(
-      embed_key, recipe.embedding_dropout, shape
+      embed_key, static.embedding_dropout, shape
     )
-  if tuner.has_queries and recipe.query_dropout:
+  if tuner.has_queries and static.query_dropout:
     # Examples first: those that fill up a batch then change no other's mask.
     shape = (size, config.depth, tuner.num_queries, config.width)
     mask = _keep_mask(query_key, settings.query_dropout, shape)
     batch["query_mask"] = jnp.moveaxis(mask, 0, 1)
   if not tuner.editor:
-    seen = _stream(tuner, frozen, batch, recipe.remat)
+    seen = _stream(tuner, frozen, batch, static.remat)
   count = jnp.maximum(batch["mask"].sum(), 1)
   devices = mesh_lib.size("data") if tuner.editor else 1
 
   def objective(trained, batch):
-    variables = {**tuner_lib.merge(trained, frozen), **settings.held}
-    if settings.kept is not None:
-      variables["head"] = head.select(variables["head"], settings.kept)
+    variables = {**tuner_lib.merge(trained, frozen), **settings.frozen_parts}
+    if settings.feature_mask is not None:
+      variables["head"] = head.select(variables["head"], settings.feature_mask)
     tokens, rows, final = (
-      _stream(tuner, variables, batch, recipe.remat) if tuner.editor else seen
+      _stream(tuner, variables, batch, static.remat) if tuner.editor else seen
     )
     logits = tuner(
       variables,
@@ -235,9 +235,9 @@ def run_step(
     ).logits
     total, right = _score(logits, batch)
     loss = total / count
-    if recipe.lasso:
+    if static.lasso:
       scores = head.scores(variables["head"])
-      loss += recipe.lasso * scores.sum() / devices
+      loss += static.lasso * scores.sum() / devices
     return loss, (total, right)
 
   gradient = jax.grad(objective, has_aux=True)
@@ -245,7 +245,7 @@ def run_step(
     gradient = _by_device(gradient)
   grads, sums = gradient(trained, batch)
   lr, weight_decay = settings.lr, settings.weight_decay
-  update = recipe.update_rule(lr, weight_decay).update
+  update = static.update_rule(lr, weight_decay).update
   updates, opt_state = update(grads, opt_state, trained)
   return optax.apply_updates(trained, updates), opt_state, sums
 
@@ -253,7 +253,7 @@ def run_step(
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def train_steps(
   tuner: tuner_lib.Tuner,
-  recipe: Recipe,
+  static: StaticSettings,
   state: State,
   frozen: Any,
   settings: Settings,
@@ -286,7 +286,7 @@ def train_steps(
 
   def one(trained, opt_state, key, settings, batch, step):
     return run_step(
-      tuner, recipe, frozen, batch, step, trained, opt_state, key, settings
+      tuner, static, frozen, batch, step, trained, opt_state, key, settings
     )
 
   together = jax.vmap(one, in_axes=(0, 0, 0, 0, None, None))
@@ -331,7 +331,7 @@ def step_bytes(*args: Any) -> int | None:
 
 
 @flax.struct.dataclass
-class Ready:
+class TrainedTrials:
   """Trained runs of one tuner, to be evaluated.
 
   Attributes:
@@ -346,7 +346,7 @@ class Ready:
 @functools.partial(jax.jit, static_argnums=0)
 def eval_steps(
   tuners: tuple[tuner_lib.Tuner, ...],
-  ready: tuple[Ready, ...],
+  ready: tuple[TrainedTrials, ...],
   params: Any,
   data: Batch,
   order: jax.Array,
@@ -384,15 +384,15 @@ def eval_steps(
       ).logits
       return _score(logits, batch)[1]
 
-    def every(tuner, runs):
+    def every(tuner, trials):
       run = functools.partial(one, tuner)
-      return jax.lax.map(run, runs) if tuner.editor else jax.vmap(run)(runs)
+      return jax.lax.map(run, trials) if tuner.editor else jax.vmap(run)(trials)
 
     return tuple(
       before + every(*those) for before, *those in zip(right, tuners, ready)
     ), None
 
-  runs = [len(jax.tree.leaves(each.variables)[0]) for each in ready]
-  right = tuple(map(jnp.zeros, runs))
+  trials = [len(jax.tree.leaves(each.variables)[0]) for each in ready]
+  right = tuple(map(jnp.zeros, trials))
   right = jax.lax.scan(body, right, (order, mask))[0]
   return mesh_lib.constrain(right)  # Replicated.
