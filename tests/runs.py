@@ -244,4 +244,5 @@ def _signal_on_call(name, call, number):
       os.kill(os.getpid(), number)
     return original(*args, **kwargs)
 
+  vars(wrapped).update(lower=getattr(original, "lower", None))
   setattr(pkgutil.resolve_name(module), function, wrapped)

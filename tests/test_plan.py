@@ -109,6 +109,7 @@ def test_planned_is_called(material, tmp_path, monkeypatch, changes):
       called[program(args)].append(signature(args))
       return original(*args)
 
+    wrapped.lower = original.lower
     monkeypatch.setattr(module, name, wrapped)
 
   phases = {2: "search", 3: "seeds"}  # By the number of runs.

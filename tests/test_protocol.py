@@ -118,7 +118,7 @@ def test_if_all_packs_diverge_it_is_said(
   changes = {"method": "linear", "lr": f"{TOO_HIGH},{TOO_HIGH / 2}"}
   assert main.main(runs.command(material, tmp_path, **changes)) == 2
   error = capfd.readouterr().err.splitlines()[-1]
-  assert error.startswith("error: The loss of all 2 runs of phase search bec")
+  assert error.startswith("error: The loss of all 2 trials of stage search b")
 
 
 def _check_choice(found):
@@ -153,6 +153,7 @@ def test_the_best_protocol_never_looks_at_the_test_split(
       events.append(what(args))
       return original(*args, **kwargs)
 
+    watched.lower = getattr(original, "lower", None)
     monkeypatch.setattr(module, name, watched)
 
   watch(step_lib, "train_steps", lambda args: "a step")

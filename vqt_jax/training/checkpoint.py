@@ -1,4 +1,4 @@
-"""Saving and resuming a run with Orbax."""
+"""Checkpoints of the training state, with Orbax."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -19,7 +19,7 @@ from vqt_jax import errors
 from vqt_jax.runtime import files
 from vqt_jax.runtime import processes
 
-# After this a save has failed: on a process that others are waiting for.
+# A save that takes longer has failed, on another process.
 SAVE_SECONDS = 120
 
 with epy.lazy_imports():  # Slow to import.
@@ -28,13 +28,13 @@ with epy.lazy_imports():  # Slow to import.
 T = TypeVar("T")
 
 
-class _Literal(type(epath.Path("/"))):  # A class without a public name.
-  """A local folder whose own path is no pattern, as for `epath.Path` it is.
+class _Literal(type(epath.Path("/"))):  # It has no public name.
+  """A local path whose own name is not a pattern when its content is globbed.
 
-  What is found in it is one as well.
+  `epath.Path` would read brackets in the path of a workdir as a pattern.
   """
 
-  _uri_scheme = None  # Nor is it a bucket if it begins with /gs or /s3.
+  _uri_scheme = None  # A path that begins with /gs is no bucket.
 
   def glob(self, pattern: str) -> Iterator["_Literal"]:
     for name in glob.iglob(pattern, root_dir=self):
@@ -42,13 +42,13 @@ class _Literal(type(epath.Path("/"))):  # A class without a public name.
 
 
 class Checkpointer:
-  """Saves state and progress asynchronously; the last complete save wins.
+  """Saves state and progress asynchronously; the last complete save counts.
 
   A save holds every array of the training state (random keys included) and a
-  json-able `progress`: a stage, and where it stands.
+  JSON-able `progress`.
 
-  Every method may raise a `UserError`: files cannot be written (an earlier save
-  may be meant), or read.
+  Every method may raise a `UserError` if files cannot be read or written, also
+  those of an earlier save that was still under way.
   """
 
   def __init__(self, directory: files.PathLike, every_seconds: float):
@@ -69,18 +69,18 @@ class Checkpointer:
       self._manager = ocp.CheckpointManager(place, options=options)
     for number in self._manager.all_steps():
       save = self._directory / str(number)
-      if not files.exists(save / "progress"):  # It would be the next to go.
+      if not files.exists(save / "progress"):  # Orbax would delete it.
         raise errors.UserError(
           f"{save} is no save of this program. Move it elsewhere, or choose"
           " another --workdir."
         )
 
   def due(self) -> bool:
-    """Whether the last save is long ago, on this process."""
+    """Return whether it is time for a save, on this process."""
     return time.monotonic() - self._last >= self._every
 
   def save(self, state: Any, progress: dict[str, Any]) -> None:
-    """Starts a save; the arrays may be donated as soon as this returns."""
+    """Start a save; the arrays may be donated as soon as this returns."""
     number = (self._manager.latest_step() or 0) + 1
     with self._writing():
       self._manager.save(
@@ -93,10 +93,10 @@ class Checkpointer:
     self._last = time.monotonic()
 
   def progress(self, parse: Callable[..., T]) -> T | None:
-    """Progress of the last complete save, or None.
+    """Return the progress of the last complete save, or None.
 
     Args:
-      parse: gets what was saved as keyword arguments.
+      parse: called with what was saved as keyword arguments.
     """
     if self._manager.latest_step() is None:
       return None
@@ -104,7 +104,7 @@ class Checkpointer:
       return parse(**self._restore(progress=ocp.args.JsonRestore()).progress)
 
   def restore(self, like: Any) -> Any:
-    """State of the last complete save, placed as `like` is."""
+    """Restore the state of the last complete save, placed as `like` is."""
     flat = _flatten(like)
     shape = lambda x: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=x.sharding
@@ -114,14 +114,14 @@ class Checkpointer:
       return _unflatten(like, self._restore(state=args).state)
 
   def close(self) -> None:
-    """Waits until the last save is complete on disk."""
+    """Wait until the last save is complete on disk."""
     try:
       with self._writing():
         self._manager.close()
-    finally:  # Of a save that failed, some threads have yet to complain.
+    finally:  # Threads of a failed save may still raise.
       for thread in threading.enumerate():
         if type(thread).__module__.startswith("orbax."):
-          threading.Thread.join(thread)  # Its own raises.
+          threading.Thread.join(thread)  # Orbax's own `join` raises.
 
   def _restore(self, **items: Any) -> Any:
     number = self._manager.latest_step()
@@ -131,7 +131,7 @@ class Checkpointer:
   def _reading(self) -> Iterator[None]:
     try:
       yield
-    except Exception as e:  # Each of Orbax's layers has its own.
+    except Exception as e:  # Orbax's layers raise all kinds.
       advice = "Delete that folder to resume from the save before it."
       if files.in_bucket(self._directory):
         advice = files.advice(e) or advice
@@ -142,7 +142,7 @@ class Checkpointer:
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
-    """Failures of the file system as `UserError`, from all layers of Orbax."""
+    """Turn file system errors, from all layers of Orbax, into `UserError`."""
     with files.writing(self._directory):
       try:
         yield
@@ -161,11 +161,10 @@ class Checkpointer:
 
 @functools.cache
 def _mute_late_ends() -> None:
-  """Sees that nothing is shown of what ends after its save or restore failed.
+  """Hide tracebacks of reads and writes that end after another one failed.
 
-  When one read or write of many fails, Orbax closes the event loop of all;
-  TensorStore then shows a traceback for each of the others, at any time until
-  the exit.
+  When one of many fails, Orbax closes the event loop of all; TensorStore then
+  prints a traceback for each of the others, at any time until the exit.
   """
   show = sys.unraisablehook
 
@@ -177,7 +176,7 @@ def _mute_late_ends() -> None:
 
 
 def _failure(error: BaseException | None) -> OSError | None:
-  """The failure of the file system behind an exception, if there is one."""
+  """Find the `OSError` behind an exception, if there is one."""
   while error:
     if isinstance(error, OSError):
       return error
@@ -192,7 +191,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _flatten(state: Any) -> dict[str, jax.Array]:
-  """Leaves by path; random keys as their data."""
+  """Return leaves by path; random keys as their data."""
   leaves = jax.tree_util.tree_leaves_with_path(state)
   return {
     jax.tree_util.keystr(path, simple=True, separator="."): (

@@ -1,9 +1,9 @@
-"""A search that gets more out of the same labels than the authors' protocol.
+"""The search of protocol=best: more out of the same labels.
 
-Beside learning rate and weight decay it goes over query counts, normalisation
-and query dropout; the finalists on val (and what the full protocol chose) are
-compared by cross-validation on all of trainval, and the fraction of features to
-keep by the same folds. The test set plays no part.
+Beside learning rates and weight decays it tries query counts, normalisation and
+query dropout. The finalists on val (and the choice of the full protocol) are
+compared by cross-validation on all of trainval, and so are the fractions of
+features to keep. The test set plays no part.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ Setting = tuple[tuner_lib.Tuner, trial_lib.Trial]
 
 
 def setting(tuner: tuner_lib.Tuner, trial: trial_lib.Trial) -> dict[str, Any]:
-  """All of a run but its seed, json-able."""
+  """Return a trial without its seed, JSON-able."""
   chosen = dataclasses.asdict(trial)
   del chosen["seed"]
   if not tuner.has_queries:
@@ -33,7 +33,7 @@ def setting(tuner: tuner_lib.Tuner, trial: trial_lib.Trial) -> dict[str, Any]:
 
 
 def simplest(pair: Setting) -> tuple[Any, ...]:
-  """Of equally good settings the first in this order is taken."""
+  """Sort key: of equally good settings the smallest one is taken."""
   tuner, trial = pair
   return (
     tuner.num_queries,
@@ -45,7 +45,7 @@ def simplest(pair: Setting) -> tuple[Any, ...]:
 
 
 def folds(count: int, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
-  """Rows to train on and rows to judge by, for each fold.
+  """Return (rows to train on, rows to judge by) of each fold.
 
   Blocks of consecutive rows, from the end: with 1,000 rows and 5 folds the
   first one is VTAB's own split into train800 and val200.
@@ -71,17 +71,17 @@ def search(
   first: trial_lib.Trial,
   count: int,
 ) -> tuple[dict[str, Any], tuner_lib.Tuner, trial_lib.Trial, float]:
-  """Finds a setting.
+  """Search for the setting with the best cross-validated accuracy.
 
   Args:
-    context: the `setup.RunContext`.
-    stages: does the work.
+    context: of the run.
+    stages: runs the stages.
     known: what the full protocol's search found.
-    first: what it chose; it is a finalist in any case.
-    count: examples in trainval.
+    first: the trial that it chose, a finalist in any case.
+    count: number of examples in trainval.
 
   Returns:
-    What was found, for `results.json`; the chosen tuner, run and fraction of
+    What was found, for `results.json`; the chosen tuner, trial and fraction of
     features to keep.
   """
   c, first = context.config.best, (context.tuner, first)
@@ -131,7 +131,7 @@ def search(
 
 
 def _told(pair: Setting, batch_size: int) -> str:
-  """A setting for people."""
+  """Describe a setting."""
   tuner, trial = pair
   told = trial.describe(batch_size)
   if not tuner.has_queries:
@@ -145,7 +145,7 @@ def _wide(
   stages: stages_lib.Stages,
   known: dict[str, Any] | None,
 ) -> tuple[dict[Setting, float], float]:
-  """Val accuracy of every setting that did not diverge, and seconds."""
+  """Return the val accuracy of every setting that did not diverge; seconds."""
   c = context.config
   val, seconds = {}, 0.0
   if known:
@@ -196,7 +196,7 @@ def _cross_validate(
   finalists: list[Setting],
   parts: list[tuple[np.ndarray, np.ndarray]],
 ) -> tuple[dict[Setting, float], float]:
-  """Share of all examples that the folds get right; seconds.
+  """Return the cross-validated accuracy of every finalist; seconds.
 
   A setting that diverges in a fold gets nothing right there.
   """
@@ -230,7 +230,7 @@ def _fractions(
   fractions: list[float],
   parts: list[tuple[np.ndarray, np.ndarray]],
 ) -> tuple[dict[float, float], float]:
-  """The same for fractions of features to keep, of one setting."""
+  """Return the cross-validated accuracy of every fraction; seconds."""
   right, seconds = dict.fromkeys(fractions, 0.0), 0.0
   for number, (rows, judged) in enumerate(parts, start=1):
     accuracy, more = feature_selection.compare(

@@ -1,9 +1,10 @@
-"""Feature selection as the official program does it.
+"""Feature selection as in the official program.
 
-A new head on the frozen queries, trained with a group lasso over the features,
-tells how much each of them is used; another new head is trained on those used
-most. Both train for as long as the first, at half its rate; for features that
-nothing but the head learns from, at its rate, as the program of Head2Toe does.
+A new head on the frozen queries is trained with a group lasso over the
+features, which scores them; another new head is trained on those with the
+highest scores. Both train for as long as the first head, at half its rate. If
+only the head learns from the features, they train at its rate, as in the
+program of Head2Toe.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from vqt_jax.training import stages as stages_lib
 from vqt_jax.training import trial as trial_lib
 
 LASSO = 1e-4
-RATE = 0.5  # Of the first head's rate, with queries.
+RATE = 0.5  # Factor of the first head's rate, for tuners with queries.
 
 
 def compare(
@@ -35,19 +36,19 @@ def compare(
   judge: tuple[str, np.ndarray | None],
   **examples: examples_lib.Examples,
 ) -> tuple[list[float], float]:
-  """Trains a run, then new heads on each of some fractions of its features.
+  """Train a trial, then new heads on several fractions of its features.
 
-  All of them, a fraction of 1, are judged with the run's own head: that is what
-  a run without a selection gives.
+  The fraction 1 is judged with the trial's own head, which is the result of a
+  run without selection.
 
   Args:
-    stages: does the work.
+    stages: runs the stages.
     prefix: of the stages' names.
-    label: of the first one, for people.
-    tuner: of the run.
-    run: what is trained first.
+    label: of the first stage on the terminal.
+    tuner: of the trial.
+    trial: trained first.
     fractions: of features to keep.
-    judge: split and rows whose accuracy is wanted.
+    judge: (split, rows) whose accuracy is wanted.
     **examples: `split` and `rows` to train on, as of `select`.
 
   Returns:
@@ -84,7 +85,7 @@ def compared(
   judge: tuple[str, np.ndarray | None],
   **examples: examples_lib.Examples,
 ) -> tuple[stage.Stage, ...]:
-  """The stages of `compare`, of whose arguments these are some."""
+  """Return the stages of `compare`; arguments as there."""
   fewer = _fewer(fractions)
   first = stage.Stage(
     f"{prefix}all",
@@ -114,20 +115,20 @@ def select(
   fractions: Sequence[float],
   **examples: examples_lib.Examples,
 ) -> tuple[np.ndarray, stage.StageResult, float]:
-  """Trains new heads on fewer features.
+  """Train new heads on fewer features.
 
   Args:
-    stages: does the work.
+    stages: runs the stages.
     prefix: of the stages' names.
-    tuner: of all runs.
-    runs: R runs as the queries were trained.
-    variables: {"tuner", "head"} of them, leaves (R, ...).
-    fractions: of features to keep; each is tried on each of the runs.
+    tuner: of all trials.
+    trials: R trials, as the queries were trained.
+    variables: their {"tuner", "head"}, leaves (R, ...).
+    fractions: K fractions of features to keep, each tried with each trial.
     **examples: `split`, `rows` and `judge`, as of `selecting`.
 
   Returns:
-    The kept features (R * K, F) of 0 and 1, all fractions of the first run
-    first; the outcome of the new heads in that order; seconds of training.
+    The feature mask (R * K, F) of 0 and 1, all fractions of the first trial
+    first; the result of the new heads in that order; seconds of training.
   """
   scoring, selection = selecting(prefix, tuner, trials, fractions, **examples)
   frozen_parts = {"tuner": variables["tuner"]}
@@ -161,17 +162,17 @@ def selecting(
   rows: np.ndarray | None = None,
   judge: tuple[str, np.ndarray | None] | None = None,
 ) -> tuple[stage.Stage, stage.Stage]:
-  """The two stages of `select`, without the weights that they hold.
+  """Return the two stages of `select`, without their frozen parts.
 
   Args:
     prefix: as of `select`.
     tuner: the same.
-    runs: the same.
+    trials: the same.
     fractions: the same.
-    split: trained on.
-    rows: of the split; None: all.
-    judge: split and rows whose accuracy is wanted, or None. With it a head that
-      diverges is only judged badly.
+    split: split to train on.
+    rows: rows of the split; None: all.
+    judge: (split, rows) whose accuracy is wanted, or None. If given, a head may
+      diverge and is judged as 0.
   """
   rate = RATE if tuner.has_queries else 1.0
   trials = tuple(

@@ -1,9 +1,9 @@
-"""About how long a run will take, said once, from the speed of its first calls.
+"""Estimates the time that a run will take, from its first compiled calls.
 
-Nothing is computed for it: the stages that are left are known, and so is, soon
-after the first of them has begun, how long its steps take. From there it is
-counted in steps. What runs side by side share is a figure of this program
-rather than of the run, from docs/results.md.
+Nothing is computed for it: the stages ahead are known, and soon after the first
+of them has begun, so is the time of its steps. The rest is counted in steps.
+What trials share when they train side by side is a constant of this program
+(docs/benchmarks.md), not measured in the run.
 """
 
 from collections.abc import Sequence
@@ -17,18 +17,18 @@ from vqt_jax.features import examples as examples_lib
 from vqt_jax.training import setup
 from vqt_jax.training import stage as stage_lib
 
-ENOUGH = 1.0  # Seconds of steps, before their speed is relied on.
-# What runs side by side share of a step, in what each has of its own: stored
-# features that are read, and the start of kernels; live, also the backbone. On
-# CPUs 20 from the store are 2.8 times faster than one by one, on GPUs 6.8
-# times, and one is 46 and 3.7 times faster than live. Runs of an editor share
-# nothing.
+ENOUGH = 1.0  # Seconds of steps after which their speed is relied on.
+# Cost of what all trials share in a step, in units of the cost that each trial
+# adds: reading stored features and starting kernels; live, also the backbone.
+# Measured: 20 trials from the store are 2.8 (CPU) and 6.8 (GPU) times faster
+# together than one by one, and one is 46 and 3.7 times faster than live. Trials
+# of an editor share nothing.
 STORED, LIVE = {"cpu": 2.0, "gpu": 9.0}, {"cpu": 140.0, "gpu": 36.0}
-FORWARD = 1 / 3  # Of a step that also computes gradients.
+FORWARD = 1 / 3  # Share of a step that is not for gradients.
 
 
 class Forecast:
-  """Hears of a run's calls and says once how long the rest will take."""
+  """Collects the times of compiled calls and prints one estimate."""
 
   def __init__(
     self,
@@ -36,12 +36,12 @@ class Forecast:
     examples: examples_lib.Examples,
     planned: Sequence[stage_lib.Stage],
   ):
-    """Says nothing yet.
+    """Count the images of each split.
 
     Args:
-      context: the `setup.RunContext`.
-      examples: an `Examples`.
-      planned: the stages of the protocol, or the first ones of it.
+      context: of the run.
+      examples: of the task.
+      planned: stages of the protocol, or the first ones of it.
     """
     self._context, self._examples, self._planned = context, examples, planned
     self._count = {split: examples.count(split) for split in data.SPLITS}
@@ -50,11 +50,11 @@ class Forecast:
   def begin(
     self, stage: stage_lib.Stage, size: int, done: set[str], live: bool
   ) -> None:
-    """Takes in what is about to train.
+    """Take in the pack of trials that trains next.
 
     Args:
-      stage: a pack of a stage's runs.
-      size: runs in a pack, of each stage.
+      stage: the pack.
+      size: trials in a pack, of each stage.
       done: names of the packs that an earlier start has finished.
       live: whether the backbone runs in every step.
     """
@@ -62,14 +62,14 @@ class Forecast:
     self._calls = []
 
   def hear(self, left: int, steps: int, seconds: float) -> None:
-    """Takes in a call that is over.
+    """Take in a finished call; print the estimate when it can be relied on.
 
-    Each process calls it when it will, so nothing here may ask the others.
+    Not a collective call: processes call it at different times.
 
     Args:
-      left: steps that are left of what trains.
-      steps: that the call took.
-      seconds: how long.
+      left: steps left of the pack that trains.
+      steps: steps of the call.
+      seconds: wall time of the call.
     """
     if self._told:
       return
@@ -93,13 +93,13 @@ class Forecast:
     self._context.console.note(": ".join([about, ", ".join(parts)]), "time")
 
   def _seconds_left(self, left: int, step: float) -> dict[str, float]:
-    """Of each part that is left, by its label; `step` is what one takes now."""
+    """Return the seconds left by label; `step` is the seconds of a step now."""
     now = self._now
     compiling = max(0.0, self._calls[0][1] - step)
     unit = step / self._work(now)
     every = [stage_lib.packs(stage, self._size) for stage in self._planned]
     if now.name not in [pack.name for packs in every for pack in packs]:
-      every.insert(0, [now])  # The protocol goes on behind what is planned.
+      every.insert(0, [now])  # A stage that was not planned.
     seconds = {}
     for packs in every:
       for pack in packs:
@@ -110,7 +110,9 @@ class Forecast:
           took += left * step
         else:
           took += self._steps_of(pack) * unit * self._work(pack)
-          took += compiling * (pack is packs[0])  # The others are alike.
+          took += compiling * (
+            pack is packs[0]
+          )  # Other packs reuse the program.
         seconds[pack.label] = seconds.get(pack.label, 0.0) + took
     test = self._test(unit)
     return seconds if test is None else seconds | {"test": test}
@@ -124,7 +126,7 @@ class Forecast:
     return self._count[split] if rows is None else len(rows)
 
   def _work(self, stage: stage_lib.Stage) -> float:
-    """What a step takes, in what a run of its own takes of it."""
+    """Return the cost of a step, in units of what one trial adds to it."""
     tuner = stage.tuner
     only_head = "tuner" not in stage.trains
     each = FORWARD if only_head and (tuner.has_queries or tuner.editor) else 1.0
@@ -138,18 +140,18 @@ class Forecast:
     return (LIVE if self._live else STORED)[kind]
 
   def _image(self, trials: int, unit: float) -> float:
-    """Seconds of an image through the stream of so many runs."""
+    """Return the seconds that an image takes through the stream of trials."""
     batches = trials * FORWARD if self._context.tuner.editor else self._shared
     return batches * unit / self._context.config.batch_size
 
   def _judging(self, stage: stage_lib.Stage, unit: float) -> float:
-    """Seconds; of images whose features are kept next to none."""
+    """Return the seconds of judging; next to none with stored features."""
     if not stage.judge or not self._live:
       return 0.0
     return self._images(*stage.judge) * self._image(len(stage.trials), unit)
 
   def _test(self, unit: float) -> float | None:
-    """Seconds; None if no image was through the backbone in this start."""
+    """Return the seconds of the test; None if no image was seen yet."""
     count = self._count["test"]
     if self._live:
       last = [s for s in self._planned if s.name in ("seeds", "selected")]

@@ -14,8 +14,8 @@ from vqt_jax.training import preemption
 from vqt_jax.training import stage as stage_lib
 from vqt_jax.training import step as step_lib
 
-# What a call may take, so that a run that must go saves itself in time: clouds
-# give 30 s. The next call has at most so many times the steps of the last one.
+# Longest call, so that a preempted run saves itself in time: clouds give 30 s.
+# A call has at most GROWTH times the steps of the call before it.
 CALL_SECONDS = 5.0
 GROWTH = 4
 
@@ -39,49 +39,51 @@ def train(
   """Train all trials of a stage to the end.
 
   Args:
-    stage: what to train.
+    stage: trials to train.
     source: examples to train on.
-    schedule: of the learning rate, over the steps of `source`.
+    schedule: learning rate over the steps of `source`.
     static: settings that are compiled in.
-    settings: of all trials.
+    settings: settings of the trials, traced.
     frozen: frozen leaves, on the devices.
-    state: of the trials, at `progress`; donated.
-    progress: moves with the training.
+    state: training state at `progress`; donated.
+    progress: updated in place.
     save: (state) -> None; starts a checkpoint of it and of `progress`.
-    due: () -> bool; whether it is time for one, as this process sees it.
+    due: () -> bool; whether this process wants a checkpoint now.
     stop: its `received` becomes true when this process is asked to stop.
-    report: (epoch, loss per run, accuracy per run, images per second) -> None;
-      the speed is the mean since the first epoch, which compiles: a single one
-      is over on the devices before it is looked at, or after.
-    timed: (steps, seconds) -> None; hears of every call that is over. The first
-      one also compiles.
+    report: (epoch, loss per trial, accuracy per trial, images per second) ->
+      None. The speed is the mean since the first epoch, which compiles; the
+      speed of a single epoch would be wrong, as steps are queued.
+    timed: (steps, seconds) -> None; called after every compiled call, of which
+      the first also compiles.
 
   Raises:
-    UserError: the loss is not finite any more.
+    UserError: the loss of too many trials is not finite.
     Stopped: asked to stop; saved before.
   """
   measured = False
-  pending = []  # Sums on the devices: read late, so that steps queue up.
+  pending = []  # Sums on the devices, read late so that steps queue up.
   clock, first = time.monotonic(), progress.epoch
-  booked = clock  # Until when `progress.seconds` counts.
-  compiled = clock  # When the first epoch was over, from which speed counts.
+  booked = clock  # Time up to which `progress.seconds` counts.
+  compiled = clock  # End of the first epoch; speed counts from here.
   call_length = CallLength()
 
   def ask():
-    """Whether to stop, to save, and what pace not to exceed."""
+    """Reduce over all processes: stop?, save?, minus the call length."""
     return processes.all_reduce_max_async(
       lambda: [stop.received, due(), -call_length.wish]
     )
 
   def settle():
-    """Waits for the queued steps; books finished epochs."""
+    """Wait for the queued steps and record finished epochs."""
     nonlocal clock, booked, compiled
     for epoch, losses, right, count, last in pending:
       losses, right = (x[:count] for x in processes.to_host((losses, right)))
       seconds = call_length.measure(count)
       _check(stage, source, progress, epoch, losses)
       total = np.array(progress.sums or np.zeros((2, len(stage.trials))))
-      for step in zip(losses, right):  # In turn: calls differ in length.
+      for step in zip(
+        losses, right
+      ):  # In order, so that the length of calls does not matter.
         total += step
       progress.sums = total.tolist()
       progress.step += len(losses)
@@ -121,11 +123,11 @@ def train(
         )
       start += count
       last = start == source.steps
-      if pending:  # Everything but the call just started.
+      if pending:  # All but the call that was just started.
         settle()
       pending.append((epoch, losses, right, count, last))
-      # What was asked a call ago: for the answer of now several processes would
-      # have to wait until the steps just started are over.
+      # Use the reduction of the call before: waiting for that of now would mean
+      # to wait for the steps that were just started.
       asked, before = ask(), asked
       stopping, saving, minus_steps = before()
       call_length.steps = int(-minus_steps)
@@ -135,20 +137,20 @@ def train(
       if stopping:
         raise preemption.Stopped
       if saving:
-        asked = ask()  # What was asked before might ask for another save.
+        asked = ask()  # The pending one may ask for a second save.
   settle()
   return state
 
 
 class CallLength:
-  """How many steps a compiled call may take, so that none takes long.
+  """Number of steps in a compiled call, chosen so that no call takes long.
 
-  In a call nobody asks for signals. The first calls, of which one also
+  Signals are only noticed between calls. The first calls, one of which also
   compiles, are short.
 
   Attributes:
-    steps: that the next call takes at most; the same on all processes.
-    wish: what it should be, as this process has measured.
+    steps: most steps of the next call, the same on all processes.
+    wish: the number that this process's measurements suggest.
   """
 
   def __init__(self):
@@ -156,7 +158,7 @@ class CallLength:
     self._clock = time.monotonic()
 
   def measure(self, steps: int) -> float:
-    """Hears that a call of so many steps has just ended; returns its time."""
+    """Take in that a call of `steps` steps just ended; return its seconds."""
     now = time.monotonic()
     seconds = max(now - self._clock, 1e-9)
     each = seconds / steps
@@ -173,7 +175,7 @@ def _calls(
   start: int,
   call_length: CallLength,
 ) -> Iterator[tuple[tuple[Any, ...], int]]:
-  """The rest of an epoch: `train_steps`' last arguments, and steps taken."""
+  """Yield the last arguments of `train_steps`, and steps, to an epoch's end."""
   for data, order, mask in source.epoch(epoch, start):
     if len(order) == 1:
       yield (data, order, mask, schedule.factors(epoch, start, 1)), 1
@@ -188,7 +190,11 @@ def _calls(
 
 
 def _check(stage, source, progress, epoch, losses):
-  """Books runs whose loss (S, R) is not finite; stops if too few are left."""
+  """Record trials whose loss (S, R) is not finite.
+
+  Raises:
+    UserError: too few trials are left.
+  """
   for i in np.flatnonzero(~np.isfinite(losses).all(axis=0)):
     if str(i) in progress.diverged:
       continue

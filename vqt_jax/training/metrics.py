@@ -17,7 +17,7 @@ from vqt_jax.runtime.files import PathLike
 
 
 def metrics_bytes(workdir: files.Path) -> bytes:
-  """Contents of metrics.jsonl; nothing if there is none."""
+  """Read metrics.jsonl; empty if there is none."""
   with contextlib.suppress(FileNotFoundError):
     return files.read(workdir / "metrics.jsonl")
   return b""
@@ -32,21 +32,21 @@ with epy.lazy_imports():  # Slow to import.
 class MetricsWriter:
   """Appends epochs to metrics.jsonl and TensorBoard events.
 
-  A row is a flat dict with at least `epoch` (number of finished epochs, from 1)
-  and `run` (its index in the phase). The first call for a phase brings all rows
-  that the resumed state knows of: what the file holds beyond them was written
-  between that state and the crash, will be done again, and is cut off.
+  A row is a flat dict with at least `epoch` (finished epochs, from 1) and `run`
+  (index of the trial in its stage). The first call for a stage passes all rows
+  up to the resumed checkpoint: later rows in the file, written between that
+  checkpoint and a crash, are cut off, as these epochs are trained again.
 
     writer = MetricsWriter(workdir)
-    writer.epochs("seeds", rows_up_to_epoch_40)  # [] at the start of a phase.
+    writer.epochs("seeds", rows_up_to_epoch_40)  # [] at the start of a stage.
     writer.epochs("seeds", rows_of_epoch_41)
   """
 
   def __init__(self, workdir: PathLike):
-    """Reads what is there; of a line cut off by a crash nothing counts.
+    """Read the rows that are there, up to a line that a crash cut off.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: the file cannot be read.
     """
     self._workdir = files.path(workdir)
     self._growing = growing.Growing(self._workdir, "metrics.jsonl")
@@ -57,12 +57,12 @@ class MetricsWriter:
     self._events: Events | None = None
 
   def epochs(self, phase: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Adds rows of a phase and sees that they are on disk.
+    """Append rows of a stage and flush them to disk.
 
-    In a bucket they are a little later, see `files.Growing`.
+    In a bucket they appear a little later, see `files.Growing`.
 
     Raises:
-      UserError: there is no room; what was written before stays.
+      UserError: they cannot be written; earlier rows are kept.
     """
     rows = [files.plain({"phase": phase, **row}) for row in rows]
     if phase not in self._begun:
@@ -75,7 +75,7 @@ class MetricsWriter:
     self._rows += rows
     with files.writing(self._folder):
       if self._events is None:
-        # Events cannot be cut at an epoch, but made again from what stayed.
+        # Events cannot be cut at an epoch, so all are written again.
         remove(self._workdir / "tensorboard")
         self._events = Events(self._folder)
         rows = self._rows
@@ -89,7 +89,7 @@ class MetricsWriter:
     self._growing.close()
 
   def _resume(self, phase: str, rows: list[Any]) -> list[Any]:
-    """Cuts the file behind the last row that is right; returns the missing."""
+    """Cut the file behind the last row that fits; return the rows to add."""
     phases = [row["phase"] for row in self._rows]
     start = phases.index(phase) if phase in phases else len(phases)
     same = 0
@@ -107,7 +107,7 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: PathLike) -> list[dict[str, Any]]:
-  """All whole rows of a workdir's metrics.jsonl, in the order of writing."""
+  """Read all complete rows of a workdir's metrics.jsonl, in order."""
   rows = []
   for line in metrics_bytes(files.path(workdir)).splitlines(keepends=True):
     try:
@@ -120,15 +120,15 @@ def read_metrics(workdir: PathLike) -> list[dict[str, Any]]:
   return rows
 
 
-# Quantities among a row's entries; the others say which run it is.
+# Quantities to plot; the other entries of a row name the trial.
 PLOTTED = ("loss", "accuracy", "val_loss", "val_accuracy")
 
-# Other programs name their machine where this one has "run".
+# Other programs have the name of the machine in place of "run".
 _OWN = re.compile(r"events\.out\.tfevents\.\d+\.run")
 
 
 def remove(directory: files.Path) -> None:
-  """Removes what `Events` has written there, and nothing else."""
+  """Remove the files that `Events` has written, and nothing else."""
   for phase in files.names(directory):
     for run in files.names(directory / phase):
       folder = directory / phase / run
@@ -137,10 +137,10 @@ def remove(directory: files.Path) -> None:
 
 
 class Events:
-  """A folder per phase and run; a scalar per quantity and epoch."""
+  """TensorBoard events: a folder per stage and trial, a scalar per quantity."""
 
   def __init__(self, directory: pathlib.Path):
-    """Touches nothing; older events are to be removed before."""
+    """Write nothing yet; older events are to be removed before."""
     self._directory = directory
     self._writers: dict[str, record_writer.RecordWriter] = {}
 

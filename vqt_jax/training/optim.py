@@ -12,7 +12,7 @@ from vqt_jax.config import fields
 
 
 def schedule(length: int, warmup: int) -> optax.Schedule:
-  """Linear warm-up from 0, then cosine to 0: a factor of the peak rate.
+  """Linear warm-up from 0, then cosine decay to 0: a factor of the peak rate.
 
   Args:
     length: epochs (or steps) in all.
@@ -28,16 +28,16 @@ def schedule(length: int, warmup: int) -> optax.Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """`schedule` over the epochs or steps of a stage.
+  """`schedule` over the epochs, or the steps, of a stage.
 
-  The official program counts in epochs, so its first epoch has rate 0 (but
-  moves the moments), and its last a small rate that is not 0.
+  The official program counts epochs, so its first epoch has rate 0 (but updates
+  the moments), and its last one a small rate that is not 0.
 
   Attributes:
-    epochs: how often each example is seen.
-    warmup_epochs: of `epochs`.
-    steps: of an epoch.
-    per_step: count steps rather than epochs.
+    epochs: number of epochs.
+    warmup_epochs: of these, epochs of warm-up.
+    steps: steps in an epoch.
+    per_step: whether the rate changes with every step, not every epoch.
   """
 
   epochs: int
@@ -47,38 +47,38 @@ class Schedule:
 
   @functools.cached_property
   def _curve(self) -> np.ndarray:
-    """Factors of all epochs or steps.
+    """Factors of all epochs or steps, computed at once.
 
-    All at once: to compute one on the devices is to wait for the steps that
-    are queued there.
+    To compute one while training would wait for the steps that are queued on
+    the devices.
     """
     each = self.steps if self.per_step else 1
     curve = schedule(self.epochs * each, self.warmup_epochs * each)
-    # An epoch more, for what is left over in a call late in the last one.
+    # One epoch more, as the last call may have room for more steps.
     steps = np.arange((self.epochs + 1) * each)
     return np.asarray(curve(steps), np.float32)
 
   def factors(self, epoch: int, start: int, steps: int) -> np.ndarray:
-    """Factors of some steps of an epoch, (steps,) float32."""
+    """Return the factors of `steps` steps of an epoch, (steps,) float32."""
     if not self.per_step:
       return np.full(steps, self._curve[epoch])
     first = epoch * self.steps + start
     return self._curve[first : first + steps]
 
 
-# Not decayed; of an editor's, those that start at 1 or 0 and do nothing there.
+# Not decayed. Scales and shifts of editors start as the identity.
 _UNDECAYED = ("bias", "scale", "shift")
 
 
 def decayed(trained: Any) -> Any:
-  """Weight decay falls on every trained leaf but biases and norms."""
+  """Mask of the leaves that weight decay applies to: not biases, not norms."""
   return jax.tree_util.tree_map_with_path(
     lambda path, _: path[-1].key not in _UNDECAYED, trained
   )
 
 
 def _scale_editor(rate: float) -> optax.GradientTransformation:
-  """Moves what an editor trains at another rate than the rest."""
+  """Scale the updates of an editor's leaves by `rate`."""
 
   def scale(path, update):
     is_editor = any(getattr(key, "key", None) == "editor" for key in path)
@@ -95,11 +95,11 @@ def optimizer(
   weight_decay: jax.typing.ArrayLike,
   editor_rate: float = 1.0,
 ) -> optax.GradientTransformation:
-  """The update rule; `lr` and `weight_decay` may be traced scalars.
+  """Build the update rule; `lr` and `weight_decay` may be traced scalars.
 
-  "adam" (0.9, 0.999, 1e-8) and "sgd" (momentum 0.9) add coupled L2 to the
-  gradient before the moments, as torch's do; "adamw" decays the weights apart
-  from them. `editor_rate` times `lr` is the rate of what an editor trains.
+  "adam" (0.9, 0.999, 1e-8) and "sgd" (momentum 0.9) add the L2 term to the
+  gradient before the moments, as PyTorch does; "adamw" decouples it. Leaves of
+  an editor train at `editor_rate` times `lr`.
   """
   decay = optax.add_decayed_weights(weight_decay, decayed)
   rate = optax.scale_by_learning_rate(lr)

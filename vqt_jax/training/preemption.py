@@ -1,4 +1,4 @@
-"""Notices the signals by which a run is asked to stop."""
+"""Signals that ask a run to stop."""
 
 from collections.abc import Iterator
 import contextlib
@@ -11,21 +11,21 @@ from vqt_jax.runtime import processes
 
 
 class Stopped(BaseException):
-  """The run was asked to stop, and saved itself first.
+  """Raised when a run was asked to stop and has saved its state.
 
-  It may come out of any line, as `KeyboardInterrupt`, and is no failure of it.
+  Like `KeyboardInterrupt` it can be raised by any line, and is not an error.
   """
 
 
 class StopSignal:
-  """Notes SIGTERM and SIGINT instead of dying of them; a context manager.
+  """Context manager that records SIGTERM and SIGINT instead of ending on them.
 
-  Within another one, that one gets to know too: a run may take note of a signal
-  too late to stop, but no further run must begin. In another thread than the
-  main one it notes nothing: signals are the business of who owns that.
+  A signal that an inner context records too late to stop is passed to the outer
+  one, so that no further run begins. In a thread other than the main one
+  nothing is recorded: signals belong to whoever owns the main thread.
 
   Attributes:
-    received: whether this process got one.
+    received: whether this process received a signal.
   """
 
   SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -40,7 +40,9 @@ class StopSignal:
 
   def _note(self, number, frame):
     del frame
-    if self.received and number == signal.SIGINT:  # Asked twice: now.
+    if (
+      self.received and number == signal.SIGINT
+    ):  # The second Ctrl-C ends it at once.
       raise KeyboardInterrupt
     self.received = True
     if not self._patient:
@@ -48,11 +50,11 @@ class StopSignal:
 
   @contextlib.contextmanager
   def at_once(self) -> Iterator[None]:
-    """While there is nothing to save: a signal ends the work right away.
+    """Let a signal end the work at once, where there is nothing to save yet.
 
     Raises:
-      Stopped: a signal came. (Of several processes each may get it elsewhere,
-        so they go on until all can ask.)
+      Stopped: a signal came. (Not if there are several processes: each may get
+        it at another point, so they go on until they can agree.)
     """
     self._patient = jax.process_count() > 1
     try:
@@ -65,7 +67,7 @@ class StopSignal:
       raise Stopped
 
   def __bool__(self) -> bool:
-    """Whether any process received one; all must ask together."""
+    """Return whether any process received a signal; a collective call."""
     return processes.any_process(self.received)
 
   def __exit__(self, *unused):

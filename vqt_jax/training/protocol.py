@@ -1,10 +1,10 @@
-"""Which runs are trained and how one of them is chosen; never by the test set.
+"""Protocols: which trials are trained, and how one is chosen without the test.
 
-`full` is the authors' protocol: every setting on train, the best on val trained
-with every seed on trainval, then feature selection; of several fractions of
-features the best on val, likewise. `best` gets more out of the
-same labels: it also searches query counts, normalisation and the fraction of
-features that is kept, and chooses by cross-validation on trainval.
+`full` is the authors' protocol: every setting is trained on train; the one that
+is best on val is trained with every seed on trainval; then features are
+selected. If several fractions of features are given, val chooses one. `best`
+gets more out of the same labels: it also searches query counts, normalisation
+and the fraction of features, and chooses by cross-validation on trainval.
 """
 
 from collections.abc import Sequence
@@ -31,14 +31,15 @@ class Candidate:
   """A setting trained with every seed on trainval, to be tested.
 
   Attributes:
-    name: for people.
-    tuner: of all runs.
-    runs: a seed each.
+    name: "all" or "selected" (features), with "best_" before it in the search
+      of protocol=best.
+    tuner: of all trials.
+    trials: one per seed, R in all.
     variables: {"tuner", "head"}, leaves (R, ...).
-    trained: how they were, before any selection.
-    keep_fraction: of the features.
-    kept: features in use (R, F), 0 and 1; None: all.
-    seconds: of all training that led to it.
+    trained: result of training, before any selection.
+    keep_fraction: fraction of the features in use.
+    feature_mask: (R, F) of 0 and 1; None: all features are in use.
+    seconds: time of all training that led to it.
   """
 
   name: str
@@ -52,7 +53,7 @@ class Candidate:
 
   @property
   def num_trained(self) -> int:
-    """Numbers that one run ships: queries, and the head's rows in use."""
+    """Number of parameters of one trial: queries, and head rows in use."""
     size = lambda tree: sum(x[0].size for x in jax.tree.leaves(tree))
     kernel = self.variables["head"]["kernel"][0]
     left_out = (
@@ -62,9 +63,9 @@ class Candidate:
 
   @property
   def kept_share(self) -> list[float] | None:
-    """Of the final feature and of each block's, what is kept; None: all.
+    """Share in use of the final feature and of each block's features.
 
-    Mean over the runs.
+    Mean over the trials; None: all are in use.
     """
     if self.feature_mask is None:
       return None
@@ -76,7 +77,7 @@ class Candidate:
 
   @property
   def setting(self) -> dict[str, Any]:
-    """What was chosen."""
+    """The setting, JSON-able."""
     chosen = cross_validation.setting(self.tuner, self.trials[0])
     return {**chosen, "keep_fraction": self.keep_fraction}
 
@@ -86,19 +87,19 @@ def candidates(
   stages: stages_lib.Stages,
   examples: examples_lib.Examples,
 ) -> tuple[dict[str, Any], list[Candidate]]:
-  """Trains as `config.protocol` tells.
+  """Train as `config.protocol` says.
 
   Args:
-    context: the `setup.RunContext`.
-    stages: does the work.
-    examples: tells how many there are.
+    context: of the run.
+    stages: runs the stages.
+    examples: of the task.
 
   Returns:
-    What was found on the way, for `results.json`, and what is to be tested; the
-    last one is the protocol's own result.
+    What was found on the way, for `results.json`; and the candidates to test,
+    of which the last one is the protocol's result.
   """
   c = context.config
-  if c.protocol == "best":  # Said before hours have gone by.
+  if c.protocol == "best":  # Fail before hours have gone by.
     cross_validation.folds(examples.count("trainval"), c.best.folds)
     examples.check_rows("trainval")
   search, chosen = _search(context, stages)
@@ -119,10 +120,10 @@ def candidates(
 def planned(
   config: ml_collections.ConfigDict, tuner: tuner_lib.Tuner
 ) -> list[stage_lib.Stage]:
-  """All stages of `protocol="full"`, in order.
+  """Return all stages of `protocol="full"`, in order.
 
-  What is still to be found is left open in them: the setting is any of the
-  grid, held weights are missing.
+  What only training can tell is left open: the chosen setting is some setting
+  of the grid, and frozen parts are missing.
   """
   search = search_stage(config, tuner)
   chosen, fractions = search.trials[0], config.keep_fraction
@@ -147,7 +148,7 @@ def planned(
 def search_stage(
   config: ml_collections.ConfigDict, tuner: tuner_lib.Tuner
 ) -> stage_lib.Stage:
-  """The grid, trained on train and compared on val."""
+  """Return the stage that trains the grid on train and judges it on val."""
   trials = tuple(
     trial_lib.Trial(
       lr * config.batch_size / 256,
@@ -177,7 +178,7 @@ def seeds_stage(
   seeds: Sequence[int],
   prefix: str = "",
 ) -> stage_lib.Stage:
-  """A setting with every seed, trained on trainval."""
+  """Return the stage that trains a setting with every seed on trainval."""
   trials = tuple(dataclasses.replace(chosen, seed=seed) for seed in seeds)
   return stage_lib.Stage(f"{prefix}seeds", "seeds", tuner, trials, "seed")
 
@@ -185,7 +186,7 @@ def seeds_stage(
 def _search(
   context: setup.RunContext, stages: stages_lib.Stages
 ) -> tuple[dict[str, Any] | None, trial_lib.Trial]:
-  """What the grid tells; no search if there is one setting."""
+  """Search the grid, unless it has only one setting."""
   stage = search_stage(context.config, context.tuner)
   trials = stage.trials
   if len(trials) == 1:
@@ -206,9 +207,9 @@ def _search(
 def _fraction(
   context: setup.RunContext, stages: stages_lib.Stages, chosen: trial_lib.Trial
 ) -> tuple[dict[str, Any] | None, float]:
-  """The fraction of features that val picks; no search if there is one.
+  """Choose the fraction of features on val, unless there is only one.
 
-  On a tie more features win.
+  On a tie the larger fraction wins.
   """
   fractions = context.config.keep_fraction
   if len(fractions) == 1:
@@ -249,7 +250,7 @@ def _finish(
   seeds: Sequence[int],
   spent: float,
 ) -> list[Candidate]:
-  """The chosen setting with every seed; then with selected features."""
+  """Train the chosen setting with every seed, then with selected features."""
   stage = seeds_stage(tuner, chosen, seeds, prefix)
   trials, out = stage.trials, stages.run(stage)
   spent += out.seconds
@@ -275,7 +276,7 @@ def _finish(
 
 
 def _choice(found: dict[str, Any], batch_size: int) -> str:
-  """What a search has chosen, and how clearly."""
+  """Describe the chosen setting, and by how much it is ahead."""
   trial, accuracy = found["runs"][found["chosen"]], found["val_accuracy"]
   top, diverged = accuracy[found["chosen"]], found["diverged"]
   near = [a for i, a in enumerate(accuracy) if i not in diverged]
@@ -290,7 +291,7 @@ def _choice(found: dict[str, Any], batch_size: int) -> str:
 
 
 def _at_an_end(trial: dict[str, Any], trials: Sequence[dict[str, Any]]) -> str:
-  """Says so where a better rate may lie outside of the grid."""
+  """Return a remark if the chosen rate lies at an end of the grid."""
   rates = sorted({each["lr"] for each in trials})
   if len(rates) < 3 or trial["lr"] not in (rates[0], rates[-1]):
     return ""

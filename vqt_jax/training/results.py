@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: results.json and tuned/."""
+"""Writes the results of a finished run: results.json and tuned/."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -29,15 +29,15 @@ def write(
   seconds: float,
   peak: memory.Peak,
 ) -> dict[str, Any]:
-  """Writes the results; `results.json` comes last.
+  """Write `tuned/` and then `results.json`, which marks the run as finished.
 
   Args:
-    context: the `setup.RunContext`.
-    found: on the way, by the protocol.
-    candidates: what was tested; the last one is the result.
-    test: outcome of testing them.
-    seconds: wall time of this process's share of the run.
-    peak: of its memory.
+    context: of the run.
+    found: what the protocol found on the way.
+    candidates: tested settings; the last one is the result.
+    test: their accuracies on the test set, as of `run`.
+    seconds: wall time of this process.
+    peak: peak memory of this process.
 
   Returns:
     The contents of `results.json`.
@@ -101,7 +101,7 @@ def _results(context, found, candidates, test, seconds, peak) -> dict[str, Any]:
       "step_bytes": result.trained.step_bytes,
       "side_by_side": result.trained.side_by_side,
     },
-    "tuned_bytes": None,  # Known when they are written.
+    "tuned_bytes": None,  # Set when they are written.
     "device": f"{context.mesh.size} x {jax.devices()[0].device_kind}",
     "versions": {
       "python": platform.python_version(),
@@ -111,11 +111,7 @@ def _results(context, found, candidates, test, seconds, peak) -> dict[str, Any]:
 
 
 def _write_tuned(context, candidate, results) -> int:
-  """What each seed trained, as `tuned/seed_<seed>/`, what one ships.
-
-  Returns:
-    Bytes of the first one's files.
-  """
+  """Write `tuned/seed_<seed>/` of every seed; return bytes of the first."""
   test, sizes = results["test_accuracy"], []
   for i, trial in enumerate(candidate.trials):
     accuracy = test["per_seed"][str(trial.seed)]

@@ -31,7 +31,7 @@ def train(
   workdir: files.Path,
   console: console_lib.Console,
 ) -> dict[str, Any]:
-  """Trains and tests one method on one task.
+  """Train and test one method on one task.
 
   Args:
     config: resolved.
@@ -43,7 +43,7 @@ def train(
     The contents of `results.json`.
 
   Raises:
-    UserError: something the user can mend.
+    UserError: something that the user can correct.
     Stopped: asked to stop by a signal; everything is saved.
   """
   with contextlib.ExitStack() as opened:
@@ -99,7 +99,7 @@ def _train(config, workdir, console) -> dict[str, Any]:
 
 
 def _test(context, stages, examples, candidates) -> dict[str, Any]:
-  """All seeds of all candidates over the test set, in one pass."""
+  """Test all seeds of all candidates in one pass over the test set."""
   started = time.monotonic()
   accuracy = stages.evaluate(
     "test",

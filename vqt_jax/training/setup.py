@@ -22,7 +22,7 @@ from vqt_jax.runtime import mesh as mesh_lib
 
 @dataclasses.dataclass
 class RunContext:
-  """What a config names, looked up and placed on the devices."""
+  """Everything that a config names, looked up and placed on the devices."""
 
   config: ml_collections.ConfigDict
   workdir: files.Path
@@ -31,7 +31,7 @@ class RunContext:
   backbone: backbone_lib.Backbone
   task: data.Task
   tuner: tuner_lib.Tuner
-  params: Any  # The backbone's, on the devices.
+  params: Any  # Frozen weights, on the devices.
 
 
 def find_task(config: ml_collections.ConfigDict) -> data.Task:
@@ -43,11 +43,11 @@ def find_task(config: ml_collections.ConfigDict) -> data.Task:
 def backbone_options(
   config: ml_collections.ConfigDict, platform: str
 ) -> dict[str, Any]:
-  """Options of `checkpoints.load_backbone` that decide shapes and dtypes.
+  """Return the options of a backbone that decide its shapes and dtypes.
 
   Args:
     config: resolved.
-    platform: "cpu", "gpu" or "tpu", which decides the dtype that is left open.
+    platform: "cpu", "gpu" or "tpu"; decides the dtype if the config does not.
   """
   return {
     "variant": config.variant,
@@ -69,8 +69,8 @@ def find_tuner(
   """Return the tuner of a config.
 
   Raises:
-    UserError: its images have no whole number of patches, or options of the
-      method do not fit the backbone.
+    UserError: patches do not cover the images, or options of the method do not
+      fit the backbone.
   """
   size = checkpoints.size_of(config.image_size, config.image_width)
   checkpoints.check_image_size(vit_config.patch_size, size)
@@ -128,7 +128,7 @@ def prepare(config, workdir, console) -> RunContext:
 def _download_line(
   console: console_lib.Console, until: contextlib.ExitStack
 ) -> Callable[[int, int | None], None]:
-  """A callback that shows a download, if there is one, as a phase."""
+  """Return a callback that shows a download, if there is one."""
   lines = []
 
   def progress(done: int, total: int | None) -> None:
@@ -145,7 +145,7 @@ def count_parameters(tree: Any) -> int:
 
 
 def _describe(context: RunContext) -> list[str]:
-  """The resolved setting in two lines, and what of it is assumed in a third."""
+  """Describe the run in two lines, and assumed settings in a third."""
   c, tuner = context.backbone.config, context.tuner
   size = "x".join(map(str, dict.fromkeys(c.image_size)))
   group = " (vtab-1k)" if context.task.group else ""
@@ -171,7 +171,7 @@ def _describe(context: RunContext) -> list[str]:
 
 
 def _assumed(backbone: backbone_lib.Backbone) -> list[str]:
-  """A line of the settings that nothing told, and their flags."""
+  """Name settings that neither file nor config tells, with their flags."""
   settings = {
     "value_range": f"inputs {backbone.value_range}",
     "gelu": f"{backbone.config.gelu} GELU",

@@ -28,31 +28,31 @@ SUFFIX = ".safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """What to train, and what to judge it by.
+  """Trials to train on the same examples, and the examples that judge them.
 
   Attributes:
     name: names the stage's file and its rows in metrics.jsonl.
-    label: for people, short.
-    tuner: of all runs.
-    runs: trained on the same examples.
-    what: a run is, for people, e.g. "setting".
-    split: trained on.
-    rows: of the split; None: all.
-    judge: split and rows whose accuracy is wanted, or None.
-    trains: the parts that train.
-    held: the other parts, leaves (R, ...).
+    label: short name on the terminal.
+    tuner: of all trials.
+    trials: trained side by side, R of them.
+    trial_noun: a trial of this stage on the terminal, e.g. "setting".
+    split: split to train on.
+    rows: rows of the split to train on; None: all.
+    judge: (split, rows) whose accuracy is wanted, or None.
+    trains: parts of the variables that train: "tuner", "head" or both.
+    frozen_parts: the other parts, leaves (R, ...).
     lasso: weight of the group lasso on the head's rows.
-    kept: (R, F) of 0 and 1, the features of each run; None: all.
-    min_finite: trials whose loss must stay finite, others may diverge and are
-      out; None: all of them.
-    keeps_weights: whether later stages need what was trained.
+    feature_mask: (R, F), 1 for features in use, else 0; None: all in use.
+    min_finite: trials whose loss must stay finite; others may diverge. None:
+      all of them.
+    keeps_weights: whether later stages need the trained variables.
   """
 
   name: str
   label: str
   tuner: tuner_lib.Tuner
   trials: tuple[trial_lib.Trial, ...]
-  what: str
+  trial_noun: str
   split: str = "trainval"
   rows: np.ndarray | None = None
   judge: tuple[str, np.ndarray | None] | None = None
@@ -86,17 +86,17 @@ class StageResult:
   """The result of a stage.
 
   Attributes:
-    history: per epoch {"loss": per run, "accuracy": per run}.
-    seconds: of training.
-    diverged: runs whose loss stopped being finite.
-    accuracy: of each run where it was judged, 0 of one that diverged; None if
-      they were not.
-    variables: {"tuner", "head"}, numpy leaves (R, ...), if kept.
-    side_by_side: runs that trained at the same time.
-    epoch_seconds: wall time of an epoch for each of these, compiling left out;
-      None if no epoch followed that of the compiling.
-    step_bytes: memory of the compiled step of these, see `step.step_bytes`.
-    peak_bytes: of memory, in the run so far; None if unknown.
+    history: per epoch {"loss": per trial, "accuracy": per trial}.
+    seconds: training time.
+    diverged: indices of trials whose loss stopped being finite.
+    accuracy: of each trial on `Stage.judge`, 0 if it diverged; None if the
+      stage has no `judge`.
+    variables: {"tuner", "head"}, numpy leaves (R, ...), if they are kept.
+    side_by_side: number of trials that trained at the same time.
+    epoch_seconds: median wall time of an epoch divided by `side_by_side`,
+      without the first epoch, which compiles; None if there was no other.
+    step_bytes: memory of the compiled step, see `step.step_bytes`.
+    peak_bytes: peak memory of the run so far; None if unknown.
   """
 
   history: list[dict[str, list[float]]]
@@ -112,18 +112,19 @@ class StageResult:
 
 @dataclasses.dataclass
 class Progress:
-  """Where a phase stands, json-able; saved with every checkpoint.
+  """Progress of a stage; saved as JSON with every checkpoint.
 
   Attributes:
-    epoch: epochs done.
-    step: steps done in the next epoch.
-    sums: of that epoch so far, per run: loss sum and number right.
-    history: per finished epoch {"loss": per run, "accuracy": per run}.
-    seconds: of training so far.
-    diverged: run -> epoch in which its loss stopped being finite.
-    epoch_seconds: of every epoch but the first of each start, which compiles.
-    step_bytes: that the compiled step takes; None if unknown.
-    peak_bytes: of memory, in the run so far; None if unknown.
+    epoch: finished epochs.
+    step: finished steps of the next epoch.
+    sums: of that epoch so far, [losses, correct examples], each per trial.
+    history: per finished epoch {"loss": per trial, "accuracy": per trial}.
+    seconds: training time so far.
+    diverged: trial -> epoch in which its loss stopped being finite.
+    epoch_seconds: wall time of every epoch but the first after each start,
+      which compiles.
+    step_bytes: memory of the compiled step; None if unknown.
+    peak_bytes: peak memory of the run so far; None if unknown.
   """
 
   epoch: int = 0
@@ -141,7 +142,7 @@ class Progress:
 
 @dataclasses.dataclass
 class ResumePoint:
-  """Whose state a save holds, and where it stands; json-able."""
+  """The stage that a checkpoint belongs to, and its progress; JSON-able."""
 
   stage: str = ""
   progress: Progress = dataclasses.field(default_factory=Progress)
@@ -152,17 +153,17 @@ class ResumePoint:
 
 
 def packs(stage: Stage, size: int) -> list[Stage]:
-  """A stage in parts of at most so many runs; itself, if it has no more."""
+  """Split a stage into packs of at most `size` trials."""
   if len(stage.trials) <= size:
     return [stage]
   return [_part(stage, i, size) for i in range(0, len(stage.trials), size)]
 
 
 def _part(stage: Stage, start: int, size: int) -> Stage:
-  """Some runs of a stage, named after which they are.
+  """Return a pack of a stage, named after the trials that are in it.
 
-  So a run that is resumed where memory holds more or fewer of them does not
-  take them for others.
+  The name keeps a run from mistaking one pack for another when it is resumed on
+  devices that hold more or fewer trials.
   """
   some = slice(start, min(start + size, len(stage.trials)))
   return dataclasses.replace(
@@ -180,7 +181,7 @@ def _part(stage: Stage, start: int, size: int) -> Stage:
 def join_packs(
   parts: Sequence[StageResult], starts: Sequence[int]
 ) -> StageResult:
-  """Packs of a stage as one."""
+  """Join the results of the packs of a stage; `starts` are first trials."""
   together = lambda *lists: [x for each in lists for x in each]
   return StageResult(
     history=[
@@ -203,7 +204,7 @@ def join_packs(
 
 
 def median_per_trial(seconds: Sequence[float], trials: int = 1) -> float | None:
-  """The median of what so many runs take together, for each of them."""
+  """Median of `seconds`, which `trials` trials share; None if empty."""
   return statistics.median(seconds) / trials if seconds else None
 
 
@@ -220,21 +221,21 @@ def write_result(path: files.Path, outcome: StageResult) -> None:
 
 
 def read_result(path: files.Path, stage: Stage) -> StageResult:
-  """What `write_result` wrote of a stage."""
+  """Read the file of a finished stage; raise a `UserError` if damaged."""
   with files.as_file(path) as local:
     return _parse(path, local, stage)
 
 
 def _parse(path: files.Path, local: pathlib.Path, stage: Stage) -> StageResult:
-  """Reads a local copy of the file at a path."""
+  """Parse `local`, a local copy of `path`."""
   trials = len(stage.trials)
   try:
     with safetensors.safe_open(local, "numpy") as file:
       outcome = StageResult(**json.loads((file.metadata() or {})["outcome"]))
       flat = {name: file.get_tensor(name) for name in file.keys()}
     if any(len(row["loss"]) != trials for row in outcome.history):
-      raise ValueError(f"expected {trials} runs")
-    if flat:  # An empty part leaves no trace.
+      raise ValueError(f"expected {trials} trials")
+    if flat:  # An empty dict has no leaves to save.
       variables = flax.traverse_util.unflatten_dict(flat, sep="/")
       outcome.variables = {"tuner": {}, **variables}
     _check_shapes(outcome.variables, stage)
@@ -252,7 +253,7 @@ def _parse(path: files.Path, local: pathlib.Path, stage: Stage) -> StageResult:
 
 
 def _check_shapes(variables: Any, stage: Stage) -> None:
-  """Raises a `ValueError` if these are not a stage's weights."""
+  """Raise a `ValueError` if these are not the variables of a stage."""
   expected = None
   if stage.keeps_weights:
     shape = lambda x: (len(stage.trials), *x.shape)

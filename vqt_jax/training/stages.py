@@ -1,9 +1,4 @@
-"""Stages of a run: runs trained together and judged, each stage done once.
-
-What a finished stage found, and the weights that later ones need, is kept in
-`<workdir>/stages/<name>.safetensors`, which appears at once; a stage that was
-interrupted goes on from its last checkpoint.
-"""
+"""Runs stages; finished ones are loaded, an interrupted one is resumed."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -72,7 +67,7 @@ class Stages:
         self._check_weights()
 
   def _check_weights(self) -> None:
-    """Notes down the backbone's, or that they are those that it began with."""
+    """Record the backbone's hash, or compare it with the recorded one."""
     path = self._folder / "backbone.json"
     found = {"sha256": self._context.backbone.identity}
     begun = (self._done or self._saved.stage) and files.exists(path)
@@ -86,7 +81,7 @@ class Stages:
       )
 
   def run(self, stage: stage_lib.Stage) -> stage_lib.StageResult:
-    """Does a stage, in as many packs of runs as memory asks for."""
+    """Train and judge a stage, in packs of as many trials as memory holds."""
     self._size = memory_budget.trials_at_once(
       stage.tuner,
       self._context.config.batch_size,
@@ -100,8 +95,8 @@ class Stages:
     joined = stage_lib.join_packs([self._pack(part) for part in parts], starts)
     if len(stage.trials) - len(joined.diverged) < (stage.min_finite or 0):
       raise errors.UserError(
-        f"The loss of all {len(stage.trials)} runs of phase {stage.name} became"
-        " infinite or undefined. Lower config.lr in a new workdir, or look at"
+        f"The loss of all {len(stage.trials)} trials of stage {stage.name}"
+        " became infinite or undefined. Lower config.lr in a new workdir, or look at"
         " the value range of the inputs."
       )
     return joined
@@ -144,7 +139,7 @@ class Stages:
   def _train(
     self, stage: stage_lib.Stage
   ) -> tuple[step_lib.State, stage_lib.Progress]:
-    """Trains from the start, or from the checkpoint."""
+    """Train the trials of a pack, from the start or from a checkpoint."""
     context, c, trials = self._context, self._context.config, stage.trials
     progress = stage_lib.Progress()
     static = static_settings(c, stage)
@@ -159,9 +154,7 @@ class Stages:
       if progress.epoch < c.epochs:
         after = f"{stage.label} after epoch {progress.epoch}"
         context.console.note(after, "resume")
-    self._saved = (
-      stage_lib.ResumePoint()
-    )  # From here on the last save is another.
+    self._saved = stage_lib.ResumePoint()  # The next save replaces it.
 
     self._log(stage, _rows(stage, progress.history))
 
@@ -183,7 +176,7 @@ class Stages:
       c.epochs, c.warmup_epochs, source.steps, c.schedule == "step"
     )
     plural = "s" if len(trials) > 1 else ""
-    detail = f"{len(trials)} {stage.what}{plural} x {c.epochs} epochs"
+    detail = f"{len(trials)} {stage.trial_noun}{plural} x {c.epochs} epochs"
     if stage.tuner != context.tuner:
       detail += f", {stage.tuner.num_queries} queries"
     with context.console.phase(stage.label, c.epochs, detail=detail) as line:
@@ -236,16 +229,17 @@ class Stages:
     ready: Sequence[tuple[tuner_lib.Tuner, step_lib.TrainedTrials]],
     label: str,
   ) -> list[list[float]]:
-    """Accuracy of every run of several tuners, in one pass of the backbone.
+    """Return the accuracy of every trial of several tuners.
 
-    In several, if the devices cannot hold what all of them have trained.
+    The backbone sees each image once, unless the devices cannot hold the
+    trained variables of all trials at the same time.
 
     Args:
-      split: each of its images counts exactly once.
-      rows: of the split; None: all.
-      ready: tuners with their trained runs; if any reads the blocks, so does
-        the first.
-      label: for people.
+      split: split to evaluate on; each of its images counts exactly once.
+      rows: rows of the split; None: all.
+      ready: tuners with their trained trials; if any of them reads the blocks,
+        the first one does.
+      label: name on the progress line.
     """
     size = min(memory_budget.weights_at_once(tuner) for tuner, _ in ready)
     if sum(len(trials.normalize) for _, trials in ready) <= size:
@@ -260,7 +254,7 @@ class Stages:
     return found
 
   def _pass(self, split, rows, ready, label) -> list[list[float]]:
-    """What `evaluate` gives, in one pass of the backbone."""
+    """Do `evaluate` in one pass of the backbone."""
     context = self._context
     tuners, trials = zip(*ready)
     trials = mesh.replicate(trials, context.mesh)
@@ -287,7 +281,7 @@ class Stages:
 
 
 def static_settings(config: ml_collections.ConfigDict, stage: stage_lib.Stage):
-  """What of a stage's recipe is compiled in, a `step.StaticSettings`."""
+  """Return the settings of a stage that are compiled in."""
   return step_lib.StaticSettings(
     optimizer=config.optimizer,
     query_dropout=stage.tuner.has_queries
@@ -301,7 +295,7 @@ def static_settings(config: ml_collections.ConfigDict, stage: stage_lib.Stage):
 
 
 def _variables(state: step_lib.State, stage: stage_lib.Stage) -> Any:
-  """{"tuner", "head"} as they are now, without the features left out."""
+  """Return {"tuner", "head"}; rows of the head that are masked out are 0."""
   variables = {
     name: stage.frozen_parts.get(name, state.trained[name])
     for name in tuner_lib.TRAINED
@@ -314,7 +308,7 @@ def _variables(state: step_lib.State, stage: stage_lib.Stage) -> Any:
 def _rows(
   stage: stage_lib.Stage, history: list[dict[str, list[float]]], first: int = 0
 ) -> list[dict[str, Any]]:
-  """The metrics of all epochs from the first on, a row per epoch and run."""
+  """Return rows of metrics.jsonl, one per epoch from `first` and trial."""
   return [
     {
       "epoch": epoch + 1,

@@ -1,11 +1,10 @@
-"""One compiled, sharded training step for any number of runs at once.
+"""One compiled, sharded training step for any number of trials at once.
 
-Runs (a setting and a seed each) ride together on a leading axis R of
-everything trained: `vmap` over them leaves the frozen stream, which none of
-them changes, computed or read once for all. Gradients are taken with respect
-to trained leaves only, and of the reading only: the backbone runs before
-differentiation begins. An editor's stream is another for each run, and the
-gradient goes through it.
+Everything trained has a leading axis R, one entry per trial: `vmap` over it
+computes or reads the frozen stream, which no trial changes, once for all. Only
+trained leaves get gradients, and only the reading is differentiated: the
+backbone runs before differentiation begins. With an editor each trial has a
+stream of its own, and gradients go through it.
 """
 
 from collections.abc import Callable
@@ -29,18 +28,17 @@ Batch = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class StaticSettings:
-  """What of a recipe is compiled in.
+  """Settings that are compiled into the step.
 
   Attributes:
     optimizer: "adam", "sgd" or "adamw".
     query_dropout: whether elements of the queries drop out, per example.
-    embedding_dropout: rate of the same for the embedded tokens; the official
-      program has 0.1. Not 0 makes the stream noisy, so it cannot come from a
-      store.
+    embedding_dropout: dropout rate of the embedded tokens, 0.1 in the official
+      program. If it is not 0 the stream is noisy and cannot be stored.
     lasso: weight of the group lasso on the head's rows.
-    trains: the parts whose leaves train.
-    editor_rate: of what an editor trains, times the learning rate.
-    remat: whether the blocks that an editor changes are computed again for the
+    trains: parts of the variables that train.
+    editor_rate: learning rate of an editor's leaves, times `lr`.
+    remat: whether the blocks that an editor changes are recomputed for the
       gradient, rather than kept.
   """
 
@@ -60,12 +58,12 @@ class StaticSettings:
 
 @flax.struct.dataclass
 class State:
-  """All that changes in training; leaves lead with the runs' axis R.
+  """State of training; leaves have the trial axis R in front.
 
   Attributes:
-    trained: what the mask lets train, with holes for the frozen leaves.
-    opt_state: the optimiser's.
-    key: (R,) typed keys, one per run.
+    trained: variables, with None for frozen leaves.
+    opt_state: of the optimiser.
+    key: (R,) typed keys.
     step: steps taken, () int32.
   """
 
@@ -77,15 +75,15 @@ class State:
 
 @flax.struct.dataclass
 class Settings:
-  """What differs between runs and stays as it is, traced; (R, ...) each.
+  """Settings that differ between trials and are traced; (R, ...) each.
 
   Attributes:
     lr: (R,) float32, peak learning rate.
     weight_decay: (R,) float32.
-    query_dropout: (R,) float32, rate; None if queries do not drop out.
+    query_dropout: (R,) float32, rate; None: queries do not drop out.
     normalize: (R,) bool, whether feature groups are divided by their norms.
-    held: those of "tuner" and "head" that do not train, leaves (R, ...).
-    kept: (R, F) float32, 0 where a feature is left out; None: all are kept.
+    frozen_parts: those of "tuner" and "head" that do not train.
+    feature_mask: (R, F) float32, 0 for features left out; None: all in use.
   """
 
   lr: jax.Array
@@ -100,7 +98,7 @@ class Settings:
 def init(
   tuner: tuner_lib.Tuner, static: StaticSettings, params: Any, seeds: jax.Array
 ) -> State:
-  """Fresh state of runs with these seeds, (R,) uint32, on backbone `params`."""
+  """Initialise trials with seeds (R,) uint32 on the backbone `params`."""
 
   def one(seed):
     init_key, key = jax.random.split(jax.random.key(seed))
@@ -117,7 +115,7 @@ def init(
 def init_on(
   mesh: jax.sharding.Mesh, tuner: tuner_lib.Tuner, static: StaticSettings
 ) -> Callable[[Any, jax.Array], State]:
-  """`init` for this tuner and recipe, its result on all devices of a mesh."""
+  """Compile `init` with its result replicated over a mesh."""
   return jax.jit(
     functools.partial(init, tuner, static),
     out_shardings=mesh_lib.replicated(mesh),
@@ -125,7 +123,7 @@ def init_on(
 
 
 def take(data: Batch, index: jax.Array) -> Batch:
-  """Rows of resident data, but "tokens" whole, with "rows" to read of them."""
+  """Gather rows of resident data; "tokens" stay whole, with "rows" to read."""
   batch = {
     name: mesh_lib.constrain(jnp.take(values, index, axis=0), "data")
     for name, values in data.items()
@@ -137,12 +135,15 @@ def take(data: Batch, index: jax.Array) -> Batch:
 
 
 def _keep_mask(key: jax.Array, rate: Any, shape: tuple[int, ...]):
-  """Inverted dropout's multiplier: 0 or 1 / (1 - rate)."""
+  """Multiplier of inverted dropout: 0 or 1 / (1 - rate)."""
   return jax.random.bernoulli(key, 1 - rate, shape) / (1 - rate)
 
 
 def _stream(tuner, variables, batch, remat=False):
-  """Tokens, rows of them, and final feature; of the store or the backbone."""
+  """Return (tokens, rows to read of them, final feature) of a batch.
+
+  From the store if the batch has its features, else from the backbone.
+  """
   if "final" in batch:
     return batch.get("tokens"), batch.get("rows"), batch["final"]
   images = batch["image"]
@@ -153,10 +154,10 @@ def _stream(tuner, variables, batch, remat=False):
 
 
 def _by_device(gradient):
-  """The gradient of each device's part of a batch, summed over them at last.
+  """Take the gradient per device, and sum over the devices once at the end.
 
-  Through the stream the gradient of each block comes in a turn of a loop, and
-  left to itself the compiler sums it over the devices in every turn.
+  Through the stream, gradients of the blocks come from a loop; left to itself
+  the compiler sums them over the devices in every iteration.
   """
 
   def summed(trained, batch):
@@ -173,14 +174,14 @@ def _by_device(gradient):
       in_specs=(P(), specs),
       out_specs=P(),
       axis_names={"data"},
-      check_vma=False,  # Else it sums by itself, and where it likes.
+      check_vma=False,  # With it, shard_map inserts sums of its own.
     )(trained, batch)
 
   return summed
 
 
 def _score(logits, batch):
-  """Sums over the batch's real examples: loss and number right."""
+  """Sum loss and correct predictions over the real examples of a batch."""
   losses = optax.softmax_cross_entropy_with_integer_labels(
     logits, batch["label"]
   )
@@ -199,7 +200,7 @@ def run_step(
   key: jax.Array,
   settings: Settings,
 ) -> tuple[Any, Any, tuple[jax.Array, jax.Array]]:
-  """One update of one run; returns its state and (loss sum, number right)."""
+  """Update one trial; return its state and (loss sum, number correct)."""
   batch = dict(batch)
   embed_key, query_key = jax.random.split(jax.random.fold_in(key, step))
   config, size = tuner.config, len(batch["label"])
@@ -209,7 +210,7 @@ def run_step(
       embed_key, static.embedding_dropout, shape
     )
   if tuner.has_queries and static.query_dropout:
-    # Examples first: those that fill up a batch then change no other's mask.
+    # Drawn with examples in front, so that padding changes no other mask.
     shape = (size, config.depth, tuner.num_queries, config.width)
     mask = _keep_mask(query_key, settings.query_dropout, shape)
     batch["query_mask"] = jnp.moveaxis(mask, 0, 1)
@@ -263,25 +264,25 @@ def train_steps(
   factor: jax.Array,
   count: jax.typing.ArrayLike | None = None,
 ) -> tuple[State, jax.Array, jax.Array]:
-  """Up to S steps in one call.
+  """Take up to S steps in one call.
 
   Args:
     tuner: the method.
-    recipe: the compiled part of the recipe.
+    static: settings that are compiled in.
     state: donated.
-    frozen: the other half of `tuner.partition`.
-    settings: per run.
-    data: resident examples: images, or the store's tokens (or their keys and
-      values) and final features; images only, if the tuner has an editor.
+    frozen: frozen leaves, see `tuner.partition`.
+    settings: of the trials.
+    data: resident examples: images, or features from the store (tokens, or
+      their keys and values, and final features). Images only with an editor.
     order: (S, B) int32 rows of `data`.
-    mask: (S, B) float32, 0 where a row only fills up the last batch.
-    factor: (S,) float32, of each run's peak learning rate.
-    count: how many of the S steps are taken, () int32; None: all. One compiled
-      program serves calls of any length, and their bits don't depend on it.
+    mask: (S, B) float32, 0 for rows that only fill up the last batch.
+    factor: (S,) float32, factors of the peak learning rates.
+    count: number of the S steps to take, () int32; None: all. One compiled
+      program serves all counts, and the bits do not depend on it.
 
   Returns:
-    The state; sums of the losses (S, R); numbers of examples right (S, R); 0
-    for steps that were not taken.
+    The state; summed losses (S, R); numbers of correct examples (S, R). Both
+    are 0 for steps that were not taken.
   """
 
   def one(trained, opt_state, key, settings, batch, step):
@@ -310,20 +311,14 @@ def train_steps(
   return mesh_lib.constrain((state, losses, right))  # Replicated.
 
 
-# Taken here, as `train_steps` may be replaced by one that watches its calls.
-_lower = train_steps.lower
-
-
 def step_bytes(*args: Any) -> int | None:
-  """Memory that `train_steps` of these arguments takes, bytes on one device.
+  """Return the bytes that `train_steps` of these arguments takes on a device.
 
-  Arguments and temporaries, as the compiler counts them: with the backbone and
-  resident data. After a call it costs nothing, as that compiled it.
-
-  Returns:
-    None where the compiler does not tell.
+  Arguments (backbone and resident data among them), results and temporaries, as
+  the compiler counts them; None if it does not. After a call of `train_steps`
+  nothing is compiled again.
   """
-  found = _lower(*args).compile().memory_analysis()
+  found = train_steps.lower(*args).compile().memory_analysis()
   if found is None:
     return None
   new = found.output_size_in_bytes - found.alias_size_in_bytes
@@ -332,7 +327,7 @@ def step_bytes(*args: Any) -> int | None:
 
 @flax.struct.dataclass
 class TrainedTrials:
-  """Trained runs of one tuner, to be evaluated.
+  """Trained trials of one tuner, to be evaluated.
 
   Attributes:
     variables: {"tuner", "head"}, leaves (R, ...).
@@ -352,21 +347,21 @@ def eval_steps(
   order: jax.Array,
   mask: jax.Array,
 ) -> tuple[jax.Array, ...]:
-  """All runs of all tuners over examples in one pass of the stream.
+  """Evaluate all trials of several tuners in one pass of the stream.
 
-  Runs of an editor have a pass each, one after the other.
+  Trials of an editor, whose streams differ, take one pass each.
 
   Args:
-    tuners: of one backbone and with one editor, if any; the first of them reads
-      all that any of them does.
-    ready: the runs of each.
-    params: the backbone's.
+    tuners: on one backbone and with one editor, if any; the first one reads
+      everything that any of them reads.
+    ready: trained trials of each tuner.
+    params: of the backbone.
     data: examples with "label", resident or one batch.
     order: (S, B) int32 rows of `data`.
     mask: (S, B) float32.
 
   Returns:
-    How many examples each run gets right, (R,) float32 for each tuner.
+    Numbers of correct examples, (R,) float32 for each tuner.
   """
 
   def body(right, inputs):

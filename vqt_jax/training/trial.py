@@ -8,10 +8,10 @@ class Trial:
   """A setting and a seed.
 
   Attributes:
-    lr: peak learning rate as used.
-    weight_decay: as used.
+    lr: peak learning rate, scaled to the batch size.
+    weight_decay: coefficient of the weight decay.
     seed: of initialisation and dropout.
-    query_dropout: rate.
+    query_dropout: dropout rate of the queries.
     normalize: whether feature groups are divided by their norms.
   """
 
@@ -22,7 +22,7 @@ class Trial:
   normalize: bool = True
 
   def describe(self, batch_size: int) -> str:
-    """Return the setting in words; its rate per 256 images, as config.lr is."""
+    """Describe the setting; the rate is per 256 images, as in config.lr."""
     rate = f"lr {self.lr * 256 / batch_size:g}"
     if batch_size != 256:
       rate += f" ({self.lr:g} used: batch {batch_size})"

@@ -1,12 +1,13 @@
-"""What a run leaves in its workdir, written so that a crash leaves it whole.
+"""The workdir of a run, written so that a crash leaves it consistent.
 
   config.json     the resolved config, written first
-  metrics.jsonl   a line per epoch and run
+  metrics.jsonl   a line per epoch and trial
   tensorboard/    the same as TensorBoard events
-  results.json    what came out
+  results.json    the results, written when all else is there
   tuned/          what was trained: variables.safetensors and info.json
+  report.png      a picture of the results
 
-While a run lasts there is also `.vqt_jax.lock`, see `files.alone_in`.
+While a run lasts there is also `.vqt_jax.lock`, see `locks.alone_in`.
 """
 
 from collections.abc import Iterator
@@ -20,9 +21,9 @@ from vqt_jax.runtime import locks
 from vqt_jax.runtime.files import PathLike
 from vqt_jax.training import metrics
 
-# What the config of every run has, and other programs' do not have together.
+# Fields of every config; no other program has all of them.
 _OF_CONFIGS = {"task", "init", "method", "lr", "seeds", "batch_size"}
-# What a run replaces, or takes for its own, in a workdir.
+# Names in a workdir that a run writes.
 _CLAIMED = {
   "metrics.jsonl",
   "results.json",
@@ -31,31 +32,31 @@ _CLAIMED = {
   "stages",
   "tuned",
 }
-_ROW = b'{"phase": '  # How metrics.jsonl begins.
+_ROW = b'{"phase": '  # Start of metrics.jsonl.
 
 
 @contextlib.contextmanager
 def open_workdir(config: Any, workdir: PathLike) -> Iterator[bool]:
-  """Makes a workdir, or recognises it as this config's own, for this run alone.
+  """Create or reopen the workdir of a config, and lock it for this run.
 
-  One in which nothing has been trained yet is taken over by the new config, so
-  that a setting can be mended after a first start that failed.
+  A workdir in which nothing was trained yet takes the new config, so that a
+  mistake can be corrected after a first start that failed.
 
   Args:
-    config: as `config.resolve` returns it.
+    config: resolved.
     workdir: folder, created if it is missing, or `gs://` address.
 
   Yields:
     Whether a run of this config was begun there before.
 
   Raises:
-    UserError: it cannot be written, holds a run of another config or things of
+    UserError: it cannot be written, holds a run of another config or files of
       another program, or another process is running there. Nothing in it is
       touched then.
   """
   workdir = files.path(workdir)
   now = fields.to_json(config)
-  _config_of(workdir)  # Somebody else's does not even get a lock.
+  _config_of(workdir)  # Not even a lock in the folder of another program.
   with locks.alone_in(workdir):
     old, begun = _config_of(workdir), _begun(workdir)
     if begun:
@@ -66,10 +67,10 @@ def open_workdir(config: Any, workdir: PathLike) -> Iterator[bool]:
 
 
 def _config_of(workdir: files.Path) -> dict[str, Any] | None:
-  """The config that a workdir was opened with; None: it is new.
+  """Read the config of a workdir; None: it is new.
 
   Raises:
-    UserError: it is not one of this program's.
+    UserError: the workdir is not one of this program.
   """
   path = workdir / "config.json"
   other = "So no run can begin or be resumed there: choose another --workdir."
@@ -95,7 +96,7 @@ def _config_of(workdir: files.Path) -> dict[str, Any] | None:
 
 
 def _begun(workdir: files.Path) -> bool:
-  """Whether anything was trained there, or in a folder of one of its tasks."""
+  """Return whether anything was trained there or in a folder within."""
   if not files.exists(workdir / "config.json"):
     return False
   return bool(
@@ -109,7 +110,7 @@ def _begun(workdir: files.Path) -> bool:
 def _check_same_run(
   old: dict[str, Any], now: dict[str, Any], workdir: files.Path
 ) -> None:
-  # A field that was not there yet has done what its default does.
+  # A field that is new since then had the effect of its default.
   old = fields.to_json(fields.default_config()) | old
   changed = [
     f"{name} was {before!r}, is now {after!r}"
