@@ -67,7 +67,7 @@ def main() -> None:
   runs = [
     {"test_accuracy": {"mean": a, "per_seed": {}}} for _, a, _, _ in found
   ]
-  compare_figure.number(ax, runs, sizes)
+  compare_figure.number_points(ax, runs, sizes)
   figure.set_layout_engine("none")
   style.save(figure, picture)
 

@@ -235,7 +235,9 @@ def show(config, clock, ours, theirs, results) -> None:
   for name, each in zip(("stored", "live"), results):
     test = each["test_accuracy"]
     seeds = ", ".join(test["per_seed"])
-    out.print(f"test accuracy, {name}: {accuracy.told(test)} % (seeds {seeds})")
+    out.print(
+      f"test accuracy, {name}: {accuracy.format_mean(test)} % (seeds {seeds})"
+    )
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def main() -> None:
       str(size),
       f"{chosen['lr']:g}, {chosen['weight_decay']:g}",
       f"{100 * val:.1f}",
-      accuracy.told(test),
+      accuracy.format_mean(test),
       " ".join(f"{100 * a:.1f}" for a in test["per_seed"].values()),
     )
   rich_console.Console(width=110).print(table)

@@ -19,9 +19,9 @@ def test_images_count_once_whatever_the_number_of_seeds():
   assert one["interval"] == pytest.approx(two["interval"])
   assert two["std"] == pytest.approx(0.1 / 2**0.5)
   assert two["per_seed"] == {"7": 0.7, "8": 0.8} and two["images"] == 40
-  assert accuracy.told(two) == "75.00 +- 7.07"
-  assert accuracy.told(two, 1, "±") == "75.0 ± 7.1"
-  assert accuracy.told_bounds(two) == "59.8 to 85.8"
+  assert accuracy.format_mean(two) == "75.00 +- 7.07"
+  assert accuracy.format_mean(two, 1, "±") == "75.0 ± 7.1"
+  assert accuracy.format_interval(two) == "59.8 to 85.8"
 
 
 @pytest.mark.parametrize("std", [None, 0.0])  # 0: of an earlier program.
@@ -30,7 +30,7 @@ def test_one_seed_has_no_spread(std):
   assert test["std"] is None
   test["std"] = std
   assert accuracy.spread(test) is None
-  assert accuracy.told(test) == "75.00"
+  assert accuracy.format_mean(test) == "75.00"
   assert accuracy.columns(test)["std_percent"] == ""
   assert accuracy.over_seeds([test]) == "one seed"
 
@@ -47,5 +47,5 @@ def test_an_earlier_program_did_not_write_the_interval():
   del test["interval"]
   assert accuracy.columns(test) == written
   del test["images"]
-  assert accuracy.bounds(test) is None and accuracy.told_bounds(test) == ""
+  assert accuracy.bounds(test) is None and accuracy.format_interval(test) == ""
   assert accuracy.columns(test)["interval_low_percent"] == ""

@@ -288,7 +288,7 @@ def test_what_runs_do_not_have_in_common_is_said(capsys):
   same, other, old = outcome(), outcome("lora", 0.8), outcome("linear", 0.7)
   summary = compare.summarize({"a": same, "b": other})
   assert summary["differences"] == {}
-  assert compare.differences_told(summary) == ""
+  assert compare.describe_differences(summary) == ""
   other["image_size"], other["dtype"] = [16, 16], "bfloat16"
   other["backbone"] = "ViT-64x4/4 /elsewhere/tiny.npz"  # The same weights.
   other["data"]["splits"]["test"]["slices"] = "test[:200]"
@@ -312,7 +312,9 @@ def test_what_runs_do_not_have_in_common_is_said(capsys):
   assert (rows[0]["weights"], rows[2]["weights"]) == ("a" * 64, "")
   # Of two files that are called alike the weights tell.
   other = outcome() | {"weights": "c" * 64}
-  told = compare.differences_told(compare.summarize({"a": same, "b": other}))
+  told = compare.describe_differences(
+    compare.summarize({"a": same, "b": other})
+  )
   where = "of ViT-64x4/4 /folder/tiny.npz"
   assert told == (
     f"not the same in all runs: weights aaaaaaaa {where} (a), cccccccc"
@@ -369,7 +371,7 @@ def test_numbers_in_the_picture_do_not_overlap(tmp_path):
   values = [1000 + i for i in range(13)]
   compare_figure._against(ax, outcomes, values, "", compare_figure.UNITS)
   figure.draw_without_rendering()
-  compare_figure.number(ax, outcomes, values)
+  compare_figure.number_points(ax, outcomes, values)
   figure.draw_without_rendering()
   extent = matplotlib.text.Text.get_window_extent  # Without its line.
   boxes = [extent(text) for text in ax.texts]

@@ -59,11 +59,11 @@ def test_from_stored_features():
   forecast, (search, seeds), said = start("vqt", extracted=(3.0, 0.01))
   assert (len(search.trials), len(seeds.trials)) == (4, 5)
   forecast.begin(search, 20, set(), live=False)
-  forecast.hear(79, 1, 9.0)  # Compiles.
-  forecast.hear(78, 1, 0.6)
+  forecast.add_call(79, 1, 9.0)  # Compiles.
+  forecast.add_call(78, 1, 0.6)
   assert not said.getvalue()  # Too little to go by.
-  forecast.hear(77, 1, 0.6)
-  forecast.hear(70, 7, 99.0)  # Said once.
+  forecast.add_call(77, 1, 0.6)
+  forecast.add_call(70, 7, 99.0)  # Said once.
   words, found = told(said)
   assert words == "about T to go"
   seeds = 8.4 + 100 * 0.6 * (2 + 5) / (2 + 4)
@@ -84,8 +84,8 @@ def test_of_an_editor_in_packs_of_which_some_are_done():
   assert len(parts) == 4
   done = {parts[0].name, parts[1].name}
   forecast.begin(parts[2], 1, done, live=True)
-  forecast.hear(79, 1, 5.0)
-  forecast.hear(78, 1, 3.0)
+  forecast.add_call(79, 1, 5.0)
+  forecast.add_call(78, 1, 3.0)
   _, found = told(said)
   image = 0.03 / 3  # A step takes 3 s; a third of it is the way there.
   assert found == pytest.approx(
@@ -102,8 +102,8 @@ def test_of_an_editor_in_packs_of_which_some_are_done():
 def test_a_live_step_is_nearly_all_backbone():
   forecast, (search, _), said = start("vqt", embedding_dropout=0.1)
   forecast.begin(search, 20, set(), live=True)
-  forecast.hear(79, 1, 5.0)
-  forecast.hear(78, 1, 3.0)
+  forecast.add_call(79, 1, 5.0)
+  forecast.add_call(78, 1, 3.0)
   _, found = told(said)
   assert 302 <= found["seeds"] <= 306
   assert 5000 * 0.029 <= found["test"] <= 5000 * 0.03
@@ -122,8 +122,8 @@ def test_of_a_search_that_is_over_quickly(extracted, protocol_name, words):
     "linear", extracted, protocol=protocol_name
   )
   forecast.begin(search, 20, set(), live=False)
-  forecast.hear(12, 1, 2.0)
-  forecast.hear(0, 12, 0.75)
+  forecast.add_call(12, 1, 2.0)
+  forecast.add_call(0, 12, 0.75)
   found = told(said)
   assert found[0] == words and "search" not in found[1]
 
@@ -135,6 +135,6 @@ def test_a_part_that_is_not_planned_comes_first():
   )
   done = {stage.name for stage in planned}
   forecast.begin(fold, 20, done, live=False)
-  forecast.hear(50, 1, 2.0)
-  forecast.hear(49, 1, 1.0)
+  forecast.add_call(50, 1, 2.0)
+  forecast.add_call(49, 1, 1.0)
   assert told(said)[1] == {"fold 1": 49, "all": 49}

@@ -1,15 +1,15 @@
-"""Accuracies with what is uncertain about them, as numbers and as words.
+"""Accuracies with their uncertainty, as numbers and as text.
 
 An accuracy is a dict as in `results.json`:
 
   mean      of the seeds, 0..1
-  std       standard deviation over the seeds; None of one seed
+  std       standard deviation over the seeds; None for one seed
   interval  [low, high], see `interval`
   per_seed  seed -> accuracy
-  images    that it was measured on
+  images    number of test images
 
-Of earlier programs `std` may be 0 where there is one seed, and `interval` may
-be missing: take them from here.
+Earlier versions wrote `std` 0 for one seed, and no `interval`: use `spread` and
+`bounds`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ LEVEL = 0.95
 def summary(
   seeds: Sequence[int], accuracy: Sequence[float], images: int
 ) -> dict[str, Any]:
-  """The accuracy of several seeds on the same images."""
+  """Summarise the accuracy of several seeds on the same images."""
   mean = float(np.mean(accuracy))
   return {
     "mean": mean,
@@ -37,11 +37,11 @@ def summary(
 
 
 def interval(share: float, images: int) -> tuple[float, float]:
-  """The Wilson score interval of a share of n images that is right.
+  """Return the Wilson score interval of a share of n images.
 
-  All seeds are tested on the same images, so of their mean, too, n is the
-  number of images. SciPy's `proportion_ci` takes whole numbers of successes
-  only, which a mean need not have.
+  All seeds are tested on the same images, so n is the number of images for
+  their mean, too. SciPy's `proportion_ci` takes whole numbers of successes
+  only.
 
   Args:
     share: 0..1.
@@ -55,31 +55,33 @@ def interval(share: float, images: int) -> tuple[float, float]:
 
 
 def spread(test: Mapping[str, Any]) -> float | None:
-  """Standard deviation over the seeds; None of one seed."""
+  """Return the standard deviation over the seeds; None for one seed."""
   return test["std"] if len(test["per_seed"]) > 1 else None
 
 
 def bounds(test: Mapping[str, Any]) -> tuple[float, float] | None:
-  """The interval; None if it is not known on how many images it was tested."""
+  """Return the interval; None if the number of images is unknown."""
   images = test.get("images")
   return interval(test["mean"], images) if images else None
 
 
-def told(test: Mapping[str, Any], decimals: int = 2, sign: str = "+-") -> str:
-  """Mean and spread in per cent, e.g. "97.72 +- 0.35"; of one seed the mean."""
+def format_mean(
+  test: Mapping[str, Any], decimals: int = 2, sign: str = "+-"
+) -> str:
+  """Format mean and spread in per cent: "97.72 +- 0.35"; one seed: "97.72"."""
   parts = (test["mean"], spread(test))
   return f" {sign} ".join(
     f"{100 * x:.{decimals}f}" for x in parts if x is not None
   )
 
 
-def told_bounds(test: Mapping[str, Any]) -> str:
-  """The interval in per cent, e.g. "96.4 to 98.6"; "" if it is unknown."""
+def format_interval(test: Mapping[str, Any]) -> str:
+  """Format the interval in per cent: "96.4 to 98.6"; "" if it is unknown."""
   return " to ".join(f"{100 * x:.1f}" for x in bounds(test) or ())
 
 
 def columns(test: Mapping[str, Any]) -> dict[str, str]:
-  """What CSV files have of it; empty where it is unknown."""
+  """Return columns for CSV files; "" where a value is unknown."""
   low, high = bounds(test) or (None, None)
   values = {
     "accuracy_percent": test["mean"],
@@ -93,7 +95,7 @@ def columns(test: Mapping[str, Any]) -> dict[str, str]:
 
 
 def over_seeds(tests: Sequence[Mapping[str, Any]]) -> str:
-  """A legend of what `told` gives of some accuracies."""
+  """Return a legend for `format_mean` of some accuracies."""
   most = max(len(test["per_seed"]) for test in tests)
   if most == 1:
     return "one seed"

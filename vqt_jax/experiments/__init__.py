@@ -1,1 +1,1 @@
-"""Everything that one command does: training, then its report."""
+"""Complete experiments: training, then reports."""

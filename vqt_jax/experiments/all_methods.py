@@ -1,4 +1,4 @@
-"""Several methods on one task, one after another, and one outcome of them."""
+"""Several methods on one task, one after another, and their comparison."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,19 +20,19 @@ def train(
   workdir: files.Path,
   console: console_lib.Console,
 ) -> dict[str, Any]:
-  """Does what `run.train` does for every method, see `several.train`.
+  """Run every method, then compare them; see `run_many.train`.
 
   Args:
     config: with `methods`.
     workdir: gets a folder per method, `results.json`, `compare.csv`,
-      `compare.png`, and what queries attend to.
+      `compare.png`, and pictures of attention.
     console: shows progress.
 
   Returns:
     The contents of `results.json`.
 
   Raises:
-    UserError: something the user can mend.
+    UserError: something that the user can correct.
     Stopped: asked to stop by a signal; everything is saved.
   """
   return run_many.train(config, workdir, console, "method", _look, _sum_up)
@@ -41,7 +41,7 @@ def train(
 def _look(
   config: ml_collections.ConfigDict, workdir: files.Path
 ) -> tuple[run_many.Configs, str]:
-  """The config of each method."""
+  """Return the config of each method."""
   del workdir
   methods = tuner.parse_list(config.methods)
   return {name: recipes.config_for(config, method=name) for name in methods}, ""
@@ -50,8 +50,8 @@ def _look(
 def _sum_up(
   console: console_lib.Console, workdir: files.Path, names: Sequence[str]
 ) -> dict[str, Any]:
-  """Writes and prints what came out; `results.json` comes last."""
-  summary = compare.summarize(run_many.outcomes(workdir, names))
+  """Write and print the comparison; `results.json` comes last."""
+  summary = compare.summarize(run_many.load_results(workdir, names))
   if processes.is_first():
     workdirs = {name: workdir / name for name in names}
     compare.write(console, summary, workdirs, workdir)

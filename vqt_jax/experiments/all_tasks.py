@@ -1,4 +1,4 @@
-"""The tasks of VTAB-1k one after another, and one outcome of all of them."""
+"""The tasks of VTAB-1k, one after another, and their summary."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -23,7 +23,7 @@ def train(
   workdir: files.Path,
   console: console_lib.Console,
 ) -> dict[str, Any]:
-  """Does what `run.train` does for every task, see `several.train`.
+  """Run every task, then sum up; see `run_many.train`.
 
   Tasks whose dataset is not prepared are left out.
 
@@ -36,7 +36,7 @@ def train(
     The contents of `results.json`.
 
   Raises:
-    UserError: something the user can mend; also if no task is prepared.
+    UserError: something that the user can correct; no task is prepared.
     Stopped: asked to stop by a signal; everything is saved.
   """
   return run_many.train(config, workdir, console, "task", _look, _sum_up)
@@ -45,10 +45,10 @@ def train(
 def _look(
   config: ml_collections.ConfigDict, workdir: files.Path
 ) -> tuple[run_many.Configs, str]:
-  """Configs of the tasks to be done, and which ones are left out.
+  """Return configs of the prepared tasks, and a note on the others.
 
   Raises:
-    UserError: there is nothing to do, or a dataset is not as it should be.
+    UserError: no task is prepared, or a dataset is damaged.
   """
   finished, missing = run_many.finished(workdir, vtab.VTAB), set()
   with processes.raise_on_all():
@@ -72,7 +72,7 @@ def _look(
 def _not_prepared(
   config: ml_collections.ConfigDict, missing: Iterable[str]
 ) -> str:
-  """Says which tasks are left out, and what to do about it."""
+  """Return a note on tasks that are left out, with the command to add them."""
   names = [name for name in vtab.VTAB if name in missing]
   tasks = [data.make_task(name, data_dir=config.data_dir) for name in names]
   folder = config.data_dir or "TFDS's own folder"
@@ -87,8 +87,8 @@ def _not_prepared(
 def _sum_up(
   console: console_lib.Console, workdir: files.Path, names: Iterable[str]
 ) -> dict[str, Any]:
-  """Writes and prints what came out; `results.json` comes last."""
-  summary = vtab_summary.summarize(run_many.outcomes(workdir, names))
+  """Write and print the summary; `results.json` comes last."""
+  summary = vtab_summary.summarize(run_many.load_results(workdir, names))
   if processes.is_first():
     files.write(workdir / "vtab.csv", vtab_summary.to_csv(summary).encode())
     vtab_figure.vtab(summary, workdir / "vtab.png")

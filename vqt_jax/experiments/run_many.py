@@ -1,7 +1,7 @@
-"""Runs one after another, each in a folder of its own, and what they add up to.
+"""Several runs, one after another, each in a folder of its own.
 
-Each is just as if it had been started alone: finished ones are not redone, a
-stopped one is resumed.
+Each behaves as if it was started alone: finished ones are not redone, a stopped
+one is resumed.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -29,22 +29,22 @@ def train(
   look: Callable[[ml_collections.ConfigDict, files.Path], Any],
   sum_up: Callable[..., dict[str, Any]],
 ) -> dict[str, Any]:
-  """Does what `run.train` does for every run, then sums up.
+  """Run all configs, then sum up.
 
   Args:
-    config: of all of them.
-    workdir: gets a folder per run, named as it is.
+    config: of all runs.
+    workdir: gets a folder per run, named as the run.
     console: shows progress.
-    label: what a run is of, for people.
-    look: (config, workdir) -> (name -> config of each run, what to tell or "").
+    label: what runs differ in, on the terminal: "task" or "method".
+    look: (config, workdir) -> (name -> config of each run, a note or "").
     sum_up: (console, workdir, names) -> contents of `results.json`, which it
       writes.
 
   Returns:
-    What `sum_up` does.
+    The result of `sum_up`.
 
   Raises:
-    UserError: something the user can mend.
+    UserError: something that the user can correct.
     Stopped: asked to stop by a signal; everything is saved.
   """
   with preemption.StopSignal() as stop, contextlib.ExitStack() as opened:
@@ -75,13 +75,13 @@ def train(
 
 
 def finished(workdir: files.Path, names: Iterable[str]) -> set[str]:
-  """Those of the runs that are finished, as any of the processes sees it."""
+  """Return the names of finished runs, as seen by any process."""
   exists = lambda name: files.exists(workdir / name / results.RESULTS)
   return {name for name in names if processes.any_process(exists(name))}
 
 
-def outcomes(
+def load_results(
   workdir: files.Path, names: Iterable[str]
 ) -> dict[str, dict[str, Any]]:
-  """What came out of each run: the contents of its `results.json`."""
+  """Return name -> contents of `results.json` of each run."""
   return {name: results.read(workdir / name) for name in names}

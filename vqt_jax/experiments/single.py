@@ -17,9 +17,9 @@ def train(
   workdir: files.Path,
   console: console_lib.Console,
 ) -> dict[str, Any]:
-  """Does what `run.train` does, prints a table and draws `report.png`.
+  """Train and test one method, print a table and draw `report.png`.
 
-  The picture is drawn again if a finished run has lost it.
+  A finished run gets its picture again if that is missing.
   """
   results = run.train(config, workdir, console)
   run_table.show(console, workdir, results)

@@ -1,4 +1,4 @@
-"""Trains what a config asks for: a task, all tasks, or several methods."""
+"""Trains what a config names: one task, all tasks, or several methods."""
 
 from typing import Any
 
@@ -20,10 +20,10 @@ def train(
   workdir: files.PathLike,
   console: console_lib.Console | None = None,
 ) -> dict[str, Any]:
-  """Trains and tests as a config says; what `main.py` calls.
+  """Train and test as a config says, like `main.py`.
 
-  Interrupted (SIGTERM, or killed outright), the same call goes on where the
-  last checkpoint was and ends with the same bits. A finished run is not redone.
+  Interrupted by SIGTERM, Ctrl-C or a crash, the same call resumes from the last
+  checkpoint and ends with the same bits. A finished run is not redone.
 
   Args:
     config: made from `config.default_config()`.
@@ -31,13 +31,14 @@ def train(
       `metrics.jsonl`, `results.json`, TensorBoard events, `checkpoints/`,
       `tuned/` and `report.png`. With `task="all"` or `methods` it gets a folder
       for each of these, `results.json`, a table and a picture.
-    console: shows progress and results; None: stderr, of the first process.
+    console: shows progress and results; None: on stderr, from the first
+      process.
 
   Returns:
     The contents of `results.json`.
 
   Raises:
-    UserError: something the user can mend.
+    UserError: something that the user can correct.
     Stopped: asked to stop by a signal; everything is saved.
   """
   config = recipes.resolve(config)

@@ -1,1 +1,1 @@
-"""What a config costs, found by compiling its programs without running them."""
+"""Cost of a config, found by compiling its programs without running them."""

@@ -1,7 +1,7 @@
-"""Compiles programs ahead of time, and counts what they do.
+"""Compiles programs ahead of time and counts their operations.
 
 A compiler's own cost analysis counts the body of a loop once; here and in `hlo`
-everything counts as often as it runs. Nothing of it needs the devices.
+it counts once per iteration. The devices themselves are not needed.
 """
 
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from jax.extend import core
 
 
 class Exceeds(Exception):
-  """A program does not fit into the devices' memory.
+  """Raised if a program does not fit into the devices' memory.
 
   Attributes:
-    needed: bytes on each device, as the compiler says; None: it does not.
+    needed: bytes on each device, if the compiler tells; else None.
   """
 
   def __init__(self, needed: int | None):
@@ -28,12 +28,12 @@ class Exceeds(Exception):
 def compile_for(
   mesh: jax.sharding.Mesh, function: Callable[..., Any], *args: Any
 ) -> jax.stages.Compiled:
-  """Compiles a jitted function ahead of time for the devices of a mesh.
+  """Compile a jitted function ahead of time for the devices of a mesh.
 
   Args:
-    mesh: of devices, which need not be there.
+    mesh: its devices need not be there.
     function: made by `jax.jit`.
-    *args: its arguments; `jax.ShapeDtypeStruct` with shardings will do.
+    *args: its arguments, or `jax.ShapeDtypeStruct` with shardings.
 
   Raises:
     Exceeds: it does not fit.

@@ -1,7 +1,7 @@
-"""What a compiled program moves, read from its text.
+"""Data movement of a compiled program, read from its HLO text.
 
 Bytes between devices (`collectives`) and between a device and its main memory
-(`traffic`), with the body of a loop as often as it runs.
+(`traffic`); the body of a loop counts once per iteration.
 """
 
 from collections.abc import Iterator
@@ -40,15 +40,15 @@ _SLICES = ("dynamic-slice", "slice", "gather", "slice-start")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """Communication, on one device.
+  """A communication operation, seen from one device.
 
   Attributes:
     kind: one of `COLLECTIVES`.
     size: bytes of its result each time.
     dtypes: of what is sent.
-    devices: that take part together.
-    times: how often it happens in a call.
-    loops: how many loops are around it.
+    devices: number of devices that take part.
+    times: number of executions in a call.
+    loops: number of loops around it.
   """
 
   kind: str
@@ -60,7 +60,7 @@ class Collective:
 
   @property
   def sent(self) -> float:
-    """Bytes that a device sends in a call, if nobody sends more than needed."""
+    """Bytes that a device must send in a call, at least."""
     others = (self.devices - 1) / self.devices
     share = {
       "all-reduce": 2 * others,
@@ -96,12 +96,10 @@ def collectives(text: str, trips: int = 1) -> list[Collective]:
 
 
 def traffic(text: str, trips: int = 1) -> int:
-  """Bytes a device reads from and writes to its main memory in a call.
+  """Return the bytes that a device moves to and from its main memory in a call.
 
-  Arguments as of `collectives`.
-
-  What every operation of a compiled program reads and writes, but for what
-  lies in on-chip memory, and of what is sliced or updated the part in question.
+  Everything that operations read and write, except in on-chip memory; of slices
+  and updates, the part in question. Arguments as of `collectives`.
   """
   program = _Program(text, trips)
   return sum(
@@ -133,9 +131,10 @@ class _Operation:
 
   @property
   def results(self) -> tuple[_Shape, ...]:
-    """What comes out; communication that is started names what goes in first.
+    """Shapes of the results.
 
-    (And numbers of its own behind: `u32[]`. An all-reduce is in place.)
+    Started communication lists its operands before its results, and sometimes
+    counters (`u32[]`) behind them; an all-reduce is in place.
     """
     kind = self.kind.removesuffix("-start")
     if kind == self.kind or kind not in COLLECTIVES or kind == "all-reduce":
@@ -144,12 +143,12 @@ class _Operation:
     return tuple(both[len(both) // 2 :])
 
   def refers(self, what: str) -> str:
-    """The computation it names as e.g. its "body"."""
+    """Return the computation that it refers to, e.g. as its "body"."""
     return re.search(rf"\b{what}=%?([\w.\-]+)", self.text)[1]
 
 
 class _Program:
-  """A compiled program: its computations, lists of operations by name."""
+  """A compiled program: its computations, each a dict of named operations."""
 
   def __init__(self, text: str, trips: int):
     self.trips = trips
@@ -170,7 +169,7 @@ class _Program:
   def executed(
     self, inside_fusions: bool, name: str = "", times: int = 1, loops: int = 0
   ) -> Iterator[tuple[_Operation, int, int]]:
-    """Operations, how often each happens, and how many loops are around it."""
+    """Yield operations, number of executions, and number of loops around."""
     visit = functools.partial(self.executed, inside_fusions)
     for op in self.computations[name or self.entry].values():
       yield op, times, loops
@@ -186,7 +185,7 @@ class _Program:
         yield from visit(called, times, loops)
 
   def _trips(self, loop: _Operation) -> int:
-    """Trips of a loop that runs from 0 in steps of 1 to a constant."""
+    """Return the trip count of a loop from 0 in steps of 1."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.text):
       return int(known[1])
     condition = self.computations[loop.refers("condition")].values()
@@ -199,7 +198,7 @@ class _Program:
     return max(limits, default=self.trips)
 
   def moved(self, op: _Operation) -> int:
-    """Bytes of the main memory that one operation reads and writes."""
+    """Return the bytes of main memory that an operation reads and writes."""
     if op.kind in _FREE or op.kind.endswith("-done") or _PLACES.search(op.text):
       return 0
     within = self._within(op)
@@ -214,13 +213,13 @@ class _Program:
     return next(x for x in self.computations.values() if op.name in x)
 
   def _read(self, op: _Operation, index: int, operand: _Operation) -> int:
-    """Bytes that it reads of one of its operands."""
+    """Return the bytes that an operation reads of one of its operands."""
     if not operand.size:
       return 0
     return min(operand.size, self._part(op, index, operand.size))
 
   def _part(self, op: _Operation, index: int, whole: int) -> int:
-    """The same, wherever the operand lies."""
+    """Return the same, wherever the operand lies."""
     if index == 0 and op.kind in _SLICES:
       # What was started names what goes in first.
       return op.shapes[1 if op.kind == "slice-start" else 0].size
@@ -249,7 +248,7 @@ class _Program:
     return parts
 
   def _written(self, op: _Operation, within: dict[str, _Operation]) -> int:
-    """Bytes that it writes: of an update in place, the update."""
+    """Return the bytes written: of an update in place, those of the update."""
     if op.kind == "dynamic-update-slice":
       update = within[op.operands[1]]
       return update.shapes[0].size if op.size else 0
@@ -269,7 +268,7 @@ class _Program:
     )
 
   def _result(self, inside, op: _Operation) -> int:
-    """Bytes of a result of a fusion that are new."""
+    """Return the bytes of a fusion's result that are new."""
     while op.kind == "bitcast":
       op = inside[op.operands[0]]
     if op.kind == "dynamic-update-slice":
@@ -292,7 +291,7 @@ def _operation(line: str) -> _Operation | None:
 
 
 def _shapes(text: str) -> tuple[_Shape, ...]:
-  """Of a result: "bf16[4,8]{1,0:T(8,128)S(1)}", or several in brackets."""
+  """Parse shapes: "bf16[4,8]{1,0:T(8,128)S(1)}", or several in brackets."""
   return tuple(
     _Shape(
       dtype,
@@ -323,7 +322,7 @@ def _branches(text: str) -> list[str]:
 
 
 def _group(text: str) -> int:
-  """How many devices take part in a collective together."""
+  """Return the number of devices that take part in a collective."""
   if mesh := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", text):
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
     return math.prod(int(sizes[x]) for x in re.findall(r"'(\w+)'", mesh[2]))

@@ -1,11 +1,11 @@
-"""What a run will need, known before it starts: `main.py --plan v5e:4x4`.
+"""Estimates what a run needs before it starts: `main.py --plan v5e:4x4`.
 
-Every program of the run is compiled ahead of time for a slice of TPUs that need
-not be there, or for this machine, from shapes alone. Memory is the compiler's;
-operations and bytes are counted (`compiled`, `hlo`); times are what the chip
-would take if one of arithmetic, memory and links were busy all the time, and
-the others hid behind it, so nothing is faster. Reading and decoding of images,
-compiling and saving are not in them.
+Every program of the run is compiled ahead of time, from shapes alone, for a
+slice of TPUs that need not be there or for this machine. Memory is what the
+compiler reports; operations and bytes are counted (`cost`, `hlo`). Times are
+lower bounds: what the chip would take if arithmetic, memory or links, whichever
+is slowest, were busy all the time. They leave out reading and decoding images,
+compiling, and saving.
 """
 
 from collections.abc import Sequence
@@ -35,14 +35,14 @@ TRIES = 6  # Batches that are compiled to find the largest that fits.
 
 @dataclasses.dataclass(frozen=True)
 class ResourceEstimate:
-  """What one program needs, per chip; None: it cannot be compiled.
+  """Resources that a program needs, per chip.
 
   Attributes:
     program: the program.
-    memory: part -> bytes.
-    total: bytes in all.
-    flops: operations of matrix products, a step.
-    traffic: bytes from and to the main memory, a step.
+    memory: part -> bytes; None: it does not compile.
+    total: bytes in all; None: unknown.
+    flops: operations of matrix products in a step.
+    traffic: bytes from and to the main memory in a step; None: unknown.
     collectives: of a call.
   """
 
@@ -62,7 +62,7 @@ class ResourceEstimate:
     return sum(each.sent for each in self.collectives) / self.program.steps
 
   def seconds(self, chip: tpus.Chip) -> dict[str, float] | None:
-    """What keeps a step busy -> how long at least; None: not known."""
+    """Least seconds of a step by resource; None: not known."""
     if self.traffic is None or not chip.flops:
       return None
     return {
@@ -75,14 +75,14 @@ class ResourceEstimate:
 def make_context(
   config: ml_collections.ConfigDict, where: str
 ) -> programs.PlanContext:
-  """What is to be planned; reads no weights and no images.
+  """Look up what a config names, without reading weights or images.
 
   Args:
     config: resolved.
     where: e.g. "v5e:4x4", or "here".
 
   Raises:
-    UserError: something the user can mend.
+    UserError: something that the user can correct.
   """
   if config.task == vtab.ALL:
     raise errors.UserError(
@@ -127,7 +127,7 @@ def make_context(
 
 
 def _room(context: programs.PlanContext, where: str) -> dict[str, int]:
-  """As `places.room`; the disk of a slice is large enough."""
+  """Return bytes as `memory_budget.room`; the disk of a slice is unlimited."""
   if where == tpus.HERE:
     return memory_budget.room(context.config.store_dir, context.mesh)
   each = context.chip.memory * memory_budget.DEVICE_SHARE
@@ -142,7 +142,7 @@ def _room(context: programs.PlanContext, where: str) -> dict[str, int]:
 def measure(
   program: programs.Program, mesh: jax.sharding.Mesh
 ) -> ResourceEstimate:
-  """Compiles a program and counts what it needs."""
+  """Compile a program and count what it needs."""
   flops = cost.matmuls(program.function, *program.args, trips=program.steps)
   flops /= mesh.size * program.steps
   try:
@@ -168,7 +168,7 @@ def measure(
 
 
 def _resident(tree: Any, mesh: jax.sharding.Mesh) -> int:
-  """Bytes of arrays on each device, with what fills them up there."""
+  """Return the bytes of arrays on each device, padding included."""
   leaves = jax.tree.leaves(tree)
   if not leaves:
     return 0
@@ -178,7 +178,7 @@ def _resident(tree: Any, mesh: jax.sharding.Mesh) -> int:
 
 
 def reduced(estimate: ResourceEstimate) -> float:
-  """Bytes that are summed over the devices in a step: gradients, mostly."""
+  """Return the bytes summed over devices in a step: mostly gradients."""
   return sum(
     each.times * each.size / estimate.program.steps
     for each in estimate.collectives
@@ -189,10 +189,10 @@ def reduced(estimate: ResourceEstimate) -> float:
 def largest_batch(
   context: programs.PlanContext,
 ) -> tuple[int | None, int | None]:
-  """The largest batch that is found to fit, and the least that does not.
+  """Search for the largest batch that fits, and the least that does not.
 
-  In the first phase of training, over all devices; None: there is none. No
-  batch is larger than the split.
+  Over all devices, in the first training stage; None: there is none. No batch
+  is larger than the split.
   """
   shards = context.mesh.shape["data"]
   size = most = context.counts[programs.first_stage(context).split]
@@ -223,7 +223,7 @@ def run(
   where: str,
   console: console_lib.Console | None = None,
 ) -> bool:
-  """Plans, tells, and returns whether it fits."""
+  """Print the plan of a config; return whether it fits."""
   console = console or console_lib.Console()
   context = make_context(config, where)
   console.header(_describe(context, where))
@@ -294,7 +294,7 @@ def _show_memory(console, context, found: Sequence[ResourceEstimate]) -> None:
 
 
 def _show_steps(console, context, found: Sequence[ResourceEstimate]) -> None:
-  rows, talk = [], []
+  rows, collectives = [], []
   for estimate in found:
     seconds = estimate.seconds(context.chip)
     slowest = seconds and max(seconds, key=seconds.get)
@@ -308,7 +308,9 @@ def _show_steps(console, context, found: Sequence[ResourceEstimate]) -> None:
         slowest or "",
       ]
     )
-    talk += [[estimate.program.name, *row] for row in _talk(estimate)]
+    collectives += [
+      [estimate.program.name, *row] for row in _collective_rows(estimate)
+    ]
   columns = [
     "a step, of a chip",
     "GFLOP",
@@ -319,12 +321,12 @@ def _show_steps(console, context, found: Sequence[ResourceEstimate]) -> None:
   ]
   console.table("", columns, rows)
   columns = ["communication of a step", "", "times", "of", "MiB", "where"]
-  if talk:
-    console.table("", columns, talk)
+  if collectives:
+    console.table("", columns, collectives)
 
 
-def _talk(estimate: ResourceEstimate) -> list[list[str]]:
-  """What a step exchanges: kind, times, type, size and place."""
+def _collective_rows(estimate: ResourceEstimate) -> list[list[str]]:
+  """Return table rows: kind, times, dtypes, size and place of collectives."""
   rows, where = [], {}
   for each in estimate.collectives:
     inner = each.loops - (estimate.program.steps > 1)
@@ -364,7 +366,7 @@ def _batch_line(context, fits: int | None, fails: int | None) -> str:
 
 
 def _model(context) -> str:
-  """The smallest number of devices that can share a backbone."""
+  """Return the flag for the least number of devices that share a backbone."""
   heads = context.tuner.config.num_heads
   parts = next(n for n in range(2, max(heads, 2) + 1) if heads % n == 0)
   return f"--config.mesh.model={parts}"
@@ -373,7 +375,7 @@ def _model(context) -> str:
 def _advice(
   context, found: Sequence[ResourceEstimate], batch: int | None
 ) -> str:
-  """What to change; the largest part of the memory tells."""
+  """Return what does not fit, and what to change, by the largest part."""
   worst = max(found, key=lambda estimate: estimate.total or 2**63)
   name = worst.program.name
   parts = worst.memory or {"temporary": 1}

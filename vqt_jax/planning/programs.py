@@ -1,7 +1,7 @@
-"""The programs that a run compiles, from shapes alone.
+"""The programs that a run compiles, with shapes for arguments.
 
-What `train.run` would call with arrays is here called with their shapes and
-places, so that it can be compiled for devices that are not there.
+They are the functions that `training.run` calls. With shapes and shardings in
+place of arrays they compile for devices that are not there.
 """
 
 from collections.abc import Callable
@@ -31,19 +31,19 @@ Shapes = Any  # A tree of `jax.ShapeDtypeStruct` with shardings.
 
 @dataclasses.dataclass(frozen=True)
 class PlanContext:
-  """What is planned.
+  """Everything that a config names, on devices that need not be there.
 
   Attributes:
-    config: of the run, resolved.
+    config: resolved.
     tuner: the method, on the backbone.
     chip: of each device.
-    mesh: of devices that need not be there.
-    counts: split -> images.
-    base: split -> the split that is loaded for it.
-    place: where the training images' features, or they themselves, live; see
-      `places.choose`.
-    why: they live there.
-    room: bytes that they may take in the devices' memory.
+    mesh: of the devices.
+    counts: split -> number of images.
+    base: split -> split that is loaded for it.
+    place: where training images or their features live, see
+      `memory_budget.choose`.
+    why: reason for `place`.
+    room: bytes of device memory that they may take.
   """
 
   config: ml_collections.ConfigDict
@@ -61,7 +61,7 @@ class PlanContext:
     return store.layout_of(self.config, self.tuner, self.mesh)
 
   def on_device(self, split: str) -> store.Layout:
-    """Of the features of a split where they are used."""
+    """Return the layout of a split's features where they are used."""
     if self.place != "device":
       return self.layout
     count = self.counts[self.base[split]]
@@ -82,12 +82,12 @@ class PlanContext:
     return -(-self.config.eval_batch_size // shards) * shards
 
   def params(self) -> Shapes:
-    """The frozen weights."""
+    """Return shapes of the frozen weights."""
     c = self.tuner.config
     return mesh_lib.backbone_shapes(vit.param_shapes(c), self.mesh, c.dtype)
 
   def replicated(self, tree: Any) -> Shapes:
-    """Shapes of arrays, or such shapes, on every device."""
+    """Return shapes of arrays that are replicated over the devices."""
     place = mesh_lib.replicated(self.mesh)
     return jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
@@ -105,20 +105,20 @@ class PlanContext:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """One of them.
+  """A function with the shapes of its arguments, and what surrounds a call.
 
   Attributes:
-    name: for people.
+    name: on the terminal.
     function: made by `jax.jit`.
-    args: static ones, then shapes.
+    args: static arguments, then shapes.
     images: in a step, over all devices.
-    runs: side by side.
+    trials: side by side.
     steps: in a call.
-    in_all: steps in the whole protocol.
-    weights: the frozen ones.
-    data: what lies on the devices meanwhile.
-    trained: parameters, moments and the like of the runs.
-    results: how many of its results are there at the same time.
+    in_all: steps of the whole protocol.
+    weights: shapes of the frozen weights.
+    data: shapes of the data on the devices at that time.
+    trained: shapes of parameters, moments and the like of the trials.
+    results: number of its results that are there at the same time.
   """
 
   name: str
@@ -135,11 +135,11 @@ class Program:
 
 
 def all_programs(context: PlanContext) -> list[Program]:
-  """Extraction (if features are kept), training of both phases, test.
+  """Return extraction (if features are stored), training stages, and test.
 
-  Val is left out (it takes less than an epoch of the search). Feature selection
-  is taken for two more trainings of the seeds, of which it is a part, and the
-  choice of a fraction for three more searches, which it is at most.
+  Judging on val is left out: it takes less than an epoch of the search. Feature
+  selection counts as two more trainings of the seeds, of which it is a part;
+  the choice of a fraction as three more searches, which it is at most.
   """
   stages = _stages(context)
   times = [1, 1 + 2 * context.selects][-len(stages) :]
@@ -155,12 +155,12 @@ def all_programs(context: PlanContext) -> list[Program]:
 
 
 def search(context: PlanContext) -> Program:
-  """Training in its first phase, which most runs share."""
+  """Return the program of the first stage."""
   return training(context, first_stage(context))
 
 
 def first_stage(context: PlanContext) -> stage_lib.Stage:
-  """The search, or the seeds if there is nothing to search."""
+  """Return the search, or the seeds if there is nothing to search."""
   return _stages(context)[0]
 
 
@@ -173,7 +173,7 @@ def _stages(context: PlanContext) -> list[stage_lib.Stage]:
 
 
 def extraction(context: PlanContext) -> Program:
-  """The backbone over all images whose features are kept."""
+  """Return the backbone over all images whose features are stored."""
   size, c = context.eval_batch_size, context.tuner.config
   images = jax.ShapeDtypeStruct(
     (size, *c.image_size, 3),
@@ -197,7 +197,7 @@ def extraction(context: PlanContext) -> Program:
 
 
 def training(context: PlanContext, stage: stage_lib.Stage) -> Program:
-  """An epoch of a stage, in one call or a call a step."""
+  """Return an epoch of a stage, in one call or one call per step."""
   trials = stage.trials[: context.trials_at_once(stage.tuner)]
   stage, packs = (
     dataclasses.replace(stage, trials=trials),
@@ -253,7 +253,7 @@ def training(context: PlanContext, stage: stage_lib.Stage) -> Program:
 
 
 def test(context: PlanContext) -> Program:
-  """All seeds over the test images, with and without selected features."""
+  """Return all seeds over the test set, with and without selected features."""
   size, c = context.eval_batch_size, context.tuner.config
   trials = len(context.config.seeds)
   several = lambda x: jax.ShapeDtypeStruct((trials, *x.shape), x.dtype)
@@ -296,7 +296,7 @@ def test(context: PlanContext) -> Program:
 
 
 def _resident(context: PlanContext, split: str) -> Shapes | None:
-  """What of a split lies on the devices as long as it is used."""
+  """Return shapes of resident data of a split; None: it is sent by step."""
   c, count = context.tuner.config, context.counts[context.base[split]]
   if context.place == "device":
     size = context.eval_batch_size
@@ -309,7 +309,7 @@ def _resident(context: PlanContext, split: str) -> Shapes | None:
 
 
 def _mask(context: PlanContext, mask: np.ndarray, shared: bool) -> Shapes:
-  """Of steps (S, B), which comes from the host, or shared out with images."""
+  """Return the shape of a mask (S, B), replicated or sharded like images."""
   if not shared:
     return context.replicated(mask)
   over = mesh_lib.batch_sharding(context.mesh, 1)
@@ -317,7 +317,7 @@ def _mask(context: PlanContext, mask: np.ndarray, shared: bool) -> Shapes:
 
 
 def _batch(context: PlanContext, size: int) -> Shapes:
-  """What is sent to the devices for one step."""
+  """Return shapes of the data that are sent to the devices for one step."""
   c, layout = context.tuner.config, context.layout
   if not context.stored:
     over = mesh_lib.batch_sharding(context.mesh)

@@ -1,9 +1,9 @@
-"""Slices of TPUs by name, and what their chips can do.
+"""Slices of TPUs by name, and the figures of their chips.
 
 Sources: https://docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and, for
-the links of v4, https://arxiv.org/abs/2304.01433 (six of 50 GB/s each way). Of
-the memory, what the compiler of libtpu 0.0.42 lets a program use. The links'
-rate is one way, over all links of a chip.
+the links of v4, https://arxiv.org/abs/2304.01433 (six of 50 GB/s each way).
+Memory is what the compiler of libtpu 0.0.42 lets a program use. The rate of
+links is one way, over all links of a chip.
 """
 
 import dataclasses
@@ -36,16 +36,16 @@ _DEEP = (
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What one chip can do.
+  """Figures of a chip.
 
   Attributes:
-    name: for people.
+    name: on the terminal.
     memory: bytes that programs may use.
-    host_memory: bytes of its host's, its share.
-    flops: bfloat16 operations a second; None: not known.
-    bandwidth: bytes a second, from and to its memory; None: not known.
-    links: bytes a second that it sends to other chips; None: not known.
-    slices: topologies that there are.
+    host_memory: bytes of its host, divided by the host's chips.
+    flops: bfloat16 operations per second; None: not known.
+    bandwidth: bytes per second to and from its memory; None: not known.
+    links: bytes per second that it sends to other chips; None: not known.
+    slices: topologies that exist.
     options: of `topologies.get_topology_desc`.
   """
 
@@ -91,10 +91,10 @@ CHIPS = {
 
 
 def find(where: str) -> tuple[Chip, list[jax.Device]]:
-  """The chip and all devices of a slice, e.g. "v5e:4x4", or of "here".
+  """Return chip and devices of a slice, e.g. "v5e:4x4", or of "here".
 
-  Those of a slice need not be there: one can only compile for them, with the
-  compiler that libtpu holds. To be called before JAX looks for devices.
+  Devices of a slice need not be there: programs can only be compiled for them,
+  with libtpu's compiler. To be called before JAX looks for devices.
 
   Raises:
     UserError: there is no such slice, or no libtpu.

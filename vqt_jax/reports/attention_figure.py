@@ -1,4 +1,4 @@
-"""What the queries of a finished run attend to, as a picture."""
+"""Picture of what the queries of a finished run attend to."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def attention(
   path: str | os.PathLike,
   most_blocks: int = 12,
 ) -> None:
-  """Rows of images with what the queries of each block attend to.
+  """Draw a row per image: the image, and attention maps of blocks.
 
-  Colour is attention relative to an even spread over the patches, on one scale
-  for all maps.
+  Colour is attention relative to a uniform distribution over the patches, on
+  one scale for all maps.
 
   Args:
     images: (n, height, width, 3), 0..1.
     maps: (n, L, rows, columns) attention on the patches, not negative.
     labels: n captions of the rows.
-    path: the picture (PNG).
-    most_blocks: maps in a row; of deeper models evenly spaced blocks.
+    path: of the picture (PNG).
+    most_blocks: maps in a row; deeper models show evenly spaced blocks.
   """
   depth = maps.shape[1]
   blocks = np.unique(
@@ -74,7 +74,7 @@ def attention(
 def _heat(
   shades: figures.matplotlib.cm.ScalarMappable, values: np.ndarray
 ) -> Any:
-  """Colours (rows, columns, RGBA), the clearer the smaller the value."""
+  """Return colours (rows, columns, RGBA), more transparent for low values."""
   colours = shades.to_rgba(values)
   colours[..., 3] = np.clip(shades.norm(values), 0, 1) ** 0.5
   return colours
@@ -84,7 +84,7 @@ IMAGES = 8  # In the picture.
 
 
 def draw(workdir: files.Path, path: files.Path) -> None:
-  """Where the queries of a VQT run's first seed look, on test images.
+  """Draw where the queries of a VQT run's first seed look, on test images.
 
   Attention is averaged over heads and queries; the class token is left out.
   """

@@ -73,16 +73,17 @@ COLUMNS = (
 
 
 def summarize(outcomes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-  """What is compared, the most accurate run first.
+  """Summarise finished runs, the most accurate first.
 
   Args:
     outcomes: name -> contents of the run's `results.json`; at least one.
 
   Returns:
-    `task`, `backbone` and `device` (of all, with commas between different
-    ones); `differences`: what of `SETUP` differs, as value -> names of runs,
-    "unknown" where an older program left it out; and `runs`: name -> what a
-    table needs of it; `details` tells it from others of its method.
+    `task`, `backbone` and `device` (of all runs, different ones joined by
+    commas); `differences`: field of `SETUP` -> value -> names of runs, where
+    runs differ ("unknown" where an older program did not record it); and
+    `runs`: name -> entries of the table, where `details` tells runs of the same
+    method apart.
   """
   runs = {name: _entry(results) for name, results in outcomes.items()}
   about = {
@@ -128,8 +129,8 @@ def _shown(column: str, value: str | None, run: Mapping[str, Any]) -> str:
   return value[:SHORT] if column == "data_sha256" else value
 
 
-def differences_told(summary: Mapping[str, Any]) -> str:
-  """One sentence; "" if runs differ in nothing but their methods."""
+def describe_differences(summary: Mapping[str, Any]) -> str:
+  """Describe differences in one sentence; "" if only the methods differ."""
   differ, unknown = [], {}
   for title, groups in summary["differences"].items():
     if len(groups.keys() - {UNKNOWN}) > 1:
@@ -171,7 +172,7 @@ def _entry(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _setup(results: Mapping[str, Any]) -> dict[str, str | None]:
-  """Values of `SETUP`; None of what an older program left out."""
+  """Return the values of `SETUP`; None if an older program left them out."""
   examples = results.get("data", {})
   splits = {
     f"{name}_split": f"{split['slices']}, {split['images']:,} images"
@@ -191,7 +192,7 @@ def _setup(results: Mapping[str, Any]) -> dict[str, str | None]:
 
 
 def to_csv(summary: Mapping[str, Any]) -> str:
-  """A line per run, the most accurate first."""
+  """Return a CSV table with a line per run, the most accurate first."""
   file = io.StringIO()
   writer = csv.DictWriter(
     file, COLUMNS, lineterminator="\n", extrasaction="ignore"
@@ -213,21 +214,21 @@ def to_csv(summary: Mapping[str, Any]) -> str:
 
 
 def show(console: console_lib.Console, summary: Mapping[str, Any]) -> None:
-  """Prints a row per run, the most accurate first, and in what they differ."""
+  """Print a row per run, the most accurate first, and their differences."""
   rows = []
   for run in summary["runs"].values():
     test = run["test_accuracy"]
     rows.append(
       [
         run["method"] + run["details"],
-        f"{accuracy_lib.told(test)} %",
-        accuracy_lib.told_bounds(test) or UNKNOWN,
+        f"{accuracy_lib.format_mean(test)} %",
+        accuracy_lib.format_interval(test) or UNKNOWN,
         f"{run['trained_parameters']:,}",
-        _told(run["tuned_bytes"], memory_budget.size),
-        _told(run["peak_bytes"], memory_budget.size),
-        _told(run["step_bytes"], memory_budget.size),
-        _told(run["side_by_side"], str),
-        _told(run["epoch_seconds"], "{:.3g}".format),
+        _format_setting(run["tuned_bytes"], memory_budget.size),
+        _format_setting(run["peak_bytes"], memory_budget.size),
+        _format_setting(run["step_bytes"], memory_budget.size),
+        _format_setting(run["side_by_side"], str),
+        _format_setting(run["epoch_seconds"], "{:.3g}".format),
       ]
     )
   columns = [
@@ -242,11 +243,11 @@ def show(console: console_lib.Console, summary: Mapping[str, Any]) -> None:
     "s / epoch, run",
   ]
   console.table("", columns, rows)
-  if told := differences_told(summary):
+  if told := describe_differences(summary):
     console.note(told, "differ")
 
 
-def _told(value: Any, write: Any) -> str:
+def _format_setting(value: Any, write: Any) -> str:
   return UNKNOWN if value is None else write(value)
 
 
@@ -256,14 +257,14 @@ def write(
   workdirs: Mapping[str, files.Path],
   output: files.Path,
 ) -> None:
-  """Writes the CSV file and the pictures, and prints the table.
+  """Write the CSV file and the pictures, and print the table.
 
-  A picture of attention that is there already is left alone.
+  A picture of attention that exists is kept.
 
   Args:
     console: to print on.
-    summary: as `summarize` gives it.
-    workdirs: of the runs, by the same names.
+    summary: from `summarize`.
+    workdirs: name -> workdir of the run.
     output: folder.
 
   Raises:

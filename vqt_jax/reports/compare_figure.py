@@ -1,4 +1,4 @@
-"""A picture of several runs: how good each is, and what it takes."""
+"""Picture of several runs: their accuracy, and against two costs."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ BYTES = ((2**30, " GiB"), (2**20, " MiB"), (2**10, " KiB"))
 
 
 def draw(summary: Mapping[str, Any], path: str | os.PathLike) -> None:
-  """Accuracy of every run, best first, and against two costs.
+  """Draw the accuracy of every run, best first, and against two costs.
 
-  Runs are numbered; the points of the costs have these numbers.
+  Runs are numbered; the points of the costs carry these numbers.
 
   Args:
-    summary: as `compare.summarize` gives it.
-    path: the picture (PNG).
+    summary: from `compare.summarize`.
+    path: of the picture (PNG).
   """
   runs = list(summary["runs"].values())
   figure = style.figure_of(14, 2.2 + max(2.6, 0.36 * len(runs)))
@@ -47,20 +47,20 @@ def draw(summary: Mapping[str, Any], path: str | os.PathLike) -> None:
   figure.get_layout_engine().set(wspace=0.06)
   figure.draw_without_rendering()  # Where points are is known from here on.
   for ax, values in ((middle, sizes), (right, peaks)):
-    number(ax, runs, values)
+    number_points(ax, runs, values)
   figure.set_layout_engine("none")
   style.save(figure, path)
 
 
 def kind(method: str) -> str:
-  """Of a method: "reader", "editor" or "both"."""
+  """Classify a method: "reader", "editor" or "both"."""
   if method in readers.READERS:
     return "reader"
   return "both" if "+" in method else "editor"
 
 
 def _ranking(ax: Any, runs: Sequence[Mapping[str, Any]]) -> None:
-  """A row per run: its name, every seed, mean, deviation, and interval."""
+  """Draw a row per run: name, seeds, mean, standard deviation, interval."""
   names = []
   for y, run in enumerate(runs):
     colour, mark, test = *_look(run), run["test_accuracy"]
@@ -80,7 +80,7 @@ def _ranking(ax: Any, runs: Sequence[Mapping[str, Any]]) -> None:
       zorder=3,
     )
     ax.annotate(
-      accuracy_lib.told(test, 1, "±"),
+      accuracy_lib.format_mean(test, 1, "±"),
       (1, y),
       (6, 0),
       xycoords=("axes fraction", "data"),
@@ -107,7 +107,7 @@ def _against(
   title: str,
   units: Any,
 ) -> None:
-  """Accuracy over what a run takes; one whose value is unknown is left out."""
+  """Draw accuracy over a cost; runs whose cost is unknown are left out."""
   for run, value in zip(runs, values):
     if not value:
       continue
@@ -148,7 +148,7 @@ def _against(
 
 
 def _ticks(ax: Any, units: Any) -> None:
-  """At powers, or closer where there is less than one; with units."""
+  """Set ticks at powers, or closer on a short axis; with units."""
   low, high = ax.get_xlim()
   base = 10 if units is UNITS else 2
   decades = math.log(high / low, base)
@@ -172,22 +172,22 @@ def _short(value: float, units: Any) -> str:
   return f"{value:g}"
 
 
-def number(
+def number_points(
   ax: Any, runs: Sequence[Mapping[str, Any]], values: Sequence[float | None]
 ) -> None:
-  """Writes the runs' numbers beside their points, where there is room."""
+  """Write the runs' numbers beside their points, where there is room."""
   dot = ax.figure.dpi / 72
   place = ax.transData.transform
   points, taken = {}, []
-  for number, (run, value) in enumerate(zip(runs, values), start=1):
+  for number_points, (run, value) in enumerate(zip(runs, values), start=1):
     if value:
       test = run["test_accuracy"]
-      at = points[number] = place((value, test["mean"]))
+      at = points[number_points] = place((value, test["mean"]))
       std = accuracy_lib.spread(test) or 0.0
       bar = place((value, test["mean"] + std))[1] - at[1]
       taken += [_box(at, 5 * dot, 5 * dot), _box(at, dot, bar)]
-  for number, at in points.items():
-    half = (3.2 * len(str(number)) * dot, 4.5 * dot)
+  for number_points, at in points.items():
+    half = (3.2 * len(str(number_points)) * dot, 4.5 * dot)
     free = (
       place
       for place in _around(at, dot)
@@ -198,7 +198,7 @@ def number(
     offset = (place - at) / dot
     far = math.hypot(*offset) > 14
     ax.annotate(
-      str(number),
+      str(number_points),
       at,
       offset,
       xycoords="figure pixels",
@@ -221,7 +221,7 @@ def number(
 
 
 def _around(at: np.ndarray, dot: float) -> Any:
-  """Places near a point, nearest first; pixels."""
+  """Return offsets from a point in pixels, nearest first."""
   for radius, turn in itertools.product((11, 17, 24, 32, 42), range(12)):
     angle = math.pi * (1 / 4 - turn / 6)
     yield at + radius * dot * np.array([math.cos(angle), math.sin(angle)])
@@ -234,14 +234,14 @@ def _box(at: Any, x: float, y: float) -> figures.matplotlib.transforms.Bbox:
 
 
 def _look(run: Mapping[str, Any]) -> tuple[str, str]:
-  """Colour and mark."""
+  """Return colour and marker of a run."""
   return KINDS[kind(run["method"])], MARKS[kind(run["method"])]
 
 
 def _words(
   figure: Any, summary: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]
 ) -> None:
-  """Title, the line under it, and the legend."""
+  """Write the title, the line below it, and the legend."""
   figure.suptitle(
     f"{len(runs)} methods on {summary['task']}\n\n"
     if len(runs) > 1
@@ -279,7 +279,7 @@ def _words(
 
 
 def _backbones(summary: Mapping[str, Any]) -> str:
-  """Without the folders of files; public names have a slash in them too."""
+  """Shorten paths of backbones to file names; public names stay."""
   short = lambda name: os.path.basename(name) if "." in name else name
   words = summary["backbone"].split(" ")
   return " ".join([words[0], *map(short, words[1:])])

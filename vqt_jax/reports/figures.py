@@ -1,6 +1,6 @@
 """Matplotlib, imported at first use, for figures that only go into files.
 
-Figures need no backend of the screen, but Matplotlib cannot be imported where
+Such figures need no interactive backend, but Matplotlib cannot be imported if
 `MPLBACKEND` names one that is not installed, as in the shell of a notebook.
 """
 

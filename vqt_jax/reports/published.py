@@ -1,8 +1,8 @@
-"""Published test accuracies on the 19 tasks of VTAB-1k: theirs, not ours.
+"""Published test accuracies of other methods on the 19 tasks of VTAB-1k.
 
-Of other methods than visual query tuning, whose own table is not among them. A
-method's numbers move by points between programs (see linear probing in both
-sources), so they give an idea of the range and no ranking against ours.
+The table of visual query tuning itself is not among them. A method's numbers
+differ by points between programs (see linear probing in both sources), so they
+give an idea of the range and cannot be ranked against ours.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Where numbers were read, and how they came about."""
+  """A publication, and how its numbers were obtained."""
 
   name: str
   address: str
@@ -25,7 +25,7 @@ class Row:
 
   Attributes:
     method: its name there.
-    parameters: how many are trained, without the head.
+    parameters: number of trained parameters, without the head.
     accuracy: task -> test accuracy, 0..1.
     source: of the numbers.
   """
@@ -131,6 +131,6 @@ FAMILIAR = ("full fine-tuning", "linear probing", "VPT-deep", "HST")
 
 
 def familiar() -> list[Row]:
-  """The rows of V-PETL Bench that are named beside ours; the best is last."""
+  """Return well-known rows of V-PETL Bench and, last, its best one."""
   rows = {row.method: row for row in ROWS if row.source is BENCH}
   return [rows[method] for method in FAMILIAR]

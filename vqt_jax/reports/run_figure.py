@@ -1,4 +1,4 @@
-"""The picture of one run: its search, training and test."""
+"""Picture of one run: its search, training and test."""
 
 from collections.abc import Sequence
 import os
@@ -12,11 +12,11 @@ from vqt_jax.reports import style
 
 
 def report(results: dict[str, Any], path: str | os.PathLike) -> None:
-  """One run: search, training, test, and what a further search has found.
+  """Draw one run: search, training, test, and the search of protocol=best.
 
   Args:
     results: contents of `results.json`.
-    path: the picture (PNG).
+    path: of the picture (PNG).
   """
   panels = [_training, _tested if len(results["tested"]) > 1 else _test]
   if results["search"]:
@@ -38,7 +38,7 @@ def report(results: dict[str, Any], path: str | os.PathLike) -> None:
   test = results["test_accuracy"]
   figure.suptitle(
     f"{style.method_name(results)} on {results['task']}:"
-    f" {accuracy_lib.told(test, 1, '±')} %\n",
+    f" {accuracy_lib.format_mean(test, 1, '±')} %\n",
     x=0.01,
     ha="left",
     fontsize=14,
@@ -49,7 +49,7 @@ def report(results: dict[str, Any], path: str | os.PathLike) -> None:
     0.01,
     1 - 0.075 / rows,
     f"95 % interval of {test['images']:,} images:"
-    f" {accuracy_lib.told_bounds(test)}   {results['backbone']}"
+    f" {accuracy_lib.format_interval(test)}   {results['backbone']}"
     f"   {results['trained_parameters']:,} trained parameters"
     f"   {results['device']}",
     color=style.FAINT,
@@ -60,7 +60,7 @@ def report(results: dict[str, Any], path: str | os.PathLike) -> None:
 
 
 def _search(ax: Any, results: dict[str, Any]) -> None:
-  """Val accuracy of every setting as a table of colours; the chosen framed."""
+  """Draw val accuracy of every setting as a heat map; the chosen is framed."""
   search = results["search"]
   runs, accuracy = search["runs"], search["val_accuracy"]
   rates = sorted({run["lr"] for run in runs})
@@ -106,7 +106,7 @@ def _search(ax: Any, results: dict[str, Any]) -> None:
 
 
 def _training(ax: Any, results: dict[str, Any]) -> None:
-  """Loss (left axis) and accuracy (right axis) of every seed."""
+  """Draw loss (left axis) and accuracy (right axis) of every seed."""
   history = results["seeds"]["history"]
   epochs = np.arange(1, len(history) + 1)
   other = ax.twinx()
@@ -133,7 +133,7 @@ def _training(ax: Any, results: dict[str, Any]) -> None:
 
 
 def _test(ax: Any, results: dict[str, Any]) -> None:
-  """Test accuracy of every seed, their mean and standard deviation."""
+  """Draw test accuracy of every seed, their mean and standard deviation."""
   test = results["test_accuracy"]
   values = list(test["per_seed"].values())
   x = np.arange(len(values))
@@ -170,7 +170,7 @@ def _test(ax: Any, results: dict[str, Any]) -> None:
 
 
 def _tested(ax: Any, results: dict[str, Any]) -> None:
-  """Test accuracy of all that was tested; the result is the last one."""
+  """Draw test accuracy of all candidates; the last one is the result."""
   names = []
   for y, tested in enumerate(results["tested"]):
     last = y == len(results["tested"]) - 1
@@ -189,7 +189,7 @@ def _tested(ax: Any, results: dict[str, Any]) -> None:
 
 
 def _finalists(ax: Any, results: dict[str, Any]) -> None:
-  """Accuracy on val, on which they were found, and in all folds."""
+  """Draw accuracy of the finalists on val and in all folds."""
   found = results["best"]
   rank = lambda f: -f["cv_accuracy"]
   for y, each in enumerate(sorted(found["finalists"], key=rank)):
@@ -214,7 +214,7 @@ def _finalists(ax: Any, results: dict[str, Any]) -> None:
 
 
 def _settings(found: Sequence[dict[str, Any]]) -> list[str]:
-  """Names of settings, as long as it takes to tell them apart."""
+  """Return names of settings, just long enough to tell them apart."""
   dropout = len({each.get("query_dropout") for each in found}) > 1
   names = []
   for each in found:
@@ -230,7 +230,7 @@ def _settings(found: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _fractions(results: dict[str, Any]) -> dict[str, Any] | None:
-  """What has compared several fractions of features last, if anything has."""
+  """Return the last comparison of several fractions of features, or None."""
   for name in ("best", "selection"):
     found = results.get(name)
     if found and len(found["keep_fractions"]) > 1:
@@ -239,7 +239,7 @@ def _fractions(results: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _keep_fractions(ax: Any, results: dict[str, Any]) -> None:
-  """Accuracy on val, or in all folds, over the fraction that is kept."""
+  """Draw accuracy on val, or in all folds, over the fraction of features."""
   found = _fractions(results)
   shares, y = zip(*(f.values() for f in found["keep_fractions"]))
   x = range(len(shares))
@@ -269,7 +269,7 @@ def _keep_fractions(ax: Any, results: dict[str, Any]) -> None:
 
 
 def _kept_share(ax: Any, results: dict[str, Any]) -> None:
-  """What is kept of the final feature and of each block's."""
+  """Draw the share in use of the final feature and of each block's."""
   tested = [t for t in results["tested"] if t["kept_share"]]
   blocks = max(len(t["kept_share"]) for t in tested) - 1
   width = 0.8 / len(tested)
@@ -297,7 +297,7 @@ def _kept_share(ax: Any, results: dict[str, Any]) -> None:
 
 
 def _seeds(ax: Any, result: dict[str, Any], y: float, colour: str) -> None:
-  """One row: every seed, and mean with standard deviation above."""
+  """Draw one row: every seed, with mean and standard deviation above."""
   test = result["test_accuracy"]
   values = list(test["per_seed"].values())
   ax.plot(values, [y + 0.16] * len(values), "o", color=colour, alpha=0.45)
@@ -312,7 +312,7 @@ def _seeds(ax: Any, result: dict[str, Any], y: float, colour: str) -> None:
     linewidth=2,
   )
   ax.annotate(
-    f"{accuracy_lib.told(test, 1, '±')} %",
+    f"{accuracy_lib.format_mean(test, 1, '±')} %",
     (test["mean"], y - 0.08),
     (0, 9),
     textcoords="offset points",

@@ -12,7 +12,7 @@ from vqt_jax.runtime import files
 def show(
   console: console_lib.Console, workdir: files.Path, results: dict[str, Any]
 ) -> None:
-  """Prints what came out, and where it is."""
+  """Print the results of a run, and where they are."""
   rows = []
   for tested in results["tested"]:
     test = tested["test_accuracy"]
@@ -20,8 +20,8 @@ def show(
     rows.append(
       [
         style.CANDIDATES[tested["name"]],
-        f"{accuracy_lib.told(test)} %",
-        accuracy_lib.told_bounds(test),
+        f"{accuracy_lib.format_mean(test)} %",
+        accuracy_lib.format_interval(test),
         ", ".join(each),
         f"{tested['trained_parameters']:,}",
         f"{tested['training_seconds']:.0f}",

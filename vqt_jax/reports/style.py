@@ -1,4 +1,4 @@
-"""Colours, names and saving that all pictures share."""
+"""Colours, names and file format that all pictures share."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def percent_axis(
 
 
 def figure_of(width: float, height: float) -> figures.matplotlib.figure.Figure:
-  """A figure without pyplot, so that nothing global is touched. Inches."""
+  """Create a figure of a size in inches, without pyplot's global state."""
   return figures.matplotlib.figure.Figure(
     (width, height), dpi=130, layout="constrained", facecolor="white"
   )

@@ -1,4 +1,4 @@
-"""The picture of all tasks of VTAB-1k."""
+"""Picture of all tasks of VTAB-1k."""
 
 from collections.abc import Sequence
 import os
@@ -15,11 +15,11 @@ from vqt_jax.reports import vtab_summary
 
 
 def vtab(summary: dict[str, Any], path: str | os.PathLike) -> None:
-  """All VTAB-1k tasks and their means, with published numbers behind.
+  """Draw all VTAB-1k tasks and their means, with published numbers behind.
 
   Args:
     summary: contents of the `results.json` of `task="all"`.
-    path: the picture (PNG).
+    path: of the picture (PNG).
   """
   figure = style_lib.figure_of(16, 6.4)
   tasks = vtab_lib.VTAB
@@ -66,13 +66,13 @@ def _columns(
   ours: dict[str, Any],
   theirs: Sequence[dict[str, float | None]],
 ) -> None:
-  """A column per task or mean: ours in front, theirs behind.
+  """Draw a column per task or mean: ours in front, published ones behind.
 
   Args:
     ax: the axes.
     names: of the columns.
-    labels: what is written below them.
-    ours: name -> "mean" and perhaps "std"; what is missing is left empty.
+    labels: below the columns.
+    ours: name -> "mean" and perhaps "std"; missing names are left empty.
     theirs: name -> accuracy, for each of `published.ROWS`.
   """
   x = np.arange(len(names))
@@ -128,7 +128,7 @@ def _columns(
 
 
 def _mark(row: published.Row) -> tuple[str, dict[str, Any]] | None:
-  """How a published row that is named stands out; None: a dash."""
+  """Return marker and style of a named published row; None: a dash."""
   names = published.FAMILIAR
   if row.source is not published.BENCH or row.method not in names:
     return None
@@ -143,7 +143,7 @@ def _mark(row: published.Row) -> tuple[str, dict[str, Any]] | None:
 
 
 def _vtab_words(figure: Any, ax: Any, summary: dict[str, Any]) -> None:
-  """Title, the line under it, and the legend."""
+  """Write the title, the line below it, and the legend."""
   means, words = summary["means"], vtab_summary.labels(summary)
   method = summary["method"]
   figure.suptitle(

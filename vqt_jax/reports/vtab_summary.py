@@ -1,8 +1,8 @@
-"""One outcome from those of the VTAB-1k tasks: means, a file, a screen.
+"""Summary of the VTAB-1k tasks: means, a CSV file, a table.
 
-A mean over tasks and the mean of the group means differ by points, and papers
-use either: both are given, each with its name. Of a table with missing tasks,
-all means (those of published numbers too) are over the tasks that are there.
+The mean over tasks and the mean of the group means differ by points, and papers
+use either: both are given, each with its name. If tasks are missing, all means
+(those of published numbers too) are over the tasks that are there.
 """
 
 from collections.abc import Mapping
@@ -46,10 +46,10 @@ COLUMNS = (
 
 
 def summarize(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-  """Contents of the `results.json` of all tasks.
+  """Return the contents of the `results.json` of all tasks.
 
   Args:
-    results: task -> contents of its own; at least one.
+    results: task -> contents of its `results.json`; at least one.
   """
   names = [name for name in vtab.VTAB if name in results]
   about = results[names[0]]
@@ -79,14 +79,14 @@ def _task(name: str, results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def means(accuracy: Mapping[str, float]) -> dict[str, dict[str, Any]]:
-  """Means of one accuracy per task.
+  """Compute means of one accuracy per task.
 
   Args:
-    accuracy: task -> number; not of every task need there be one.
+    accuracy: task -> number; tasks may be missing.
 
   Returns:
-    For every group, `mean_of_groups` and `mean_of_tasks`: `mean` (None of
-    nothing) and `count`, of how many.
+    For every group, `mean_of_groups` and `mean_of_tasks`: `mean` (None if there
+    is nothing) and `count`, the number of entries.
   """
   groups = {
     group: [a for n, a in accuracy.items() if vtab.VTAB[n].group == group]
@@ -105,12 +105,12 @@ def _mean(values: list[float]) -> dict[str, Any]:
 
 
 def same_tasks(row: published.Row, summary: Mapping[str, Any]) -> Any:
-  """Means of a published row over the tasks that ours are of."""
+  """Compute means of a published row over the tasks that we have."""
   return means({name: row.accuracy[name] for name in summary["tasks"]})
 
 
 def labels(summary: Mapping[str, Any]) -> dict[str, str]:
-  """What each mean is of: "natural", or "3 natural" if not all; "19 tasks"."""
+  """Label the means: "natural", or "3 natural" if not all; "19 tasks"."""
   words = {}
   for name, mean in summary["means"].items():
     whole = [task for task in vtab.VTAB.values() if task.group == name]
@@ -120,7 +120,7 @@ def labels(summary: Mapping[str, Any]) -> dict[str, str]:
 
 
 def to_csv(summary: Mapping[str, Any]) -> str:
-  """A line per method and task, then per mean; ours, then published ones."""
+  """Return a CSV table: tasks and means, ours and then published ones."""
   file = io.StringIO()
   writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
   writer.writeheader()
@@ -170,7 +170,7 @@ def _write_means(writer: Any, about: dict[str, Any], means: Any) -> None:
 def show(
   console: console_lib.Console, workdir: files.Path, summary: Any
 ) -> None:
-  """Prints every task, the means, and published means beside them."""
+  """Print every task, the means, and published means beside them."""
   rows = []
   for name in vtab.VTAB:
     if name in summary["missing"]:
@@ -181,8 +181,8 @@ def show(
     rows.append(
       [
         name,
-        f"{accuracy_lib.told(test)} %",
-        accuracy_lib.told_bounds(test),
+        f"{accuracy_lib.format_mean(test)} %",
+        accuracy_lib.format_interval(test),
         task["num_queries"] or "",
         f"{task['trained_parameters']:,}",
         f"{task['seconds']['training']:.0f}",
@@ -203,7 +203,7 @@ def show(
 
 
 def _show_means(console: console_lib.Console, summary: Any) -> None:
-  """Ours, and of V-PETL Bench a few that are well known and the best."""
+  """Print our means, and those of well-known rows of V-PETL Bench."""
   console.note("")
   rows = [[summary["method"], *_percents(summary["means"])]]
   for row in published.familiar():

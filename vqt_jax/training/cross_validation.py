@@ -103,7 +103,7 @@ def search(
   keep = min(by_fraction, key=lambda f: (-by_fraction[f], -f))
 
   context.console.note(
-    f"{_told(chosen, context.config.batch_size)}, {100 * keep:g} % of the"
+    f"{_format_setting(chosen, context.config.batch_size)}, {100 * keep:g} % of the"
     f" features ({len(parts)} folds: {100 * by_fraction[keep]:.1f} %; the"
     f" full protocol's choice {100 * accuracy[first]:.1f} %)",
     "chosen",
@@ -130,7 +130,7 @@ def search(
   return found, *chosen, keep
 
 
-def _told(pair: Setting, batch_size: int) -> str:
+def _format_setting(pair: Setting, batch_size: int) -> str:
   """Describe a setting."""
   tuner, trial = pair
   told = trial.describe(batch_size)

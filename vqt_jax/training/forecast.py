@@ -61,7 +61,7 @@ class Forecast:
     self._now, self._size, self._done, self._live = stage, size, done, live
     self._calls = []
 
-  def hear(self, left: int, steps: int, seconds: float) -> None:
+  def add_call(self, left: int, steps: int, seconds: float) -> None:
     """Take in a finished call; print the estimate when it can be relied on.
 
     Not a collective call: processes call it at different times.

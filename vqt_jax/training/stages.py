@@ -96,8 +96,8 @@ class Stages:
     if len(stage.trials) - len(joined.diverged) < (stage.min_finite or 0):
       raise errors.UserError(
         f"The loss of all {len(stage.trials)} trials of stage {stage.name}"
-        " became infinite or undefined. Lower config.lr in a new workdir, or look at"
-        " the value range of the inputs."
+        " became infinite or undefined. Lower config.lr in a new workdir, or"
+        " look at the value range of the inputs."
       )
     return joined
 
@@ -195,7 +195,7 @@ class Stages:
       def timed(steps, seconds):
         all_steps = c.epochs * source.steps
         left = all_steps - progress.epoch * source.steps - progress.step
-        self._forecast.hear(left, steps, seconds)
+        self._forecast.add_call(left, steps, seconds)
 
       live = self._examples.is_live(stage.split)
       self._forecast.begin(stage, self._size, self._done, live)
