@@ -102,9 +102,9 @@ def search(
     seconds += more
   keep = min(by_fraction, key=lambda f: (-by_fraction[f], -f))
 
+  setting_chosen = _format_setting(chosen, context.config.batch_size)
   context.console.note(
-    f"{_format_setting(chosen, context.config.batch_size)}, {100 * keep:g} % of the"
-    f" features ({len(parts)} folds: {100 * by_fraction[keep]:.1f} %; the"
+    f"{setting_chosen}, {100 * keep:g} % of the features ({len(parts)} folds: {100 * by_fraction[keep]:.1f} %; the"
     f" full protocol's choice {100 * accuracy[first]:.1f} %)",
     "chosen",
   )
