@@ -104,8 +104,9 @@ def search(
 
   setting_chosen = _format_setting(chosen, context.config.batch_size)
   context.console.note(
-    f"{setting_chosen}, {100 * keep:g} % of the features ({len(parts)} folds: {100 * by_fraction[keep]:.1f} %; the"
-    f" full protocol's choice {100 * accuracy[first]:.1f} %)",
+    f"{setting_chosen}, {100 * keep:g} % of the features ({len(parts)} folds:"
+    f" {100 * by_fraction[keep]:.1f} %; the full protocol's choice"
+    f" {100 * accuracy[first]:.1f} %)",
     "chosen",
   )
   found = {
