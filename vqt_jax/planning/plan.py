@@ -177,15 +177,6 @@ def _resident(tree: Any, mesh: jax.sharding.Mesh) -> int:
   return done.memory_analysis().argument_size_in_bytes
 
 
-def reduced(estimate: ResourceEstimate) -> float:
-  """Return the bytes summed over devices in a step: mostly gradients."""
-  return sum(
-    each.times * each.size / estimate.program.steps
-    for each in estimate.collectives
-    if each.kind == "all-reduce"
-  )
-
-
 def largest_batch(
   context: programs.PlanContext,
 ) -> tuple[int | None, int | None]:
