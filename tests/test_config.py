@@ -384,7 +384,7 @@ def test_a_method_computes_with_the_fields_it_uses_and_no_others(method):
     config = fields_lib.default_config()
     config.update({"method": method, "num_queries": 2, **changed})
     tuner = tuner_lib.make_tuner(
-      method, helpers.tiny_config(), 5, **fields_lib.of_tuner(config)
+      method, helpers.tiny_config(), 5, **fields_lib.tuner_options(config)
     )
     params = vit.param_shapes(tuner.config)
 

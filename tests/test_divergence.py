@@ -24,7 +24,7 @@ def test_a_run_stops_with_epoch_step_and_setting(material, tmp_path, capfd):
     told = re.fullmatch(
       r"error: The loss became (nan|inf) in epoch 2, step (\d) of 4 \(lr"
       r" 6\.4e\+39 \(3e\+38 used: batch 12\), weight decay 0.0001, seed 7,"
-      r" phase seeds\)\. .*",
+      r" stage seeds\)\. .*",
       error,
     )
     assert told and 2 <= int(told[2]) <= 4, error
@@ -53,7 +53,7 @@ def test_a_search_in_which_all_diverge(material, tmp_path, capfd):
   lr = f"{TOO_HIGH},{TOO_HIGH / 2}"
   assert main.main(command(material, tmp_path, lr=lr)) == 2
   error = capfd.readouterr().err.splitlines()[-1]
-  assert re.search(r"in epoch \d, step \d of 3 .*phase search\)", error)
+  assert re.search(r"in epoch \d, step \d of 3 .*stage search\)", error)
 
 
 def test_inputs_that_are_not_finite(material, tmp_path, capfd):
