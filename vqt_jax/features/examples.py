@@ -21,6 +21,7 @@ from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import files
 from vqt_jax.runtime import processes
+from vqt_jax.runtime import units
 
 # A dataset of this size is read for its labels alone: a second or two.
 LABEL_BYTES = 2**28
@@ -358,7 +359,7 @@ class Examples:
       held = jax.block_until_ready(
         store.resident(examples, self.mesh, self.backbone.config.dtype)
       )
-      size = memory_budget.size(sum(x.nbytes for x in held.values()))
+      size = units.format_bytes(sum(x.nbytes for x in held.values()))
       line.summary = (
         f"{size} on the devices, through the backbone every step, {why}"
       )
@@ -391,7 +392,7 @@ def base_of(task: data.Task, split: str) -> str:
 
 def _plan(layout: store.Layout, count: int, place: str, why: str) -> str:
   """What will be kept, how large it is, where, and why there."""
-  size, each = memory_budget.size, layout.bytes_per_image
+  size, each = units.format_bytes, layout.bytes_per_image
   what = "of final features"
   if layout.tokens:
     what = f"in {layout.dtype}"

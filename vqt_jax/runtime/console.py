@@ -8,7 +8,6 @@ in CI, plain lines without control codes. The layout:
 
 from collections.abc import Iterator, Sequence
 import contextlib
-import datetime
 import io
 import os
 import time
@@ -22,6 +21,7 @@ import rich.text
 
 from vqt_jax.runtime import logfile
 from vqt_jax.runtime import processes
+from vqt_jax.runtime import units
 
 LABEL_WIDTH = 8
 GAP = "  "
@@ -243,14 +243,14 @@ class Phase:
     return f"{self._unit} {self.done:>{len(total)},}/{total}"
 
   def _elapsed(self) -> str:
-    return _duration(time.monotonic() - self._start)
+    return units.format_seconds(time.monotonic() - self._start)
 
   def _left(self) -> str:
     """Time left, judged by the speed since the first update; "" if unknown."""
     if not self._first or self.done <= self._first[0]:
       return ""
     _, pace = self.measured()
-    left = _duration(pace * (self._total - self.done))
+    left = units.format_seconds(pace * (self._total - self.done))
     return f"{left.removeprefix('0:')} left"
 
 
@@ -261,10 +261,6 @@ def of_process() -> Console:
 
 def _labelled(label: str, text: str) -> str:
   return f"{label:<{LABEL_WIDTH}} {text}".rstrip() if label else text
-
-
-def _duration(seconds: float) -> str:
-  return str(datetime.timedelta(seconds=round(seconds)))
 
 
 class _Patient:
