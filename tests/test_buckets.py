@@ -178,29 +178,29 @@ def test_no_bucket_of_google(place):
 @pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
 def test_files(server):
   folder = files.path("gs://bucket/a")
-  assert not files.exists(folder) and files.names(folder) == []
+  assert not files.exists(folder) and files.list_names(folder) == []
   with pytest.raises(FileNotFoundError):
     files.read(folder / "b.json")
   large = bytes(range(256)) * 25_000  # More than is sent at once.
   for content in (b"old", b"", large):
     files.write(folder / "b.json", content)
     assert files.read(folder / "b.json") == content
-  with files.as_file(folder / "b.json") as copy:
+  with files.local_copy(folder / "b.json") as copy:
     assert copy.read_bytes() == large
   files.write_folder(folder / "c", {"d": b"1", "e": b"2"})
-  assert files.names(folder) == ["b.json", "c"]
+  assert files.list_names(folder) == ["b.json", "c"]
   assert server.written[-2:] == ["a/c/d", "a/c/e"]
   server.objects["a/f"] = b"by another machine"
   server.generations["a/f"] = 1
-  assert files.names(folder) == ["b.json", "c", "f"]
-  files.remove(folder / "c")
-  files.remove(folder / "c")
+  assert files.list_names(folder) == ["b.json", "c", "f"]
+  files.remove_folder(folder / "c")
+  files.remove_folder(folder / "c")
   assert sorted(server.objects) == ["a/b.json", "a/f"]
 
 
 def test_a_signal_is_no_failure_of_a_bucket():
   with pytest.raises(preemption.Stopped):
-    with files.reading(WORKDIR):
+    with files.explain_read_errors(WORKDIR):
       raise preemption.Stopped
 
 

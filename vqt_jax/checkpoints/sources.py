@@ -46,7 +46,7 @@ def fetch(
   Args:
     address: https:// or gs:// address of an npz file, or gs:// address of a
       Big Vision checkpoint folder.
-    cache_dir: where copies are kept; `files.cache()` if not given.
+    cache_dir: where copies are kept; `files.cache_folder()` if not given.
     progress: told about every chunk that comes in.
 
   Returns:
@@ -62,7 +62,7 @@ def fetch(
       f"Cannot read {address}: expected a path, a public name, or an https://"
       " or gs:// address."
     )
-  cache = files.path(cache_dir) if cache_dir else files.cache()
+  cache = files.path(cache_dir) if cache_dir else files.cache_folder()
   host = "storage.googleapis.com/" if scheme == "gs" else ""
   parts = [urllib.parse.quote(part, " ") for part in f"{host}{rest}".split("/")]
   target = cache.joinpath(*(p for p in parts if p not in ("", ".", "..")))

@@ -322,7 +322,7 @@ def _reading(data_dir: str | None) -> Iterator[None]:
   except Exception as e:  # Each of the libraries on the way has its own.
     if not data_dir or not files.in_bucket(data_dir):
       raise
-    advice = files.advice(e)
+    advice = files.bucket_advice(e)
     if isinstance(e, FileNotFoundError):
       advice = "No such bucket, or nothing of that name in it."
     elif not advice and type(e).__module__.split(".")[0] not in _CLIENTS:

@@ -43,7 +43,7 @@ def folder(given: str) -> pathlib.Path:
   """
   if given:
     return files.path(given)
-  return files.cache() / "features"
+  return files.cache_folder() / "features"
 
 
 class File:
@@ -163,7 +163,7 @@ class File:
   def _locked(self, part: pathlib.Path) -> Iterator[BinaryIO]:
     """The unfinished file; one run at a time."""
     while True:
-      with processes.raise_on_all(), files.writing(part):
+      with processes.raise_on_all(), files.explain_write_errors(part):
         part.parent.mkdir(parents=True, exist_ok=True)
         file = open(part, "ab")
       with file:
@@ -228,7 +228,7 @@ class File:
 def _writing(path: pathlib.Path) -> Iterator[None]:
   """What cannot be written on one process is an error on all, and goes away."""
   try:
-    with processes.raise_on_all(), files.writing(path):
+    with processes.raise_on_all(), files.explain_write_errors(path):
       yield
   except errors.UserError:
     path.unlink(missing_ok=True)

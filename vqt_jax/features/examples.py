@@ -339,7 +339,7 @@ class Examples:
       return file.open()
     except disk.Damaged as e:
       self.console.note(f"{file.path} is damaged ({e}); it is made again")
-      with files.writing(file.path):
+      with files.explain_write_errors(file.path):
         file.path.unlink(missing_ok=True)
 
   def _made_from(self, base: str) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def _prepare_for_buckets() -> None:
   logging.getLogger("fsspec").setLevel(logging.WARNING)
 
 
-def cache() -> pathlib.Path:
+def cache_folder() -> pathlib.Path:
   """Folder of what can be made again: $VQT_JAX_CACHE, or ~/.cache/vqt_jax.
 
   Raises:
@@ -138,18 +138,18 @@ def exists(place: Path) -> bool:
   Raises:
     UserError: it cannot be told.
   """
-  with reading(place):
+  with explain_read_errors(place):
     return place.exists()
 
 
-def names(folder: Path) -> list[str]:
+def list_names(folder: Path) -> list[str]:
   """Names in a folder, sorted; none if there is no such folder.
 
   Raises:
     UserError: it cannot be read.
   """
   none = FileNotFoundError, NotADirectoryError
-  with reading(folder), contextlib.suppress(*none):
+  with explain_read_errors(folder), contextlib.suppress(*none):
     return sorted(each.name for each in folder.iterdir())
   return []
 
@@ -161,12 +161,12 @@ def read(file: Path) -> bytes:
     FileNotFoundError: there is none.
     UserError: it cannot be read.
   """
-  with reading(file):
+  with explain_read_errors(file):
     return file.read_bytes()
 
 
 @contextlib.contextmanager
-def as_file(file: Path) -> Iterator[pathlib.Path]:
+def local_copy(file: Path) -> Iterator[pathlib.Path]:
   """The file itself, or, while this lasts, a copy of one in a bucket.
 
   Raises:
@@ -188,7 +188,7 @@ def write(file: Path, content: bytes) -> None:
   Raises:
     UserError: it cannot be written; an old file is left as it was.
   """
-  with writing(file):
+  with explain_write_errors(file):
     if in_bucket(file):
       _write_object(file, content)
       return
@@ -233,47 +233,47 @@ def write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
   Raises:
     UserError: it cannot be written, or holds other files.
   """
-  if others := sorted({*names(folder)} - {*contents}):
+  if others := sorted({*list_names(folder)} - {*contents}):
     raise errors.UserError(
       f"Cannot write {folder}: it holds other things ({others[0]}), which"
       " would be lost. Choose another place."
     )
   if in_bucket(folder):
-    remove(folder)
+    remove_folder(folder)
     for name, content in contents.items():
       write(folder / name, content)
     return
   place = absolute(folder)  # It needs a name, unlike `.`.
   unique = f"{place.name}.{uuid.uuid4().hex}"
   new, old = place.with_name(f"{unique}.new"), place.with_name(f"{unique}.old")
-  with writing(folder):
+  with explain_write_errors(folder):
     left_over = rf"{re.escape(place.name)}\.[0-9a-f]{{32}}\.(new|old)"
-    for name in names(place.parent):
+    for name in list_names(place.parent):
       if re.fullmatch(left_over, name):
-        remove(place.with_name(name))
+        remove_folder(place.with_name(name))
     new.mkdir(parents=True)
     for name, content in contents.items():
       write(new / name, content)
     if place.is_dir():  # Not a file.
       place.rename(old)
     new.rename(place)
-    remove(old)
+    remove_folder(old)
 
 
-def remove(folder: Path) -> None:
+def remove_folder(folder: Path) -> None:
   """Removes a folder; what cannot be removed stays."""
   if not in_bucket(folder):
     shutil.rmtree(folder, ignore_errors=True)
     return
-  with contextlib.suppress(errors.UserError), writing(folder):
+  with contextlib.suppress(errors.UserError), explain_write_errors(folder):
     folder.rmtree()
 
 
 @contextlib.contextmanager
-def reading(place: PathLike) -> Iterator[None]:
+def explain_read_errors(place: PathLike) -> Iterator[None]:
   """Turns a failure to read into a `UserError`; a missing file stays one."""
   try:
-    with _asking_bucket("read", place):
+    with _explain_bucket_errors("read", place):
       yield
   except FileNotFoundError:
     raise
@@ -282,10 +282,10 @@ def reading(place: PathLike) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def writing(place: PathLike) -> Iterator[None]:
+def explain_write_errors(place: PathLike) -> Iterator[None]:
   """Turns a failure to write into a `UserError` that names the place."""
   try:
-    with _asking_bucket("write", place):
+    with _explain_bucket_errors("write", place):
       yield
   except OSError as e:
     full = e.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -296,7 +296,7 @@ def writing(place: PathLike) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _asking_bucket(what: str, place: PathLike) -> Iterator[None]:
+def _explain_bucket_errors(what: str, place: PathLike) -> Iterator[None]:
   """Turns every failure into a `UserError`, if the place is in a bucket."""
   try:
     yield
@@ -307,11 +307,11 @@ def _asking_bucket(what: str, place: PathLike) -> Iterator[None]:
       raise
     raise errors.UserError(
       f"Cannot {what} {place}: {first_line(e)}"
-      f" {advice(e) or 'When that is mended, the same command resumes.'}"
+      f" {bucket_advice(e) or 'When that is mended, the same command resumes.'}"
     ) from e
 
 
-def advice(error: BaseException | None) -> str | None:
+def bucket_advice(error: BaseException | None) -> str | None:
   """What to do if it is a bucket that said no, or nothing; else None."""
   while error:
     told = f"{type(error).__name__} {getattr(error, 'code', '')} {error}"
@@ -360,7 +360,7 @@ def read_json(file: PathLike) -> Any:
 
 
 def json_bytes(value: Any) -> bytes:
-  text = json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n"
+  text = json.dumps(to_json_types(value), indent=2, ensure_ascii=False) + "\n"
   return text.encode()
 
 
@@ -368,13 +368,13 @@ def json_line(row: Mapping[str, Any]) -> bytes:
   return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 
-def plain(value: Any) -> Any:
+def to_json_types(value: Any) -> Any:
   """The same with nothing but what JSON knows."""
   match value:
     case dict():
-      return {str(k): plain(v) for k, v in value.items()}
+      return {str(k): to_json_types(v) for k, v in value.items()}
     case list() | tuple():
-      return [plain(v) for v in value]
+      return [to_json_types(v) for v in value]
     case bool() | int() | str() | None:
       return value
     case float():
@@ -383,7 +383,7 @@ def plain(value: Any) -> Any:
       return os.fspath(value)
   array = np.asarray(value)
   if array.ndim:
-    return [plain(v) for v in array]
+    return [to_json_types(v) for v in array]
   if array.dtype == np.float32:  # As short as float32 can be told apart.
-    return plain(float(str(array)))
-  return plain(array.item())
+    return to_json_types(float(str(array)))
+  return to_json_types(array.item())

@@ -64,16 +64,16 @@ class MetricsWriter:
     Raises:
       UserError: there is no room; what was written before stays.
     """
-    rows = [files.plain({"phase": phase, **row}) for row in rows]
+    rows = [files.to_json_types({"phase": phase, **row}) for row in rows]
     if phase not in self._begun:
       self._begun.add(phase)
       rows = self._resume(phase, rows)
-    with files.writing(self._path), open(self._path, "ab") as file:
+    with files.explain_write_errors(self._path), open(self._path, "ab") as file:
       file.write(b"".join(map(files.json_line, rows)))
       file.flush()
       os.fsync(file.fileno())
     self._rows += rows
-    with files.writing(self._folder):
+    with files.explain_write_errors(self._folder):
       if self._events is None:
         # Events cannot be cut at an epoch, but made again from what stayed.
         remove(self._workdir / "tensorboard")
@@ -84,7 +84,7 @@ class MetricsWriter:
 
   def close(self) -> None:
     if self._events is not None:
-      with files.writing(self._folder):
+      with files.explain_write_errors(self._folder):
         self._events.close()
     self._growing.close()
 
@@ -99,7 +99,7 @@ class MetricsWriter:
       same += 1
     self._rows = self._rows[: start + same]
     if self._path.exists():
-      with files.writing(self._path):
+      with files.explain_write_errors(self._path):
         os.truncate(
           self._path, sum(len(files.json_line(row)) for row in self._rows)
         )
@@ -129,10 +129,10 @@ _OWN = re.compile(r"events\.out\.tfevents\.\d+\.run")
 
 def remove(directory: files.Path) -> None:
   """Removes what `Events` has written there, and nothing else."""
-  for phase in files.names(directory):
-    for run in files.names(directory / phase):
+  for phase in files.list_names(directory):
+    for run in files.list_names(directory / phase):
       folder = directory / phase / run
-      for name in filter(_OWN.fullmatch, files.names(folder)):
+      for name in filter(_OWN.fullmatch, files.list_names(folder)):
         (folder / name).unlink()
 
 

@@ -46,7 +46,7 @@ def write(
   if processes.is_first():
     results["tuned_bytes"] = _write_tuned(context, candidates[-1], results)
     files.write_json(context.workdir / results_lib.RESULTS, results)
-    files.remove(context.workdir / "stages")
+    files.remove_folder(context.workdir / "stages")
   return results
 
 

@@ -221,7 +221,7 @@ def write_result(path: files.Path, outcome: StageResult) -> None:
 
 def read_result(path: files.Path, stage: Stage) -> StageResult:
   """What `write_result` wrote of a stage."""
-  with files.as_file(path) as local:
+  with files.local_copy(path) as local:
     return _parse(path, local, stage)
 
 

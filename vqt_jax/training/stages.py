@@ -58,7 +58,7 @@ class Stages:
     self._forecast, self._size = forecast, 1
     self._folder = context.workdir / "stages"
     with processes.raise_on_all():
-      names = files.names(self._folder)
+      names = files.list_names(self._folder)
       self._done = {
         name.removesuffix(stage_lib.SUFFIX)
         for name in names

@@ -85,9 +85,9 @@ def _config_of(workdir: files.Path) -> dict[str, Any] | None:
         f"{workdir / 'metrics.jsonl'} is not of this program. {other}"
       )
     return config
-  for name in sorted(_CLAIMED.intersection(files.names(workdir))):
+  for name in sorted(_CLAIMED.intersection(files.list_names(workdir))):
     place = workdir / name
-    if files.names(place) or place.is_file():
+    if files.list_names(place) or place.is_file():
       raise errors.UserError(
         f"{place} is there, but no config.json of the run it is of. {other}"
       )
@@ -101,8 +101,8 @@ def _begun(workdir: files.Path) -> bool:
   return bool(
     files.exists(workdir / "results.json")
     or metrics.metrics_bytes(workdir)
-    or files.names(workdir / "checkpoints")
-    or any(_begun(workdir / name) for name in files.names(workdir))
+    or files.list_names(workdir / "checkpoints")
+    or any(_begun(workdir / name) for name in files.list_names(workdir))
   )
 
 
