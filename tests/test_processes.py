@@ -139,7 +139,8 @@ def test_nothing_is_said_of_an_exchange_after_it():
     "i, port = sys.argv[1:]\n"
     "processes.connect('localhost:' + port, 2, int(i))\n"
     "print(processes.any_process(i == '1'), flush=True)\n"
-    "print(processes.any_process(False), processes.smallest(0.5 + int(i)))\n"
+    "print(processes.any_process(False))\n"
+    "print(processes.all_reduce_min(0.5 + int(i)))\n"
   )
   with socket.create_server(("localhost", 0)) as server:
     port = server.getsockname()[1]
@@ -157,7 +158,7 @@ def test_nothing_is_said_of_an_exchange_after_it():
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     assert "[Gloo]" in said
-    assert said.endswith("True\nFalse 0.5\n")
+    assert said.endswith("True\nFalse\n0.5\n")
 
 
 def test_four_processes(material, alone, tmp_path):
@@ -246,12 +247,12 @@ def test_who_waits_for_nobody_is_told(monkeypatch, capfd, coordinator):
   said = []
 
   @contextlib.contextmanager
-  def last_words(screen, words):
-    said.append(words)
-    yield
+  def redirect_output(path, if_killed):
+    said.append(if_killed)
+    yield sys.stderr
 
   monkeypatch.setattr(cli, "LONG_SECONDS", 0)
-  monkeypatch.setattr(logfile, "last_words", last_words)
+  monkeypatch.setattr(logfile, "redirect_output", redirect_output)
   monkeypatch.setattr(processes_lib, "connect", lambda *args: time.sleep(0.2))
   cli._join(
     types.SimpleNamespace(

@@ -107,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-  logfile.open_streams()
+  logfile.reopen_closed_streams()
   processes.ask_for_determinism()
   try:
     values = parse(list(argv))
@@ -118,17 +118,17 @@ def _main(argv: Sequence[str]) -> int:
   except errors.UserError as e:
     if "--debug" in argv:
       traceback.print_exc()
-    logfile.say(f"error: {e}")
+    logfile.print_to_stderr(f"error: {e}")
     return 2
   except (MemoryError, jax.errors.JaxRuntimeError) as e:
     if "--debug" in argv or not (short := _of_memory(e)):
       raise
-    logfile.say(f"error: {short}")
+    logfile.print_to_stderr(f"error: {short}")
     if processes.is_connected():
       processes.leave(2)
     return 2
   except KeyboardInterrupt:
-    logfile.say(f"Interrupted; {RESUMES}")
+    logfile.print_to_stderr(f"Interrupted; {RESUMES}")
     return 130
 
 
@@ -180,8 +180,9 @@ def run(values: flags.FlagValues) -> int:
   status = 0
   with (
     _begin(config, values) as (logs, name),
-    logfile.quiet(logs.folder / name) as screen,
-    logfile.last_words(screen, _crashed(logs.folder / name)),
+    logfile.redirect_output(
+      logs.folder / name, _crashed(logs.folder / name)
+    ) as screen,
     _closing(logs),
   ):
     try:
@@ -196,7 +197,7 @@ def run(values: flags.FlagValues) -> int:
       traceback.print_exc()  # To the log.
       status = 1
   if status == 1:
-    logfile.say(f"error: {_crashed(logs.folder / name)}")
+    logfile.print_to_stderr(f"error: {_crashed(logs.folder / name)}")
     processes.leave(1)
   return status
 
@@ -204,8 +205,7 @@ def run(values: flags.FlagValues) -> int:
 def plan(config: ConfigDict, where: str) -> int:
   """Says what a run would need; returns the exit status."""
   with (
-    logfile.quiet(os.devnull) as screen,
-    logfile.last_words(screen, _jax_crashed()),
+    logfile.redirect_output(os.devnull, _jax_crashed()),
     numerics.as_usual(),
   ):
     return 0 if plan_lib.run(config, where) else 3
@@ -267,14 +267,11 @@ def _begin(
     raise errors.UserError(f"--coordinator is missing. {USAGE}")
   workdir = files.path(values.workdir)
   joined = not alone and _join(values)
-  with (
-    logfile.quiet(os.devnull) as screen,
-    logfile.last_words(screen, _jax_crashed()),
-  ):
+  with logfile.redirect_output(os.devnull, _jax_crashed()):
     processes.find_devices()  # Before the workdir is touched.
   together = processes.raise_on_all if joined else contextlib.nullcontext
   with contextlib.ExitStack() as opened:
-    with logfile.quiet(os.devnull), together():
+    with logfile.redirect_output(os.devnull), together():
       if not joined or processes.is_first():
         name = "log.txt"
         opened.enter_context(workdir_lib.open_workdir(config, workdir))
@@ -296,8 +293,7 @@ def _join(values: flags.FlagValues) -> bool:
     f"{alone}"
   )  # Then JAX aborts.
   with (
-    logfile.quiet(os.devnull) as screen,
-    logfile.last_words(screen, nobody),
+    logfile.redirect_output(os.devnull, nobody) as screen,
     _if_long(screen, f"Waiting for the other processes.{alone}"),
   ):
     return processes.connect(

@@ -42,7 +42,7 @@ def train(
   """
   config = recipes.resolve(config)
   workdir = files.path(workdir)
-  console = console or console_lib.of_process()
+  console = console or console_lib.for_process()
   if config.task == vtab.ALL:
     return all_tasks.train(config, workdir, console)
   if config.methods:

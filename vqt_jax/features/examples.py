@@ -256,14 +256,14 @@ class Examples:
       label = self._labels(base)
     if place == "disk" or self.config.store_dir:
       return self._place_kept(self._on_disk(base), label, place, layout)
-    with self.console.phase("extract", count, "image") as line:
+    with self.console.progress("extract", count, "image") as line:
       parts = self._stream(base)
       if place == "host":
         kept = store.on_host(layout, parts, count, line.update)
         held = self._stored(kept, label)
       else:
         held = self._on_devices(layout, parts, label, line.update)
-      self.extracted = line.measured()
+      self.extracted = line.start_and_pace()
       return held
 
   def _on_devices(
@@ -327,10 +327,10 @@ class Examples:
         tokens = kept.tokens if self._layout.tokens else None
         return dataclasses.replace(kept, layout=self._layout, tokens=tokens)
     file = known[0]
-    with self.console.phase("extract", self.count(base), "image") as line:
+    with self.console.progress("extract", self.count(base), "image") as line:
       stream = functools.partial(self._stream, base)
       file.write(stream, self._batch_size, line.update)
-      self.extracted = line.measured()
+      self.extracted = line.start_and_pace()
       line.summary = str(file.path)
     return file.open()
 
@@ -353,7 +353,7 @@ class Examples:
 
   def _load_images(self, base: str, why: str) -> dict[str, jax.Array]:
     count = self.count(base)
-    with self.console.phase("images", count, "image") as line:
+    with self.console.progress("images", count, "image") as line:
       with processes.raise_on_all():
         examples = data.load_arrays(self.task, base, **self._decoding)
       held = jax.block_until_ready(

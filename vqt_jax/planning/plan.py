@@ -228,7 +228,7 @@ def run(
   context = make_context(config, where)
   console.header(_describe(context, where))
   todo, found = programs.all_programs(context), []
-  with console.phase("compile", len(todo), "program") as line:
+  with console.progress("compile", len(todo), "program") as line:
     for program in todo:
       found.append(measure(program, context.mesh))
       line.update(len(found))

@@ -134,7 +134,9 @@ def _download_line(
   def progress(done: int, total: int | None) -> None:
     if not lines:
       size = (total or done) // 2**20
-      lines.append(until.enter_context(console.phase("backbone", size, "MiB")))
+      lines.append(
+        until.enter_context(console.progress("backbone", size, "MiB"))
+      )
     lines[0].update(done // 2**20)
 
   return progress

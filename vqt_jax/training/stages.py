@@ -186,7 +186,7 @@ class Stages:
     detail = f"{len(trials)} {stage.what}{plural} x {c.epochs} epochs"
     if stage.tuner != context.tuner:
       detail += f", {stage.tuner.num_queries} queries"
-    with context.console.phase(stage.label, c.epochs, detail=detail) as line:
+    with context.console.progress(stage.label, c.epochs, detail=detail) as line:
 
       def report(epoch, loss, accuracy, speed):
         self._log(stage, _rows(stage, progress.history, epoch))
@@ -268,7 +268,7 @@ class Stages:
     total = self._examples.count(split) if rows is None else len(rows)
     with self._stop.at_once(), processes.raise_on_all():
       chunks = self._examples.evaluation(split, rows)
-    with context.console.phase(label, total, "image") as line:
+    with context.console.progress(label, total, "image") as line:
       evaluate = functools.partial(
         step_lib.eval_steps, tuners, trials, context.params
       )
