@@ -84,7 +84,7 @@ def _place(mesh, path, leaf):
   name = getattr(path[-1], "key", None)
   sharding = NamedSharding(mesh, spec.get(name, P()))
   if name in spec:
-    sharding = mesh_lib.in_order(sharding, leaf.ndim)
+    sharding = mesh_lib.row_major(sharding, leaf.ndim)
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 

@@ -56,7 +56,7 @@ BASE = "vqt_jax: vqt"
 def measure_ours(name: str, options: argparse.Namespace) -> dict[str, Any]:
   """Seconds of a step, of each repeat, and peak memory."""
   config = _config(options)
-  processes.ask_for_determinism()  # As main.py does.
+  processes.set_gpu_flags()  # As main.py does.
   method, *how = name.split(", ")
   tuner = vqt_jax.make_tuner(method, config, cases.NUM_CLASSES)
   stored, runs = "stored" in how, 20 if "20 runs" in how else 1

@@ -235,7 +235,7 @@ def test_what_platforms_tell(monkeypatch, told, installed, found):
   monkeypatch.setattr(processes_lib.importlib.util, "find_spec", spec)
   for name, value in told.items():
     monkeypatch.setenv(name, value)
-  method = processes_lib.platform()
+  method = processes_lib.detect_cluster()
   if method is not None:
     method = method.get("cluster_detection_method", "")
   assert method == found
@@ -281,7 +281,7 @@ def test_libtpu_without_a_tpu_is_no_cluster(monkeypatch, error):
 
   monkeypatch.setattr(processes_lib.jax.distributed, "initialize", fail)
   method = {"cluster_detection_method": "gcetpu"}
-  monkeypatch.setattr(processes_lib, "platform", lambda: method)
+  monkeypatch.setattr(processes_lib, "detect_cluster", lambda: method)
   assert not processes_lib.connect(None)
   with pytest.raises(errors.UserError, match="cluster|Cannot join"):
     processes_lib.connect("auto")

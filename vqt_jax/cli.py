@@ -102,13 +102,13 @@ def main(argv: Sequence[str]) -> int:
   """
   status = _main(argv)
   if processes.is_connected():
-    processes.leave_together(status)
+    processes.exit_together(status)
   return status
 
 
 def _main(argv: Sequence[str]) -> int:
   logfile.reopen_closed_streams()
-  processes.ask_for_determinism()
+  processes.set_gpu_flags()
   try:
     values = parse(list(argv))
     if values.help:
@@ -125,7 +125,7 @@ def _main(argv: Sequence[str]) -> int:
       raise
     logfile.print_to_stderr(f"error: {short}")
     if processes.is_connected():
-      processes.leave(2)
+      processes.exit_now(2)
     return 2
   except KeyboardInterrupt:
     logfile.print_to_stderr(f"Interrupted; {RESUMES}")
@@ -198,7 +198,7 @@ def run(values: flags.FlagValues) -> int:
       status = 1
   if status == 1:
     logfile.print_to_stderr(f"error: {_crashed(logs.folder / name)}")
-    processes.leave(1)
+    processes.exit_now(1)
   return status
 
 
@@ -206,7 +206,7 @@ def plan(config: ConfigDict, where: str) -> int:
   """Says what a run would need; returns the exit status."""
   with (
     logfile.redirect_output(os.devnull, _jax_crashed()),
-    numerics.as_usual(),
+    numerics.jax_defaults(),
   ):
     return 0 if plan_lib.run(config, where) else 3
 
@@ -239,7 +239,7 @@ def _crashed(log: files.Path) -> str:
 def _jax_crashed() -> str:
   """What to say where JAX dies before there is a log."""
   given = {
-    "XLA_FLAGS": processes.flags_given(),
+    "XLA_FLAGS": processes.given_xla_flags(),
     "LIBTPU_INIT_ARGS": os.environ.get("LIBTPU_INIT_ARGS"),
   }
   flags_of = [f"{name}={value}" for name, value in given.items() if value]
@@ -262,7 +262,7 @@ def _begin(
   if values.coordinator is not None:
     alone = values.coordinator == "none"
   elif values.num_processes is values.process_id is None:
-    alone = processes.platform() is None
+    alone = processes.detect_cluster() is None
   else:
     raise errors.UserError(f"--coordinator is missing. {USAGE}")
   workdir = files.path(values.workdir)

@@ -14,7 +14,7 @@ from vqt_jax.runtime import files
 from vqt_jax.runtime import numerics
 
 
-@numerics.as_usual()
+@numerics.jax_defaults()
 def train(
   config: ml_collections.ConfigDict,
   workdir: files.PathLike,

@@ -90,7 +90,7 @@ class Examples:
       **self._reading,
     )
     return batches_lib.Streamed(
-      lambda epoch, start: processes.in_step(
+      lambda epoch, start: processes.iterate_together(
         read(epoch=epoch, start_step=start)
       ),
       self.count(split),
@@ -188,7 +188,7 @@ class Examples:
     return disk.folder(self.config.store_dir)
 
   def _batches(self, split: str, start: int = 0) -> Iterator[Any]:
-    return processes.in_step(
+    return processes.iterate_together(
       data.batches(
         self.task,
         split,

@@ -88,7 +88,7 @@ class PlanContext:
 
   def replicated(self, tree: Any) -> Shapes:
     """Shapes of arrays, or such shapes, on every device."""
-    place = mesh_lib.replicated(self.mesh)
+    place = mesh_lib.replicated_sharding(self.mesh)
     return jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
     )

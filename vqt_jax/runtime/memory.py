@@ -33,7 +33,7 @@ def device_memory() -> int:
   return limit or host_memory() // jax.local_device_count()
 
 
-class Peak:
+class PeakMemory:
   """The most memory held from its making on: by a device, or by this process.
 
   Of an accelerator, what its allocator gave out; on CPUs the resident memory of
@@ -46,9 +46,9 @@ class Peak:
     # What an earlier run freed goes back to the system first (glibc).
     with contextlib.suppress(AttributeError, OSError, TypeError):
       ctypes.CDLL(None).malloc_trim(0)
-    self.start = _held("VmRSS", "bytes_in_use")
-    self._forgotten = _forget()
-    self._mark = _held("VmHWM", "peak_bytes_in_use")
+    self.start = _bytes_held("VmRSS", "bytes_in_use")
+    self._forgotten = _reset_peak()
+    self._mark = _bytes_held("VmHWM", "peak_bytes_in_use")
     self._found = 0
 
   def include(self, found: int | None) -> None:
@@ -60,13 +60,13 @@ class Peak:
 
     An accelerator's mark cannot be reset: only a run that raises it knows it.
     """
-    mark = _held("VmHWM", "peak_bytes_in_use")
+    mark = _bytes_held("VmHWM", "peak_bytes_in_use")
     if mark and (self._forgotten or mark > self._mark):
       self.include(mark)
     return self._found or None
 
 
-def _held(of_process: str, of_device: str) -> int | None:
+def _bytes_held(of_process: str, of_device: str) -> int | None:
   """Bytes by the name of a mark; of several devices the most."""
   stats = [d.memory_stats() or {} for d in jax.local_devices()]
   if any(of_device in each for each in stats):
@@ -78,7 +78,7 @@ def _held(of_process: str, of_device: str) -> int | None:
   return None
 
 
-def _forget() -> bool:
+def _reset_peak() -> bool:
   """Resets the process's high-water mark to what it holds now (Linux)."""
   if jax.default_backend() != "cpu":
     return False

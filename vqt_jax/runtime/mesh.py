@@ -91,7 +91,7 @@ def place_backbone(params: Any, mesh: jax.sharding.Mesh, dtype: str) -> Any:
   LayerNorm stays float32, so does everything when `dtype` is float32.
   """
 
-  place = lambda leaf, to: from_host(np.asarray(leaf, to.dtype), to.sharding)
+  place = lambda leaf, to: place_array(np.asarray(leaf, to.dtype), to.sharding)
   return jax.tree.map(place, params, backbone_shapes(params, mesh, dtype))
 
 
@@ -111,7 +111,7 @@ def backbone_shapes(params: Any, mesh: jax.sharding.Mesh, dtype: str) -> Any:
   return jax.tree_util.tree_map_with_path(shape, params)
 
 
-def from_host(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+def place_array(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
   """A global array of which every process holds the whole on its host."""
   return jax.make_array_from_callback(
     array.shape, sharding, lambda index: array[index]
@@ -125,15 +125,15 @@ def constrain(x: Any, *spec: str | None) -> Any:
   return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
-def size(axis: str) -> int:
+def axis_size(axis: str) -> int:
   """Devices along an axis of the mesh that is set; 1 if none is."""
   return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 
-def auto_size(axis: str) -> int:
-  """As `size`, but 1 inside a `shard_map` over it: arrays are parts there."""
+def auto_axis_size(axis: str) -> int:
+  """As `axis_size`, but 1 inside a `shard_map` over it, which sees parts."""
   by_hand = axis in jax.sharding.get_abstract_mesh().manual_axes
-  return 1 if by_hand else size(axis)
+  return 1 if by_hand else axis_size(axis)
 
 
 def backend() -> str:
@@ -145,7 +145,7 @@ def backend() -> str:
   return device.platform if device else jax.default_backend()
 
 
-def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+def replicated_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
@@ -154,7 +154,7 @@ def replicate(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
   What is on the devices already stays as it is.
   """
-  place = lambda x: from_host(x, replicated(mesh))
+  place = lambda x: place_array(x, replicated_sharding(mesh))
   return jax.tree.map(
     lambda x: x if isinstance(x, jax.Array) else place(x), tree
   )
@@ -165,7 +165,7 @@ def batch_sharding(mesh: jax.sharding.Mesh, axis: int = 0) -> NamedSharding:
   return NamedSharding(mesh, P(*[None] * axis, "data"))
 
 
-def in_order(sharding: NamedSharding, ndim: int) -> Format:
+def row_major(sharding: NamedSharding, ndim: int) -> Format:
   """The sharding, with elements in memory as numpy has them: rows are whole.
 
   Left to itself a TPU takes the order that pads least, often with the rows
@@ -174,7 +174,7 @@ def in_order(sharding: NamedSharding, ndim: int) -> Format:
   return Format(Layout(tuple(range(ndim))), sharding)
 
 
-def from_local(
+def from_process_local(
   batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh
 ) -> dict[str, jax.Array]:
   """Each process's part of a batch (first axis) to sharded global arrays."""

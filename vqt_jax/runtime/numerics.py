@@ -7,7 +7,7 @@ import jax
 
 
 @contextlib.contextmanager
-def as_usual() -> Iterator[None]:
+def jax_defaults() -> Iterator[None]:
   """Has JAX draw, promote and compile as it does by itself, in this thread.
 
   Variables such as `JAX_ENABLE_X64` would change the draws and dtypes of a run

@@ -39,7 +39,7 @@ HUNG_SECONDS = 1800
 FIRST_SECONDS = 1  # That the first process stays longer than the others.
 
 
-def ask_for_determinism() -> None:
+def set_gpu_flags() -> None:
   """Has XLA make GPU programs that give the same bits each time.
 
   To be called before JAX finds its devices. What is fastest is then not found
@@ -57,7 +57,7 @@ def ask_for_determinism() -> None:
     os.environ["XLA_FLAGS"] = f"{GPU_FLAGS} {given}".strip()
 
 
-def flags_given() -> str:
+def given_xla_flags() -> str:
   """Flags of XLA that the environment had, without our own."""
   return os.environ.get("XLA_FLAGS", "").replace(GPU_FLAGS, "").strip()
 
@@ -83,7 +83,7 @@ def find_devices() -> None:
     raise errors.UserError(f"JAX finds no devices: {why}") from e
 
 
-def platform() -> dict[str, str | None] | None:
+def detect_cluster() -> dict[str, str | None] | None:
   """How JAX finds the other processes, if this one may have some.
 
   Decided from the environment: a task of a Slurm step or of mpirun that has
@@ -138,7 +138,7 @@ def connect(
       the others do not come, JAX ends the process.)
   """
   if coordinator is None:
-    given = platform() or {}
+    given = detect_cluster() or {}
   elif coordinator == "auto":
     given = {}
   elif not re.search(r".:\d+$", coordinator):
@@ -196,14 +196,14 @@ def is_connected() -> bool:
   return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def leave(status: int) -> NoReturn:
+def exit_now(status: int) -> NoReturn:
   """Ends this process at once, without waiting for others that may be gone."""
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(status)
 
 
-def leave_together(status: int) -> NoReturn:
+def exit_together(status: int) -> NoReturn:
   """End this process when all have come to their end, the first one last.
 
   The first process serves what JAX's processes know of each other. Were it gone
@@ -214,7 +214,7 @@ def leave_together(status: int) -> NoReturn:
     barrier(key="vqt_jax_end", timeout_ms=1000 * LEAVE_SECONDS)
   if is_first():
     time.sleep(FIRST_SECONDS)
-  leave(status)
+  exit_now(status)
 
 
 @contextlib.contextmanager
@@ -238,7 +238,7 @@ def _raise_on_all(
     )
 
 
-def in_step(items: Iterable[T]) -> Iterator[T]:
+def iterate_together(items: Iterable[T]) -> Iterator[T]:
   """The items of an iterable; if one process fails to get its, all fail.
 
   Else the others would wait for that process in the next computation. All must
@@ -316,7 +316,9 @@ def all_reduce_max_async(
   if jax.process_count() == 1:
     return lambda: np.array(values())
   mesh, largest = _exchange()
-  mine = mesh_lib.from_local({"values": np.array([values()], np.float32)}, mesh)
+  mine = mesh_lib.from_process_local(
+    {"values": np.array([values()], np.float32)}, mesh
+  )
   with exit_if_hung():
     found = largest(mine["values"])
 
@@ -334,7 +336,7 @@ def _exchange() -> tuple[jax.sharding.Mesh, Callable[..., jax.Array]]:
   """A row of devices for each process, and the largest of what these have."""
   mesh = mesh_lib.make_mesh(model=jax.local_device_count())
   return mesh, jax.jit(
-    lambda x: x.max(0), out_shardings=mesh_lib.replicated(mesh)
+    lambda x: x.max(0), out_shardings=mesh_lib.replicated_sharding(mesh)
   )
 
 

@@ -27,7 +27,7 @@ def write(
   candidates: Sequence[protocol.Candidate],
   test: dict[str, Any],
   seconds: float,
-  peak: memory.Peak,
+  peak: memory.PeakMemory,
 ) -> dict[str, Any]:
   """Writes the results; `results.json` comes last.
 

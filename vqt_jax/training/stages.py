@@ -45,7 +45,7 @@ class Stages:
     saver: checkpoint.Checkpointer,
     metrics: metrics_lib.MetricsWriter,
     stop: preemption.StopSignal,
-    peak: memory.Peak,
+    peak: memory.PeakMemory,
     forecast: forecast_lib.Forecast,
   ):
     """Find the stages that an earlier start has finished.
