@@ -256,7 +256,7 @@ def _spread(batch):
 
 
 def _params(config, dtype):
-  """Random weights, matrices in `dtype`, as of `parallel.place_backbone`."""
+  """Random weights, matrices in `dtype`, as of `sharding.place_backbone`."""
   params = vit.init_params(config, jax.random.key(1))
 
   def cast(path, leaf):

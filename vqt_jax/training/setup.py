@@ -13,6 +13,7 @@ from vqt_jax import checkpoints
 from vqt_jax import data
 from vqt_jax.config import fields
 from vqt_jax.models import backbone as backbone_lib
+from vqt_jax.models import sharding as sharding_lib
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.models import vit_config as vit_config_lib
 from vqt_jax.runtime import console as console_lib
@@ -89,7 +90,7 @@ def find_mesh(
 ) -> jax.sharding.Mesh:
   """Return the mesh of a config over devices (None: all of all processes)."""
   mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.model, devices)
-  mesh_lib.check_heads(mesh, vit_config.num_heads)
+  sharding_lib.check_heads(mesh, vit_config.num_heads)
   return mesh
 
 
@@ -117,7 +118,7 @@ def prepare(config, workdir, console) -> RunContext:
     backbone=backbone,
     task=task,
     tuner=tuner,
-    params=mesh_lib.place_backbone(
+    params=sharding_lib.place_backbone(
       backbone.params, mesh, backbone.config.dtype
     ),
   )
