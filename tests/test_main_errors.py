@@ -14,7 +14,7 @@ from vqt_jax import cli
 from vqt_jax import errors
 from vqt_jax.config import fields
 from vqt_jax.config import values
-from vqt_jax.runtime import processes
+from vqt_jax.runtime import devices
 from vqt_jax.training import preemption
 
 CONFIG = "--config=configs/vtab_cifar.py"
@@ -95,9 +95,9 @@ def test_shipped_configs_are_found_from_anywhere(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   "plugin, given, expected",
   [
-    ("xla_cuda13", "", processes.GPU_FLAGS),
+    ("xla_cuda13", "", devices.GPU_FLAGS),
     # The last one wins.
-    ("xla_cuda13", "--a=1", f"{processes.GPU_FLAGS} --a=1"),
+    ("xla_cuda13", "--a=1", f"{devices.GPU_FLAGS} --a=1"),
     ("xla_cuda13", "flags.txt", "flags.txt"),
     ("other", "--a=1", "--a=1"),
   ],
@@ -149,7 +149,7 @@ def test_devices_that_are_not_there(
 
   monkeypatch.delenv("JAX_PLATFORMS", raising=False)
   monkeypatch.setenv(name, value)
-  monkeypatch.setattr(processes.jax, "devices", fail)
+  monkeypatch.setattr(devices.jax, "devices", fail)
   for place in (f"--workdir={tmp_path / 'run'}", "--plan=here"):
     status, said = run(capsys, CONFIG, place)
     assert status == 2 and found in said and said.count("\n") == 1

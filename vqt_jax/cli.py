@@ -52,9 +52,10 @@ from vqt_jax.config import recipes
 from vqt_jax.config import values as values_lib
 from vqt_jax.experiments import train
 from vqt_jax.planning import plan as plan_lib
+from vqt_jax.runtime import devices
 from vqt_jax.runtime import files
-from vqt_jax.runtime import growing
 from vqt_jax.runtime import logfile
+from vqt_jax.runtime import mirror
 from vqt_jax.runtime import numerics
 from vqt_jax.runtime import processes
 from vqt_jax.training import preemption
@@ -108,7 +109,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _main(argv: Sequence[str]) -> int:
   logfile.reopen_closed_streams()
-  processes.set_gpu_flags()
+  devices.set_gpu_flags()
   try:
     values = parse(list(argv))
     if values.help:
@@ -212,7 +213,7 @@ def plan(config: ConfigDict, where: str) -> int:
 
 
 @contextlib.contextmanager
-def _closing(logs: growing.Growing) -> Iterator[None]:
+def _closing(logs: mirror.MirroredFolder) -> Iterator[None]:
   """Brings a log into its bucket; a run need not fail for want of that."""
   try:
     yield
@@ -239,7 +240,7 @@ def _crashed(log: files.Path) -> str:
 def _jax_crashed() -> str:
   """What to say where JAX dies before there is a log."""
   given = {
-    "XLA_FLAGS": processes.given_xla_flags(),
+    "XLA_FLAGS": devices.given_xla_flags(),
     "LIBTPU_INIT_ARGS": os.environ.get("LIBTPU_INIT_ARGS"),
   }
   flags_of = [f"{name}={value}" for name, value in given.items() if value]
@@ -253,7 +254,7 @@ def _jax_crashed() -> str:
 @contextlib.contextmanager
 def _begin(
   config: ConfigDict, values: flags.FlagValues
-) -> Iterator[tuple[growing.Growing, str]]:
+) -> Iterator[tuple[mirror.MirroredFolder, str]]:
   """Joins the other processes, if any, and opens the workdir.
 
   Yields:
@@ -268,7 +269,7 @@ def _begin(
   workdir = files.path(values.workdir)
   joined = not alone and _join(values)
   with logfile.redirect_output(os.devnull, _jax_crashed()):
-    processes.find_devices()  # Before the workdir is touched.
+    devices.find_devices()  # Before the workdir is touched.
   together = processes.raise_on_all if joined else contextlib.nullcontext
   with contextlib.ExitStack() as opened:
     with logfile.redirect_output(os.devnull), together():
@@ -277,7 +278,7 @@ def _begin(
         opened.enter_context(workdir_lib.open_workdir(config, workdir))
       else:
         name = f"log_{jax.process_index()}.txt"
-      logs = growing.Growing(workdir, name)
+      logs = mirror.MirroredFolder(workdir, name)
     yield logs, name
 
 

@@ -169,11 +169,11 @@ class File:
       with file:
         # All processes or none: of two runs each might lock what the other
         # waits for.
-        while processes.any_process(not locks.lock(file)):
+        while processes.any_process(not locks.try_lock(file)):
           fcntl.flock(file, fcntl.LOCK_UN)
           time.sleep(random.uniform(0.5, 1.5))
         # Whoever had it may have made the whole file of it, or given up.
-        if processes.any_process(not locks.is_at(file, part)):
+        if processes.any_process(not locks.is_still_at(file, part)):
           continue
         yield file
         return

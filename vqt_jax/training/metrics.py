@@ -12,7 +12,7 @@ from typing import Any
 from etils import epy
 
 from vqt_jax.runtime import files
-from vqt_jax.runtime import growing
+from vqt_jax.runtime import mirror
 from vqt_jax.runtime.files import PathLike
 
 
@@ -49,9 +49,9 @@ class MetricsWriter:
       UserError: it cannot be read.
     """
     self._workdir = files.path(workdir)
-    self._growing = growing.Growing(self._workdir, "metrics.jsonl")
-    self._path = self._growing.folder / "metrics.jsonl"
-    self._folder = self._growing.folder / "tensorboard"
+    self._mirror = mirror.MirroredFolder(self._workdir, "metrics.jsonl")
+    self._path = self._mirror.folder / "metrics.jsonl"
+    self._folder = self._mirror.folder / "tensorboard"
     self._rows = read_metrics(workdir)
     self._begun: set[str] = set()
     self._events: Events | None = None
@@ -59,7 +59,7 @@ class MetricsWriter:
   def epochs(self, phase: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Adds rows of a phase and sees that they are on disk.
 
-    In a bucket they are a little later, see `files.Growing`.
+    In a bucket they are a little later, see `mirror.MirroredFolder`.
 
     Raises:
       UserError: there is no room; what was written before stays.
@@ -80,13 +80,13 @@ class MetricsWriter:
         self._events = Events(self._folder)
         rows = self._rows
       self._events.write(rows)
-    self._growing.copy()
+    self._mirror.sync()
 
   def close(self) -> None:
     if self._events is not None:
       with files.explain_write_errors(self._folder):
         self._events.close()
-    self._growing.close()
+    self._mirror.close()
 
   def _resume(self, phase: str, rows: list[Any]) -> list[Any]:
     """Cuts the file behind the last row that is right; returns the missing."""

@@ -6,7 +6,7 @@
   results.json    what came out
   tuned/          what was trained: variables.safetensors and info.json
 
-While a run lasts there is also `.vqt_jax.lock`, see `files.alone_in`.
+While a run lasts there is also `.vqt_jax.lock`, see `locks.lock_folder`.
 """
 
 from collections.abc import Iterator
@@ -56,7 +56,7 @@ def open_workdir(config: Any, workdir: PathLike) -> Iterator[bool]:
   workdir = files.path(workdir)
   now = fields.to_json(config)
   _config_of(workdir)  # Somebody else's does not even get a lock.
-  with locks.alone_in(workdir):
+  with locks.lock_folder(workdir):
     old, begun = _config_of(workdir), _begun(workdir)
     if begun:
       _check_same_run(old, now, workdir)
