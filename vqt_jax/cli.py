@@ -362,7 +362,7 @@ def _config_file(name: str) -> str:
   known = set(glob.glob(f"{glob.escape(folder)}/*.py"))
   if not known or folder == "configs":
     known.update(f"configs/{file_name}" for file_name in shipped)
-  raise errors.unknown("config file", name, sorted(known))
+  raise errors.unknown_name("config file", name, sorted(known))
 
 
 def _fields() -> str:
@@ -416,7 +416,7 @@ def _unknown_flag(name: str, argv: list[str]) -> errors.UserError:
   near = difflib.get_close_matches(name.replace("-", "_"), known, 1)
   field = known[near[0]] if near else None
   if field is None:
-    return errors.unknown("flag", f"--{name}", [f"--{f}" for f in FLAGS])
+    return errors.unknown_name("flag", f"--{name}", [f"--{f}" for f in FLAGS])
   value = ""
   for arg, following in zip(argv, [*argv[1:], ""]):
     if re.match(f"--?{re.escape(name)}(=|$)", arg):

@@ -14,9 +14,8 @@ from vqt_jax.checkpoints import download
 from vqt_jax.checkpoints import names
 from vqt_jax.checkpoints import positions as positions_lib
 from vqt_jax.checkpoints import public
-from vqt_jax.checkpoints import sources
 from vqt_jax.errors import UserError
-from vqt_jax.errors import names_checked
+from vqt_jax.errors import check_keywords
 from vqt_jax.models import vit_config
 from vqt_jax.models.backbone import VALUE_RANGES
 from vqt_jax.models.backbone import Backbone
@@ -30,7 +29,7 @@ _CHOICES = {
 }
 
 
-@names_checked
+@check_keywords
 def load_backbone(
   source: str | os.PathLike[str],
   *,
@@ -92,7 +91,7 @@ def load_backbone(
     trained_size = trained_size or positions_lib.as_pair(known.image_size)
   image_size = image_size or trained_size
 
-  place, subtree = sources.split_subtree(known.address if known else name)
+  place, subtree = containers.split_subtree(known.address if known else name)
   path = _local_path(place, cache_dir, progress)
   leaves, stored = _read(path, subtree, name)
   config = _infer_config(leaves, stored, variant, name)
@@ -150,10 +149,10 @@ def read_config(
   known = _published(name)
   if known:
     _check_published(name, known, variant)
-  place, subtree = sources.split_subtree(known.address if known else name)
+  place, subtree = containers.split_subtree(known.address if known else name)
   path = None
   if "://" not in place:
-    path = containers.resolve(files.path(place))
+    path = containers.find(files.path(place))
   if path:
     shapes = containers.leaf_shapes(path)
     picked = names.select(shapes, subtree, name)
@@ -212,7 +211,7 @@ def _as_pair(
 
 def _published(name: str) -> public.PublicViT | None:
   """The public checkpoint of a name; what exists as a file is no name."""
-  if "://" in name or containers.resolve(files.path(name)):
+  if "://" in name or containers.find(files.path(name)):
     return None
   key = public.find(name)
   return public.PUBLIC[key] if key else None
@@ -243,8 +242,8 @@ def _local_path(
   progress: download.Progress | None,
 ) -> pathlib.Path:
   if "://" in place:
-    return sources.fetch(place, cache_dir, progress)
-  if path := containers.resolve(files.path(place)):
+    return download.fetch(place, cache_dir, progress)
+  if path := containers.find(files.path(place)):
     return path
   close = public.nearest(place)
   raise UserError(

@@ -103,7 +103,7 @@ def find(where: str) -> tuple[Chip, list[jax.Device]]:
     return _here()
   generation, _, shape = where.partition(":")
   if generation not in CHIPS:
-    raise errors.unknown("kind of TPU", generation, [*CHIPS, HERE])
+    raise errors.unknown_name("kind of TPU", generation, [*CHIPS, HERE])
   chip = CHIPS[generation]
   if shape not in chip.slices:
     raise errors.UserError(

@@ -68,7 +68,7 @@ def path(place: PathLike) -> Path:
       f"Cannot use {text}: tools for buckets do not take {found[0]!r}"
       " literally. Choose another name."
     )
-  _set_up_buckets()
+  set_up_buckets()
   from etils import epath
 
   return epath.Path(text)
@@ -100,7 +100,7 @@ def _local_path(text: str) -> pathlib.Path:
 
 
 @functools.cache
-def _set_up_buckets() -> None:
+def set_up_buckets() -> None:
   """Configure the libraries that open buckets, before their first use."""
   import fsspec
 
@@ -287,10 +287,17 @@ def remove_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explain_errors(verb: str, place: PathLike) -> Iterator[None]:
+def _explain_errors(
+  verb: str, place: PathLike, elsewhere: str = "choose another place"
+) -> Iterator[None]:
   """Turn failures to `verb` ("read", "write") a file into `UserError`.
 
   A file that is missing when read stays a `FileNotFoundError`.
+
+  Args:
+    verb: "read" or "write".
+    place: the file or folder.
+    elsewhere: how to write to another place.
   """
   try:
     yield
@@ -306,7 +313,8 @@ def _explain_errors(verb: str, place: PathLike) -> Iterator[None]:
       reason, advice = f"{e.strerror or e}.", ""
       if verb == "write":
         full = e.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "Free some space there." if full else "Choose another place."
+        advice = f"{'Free some space there, or ' if full else ''}{elsewhere}."
+        advice = advice[0].upper() + advice[1:]
     else:
       raise
     message = f"Cannot {verb} {place}: {reason} {advice}".rstrip()

@@ -43,7 +43,7 @@ def is_still_at(file: IO[bytes], path: pathlib.Path) -> bool:
 
 
 def open_locked(path: pathlib.Path, wait: bool) -> IO[bytes] | None:
-  """Open a file for appending and lock it until it is closed.
+  """Open a file for appending, unbuffered, and lock it until it is closed.
 
   Args:
     path: the file; it is created if need be.
@@ -57,7 +57,7 @@ def open_locked(path: pathlib.Path, wait: bool) -> IO[bytes] | None:
   """
   while True:
     with contextlib.ExitStack() as closing:
-      file = closing.enter_context(open(path, "a+b", buffering=0))
+      file = closing.enter_context(open(path, "ab", buffering=0))
       if not try_lock(file, wait):
         return None
       if is_still_at(file, path):
