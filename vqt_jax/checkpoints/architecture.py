@@ -39,9 +39,9 @@ _TOP_SIZES = {
 _MAX_LINES = 100
 
 
-def foreign(names: Iterable[str]) -> str | None:
-  """What a checkpoint is if it is no plain ViT, as far as its names tell."""
-  tops = {name.partition("/")[0] for name in names}
+def describe_foreign(shapes: Shapes) -> str | None:
+  """Return what a checkpoint is if it is one of those that are not plain ViTs."""
+  tops = {name.partition("/")[0] for name in shapes}
   if "conv_root" in tops or "gn_root" in tops:
     return "a hybrid (its patches come from a ResNet)"
   if any(top.startswith("MixerBlock") for top in tops):
@@ -50,18 +50,13 @@ def foreign(names: Iterable[str]) -> str | None:
     return "a text tower; the image tower of such files is under `:img`"
   if "img" in tops and "embedding" not in tops:
     return "a model of several towers; name the ViT in it with `:img`"
-  return None
-
-
-def foreign_shapes(shapes: Shapes) -> str | None:
-  """The same, as far as shapes tell."""
   positions = shapes.get("pos_embedding", ())
   if len(positions) == 3 and positions[0] != 1:
     return "a NaFlex ViT (variable grids)"
   return None
 
 
-def architecture(shapes: Shapes) -> dict[str, Any] | None:
+def infer_sizes(shapes: Shapes) -> dict[str, Any] | None:
   """Sizes of the ViT that the leaves add up to.
 
   Every leaf that shows a size has a vote, so that a single missing or misshapen
@@ -86,12 +81,12 @@ def architecture(shapes: Shapes) -> dict[str, Any] | None:
     elif index is None:
       for field, (pattern, axis) in _TOP_SIZES.items():
         if re.fullmatch(pattern, name):
-          votes[field].update(_axis(shape, axis))
+          votes[field].update(_axis_size(shape, axis))
       continue
     for field, patterns in _BLOCK_SIZES.items():
       for pattern, axis in patterns:
         if re.fullmatch(pattern, rest):
-          votes[field].update(_axis(shape, axis))
+          votes[field].update(_axis_size(shape, axis))
   sizes = {
     field: votes[field].most_common(1)[0][0] for field in votes if votes[field]
   }
@@ -113,7 +108,7 @@ def architecture(shapes: Shapes) -> dict[str, Any] | None:
   }
 
 
-def pooling(shapes: Shapes) -> str:
+def infer_pooling(shapes: Shapes) -> str:
   """The pooling that the leaves serve."""
   if "cls" in shapes:
     return "tok"
@@ -124,7 +119,7 @@ def check_variant(sizes: Mapping[str, Any], variant: str, source: str) -> None:
   """Refuses a checkpoint that is not of the variant asked for."""
   expected = decode_variant(variant)
   wrong = [
-    f"{field} {_show(sizes[field])} instead of {_show(value)}"
+    f"{field} {_format_value(sizes[field])} instead of {_format_value(value)}"
     for field, value in expected.items()
     if sizes[field] not in (value, None)
   ]
@@ -165,7 +160,7 @@ def check_leaves(
   """
   expected = expected_shapes(config, names_lib.is_stacked(shapes))
   missing = [
-    f"missing: {name} {_text(name, expected[name])}"
+    f"missing: {name} {_format_shape(name, expected[name])}"
     for name in sorted(expected.keys() - shapes)
   ]
   surplus = [
@@ -174,9 +169,9 @@ def check_leaves(
   ]
   misshapen = [
     f"wrong shape: {stored[name]} is {shapes[name]}, expected"
-    f" {_text(name, expected[name])}"
+    f" {_format_shape(name, expected[name])}"
     for name in sorted(shapes.keys() & expected)
-    if not _fits(name, shapes[name], expected[name])
+    if not _shape_fits(name, shapes[name], expected[name])
   ]
   problems = missing + surplus + misshapen
   if len(problems) > _MAX_LINES:
@@ -238,20 +233,22 @@ def _stacked_shapes(config: vit_config.ViTConfig) -> dict[str, tuple[int, ...]]:
   return {name: leaf.shape for name, leaf in names_lib.flatten(tree).items()}
 
 
-def _text(name: str, shape: tuple[int, ...]) -> str:
+def _format_shape(name: str, shape: tuple[int, ...]) -> str:
   return f"(1, N, {shape[-1]})" if name == "pos_embedding" else str(shape)
 
 
-def _fits(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+def _shape_fits(
+  name: str, shape: tuple[int, ...], expected: tuple[int, ...]
+) -> bool:
   """Whether a shape is right; positions may be of any number."""
   if name == "pos_embedding" and len(shape) == 3 and math.prod(shape):
     return (shape[0], shape[2]) == (expected[0], expected[2])
   return shape == expected
 
 
-def _axis(shape: tuple[int, ...], axis: int) -> Iterable[int]:
+def _axis_size(shape: tuple[int, ...], axis: int) -> Iterable[int]:
   return [shape[axis]] if len(shape) >= -axis else []
 
 
-def _show(value: Any) -> str:
+def _format_value(value: Any) -> str:
   return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -46,7 +46,9 @@ _MAP_HEAD = (
 )
 
 
-def select(names: Iterable[str], subtree: str, source: str) -> dict[str, str]:
+def select_model(
+  names: Iterable[str], subtree: str, source: str
+) -> dict[str, str]:
   """Picks the parameters of one model out of a whole checkpoint.
 
   Args:
@@ -76,7 +78,7 @@ def select(names: Iterable[str], subtree: str, source: str) -> dict[str, str]:
   return picked
 
 
-def rename(names: Iterable[str]) -> dict[str, str]:
+def map_to_present(names: Iterable[str]) -> dict[str, str]:
   """Present-day names of the leaves of one model.
 
   Args:

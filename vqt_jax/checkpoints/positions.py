@@ -35,10 +35,10 @@ def check_image_size(
     return
   below = [max(size // p, 1) * p for size, p in zip(image, patch)]
   above = [-(-size // p) * p for size, p in zip(image, patch)]
-  sizes = " or ".join(dict.fromkeys(_by(s) for s in (below, above)))
+  sizes = " or ".join(dict.fromkeys(_as_text(s) for s in (below, above)))
   raise UserError(
-    f"image_size {_by(image)} is not a multiple of the backbone's"
-    f" {_by(patch)} patch; the nearest sizes that fit are {sizes} pixels."
+    f"image_size {_as_text(image)} is not a multiple of the backbone's"
+    f" {_as_text(patch)} patch; the nearest sizes that fit are {sizes} pixels."
   )
 
 
@@ -57,7 +57,7 @@ def as_pair(size: int | Sequence[int], name: str = "image_size") -> Pair:
   )
 
 
-def size_of(height: int, width: int) -> Pair | None:
+def size_from_fields(height: int, width: int) -> Pair | None:
   """(Height, width) of two fields of a config, of which 0 is not given.
 
   Without a width it is the height; without a height, None.
@@ -70,7 +70,7 @@ def to_grid(image_size: Pair, patch_size: Pair) -> Pair:
   grid = image_size[0] // patch_size[0], image_size[1] // patch_size[1]
   if not all(grid):
     raise UserError(
-      f"image_size {_by(image_size)} is smaller than one {_by(patch_size)}"
+      f"image_size {_as_text(image_size)} is smaller than one {_as_text(patch_size)}"
       " patch of this backbone; ask for larger images."
     )
   return grid
@@ -126,16 +126,16 @@ def find_grid(
       return trained
     raise UserError(
       f"The checkpoint has {rows} positions, but images of the given"
-      f" trained_size have {_by(trained)} patches."
-      f"{_possible(rows, patch_size)}"
+      f" trained_size have {_as_text(trained)} patches."
+      f"{_list_possible_sizes(rows, patch_size)}"
     )
   if side**2 == rows:
     if wanted and wanted != (side, side) and math.prod(wanted) == rows:
       raise UserError(
         f"The checkpoint's {rows} positions fit a {side}x{side} and a"
-        f" {_by(wanted)} grid of patches; say which one it was trained on:"
-        f" trained_size={_pixels((side, side), patch_size)} or"
-        f" trained_size={_pixels(wanted, patch_size)} (height, width), or"
+        f" {_as_text(wanted)} grid of patches; say which one it was trained on:"
+        f" trained_size={_pixels_as_text((side, side), patch_size)} or"
+        f" trained_size={_pixels_as_text(wanted, patch_size)} (height, width), or"
         f" {_FLAGS}."
       )
     return side, side
@@ -148,20 +148,22 @@ def find_grid(
   raise UserError(
     f"The checkpoint's {rows} positions are no square grid; give the image"
     f" size it was trained on: trained_size=(height, width), or {_FLAGS}."
-    f"{_possible(rows, patch_size)}"
+    f"{_list_possible_sizes(rows, patch_size)}"
   )
 
 
-def _possible(rows: int, patch_size: Pair) -> str:
+def _list_possible_sizes(rows: int, patch_size: Pair) -> str:
   """A sentence of the image sizes with so many patches, squarest first."""
   grids = [(n, rows // n) for n in range(1, rows + 1) if rows % n == 0]
   stretch = lambda grid: abs(
     math.log(grid[0] * patch_size[0]) - math.log(grid[1] * patch_size[1])
   )
-  sizes = [_pixels(grid, patch_size) for grid in sorted(grids, key=stretch)]
+  sizes = [
+    _pixels_as_text(grid, patch_size) for grid in sorted(grids, key=stretch)
+  ]
   more = ", ..." if len(sizes) > 6 else ""
   return (
-    f" With {_by(patch_size)} pixels a patch it is one of"
+    f" With {_as_text(patch_size)} pixels a patch it is one of"
     f" {', '.join(sizes[:6])}{more} (height, width)."
   )
 
@@ -187,9 +189,9 @@ def resize_positions(table: np.ndarray, old: Pair, new: Pair) -> np.ndarray:
   return scipy.ndimage.zoom(grid, zoom, order=1).reshape(1, -1, grid.shape[-1])
 
 
-def _by(pair: Sequence[int]) -> str:
+def _as_text(pair: Sequence[int]) -> str:
   return "x".join(map(str, pair))
 
 
-def _pixels(grid: Pair, patch_size: Pair) -> str:
+def _pixels_as_text(grid: Pair, patch_size: Pair) -> str:
   return f"({grid[0] * patch_size[0]}, {grid[1] * patch_size[1]})"

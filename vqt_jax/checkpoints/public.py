@@ -219,12 +219,12 @@ PUBLIC: dict[str, PublicViT] = {
 }
 
 
-def find(name: str) -> str | None:
+def find_name(name: str) -> str | None:
   """The key of `PUBLIC` that a name means; case and spacing do not matter."""
   return {_plain(key): key for key in PUBLIC}.get(_plain(name))
 
 
-def nearest(name: str, count: int = 3) -> list[str]:
+def nearest_names(name: str, count: int = 3) -> list[str]:
   """The public names most like a name, best first."""
   plain = {_plain(key): key for key in PUBLIC}
   return [

@@ -52,11 +52,13 @@ def backbone_options(
   """
   return {
     "variant": config.variant,
-    "image_size": checkpoints.size_of(config.image_size, config.image_width),
+    "image_size": checkpoints.size_from_fields(
+      config.image_size, config.image_width
+    ),
     "pool_type": config.pool_type,
     "gelu": config.gelu,
     "dtype": config.dtype or ("float32" if platform == "cpu" else "bfloat16"),
-    "trained_size": checkpoints.size_of(
+    "trained_size": checkpoints.size_from_fields(
       config.trained_size, config.trained_width
     ),
   }
@@ -73,7 +75,7 @@ def find_tuner(
     UserError: its images have no whole number of patches, or options of the
       method do not fit the backbone.
   """
-  size = checkpoints.size_of(config.image_size, config.image_width)
+  size = checkpoints.size_from_fields(config.image_size, config.image_width)
   checkpoints.check_image_size(vit_config.patch_size, size)
   return tuner_lib.make_tuner(
     config.method,
