@@ -46,7 +46,7 @@ def find_builder(request: str, data_dir: str | None) -> Any:
     UserError: neither TFDS nor the folder has such a dataset, or the folder
       cannot be read.
   """
-  wanted = names.parse(request)
+  wanted = names.parse_request(request)
   try:
     with quiet(), _reading(data_dir):
       return _find(wanted, data_dir)
@@ -60,7 +60,7 @@ def find_builder(request: str, data_dir: str | None) -> Any:
   ) as error:
     raise errors.UserError(_damaged(wanted, data_dir, error)) from error
   except (ValueError, AssertionError, ImportError) as error:
-    message = names.unusable(wanted, data_dir, error)
+    message = names.explain_unusable(wanted, data_dir, error)
     raise errors.UserError(message) from error
   except tf.errors.OpError as error:
     raise errors.UserError(
@@ -76,14 +76,16 @@ def _find(wanted: names.Request, data_dir: str | None) -> Any:
     from vqt_jax.data import digits
 
     digits.prepare(data_dir)
-  folder = names.find_folder(wanted, data_dir)
+  folder = names.find_version_folder(wanted, data_dir)
   if folder:
     return tfds.builder_from_directory(folder)
   try:
     tfds.builder_cls(wanted.name)
   except ValueError as error:  # Not found, or no name that code can have.
-    raise errors.UserError(names.unknown(wanted, data_dir)) from error
-  return tfds.builder(str(wanted), data_dir=os.fspath(names.root(data_dir)))
+    raise errors.UserError(names.explain_unknown(wanted, data_dir)) from error
+  return tfds.builder(
+    str(wanted), data_dir=os.fspath(names.data_folder(data_dir))
+  )
 
 
 def is_prepared(task: Task) -> bool:
@@ -119,17 +121,17 @@ def open_builder(task: Task) -> Any:
 
 def prepare_command(*tasks: Task) -> str:
   """The shell command that prepares the datasets of tasks in one folder."""
-  return _command([task.dataset for task in tasks], tasks[0].data_dir)
+  return _prepare_command([task.dataset for task in tasks], tasks[0].data_dir)
 
 
-def _command(datasets: Iterable[str], data_dir: str | None) -> str:
+def _prepare_command(datasets: Iterable[str], data_dir: str | None) -> str:
   command = ["python", "-m", "vqt_jax.data.prepare", *dict.fromkeys(datasets)]
   if data_dir:
     command += ["--data_dir", data_dir]
   return shlex.join(command)
 
 
-def repair(
+def repair_advice(
   dataset: str, data_dir: str | None, place: os.PathLike, what: str
 ) -> str:
   """A sentence on what to do about damaged files; none is to delete them.
@@ -140,9 +142,9 @@ def repair(
     place: where the dataset lies.
     what: to do where the files are all there is: TFDS cannot make them again.
   """
-  if not names.of_tfds(dataset.partition("/")[0]):
+  if not names.is_tfds_name(dataset.partition("/")[0]):
     return what
-  command = _command([dataset], data_dir)
+  command = _prepare_command([dataset], data_dir)
   return f"Move {os.fspath(place)} away, and prepare it again with: {command}"
 
 
@@ -222,7 +224,7 @@ def split_size(builder: Any, task: Task, split: str) -> int:
   return count
 
 
-def are_rows_of(task: Task, parts: Iterable[str], whole: str) -> bool:
+def is_concatenation(task: Task, parts: Iterable[str], whole: str) -> bool:
   """Whether some splits, one after another, are another one, row by row."""
   splits = open_builder(task).info.splits
 
@@ -243,7 +245,7 @@ def are_rows_of(task: Task, parts: Iterable[str], whole: str) -> bool:
   return rows(parts) == rows([whole])
 
 
-def fingerprint(task: Task, split: str) -> dict[str, Any]:
+def images_fingerprint(task: Task, split: str) -> dict[str, Any]:
   """What decides the images of a split, json-able: files, and rows of them.
 
   Files are known by name, size and time of change; labels play no part.
@@ -264,7 +266,7 @@ def fingerprint(task: Task, split: str) -> dict[str, Any]:
   }
 
 
-def identity(task: Task) -> dict[str, Any]:
+def dataset_identity(task: Task) -> dict[str, Any]:
   """What decides a task's examples, the same of every copy of the dataset.
 
   Returns:
@@ -337,10 +339,10 @@ def _damaged(
   wanted: names.Request, data_dir: str | None, error: Exception
 ) -> str:
   """Tells that what describes the dataset cannot be read."""
-  place = names.root(data_dir) / wanted.name
+  place = names.data_folder(data_dir) / wanted.name
   advice = "Make it readable."
   if not isinstance(error, PermissionError):
-    advice = repair(
+    advice = repair_advice(
       wanted.dataset,
       data_dir,
       place,

@@ -66,7 +66,7 @@ class Request:
     return f"{self.dataset}:{self.version}"
 
 
-def parse(text: str) -> Request:
+def parse_request(text: str) -> Request:
   """Takes a request apart; without a version it is for the newest.
 
   Raises:
@@ -79,11 +79,11 @@ def parse(text: str) -> Request:
       f"{text!r} is a dataset of another hub or site, which is not read from"
       " here: expected a VTAB-1k task, a name in TFDS, or a folder in"
       " data_dir."
-      + (f" TFDS has {last!r}." if of_tfds(last) else "")
+      + (f" TFDS has {last!r}." if is_tfds_name(last) else "")
       + f" Another dataset can be written to data_dir {_HOW}"
     )
   if hub == "gs" or text.startswith(("/", ".", "~")):
-    raise errors.UserError(_about_path(text))
+    raise errors.UserError(_explain_path(text))
   found = _REQUEST.fullmatch(text)
   if not found:
     raise errors.UserError(
@@ -94,41 +94,45 @@ def parse(text: str) -> Request:
   return Request(name, config or "", NEWEST if version is None else version)
 
 
-def find_folder(request: Request, data_dir: str | None) -> epath.Path | None:
+def find_version_folder(
+  request: Request, data_dir: str | None
+) -> epath.Path | None:
   """The folder of the newest version that is meant, or None.
 
   Raises:
     UserError: the version is none.
   """
   if not _VERSION.fullmatch(request.version):
-    explain = _no_version if of_tfds(request.name) else unknown
+    explain = (
+      _explain_no_version if is_tfds_name(request.name) else explain_unknown
+    )
     raise errors.UserError(explain(request, data_dir))
-  folder = root(data_dir) / request.name / request.config
-  meant = _meant(_versions(folder), request)
+  folder = data_folder(data_dir) / request.name / request.config
+  meant = _matching(_versions_in(folder), request)
   if not meant:
     return None
   folder /= str(meant[-1])
   return folder if (folder / "features.json").exists() else None
 
 
-def of_tfds(name: str) -> bool:
+def is_tfds_name(name: str) -> bool:
   """Whether a dataset of that name can be prepared (again)."""
   known = tfds.list_builders(with_community_datasets=False)
   return name == DIGITS or name in known
 
 
-def root(data_dir: str | None) -> epath.Path:
+def data_folder(data_dir: str | None) -> epath.Path:
   """The TFDS folder; None is TFDS's own."""
   folder = data_dir or tfds.core.constants.DATA_DIR
   return epath.Path(os.path.expanduser(folder))
 
 
-def unknown(request: Request, data_dir: str | None) -> str:
+def explain_unknown(request: Request, data_dir: str | None) -> str:
   """Tells that there is no such dataset, and which one was perhaps meant."""
-  place = root(data_dir) / request.name
+  place = data_folder(data_dir) / request.name
   if place.is_dir():
-    return _not_in(place, request, data_dir)
-  near = _near(request.name, data_dir)
+    return _explain_not_in(place, request, data_dir)
+  near = _suggest_names(request.name, data_dir)
   return (
     f"Unknown task or dataset {request.dataset!r}: expected a VTAB-1k task, a"
     f" name in TFDS, or a folder in data_dir ({data_dir or 'not given'})."
@@ -136,9 +140,11 @@ def unknown(request: Request, data_dir: str | None) -> str:
   )
 
 
-def unusable(request: Request, data_dir: str | None, error: Exception) -> str:
+def explain_unusable(
+  request: Request, data_dir: str | None, error: Exception
+) -> str:
   """Tells what TFDS dislikes about a request: its config, or its version."""
-  if of_tfds(request.name):
+  if is_tfds_name(request.name):
     configs = tfds.builder_cls(request.name).builder_configs
     if request.config and request.config not in configs:
       known = ", ".join(configs) or "none"
@@ -146,18 +152,18 @@ def unusable(request: Request, data_dir: str | None, error: Exception) -> str:
         f"Dataset {request.name!r} has no config {request.config!r}. Its"
         f" configs: {known}."
       )
-    if not _meant(_made_by_tfds(request), request):
-      return _no_version(request, data_dir)
+    if not _matching(_tfds_versions(request), request):
+      return _explain_no_version(request, data_dir)
   lines = str(error).strip().splitlines() or [type(error).__name__]
   reason = lines[0].rpartition('}": ')[2].rstrip(".")
   return f"Dataset {request.dataset!r} cannot be used: {reason}."
 
 
-def _about_path(text: str) -> str:
+def _explain_path(text: str) -> str:
   path = epath.Path(os.path.expanduser(text))
   with contextlib.suppress(OSError):
     if not files.in_bucket(path) and (image := _first_image(path)):
-      return _folder_of_images(path, image)
+      return _explain_images(path, image)
   if tfds.core.Version.is_valid(path.name):
     path = path.parent
   return (
@@ -167,19 +173,21 @@ def _about_path(text: str) -> str:
   )
 
 
-def _not_in(place: epath.Path, request: Request, data_dir: str | None) -> str:
+def _explain_not_in(
+  place: epath.Path, request: Request, data_dir: str | None
+) -> str:
   """Tells what a folder holds instead of the dataset that is asked for."""
   name = request.name
-  versions = _versions(place / request.config)
-  if versions and not _meant(versions, request):
-    return _no_version(request, data_dir)
+  versions = _versions_in(place / request.config)
+  if versions and not _matching(versions, request):
+    return _explain_no_version(request, data_dir)
   if not versions:
-    configs = [path.name for path in place.iterdir() if _versions(path)]
+    configs = [path.name for path in place.iterdir() if _versions_in(path)]
     if configs:
       listed = ", ".join(f"{name}/{config}" for config in sorted(configs))
       return f"Dataset {request.dataset!r} is not in {place}. There: {listed}."
     if image := _first_image(place):
-      return _folder_of_images(place, image)
+      return _explain_images(place, image)
   return (
     f"No dataset {str(request)!r} in {place}: expected"
     f" {name}/[config/]version/ with dataset_info.json and features.json, as"
@@ -187,11 +195,11 @@ def _not_in(place: epath.Path, request: Request, data_dir: str | None) -> str:
   )
 
 
-def _no_version(request: Request, data_dir: str | None) -> str:
+def _explain_no_version(request: Request, data_dir: str | None) -> str:
   listed = lambda versions: ", ".join(map(str, versions)) or "none"
-  folder = root(data_dir)
-  here = _versions(folder / request.name / request.config)
-  made = _made_by_tfds(request)
+  folder = data_folder(data_dir)
+  here = _versions_in(folder / request.name / request.config)
+  made = _tfds_versions(request)
   return (
     f"Dataset {request.dataset!r} has no version {request.version!r}. In"
     f" {folder}: {listed(here)}"
@@ -200,9 +208,9 @@ def _no_version(request: Request, data_dir: str | None) -> str:
   )
 
 
-def _made_by_tfds(request: Request) -> list[Any]:
+def _tfds_versions(request: Request) -> list[Any]:
   """The versions that TFDS's code makes, newest first."""
-  if not of_tfds(request.name):
+  if not is_tfds_name(request.name):
     return []
   cls = tfds.builder_cls(request.name)
   configs = cls.builder_configs
@@ -214,7 +222,7 @@ def _made_by_tfds(request: Request) -> list[Any]:
   return sorted(found, reverse=True)
 
 
-def _versions(folder: epath.Path) -> list[Any]:
+def _versions_in(folder: epath.Path) -> list[Any]:
   """The versions whose folders are in a folder, oldest first."""
   is_version = tfds.core.Version.is_valid
   with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -223,18 +231,18 @@ def _versions(folder: epath.Path) -> list[Any]:
   return []
 
 
-def _meant(versions: list[Any], request: Request) -> list[Any]:
+def _matching(versions: list[Any], request: Request) -> list[Any]:
   """Those of some versions that are asked for."""
   if not _VERSION.fullmatch(request.version):
     return []
   return [each for each in versions if each.match(request.version)]
 
 
-def _near(name: str, data_dir: str | None) -> str:
+def _suggest_names(name: str, data_dir: str | None) -> str:
   """A sentence with names that look like that one, nearest first, or none."""
   known = {*vtab.VTAB, *vtab.OFFICIAL_NAMES, DIGITS}
   known.update(tfds.list_builders(with_community_datasets=False))
-  folder = root(data_dir)
+  folder = data_folder(data_dir)
   if folder.is_dir():
     known.update(path.name for path in folder.iterdir() if path.is_dir())
   near = difflib.get_close_matches(name, sorted(known), n=5, cutoff=0.5)
@@ -257,7 +265,7 @@ def _first_image(folder: epath.Path) -> epath.Path | None:
   return None
 
 
-def _folder_of_images(folder: epath.Path, image: epath.Path) -> str:
+def _explain_images(folder: epath.Path, image: epath.Path) -> str:
   return (
     f"{folder} holds images ({image.relative_to(folder)}, ...), not a dataset"
     f" that TFDS wrote: write them as one {_HOW}"

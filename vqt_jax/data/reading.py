@@ -248,7 +248,9 @@ def _where(
 
 
 def _repair(task: Task, builder: Any, what: str) -> str:
-  return builders.repair(task.dataset, task.data_dir, builder.data_path, what)
+  return builders.repair_advice(
+    task.dataset, task.data_dir, builder.data_path, what
+  )
 
 
 def _reason(error: Exception) -> str:

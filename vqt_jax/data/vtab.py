@@ -267,7 +267,7 @@ OFFICIAL_NAMES: dict[str, str] = {
 }
 
 
-def find(name: str) -> Task | None:
+def find_task(name: str) -> Task | None:
   """The task of that short or official name, or None."""
   name = "".join(name.split()).removeprefix("vtab-").replace("'", '"')
   return VTAB.get(OFFICIAL_NAMES.get(name, name))

@@ -348,7 +348,7 @@ class Examples:
       "weights": self.backbone.digest,
       "vit": dataclasses.asdict(self.backbone.config),
       "decoding": self._decoding,
-      "data": data.fingerprint(self.task, base),
+      "data": data.images_fingerprint(self.task, base),
     }
 
   def _load_images(self, base: str, why: str) -> dict[str, jax.Array]:
@@ -383,7 +383,7 @@ def base_of(task: data.Task, split: str) -> str:
     return split
   splits = task.splits
   both = f"{splits['train']}+{splits['val']}"
-  if splits["trainval"] != both and not data.are_rows_of(
+  if splits["trainval"] != both and not data.is_concatenation(
     task, ("train", "val"), "trainval"
   ):
     return split

@@ -77,7 +77,7 @@ def _results(context, found, candidates, test, seconds, peak) -> dict[str, Any]:
     "image_size": list(c.image_size),
     "value_range": context.backbone.value_range,
     "resize": context.config.resize,
-    "data": data.identity(context.task),
+    "data": data.dataset_identity(context.task),
     "protocol": context.config.protocol,
     "batch_size": context.config.batch_size,  # config.lr is per 256 images.
     "test_accuracy": tested[-1]["test_accuracy"],
