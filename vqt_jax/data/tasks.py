@@ -79,7 +79,7 @@ def _tfds_task(
   num_classes: int | None,
 ) -> Task:
   """A task on any TFDS dataset, its features taken from the dataset itself."""
-  request = str(names.parse_request(name))
+  request = str(names.parse_request(name, data_dir))
   info = builders.find_builder(request, data_dir).info
   if not isinstance(info.features, tfds.features.FeaturesDict):
     raise errors.UserError(
