@@ -84,7 +84,7 @@ def _place(mesh, path, leaf):
   name = getattr(path[-1], "key", None)
   sharding = NamedSharding(mesh, spec.get(name, P()))
   if name in spec:
-    sharding = mesh_lib.in_order(sharding, leaf.ndim)
+    sharding = mesh_lib.row_major(sharding, leaf.ndim)
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
@@ -256,7 +256,7 @@ def _spread(batch):
 
 
 def _params(config, dtype):
-  """Random weights, matrices in `dtype`, as of `parallel.place_backbone`."""
+  """Random weights, matrices in `dtype`, as of `sharding.place_backbone`."""
   params = vit.init_params(config, jax.random.key(1))
 
   def cast(path, leaf):

@@ -47,7 +47,7 @@ WHERE = ("call", "step", "block")  # By how many loops are around.
 
 
 def slice_mesh(topology: str, model: int) -> jax.sharding.Mesh:
-  """The mesh of `parallel.make_mesh`, of a slice that need not be there."""
+  """The mesh of `mesh.make_mesh`, of a slice that need not be there."""
   try:
     devices = topologies.get_topology_desc(
       platform="tpu", topology_name=topology

@@ -41,7 +41,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     data_dir="",
     preset="",
   )
-  task = vtab.find(args["task"])
+  task = vtab.find_task(args["task"])
   if task:
     args["task"] = task.name
 

@@ -7,7 +7,6 @@ import signal
 import tempfile
 import types
 
-import gcsfs.retry
 import pytest
 
 import main
@@ -18,7 +17,7 @@ from vqt_jax import UserError
 from vqt_jax import compare
 from vqt_jax import tuned
 from vqt_jax.runtime import files
-from vqt_jax.runtime import growing as growing_lib
+from vqt_jax.runtime import mirror as mirror_lib
 from vqt_jax.training import metrics
 from vqt_jax.training import preemption
 
@@ -136,7 +135,7 @@ def impatient(monkeypatch):
     del seconds
 
   instant = types.SimpleNamespace(sleep=sleep)
-  monkeypatch.setattr(gcsfs.retry, "asyncio", instant)
+  monkeypatch.setattr("gcsfs.retry.asyncio", instant)
 
 
 def refusal(capfd, material, workdir):
@@ -178,45 +177,46 @@ def test_no_bucket_of_google(place):
 @pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
 def test_files(server):
   folder = files.path("gs://bucket/a")
-  assert not files.exists(folder) and files.names(folder) == []
+  assert not files.exists(folder) and files.list_names(folder) == []
   with pytest.raises(FileNotFoundError):
     files.read(folder / "b.json")
   large = bytes(range(256)) * 25_000  # More than is sent at once.
   for content in (b"old", b"", large):
     files.write(folder / "b.json", content)
     assert files.read(folder / "b.json") == content
-  with files.as_file(folder / "b.json") as copy:
+  with files.local_copy(folder / "b.json") as copy:
     assert copy.read_bytes() == large
   files.write_folder(folder / "c", {"d": b"1", "e": b"2"})
-  assert files.names(folder) == ["b.json", "c"]
+  assert files.list_names(folder) == ["b.json", "c"]
   assert server.written[-2:] == ["a/c/d", "a/c/e"]
   server.objects["a/f"] = b"by another machine"
   server.generations["a/f"] = 1
-  assert files.names(folder) == ["b.json", "c", "f"]
-  files.remove(folder / "c")
-  files.remove(folder / "c")
+  assert files.list_names(folder) == ["b.json", "c", "f"]
+  files.remove_folder(folder / "c")
+  files.remove_folder(folder / "c")
   assert sorted(server.objects) == ["a/b.json", "a/f"]
 
 
 def test_a_signal_is_no_failure_of_a_bucket():
   with pytest.raises(preemption.Stopped):
-    with files.reading(WORKDIR):
+    with files.explain_read_errors(WORKDIR):
       raise preemption.Stopped
 
 
-def test_growing(server):
+def test_growing_files(server):
   files.write(files.path("gs://bucket/a/log.txt"), b"1")
-  growing = growing_lib.Growing(files.path("gs://bucket/a"), "log.txt", "other")
-  local = growing.folder
+  place = files.path("gs://bucket/a")
+  mirror = mirror_lib.MirroredFolder(place, "log.txt", "other")
+  local = mirror.folder
   (local / "deep").mkdir()
   (local / "deep" / "b").write_bytes(b"b")
-  growing.copy(after=0)
+  mirror.sync(after=0)
   assert server.written == ["a/log.txt", "a/deep/b"]
   with open(local / "log.txt", "ab") as log:
     log.write(b"2")
-  growing.copy()  # Too soon.
+  mirror.sync()  # Too soon.
   assert server.objects["a/log.txt"] == b"1"
-  growing.close()
+  mirror.close()
   assert server.written[2:] == ["a/log.txt"]
   assert server.objects["a/log.txt"] == b"12"
   assert not local.exists()

@@ -571,7 +571,7 @@ def test_public_table():
   ],
 )
 def test_public_name(name, address, variant, size, pool):
-  known = PUBLIC[public.find(name)]
+  known = PUBLIC[public.find_name(name)]
   assert known.address == address
   assert (known.variant, known.image_size, known.pool_type) == (
     variant,
@@ -757,9 +757,9 @@ def test_unknown_choice(field, value, message):
 def test_every_single_leaf_is_missed(name, tmp_path):
   path, _, subtree = source(name).partition(":")
   arrays = read(path)
-  picked = names_lib.select(arrays, subtree, name)
+  picked = names_lib.select_model(arrays, subtree, name)
   leaves = {new: arrays[old] for new, old in picked.items()}
-  present = {old: new for new, old in names_lib.rename(leaves).items()}
+  present = {old: new for new, old in names_lib.map_to_present(leaves).items()}
   # What each of these decides is read from them alone.
   deciding = {"cls", "pos_embedding"}
   for lost in leaves:

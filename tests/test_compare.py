@@ -222,13 +222,13 @@ def test_settings_are_spread_evenly(count, rates):
 
 
 def test_peak_memory():
-  peak = memory.Peak()
+  peak = memory.PeakMemory()
   held = np.ones(2**25)  # 256 MiB
   high = peak.bytes()
   assert high >= peak.start + 0.9 * held.nbytes
   del held
   assert peak.bytes() >= high
-  again = memory.Peak()
+  again = memory.PeakMemory()
   assert again.bytes() < high - 2**27
   again.include(2 * high)  # What was found before the run was resumed.
   assert again.bytes() == 2 * high
@@ -238,8 +238,8 @@ def test_the_mark_of_an_earlier_run_is_not_taken_for_this_ones(monkeypatch):
   marks = {"bytes_in_use": 5, "peak_bytes_in_use": 100}
   device = type("Device", (), {"memory_stats": lambda self: marks})
   monkeypatch.setattr(memory.jax, "local_devices", lambda: [device()])
-  monkeypatch.setattr(memory, "_forget", lambda: False)
-  peak = memory.Peak()
+  monkeypatch.setattr(memory, "_reset_peak", lambda: False)
+  peak = memory.PeakMemory()
   assert (peak.start, peak.bytes()) == (5, None)
   marks["peak_bytes_in_use"] = 120
   assert peak.bytes() == 120

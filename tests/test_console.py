@@ -57,11 +57,11 @@ def clock(monkeypatch):
 
 def train(console, clock, seconds, epochs=100):
   """A phase that takes `seconds` per epoch."""
-  with console.phase("sweep", epochs, detail="20 settings") as phase:
+  with console.progress("sweep", epochs, detail="20 settings") as line:
     for epoch in range(1, epochs + 1):
       clock.now += seconds
-      phase.update(epoch, loss=0.5, accuracy=0.615, images_per_second=3120.4)
-    phase.summary = "best val 61.5 %"
+      line.update(epoch, loss=0.5, accuracy=0.615, images_per_second=3120.4)
+    line.summary = "best val 61.5 %"
 
 
 def test_a_pipe_gets_plain_lines_now_and_then(clock):
@@ -98,21 +98,23 @@ def test_a_phase_of_many_units_says_soon_how_long_it_will_take(clock):
 
 
 def test_the_speed_of_a_phase_is_that_after_its_first_update(clock):
-  phase = console_lib.Console(io.StringIO()).phase("extract", 100, "image")
-  with phase as line:
-    assert line.measured() is None
+  progress = console_lib.Console(io.StringIO()).progress(
+    "extract", 100, "image"
+  )
+  with progress as line:
+    assert line.start_and_pace() is None
     clock.now += 9  # Compiles.
     line.update(10)
-    assert line.measured() == (0.0, 0.9)
+    assert line.start_and_pace() == (0.0, 0.9)
     clock.now += 4
     line.update(30)
-    assert line.measured() == (9.0, 0.2)
+    assert line.start_and_pace() == (9.0, 0.2)
 
 
 def test_nothing_is_said_of_a_phase_that_fails(clock):
   stream = io.StringIO()
   with pytest.raises(KeyError):
-    with console_lib.Console(stream).phase("sweep", 3):
+    with console_lib.Console(stream).progress("sweep", 3):
       raise KeyError
   assert stream.getvalue() == ""
 
@@ -121,11 +123,11 @@ def test_a_terminal_gets_one_live_line_that_ends_as_a_plain_one(
   terminal, clock
 ):
   stream, console = terminal(100)
-  with console.phase("seeds", 100) as phase:
+  with console.progress("seeds", 100) as line:
     clock.now += 5
-    phase.update(1, loss=0.5, accuracy=0.615, images_per_second=3120.4)
+    line.update(1, loss=0.5, accuracy=0.615, images_per_second=3120.4)
     clock.now += 49
-    phase.update(50, loss=0.5, accuracy=0.615, images_per_second=3120.4)
+    line.update(50, loss=0.5, accuracy=0.615, images_per_second=3120.4)
     console.note("said meanwhile")
   lines = stream.lines()
   assert "\n" not in stream.getvalue().split("said meanwhile")[0]
@@ -140,10 +142,12 @@ def test_a_terminal_gets_one_live_line_that_ends_as_a_plain_one(
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 120])
 def test_the_live_line_fits(terminal, clock, width):
   stream, console = terminal(width)
-  with console.phase("sweep", 100, detail="20 settings x 100 epochs") as phase:
-    phase.update(1)
+  with console.progress(
+    "sweep", 100, detail="20 settings x 100 epochs"
+  ) as line:
+    line.update(1)
     clock.now += 1
-    phase.update(99, loss=0.5, accuracy=0.615, images_per_second=3120.4)
+    line.update(99, loss=0.5, accuracy=0.615, images_per_second=3120.4)
   *live, _ = stream.lines()
   assert live and max(map(len, live)) <= width
   if width >= 80:
@@ -209,7 +213,7 @@ def test_a_full_disk_or_a_closed_stream_does_not_stop_a_run(
   saved, full = os.dup(2), os.open("/dev/full", os.O_WRONLY)
   os.dup2(full, 2)
   try:
-    with logfile.quiet(tmp_path / "log.txt") as screen:
+    with logfile.redirect_output(tmp_path / "log.txt") as screen:
       print("nobody reads this", file=screen)
       console_lib.Console().note("nor this")
   finally:
@@ -223,7 +227,7 @@ def test_a_full_disk_or_a_closed_stream_does_not_stop_a_run(
 def test_noise_goes_to_the_log_and_the_console_to_the_screen(tmp_path, capfd):
   log = tmp_path / "log.txt"
   before = logging.root.handlers
-  with warnings.catch_warnings(action="always"), logfile.quiet(log):
+  with warnings.catch_warnings(action="always"), logfile.redirect_output(log):
     print("printed")
     print("to stderr", file=sys.stderr)
     os.write(1, b"C++ to stdout\n")

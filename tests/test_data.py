@@ -106,22 +106,22 @@ def test_tensorflow_sees_no_accelerator(task):
 
 
 def test_an_identity_is_that_of_every_copy(task, data_dir, tmp_path):
-  found = data.identity(task)
+  found = data.dataset_identity(task)
   assert found["dataset"].startswith("numbered/") and found["num_classes"] == 7
   assert found["splits"]["val"] == {"slices": "train[:5]", "images": 5}
   assert list(found["splits"]) == list(data.SPLITS)
   copy = tmp_path / "copy"
   shutil.copytree(data_dir, copy, copy_function=shutil.copy)  # Of now.
   again = dataclasses.replace(task, data_dir=str(copy))
-  assert data.identity(again) == found
+  assert data.dataset_identity(again) == found
   (info,) = copy.rglob("dataset_info.json")
   text = info.read_text()
   assert '"numBytes": "' in text
   info.write_text(text.replace('"numBytes": "', '"numBytes": "1', 1))
-  assert data.identity(again) == found | {
-    "sha256": data.identity(again)["sha256"]
+  assert data.dataset_identity(again) == found | {
+    "sha256": data.dataset_identity(again)["sha256"]
   }
-  assert data.identity(again)["sha256"] != found["sha256"]
+  assert data.dataset_identity(again)["sha256"] != found["sha256"]
 
 
 # Tasks by name.
@@ -290,7 +290,7 @@ def test_folder_without_metadata(tmp_path):
 def test_splits_that_are_parts_of_another(data_dir, train, val, trainval, same):
   splits = {"train": train, "val": val, "trainval": trainval}
   task = tasks.make_task("numbered", data_dir=str(data_dir), splits=splits)
-  assert data.are_rows_of(task, ("train", "val"), "trainval") == same
+  assert data.is_concatenation(task, ("train", "val"), "trainval") == same
 
 
 def test_formats_that_tensorflow_does_not_read(data_dir, tmp_path):

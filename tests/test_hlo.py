@@ -8,6 +8,7 @@ from benchmarks import cases
 from tests import helpers
 import vqt_jax
 from vqt_jax.features import store
+from vqt_jax.models import sharding as sharding_lib
 from vqt_jax.models import vit
 from vqt_jax.planning import cost
 from vqt_jax.planning import hlo
@@ -202,7 +203,7 @@ def test_extraction_exchanges_features_once():
   config = helpers.tiny_config(image_size=(16, 16))
   layout = store.Layout(config, True, "float32", mesh)
   params = vit.param_shapes(config)
-  params = mesh_lib.backbone_shapes(params, mesh, "float32")
+  params = sharding_lib.backbone_shapes(params, mesh, "float32")
   images = jax.ShapeDtypeStruct(
     (16, 16, 16, 3), jnp.float32, sharding=mesh_lib.batch_sharding(mesh)
   )

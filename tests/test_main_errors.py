@@ -14,10 +14,11 @@ from vqt_jax import cli
 from vqt_jax import errors
 from vqt_jax.config import fields
 from vqt_jax.config import values
-from vqt_jax.runtime import processes
+from vqt_jax.runtime import devices
 from vqt_jax.training import preemption
 
 CONFIG = "--config=configs/vtab_cifar.py"
+SAID = "It's over; see the log."
 ROOT = os.path.dirname(os.path.abspath(main.__file__))
 
 
@@ -94,9 +95,9 @@ def test_shipped_configs_are_found_from_anywhere(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   "plugin, given, expected",
   [
-    ("xla_cuda13", "", processes.GPU_FLAGS),
+    ("xla_cuda13", "", devices.GPU_FLAGS),
     # The last one wins.
-    ("xla_cuda13", "--a=1", f"{processes.GPU_FLAGS} --a=1"),
+    ("xla_cuda13", "--a=1", f"{devices.GPU_FLAGS} --a=1"),
     ("xla_cuda13", "flags.txt", "flags.txt"),
     ("other", "--a=1", "--a=1"),
   ],
@@ -148,7 +149,7 @@ def test_devices_that_are_not_there(
 
   monkeypatch.delenv("JAX_PLATFORMS", raising=False)
   monkeypatch.setenv(name, value)
-  monkeypatch.setattr(processes.jax, "devices", fail)
+  monkeypatch.setattr(devices.jax, "devices", fail)
   for place in (f"--workdir={tmp_path / 'run'}", "--plan=here"):
     status, said = run(capsys, CONFIG, place)
     assert status == 2 and found in said and said.count("\n") == 1
@@ -235,19 +236,19 @@ def test_an_interrupted_run_promises_no_save(capfd, tmp_path, train):
   "end, words",
   [
     ("", ""),
-    ("os.abort()", "error: It's over; see the log.\n"),
-    ("os.kill(os.getpid(), 9)", "error: It's over; see the log.\n"),
+    ("os.abort()", f"error: {SAID}\n"),
+    ("os.kill(os.getpid(), 9)", f"error: {SAID}\n"),
   ],
 )
-def test_last_words(tmp_path, end, words):
+def test_a_killed_process_is_told_of(tmp_path, end, words):
   """Of a process that dies in C++ code, or is killed, another one tells."""
   log = tmp_path / "log.txt"
   program = (
     "import os\n"
     "from vqt_jax.runtime import logfile\n"
-    f"with logfile.quiet({str(log)!r}) as screen:\n"
-    '  with logfile.last_words(screen, "It\'s over; see the log."):\n'
-    f"    {end or 'pass'}\n"
+    f"path, words = {str(log)!r}, {SAID!r}\n"
+    "with logfile.redirect_output(path, if_killed=words):\n"
+    f"  {end or 'pass'}\n"
   )
   done = subprocess.run(  # Ends when nobody holds its standard error any more.
     [sys.executable, "-c", program],
@@ -264,9 +265,9 @@ def test_closed_streams(tmp_path):
   program = (
     "import os, sys\n"
     "from vqt_jax.runtime import logfile\n"
-    "logfile.open_streams()\n"
+    "logfile.reopen_closed_streams()\n"
     "file = open(sys.argv[1], 'w')\n"
-    "with logfile.quiet(sys.argv[2]):\n"
+    "with logfile.redirect_output(sys.argv[2]):\n"
     "  print('printed')\n"
     "  os.write(2, b'written')\n"
     "print('to nobody')\n"

@@ -139,8 +139,8 @@ def test_nothing_is_said_of_an_exchange_after_it():
     "i, port = sys.argv[1:]\n"
     "processes.connect('localhost:' + port, 2, int(i))\n"
     "print(processes.any_process(i == '1'), flush=True)\n"
-    "least = processes.all_reduce_min(0.5 + int(i))\n"
-    "print(processes.any_process(False), least)\n"
+    "print(processes.any_process(False))\n"
+    "print(processes.all_reduce_min(0.5 + int(i)))\n"
   )
   with socket.create_server(("localhost", 0)) as server:
     port = server.getsockname()[1]
@@ -158,7 +158,7 @@ def test_nothing_is_said_of_an_exchange_after_it():
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     assert "[Gloo]" in said
-    assert said.endswith("True\nFalse 0.5\n")
+    assert said.endswith("True\nFalse\n0.5\n")
 
 
 def test_four_processes(material, alone, tmp_path):
@@ -235,7 +235,7 @@ def test_what_platforms_tell(monkeypatch, told, installed, found):
   monkeypatch.setattr(processes_lib.importlib.util, "find_spec", spec)
   for name, value in told.items():
     monkeypatch.setenv(name, value)
-  method = processes_lib.platform()
+  method = processes_lib.detect_cluster()
   if method is not None:
     method = method.get("cluster_detection_method", "")
   assert method == found
@@ -247,12 +247,12 @@ def test_who_waits_for_nobody_is_told(monkeypatch, capfd, coordinator):
   said = []
 
   @contextlib.contextmanager
-  def last_words(screen, words):
-    said.append(words)
-    yield
+  def redirect_output(path, if_killed):
+    said.append(if_killed)
+    yield sys.stderr
 
   monkeypatch.setattr(cli, "LONG_SECONDS", 0)
-  monkeypatch.setattr(logfile, "last_words", last_words)
+  monkeypatch.setattr(logfile, "redirect_output", redirect_output)
   monkeypatch.setattr(processes_lib, "connect", lambda *args: time.sleep(0.2))
   cli._join(
     types.SimpleNamespace(
@@ -281,7 +281,7 @@ def test_libtpu_without_a_tpu_is_no_cluster(monkeypatch, error):
 
   monkeypatch.setattr(processes_lib.jax.distributed, "initialize", fail)
   method = {"cluster_detection_method": "gcetpu"}
-  monkeypatch.setattr(processes_lib, "platform", lambda: method)
+  monkeypatch.setattr(processes_lib, "detect_cluster", lambda: method)
   assert not processes_lib.connect(None)
   with pytest.raises(errors.UserError, match="cluster|Cannot join"):
     processes_lib.connect("auto")

@@ -301,10 +301,10 @@ def test_two_runs_in_one_workdir(tmp_path, monkeypatch):
   config = fields.default_config()
   workdir = tmp_path / "run"
   workdir.mkdir()
-  (workdir / locks.LOCK).write_text("of a process that was killed")
+  (workdir / locks.LOCK_NAME).write_text("of a process that was killed")
   with workdir_lib.open_workdir(config, workdir):
     before = runs.files(workdir)
-    assert f"process {os.getpid()} on " in before[locks.LOCK].decode()
+    assert f"process {os.getpid()} on " in before[locks.LOCK_NAME].decode()
     config.init = "other.npz"
     for again in (workdir, workdir / ".." / "run"):
       said = elsewhere(opened, config, again)

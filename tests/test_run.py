@@ -306,7 +306,7 @@ def test_digits(material, tmp_path, capfd):
 def test_a_second_run_leaves_the_first_one_alone(material, tmp_path, capfd):
   argv = runs.command(material, tmp_path / "run")
   elsewhere = lambda *call: contextvars.Context().run(*call)
-  with locks.alone_in(tmp_path / "run"):
+  with locks.lock_folder(tmp_path / "run"):
     before = runs.files(tmp_path)
     assert elsewhere(main.main, argv) == 2
     said = capfd.readouterr().err

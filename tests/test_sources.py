@@ -18,8 +18,8 @@ from vqt_jax.checkpoints import containers
 from vqt_jax.checkpoints import download
 from vqt_jax.checkpoints import load_backbone
 from vqt_jax.checkpoints import public
-from vqt_jax.checkpoints import sources
 from vqt_jax.models import vit_config
+from vqt_jax.runtime import locks
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "bigvision"
 CONTENT = bytes(range(256)) * 200
@@ -122,7 +122,7 @@ def server(monkeypatch):
 
 
 def fetch(server, cache, path="/ckpt.npz", **kwargs):
-  return sources.fetch(server.address + path, cache, **kwargs)
+  return download.fetch(server.address + path, cache, **kwargs)
 
 
 def leftovers(cache):
@@ -141,7 +141,7 @@ def test_downloads_once_and_reports_progress(server, tmp_path):
 
 def test_cache_from_environment(server, tmp_path, monkeypatch):
   monkeypatch.setenv("VQT_JAX_CACHE", str(tmp_path / "cache"))
-  path = sources.fetch(f"{server.address}/ckpt.npz")
+  path = download.fetch(f"{server.address}/ckpt.npz")
   assert path.is_relative_to(tmp_path / "cache")
 
 
@@ -258,31 +258,27 @@ def test_missing_file(server, tmp_path):
 def test_no_server(tmp_path, monkeypatch):
   monkeypatch.setattr(download, "_SECONDS", 0.001)
   with pytest.raises(UserError, match="failed: Cannot connect"):
-    sources.fetch("http://127.0.0.1:9/ckpt.npz", tmp_path)
+    download.fetch("http://127.0.0.1:9/ckpt.npz", tmp_path)
 
 
 def test_unknown_scheme(tmp_path):
   with pytest.raises(UserError, match="https:// or gs://"):
-    sources.fetch("ftp://host/ckpt.npz", tmp_path)
+    download.fetch("ftp://host/ckpt.npz", tmp_path)
 
 
 def test_unwritable_cache(server, tmp_path):
   (tmp_path / "cache").write_text("a file, not a folder")
-  with pytest.raises(UserError, match="cannot be written.*VQT_JAX_CACHE"):
+  with pytest.raises(UserError, match="Cannot write .*VQT_JAX_CACHE"):
     fetch(server, tmp_path / "cache")
 
 
 def test_full_disk(server, tmp_path, monkeypatch):
-  class Full:
-    name = "ckpt.npz.part"
-
-    def write(self, data):
-      raise OSError(28, "No space left on device")
-
+  full = lambda path, wait: open("/dev/full", "wb", buffering=0)
+  monkeypatch.setattr(download.locks, "open_locked", full)
   with pytest.raises(
-    UserError, match="No space left on device. Free some space"
+    UserError, match="No space left on device. Free some space.*cache_dir"
   ):
-    download._write(Full(), b"x")
+    fetch(server, tmp_path)
 
 
 def test_two_downloads_at_once(server, tmp_path):
@@ -308,8 +304,8 @@ def test_a_part_that_goes_while_one_waits_for_it(tmp_path, monkeypatch):
     if len(asked) == 1:
       part.unlink()
 
-  monkeypatch.setattr(download.fcntl, "flock", wait)
-  with download._locked(part) as out:
+  monkeypatch.setattr(locks.fcntl, "flock", wait)
+  with locks.open_locked(part, wait=True) as out:
     out.write(b"x")
   assert len(asked) == 2 and part.read_bytes() == b"x"
 
@@ -320,17 +316,17 @@ def test_a_part_that_goes_while_one_waits_for_it(tmp_path, monkeypatch):
 )
 def test_bucket(server, tmp_path, address):
   server.files["/d/x.npz"] = CONTENT
-  path = sources.fetch(address, tmp_path)
+  path = download.fetch(address, tmp_path)
   assert path == tmp_path / "storage.googleapis.com/bucket/d/x.npz"
   assert path.read_bytes() == CONTENT
   server.files.clear()
-  assert sources.fetch(address, tmp_path) == path  # From the cache.
+  assert download.fetch(address, tmp_path) == path  # From the cache.
 
 
 def test_bucket_checksum(server, tmp_path):
   server.headers["Content-MD5"] = base64.b64encode(b"0" * 16).decode()
   with pytest.raises(UserError, match="md5 checksum is not the server's"):
-    sources.fetch("gs://bucket/ckpt.npz", tmp_path)
+    download.fetch("gs://bucket/ckpt.npz", tmp_path)
 
 
 def test_crc32c(tmp_path):
@@ -340,7 +336,7 @@ def test_crc32c(tmp_path):
 
 def test_missing_in_bucket(server, tmp_path):
   with pytest.raises(UserError, match="no file gs://bucket/none.npz"):
-    sources.fetch("gs://bucket/none.npz", tmp_path)
+    download.fetch("gs://bucket/none.npz", tmp_path)
 
 
 def test_bucket_that_cannot_be_reached(tmp_path, monkeypatch, capsys, caplog):
@@ -348,9 +344,9 @@ def test_bucket_that_cannot_be_reached(tmp_path, monkeypatch, capsys, caplog):
     logging.getLogger("gcsfs").exception("noise")
     raise ConnectionError("no route to host")
 
-  monkeypatch.setattr(download, "ask", down)
+  monkeypatch.setattr(download, "_request", down)
   with pytest.raises(UserError, match="cannot be reached: no route to host"):
-    sources.fetch("gs://bucket/x.npz", tmp_path)
+    download.fetch("gs://bucket/x.npz", tmp_path)
   assert not caplog.records and not capsys.readouterr().err
 
 
@@ -360,7 +356,7 @@ def test_folder_in_bucket(server, tmp_path, name):
   for file in folder.rglob("*"):
     if file.is_file():
       server.files[f"/run/{file.relative_to(folder)}"] = file.read_bytes()
-  path = sources.fetch(f"gs://bucket/run/{name}", tmp_path)
+  path = download.fetch(f"gs://bucket/run/{name}", tmp_path)
   assert path.name == "checkpoint.bv-000000005"
   names = containers.leaf_names(path)
   assert "params/embedding/kernel" in names
@@ -408,10 +404,10 @@ def test_public_name_sets_everything(server, tmp_path, monkeypatch):
   ],
 )
 def test_subtree_of_a_source(source, place, subtree):
-  assert sources.split_subtree(source) == (place, subtree)
+  assert containers.split_subtree(source) == (place, subtree)
 
 
 def test_colon_in_an_existing_name_is_no_subtree(tmp_path):
   path = tmp_path / "a:b"
   path.touch()
-  assert sources.split_subtree(str(path)) == (str(path), "")
+  assert containers.split_subtree(str(path)) == (str(path), "")

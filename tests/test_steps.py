@@ -13,6 +13,7 @@ from tests import helpers
 import vqt_jax
 from vqt_jax.features import batches as batches_lib
 from vqt_jax.features import store
+from vqt_jax.models import sharding as sharding_lib
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.runtime import mesh as mesh_lib
 from vqt_jax.training import optim
@@ -103,7 +104,7 @@ class Case:
     self.recipe = recipe or step_lib.StaticSettings(query_dropout=True)
     self.examples = helpers.tiny_examples(self.backbone, 21, 5)
     self.mesh = mesh or single_device_mesh()
-    self.params = mesh_lib.place_backbone(
+    self.params = sharding_lib.place_backbone(
       self.backbone.params, self.mesh, "float32"
     )
     variables = self.tuner.init(jax.random.key(0))
@@ -312,7 +313,7 @@ def test_editors_sharded_equal_single():
 
 def test_backbone_is_sharded_over_model():
   mesh = mesh_lib.make_mesh(4, 2)
-  params = mesh_lib.place_backbone(
+  params = sharding_lib.place_backbone(
     helpers.tiny_backbone().params, mesh, "float32"
   )
   block = params["Transformer"]["encoderblock"]

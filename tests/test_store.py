@@ -27,6 +27,7 @@ from vqt_jax.features import disk
 from vqt_jax.features import examples as examples_lib
 from vqt_jax.features import memory_budget
 from vqt_jax.features import store
+from vqt_jax.models import sharding as sharding_lib
 from vqt_jax.models import tuner
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import mesh as mesh_lib
@@ -44,7 +45,7 @@ class Case:
     backbone = helpers.tiny_backbone()
     mesh = mesh_lib.make_mesh(data, model)
     self.layout = store.Layout(backbone.config, tokens, dtype, mesh)
-    self.params = mesh_lib.place_backbone(backbone.params, mesh, "float32")
+    self.params = sharding_lib.place_backbone(backbone.params, mesh, "float32")
     images = helpers.tiny_examples(backbone, COUNT, 5)["image"]
     self.images = np.pad(images, [(0, 3)] + 3 * [(0, 0)])
     self.started = []
@@ -230,7 +231,7 @@ def test_a_file_that_is_there_needs_no_more_room(material, tmp_path):
     "squares", data_dir=config.data_dir, splits=config.splits
   )
   mesh = mesh_lib.make_mesh(8, 1)
-  params = mesh_lib.place_backbone(backbone.params, mesh, "float32")
+  params = sharding_lib.place_backbone(backbone.params, mesh, "float32")
 
   def examples(method, room):
     made = examples_lib.Examples(
@@ -281,7 +282,7 @@ def test_keys_and_values_where_a_cpu_has_room(material, tmp_path):
       task,
       backbone,
       tuner.make_tuner(method, backbone.config, 3),
-      mesh_lib.place_backbone(backbone.params, mesh, "float32"),
+      sharding_lib.place_backbone(backbone.params, mesh, "float32"),
       mesh,
     )
     made._room = {"device": room, "host": 0, "disk": 10**9}

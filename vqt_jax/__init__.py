@@ -2,13 +2,8 @@
 
 import os
 
-# Before TensorFlow or JAX start: their C++ parts report errors only.
+# Errors only from the C++ code of JAX and TensorFlow, which reads it at import.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# Epath decides once in a process how it gets to buckets: not by TensorFlow, or
-# a local server could not stand in for Google's; and by that class of gcsfs
-# which does not ask over gRPC first what kind of bucket it is.
-os.environ.setdefault("EPATH_USE_TF", "false")
-os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 from vqt_jax.checkpoints import load_backbone
 from vqt_jax.checkpoints import save_npz

@@ -34,7 +34,7 @@ def main() -> int:
     print(vqt_jax.__version__)
     return 0
   if name not in COMMANDS:
-    error = errors.unknown("command", name, COMMANDS)
+    error = errors.unknown_name("command", name, COMMANDS)
     print(f"error: {error}", file=sys.stderr)
     return 2
   module = importlib.import_module(COMMANDS[name])

@@ -52,9 +52,10 @@ from vqt_jax.config import recipes
 from vqt_jax.config import values as values_lib
 from vqt_jax.experiments import train
 from vqt_jax.planning import plan as plan_lib
+from vqt_jax.runtime import devices
 from vqt_jax.runtime import files
-from vqt_jax.runtime import growing
 from vqt_jax.runtime import logfile
+from vqt_jax.runtime import mirror
 from vqt_jax.runtime import numerics
 from vqt_jax.runtime import processes
 from vqt_jax.training import preemption
@@ -102,13 +103,13 @@ def main(argv: Sequence[str]) -> int:
   """
   status = _main(argv)
   if processes.is_connected():
-    processes.leave_together(status)
+    processes.exit_together(status)
   return status
 
 
 def _main(argv: Sequence[str]) -> int:
-  logfile.open_streams()
-  processes.ask_for_determinism()
+  logfile.reopen_closed_streams()
+  devices.set_gpu_flags()
   try:
     values = parse(list(argv))
     if values.help:
@@ -118,17 +119,17 @@ def _main(argv: Sequence[str]) -> int:
   except errors.UserError as e:
     if "--debug" in argv:
       traceback.print_exc()
-    logfile.say(f"error: {e}")
+    logfile.print_to_stderr(f"error: {e}")
     return 2
   except (MemoryError, jax.errors.JaxRuntimeError) as e:
     if "--debug" in argv or not (short := _of_memory(e)):
       raise
-    logfile.say(f"error: {short}")
+    logfile.print_to_stderr(f"error: {short}")
     if processes.is_connected():
-      processes.leave(2)
+      processes.exit_now(2)
     return 2
   except KeyboardInterrupt:
-    logfile.say(f"Interrupted; {RESUMES}")
+    logfile.print_to_stderr(f"Interrupted; {RESUMES}")
     return 130
 
 
@@ -180,8 +181,9 @@ def run(values: flags.FlagValues) -> int:
   status = 0
   with (
     _begin(config, values) as (logs, name),
-    logfile.quiet(logs.folder / name) as screen,
-    logfile.last_words(screen, _crashed(logs.folder / name)),
+    logfile.redirect_output(
+      logs.folder / name, _crashed(logs.folder / name)
+    ) as screen,
     _closing(logs),
   ):
     try:
@@ -196,23 +198,22 @@ def run(values: flags.FlagValues) -> int:
       traceback.print_exc()  # To the log.
       status = 1
   if status == 1:
-    logfile.say(f"error: {_crashed(logs.folder / name)}")
-    processes.leave(1)
+    logfile.print_to_stderr(f"error: {_crashed(logs.folder / name)}")
+    processes.exit_now(1)
   return status
 
 
 def plan(config: ConfigDict, where: str) -> int:
   """Says what a run would need; returns the exit status."""
   with (
-    logfile.quiet(os.devnull) as screen,
-    logfile.last_words(screen, _jax_crashed()),
-    numerics.as_usual(),
+    logfile.redirect_output(os.devnull, _jax_crashed()),
+    numerics.jax_defaults(),
   ):
     return 0 if plan_lib.run(config, where) else 3
 
 
 @contextlib.contextmanager
-def _closing(logs: growing.Growing) -> Iterator[None]:
+def _closing(logs: mirror.MirroredFolder) -> Iterator[None]:
   """Brings a log into its bucket; a run need not fail for want of that."""
   try:
     yield
@@ -239,7 +240,7 @@ def _crashed(log: files.Path) -> str:
 def _jax_crashed() -> str:
   """What to say where JAX dies before there is a log."""
   given = {
-    "XLA_FLAGS": processes.flags_given(),
+    "XLA_FLAGS": devices.given_xla_flags(),
     "LIBTPU_INIT_ARGS": os.environ.get("LIBTPU_INIT_ARGS"),
   }
   flags_of = [f"{name}={value}" for name, value in given.items() if value]
@@ -253,7 +254,7 @@ def _jax_crashed() -> str:
 @contextlib.contextmanager
 def _begin(
   config: ConfigDict, values: flags.FlagValues
-) -> Iterator[tuple[growing.Growing, str]]:
+) -> Iterator[tuple[mirror.MirroredFolder, str]]:
   """Joins the other processes, if any, and opens the workdir.
 
   Yields:
@@ -262,25 +263,22 @@ def _begin(
   if values.coordinator is not None:
     alone = values.coordinator == "none"
   elif values.num_processes is values.process_id is None:
-    alone = processes.platform() is None
+    alone = processes.detect_cluster() is None
   else:
     raise errors.UserError(f"--coordinator is missing. {USAGE}")
   workdir = files.path(values.workdir)
   joined = not alone and _join(values)
-  with (
-    logfile.quiet(os.devnull) as screen,
-    logfile.last_words(screen, _jax_crashed()),
-  ):
-    processes.find_devices()  # Before the workdir is touched.
+  with logfile.redirect_output(os.devnull, _jax_crashed()):
+    devices.find_devices()  # Before the workdir is touched.
   together = processes.raise_on_all if joined else contextlib.nullcontext
   with contextlib.ExitStack() as opened:
-    with logfile.quiet(os.devnull), together():
+    with logfile.redirect_output(os.devnull), together():
       if not joined or processes.is_first():
         name = "log.txt"
         opened.enter_context(workdir_lib.open_workdir(config, workdir))
       else:
         name = f"log_{jax.process_index()}.txt"
-      logs = growing.Growing(workdir, name)
+      logs = mirror.MirroredFolder(workdir, name)
     yield logs, name
 
 
@@ -296,8 +294,7 @@ def _join(values: flags.FlagValues) -> bool:
     f"{alone}"
   )  # Then JAX aborts.
   with (
-    logfile.quiet(os.devnull) as screen,
-    logfile.last_words(screen, nobody),
+    logfile.redirect_output(os.devnull, nobody) as screen,
     _if_long(screen, f"Waiting for the other processes.{alone}"),
   ):
     return processes.connect(
@@ -365,7 +362,7 @@ def _config_file(name: str) -> str:
   known = set(glob.glob(f"{glob.escape(folder)}/*.py"))
   if not known or folder == "configs":
     known.update(f"configs/{file_name}" for file_name in shipped)
-  raise errors.unknown("config file", name, sorted(known))
+  raise errors.unknown_name("config file", name, sorted(known))
 
 
 def _fields() -> str:
@@ -419,7 +416,7 @@ def _unknown_flag(name: str, argv: list[str]) -> errors.UserError:
   near = difflib.get_close_matches(name.replace("-", "_"), known, 1)
   field = known[near[0]] if near else None
   if field is None:
-    return errors.unknown("flag", f"--{name}", [f"--{f}" for f in FLAGS])
+    return errors.unknown_name("flag", f"--{name}", [f"--{f}" for f in FLAGS])
   value = ""
   for arg, following in zip(argv, [*argv[1:], ""]):
     if re.match(f"--?{re.escape(name)}(=|$)", arg):

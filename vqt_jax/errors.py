@@ -1,4 +1,4 @@
-"""The one exception that is the user's to mend, and names near a wrong one."""
+"""The exception for bad input, and suggestions for misspelt names."""
 
 from collections.abc import Callable, Iterable
 import difflib
@@ -18,8 +18,8 @@ class UserError(ValueError):
   """
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-  """An error for a name that is none of the known ones.
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
+  """Make the error for a name that is none of the known ones.
 
   Args:
     kind: what the name should have been, e.g. "method".
@@ -47,15 +47,15 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
   return UserError(message)
 
 
-def names_checked(function: F) -> F:
-  """Decorates a function: a keyword that it lacks is a `UserError`."""
+def check_keywords(function: F) -> F:
+  """Decorate a function to raise a `UserError` for unknown keywords."""
   known = list(inspect.signature(function).parameters)
 
   @functools.wraps(function)
   def checked(*args, **kwargs):
     for name in kwargs:
       if name not in known:
-        raise unknown(f"argument of {function.__name__}", name, known)
+        raise unknown_name(f"argument of {function.__name__}", name, known)
     return function(*args, **kwargs)
 
   return checked

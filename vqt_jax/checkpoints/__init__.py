@@ -1,13 +1,13 @@
 """Pre-trained ViTs in and out: Big Vision and vision_transformer files."""
 
 from vqt_jax.checkpoints.architecture import check_finite
+from vqt_jax.checkpoints.containers import local_path
+from vqt_jax.checkpoints.containers import save_npz
 from vqt_jax.checkpoints.load import load_backbone
 from vqt_jax.checkpoints.load import read_config
 from vqt_jax.checkpoints.positions import check_image_size
-from vqt_jax.checkpoints.positions import size_of
+from vqt_jax.checkpoints.positions import size_from_fields
 from vqt_jax.checkpoints.public import PUBLIC
-from vqt_jax.checkpoints.save import save_npz
-from vqt_jax.checkpoints.sources import local_path
 
 __all__ = [
   "PUBLIC",
@@ -17,5 +17,5 @@ __all__ = [
   "local_path",
   "read_config",
   "save_npz",
-  "size_of",
+  "size_from_fields",
 ]

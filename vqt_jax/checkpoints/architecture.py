@@ -1,4 +1,4 @@
-"""What a checkpoint's leaves tell of the architecture; whether they fit it."""
+"""The architecture that a checkpoint's leaves show, and checks of these."""
 
 import collections
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,8 @@ from vqt_jax.models import vit_config
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Field -> (pattern of a leaf inside a block, axis) that show its value.
+# Field -> (pattern of leaves, axis) whose sizes show its value: inside a block,
+# and outside.
 _BLOCK_SIZES = {
   "width": ((r"LayerNorm_\d/(scale|bias)", -1), (r".*/query/kernel", -3)),
   "mlp_dim": (
@@ -29,19 +30,16 @@ _BLOCK_SIZES = {
   ),
 }
 _TOP_SIZES = {
-  "width": (
-    r"embedding/.*|cls|pos_embedding|Transformer/encoder_norm/.*",
-    -1,
-  ),
+  "width": (r"embedding/.*|cls|pos_embedding|Transformer/encoder_norm/.*", -1),
   "rep_size": (r"pre_logits/(kernel|bias)", -1),
   "num_classes": (r"head/(kernel|bias)", -1),
 }
 _MAX_LINES = 100
 
 
-def foreign(names: Iterable[str]) -> str | None:
-  """What a checkpoint is if it is no plain ViT, as far as its names tell."""
-  tops = {name.partition("/")[0] for name in names}
+def describe_foreign(shapes: Shapes) -> str | None:
+  """Name the kind of a checkpoint that is known not to be a plain ViT."""
+  tops = {name.partition("/")[0] for name in shapes}
   if "conv_root" in tops or "gn_root" in tops:
     return "a hybrid (its patches come from a ResNet)"
   if any(top.startswith("MixerBlock") for top in tops):
@@ -50,30 +48,25 @@ def foreign(names: Iterable[str]) -> str | None:
     return "a text tower; the image tower of such files is under `:img`"
   if "img" in tops and "embedding" not in tops:
     return "a model of several towers; name the ViT in it with `:img`"
-  return None
-
-
-def foreign_shapes(shapes: Shapes) -> str | None:
-  """The same, as far as shapes tell."""
   positions = shapes.get("pos_embedding", ())
   if len(positions) == 3 and positions[0] != 1:
     return "a NaFlex ViT (variable grids)"
   return None
 
 
-def architecture(shapes: Shapes) -> dict[str, Any] | None:
-  """Sizes of the ViT that the leaves add up to.
+def infer_sizes(shapes: Shapes) -> dict[str, Any] | None:
+  """Infer the sizes of a ViT from the shapes of its leaves.
 
   Every leaf that shows a size has a vote, so that a single missing or misshapen
-  one is found to be wrong instead of everything else.
+  leaf is reported as such, and not all the others.
 
   Args:
     shapes: present-day name -> shape.
 
   Returns:
     width, depth, mlp_dim, num_heads, patch_size, rep_size and num_classes as in
-    `vit.ViTConfig`; None if this is no ViT. `patch_size` is None if the leaf
-    that tells it is lost.
+    `vit.ViTConfig`; None if this is not a ViT. `patch_size` is None if its leaf
+    is missing.
   """
   votes = collections.defaultdict(collections.Counter)
   # Kernels first: where a kernel and its bias disagree, the kernel is right.
@@ -86,12 +79,12 @@ def architecture(shapes: Shapes) -> dict[str, Any] | None:
     elif index is None:
       for field, (pattern, axis) in _TOP_SIZES.items():
         if re.fullmatch(pattern, name):
-          votes[field].update(_axis(shape, axis))
+          votes[field].update(_size_along(shape, axis))
       continue
     for field, patterns in _BLOCK_SIZES.items():
       for pattern, axis in patterns:
         if re.fullmatch(pattern, rest):
-          votes[field].update(_axis(shape, axis))
+          votes[field].update(_size_along(shape, axis))
   sizes = {
     field: votes[field].most_common(1)[0][0] for field in votes if votes[field]
   }
@@ -113,18 +106,18 @@ def architecture(shapes: Shapes) -> dict[str, Any] | None:
   }
 
 
-def pooling(shapes: Shapes) -> str:
-  """The pooling that the leaves serve."""
+def infer_pooling(shapes: Shapes) -> str:
+  """Infer the pooling from the leaves that only one kind of it has."""
   if "cls" in shapes:
     return "tok"
   return "map" if any(n.startswith("MAPHead_0/") for n in shapes) else "gap"
 
 
 def check_variant(sizes: Mapping[str, Any], variant: str, source: str) -> None:
-  """Refuses a checkpoint that is not of the variant asked for."""
+  """Raise a `UserError` if a checkpoint is not of the given variant."""
   expected = decode_variant(variant)
   wrong = [
-    f"{field} {_show(sizes[field])} instead of {_show(value)}"
+    f"{field} {_format_value(sizes[field])} instead of {_format_value(value)}"
     for field, value in expected.items()
     if sizes[field] not in (value, None)
   ]
@@ -137,7 +130,7 @@ def check_variant(sizes: Mapping[str, Any], variant: str, source: str) -> None:
 
 
 def decode_variant(variant: str) -> dict[str, Any]:
-  """`vit.decode_variant`, whose error is the user's."""
+  """Call `vit_config.decode_variant`; its error becomes a `UserError`."""
   if not isinstance(variant, str):
     raise UserError(f"variant must be text, e.g. 'B/16', not {variant!r}.")
   try:
@@ -152,20 +145,20 @@ def check_leaves(
   config: vit_config.ViTConfig,
   source: str,
 ) -> None:
-  """Compares a checkpoint with a model, leaf by leaf.
+  """Compare a checkpoint with a model, leaf by leaf.
 
   Args:
     shapes: present-day name -> shape.
     stored: present-day name -> name in the file.
     config: the model; its image size does not matter.
-    source: what to call the file.
+    source: name of the file in errors.
 
   Raises:
-    UserError: lists all missing, surplus and misshapen leaves.
+    UserError: with all missing, surplus and misshapen leaves.
   """
-  expected = expected_shapes(config, names_lib.is_stacked(shapes))
+  expected = _expected_shapes(config, names_lib.is_stacked(shapes))
   missing = [
-    f"missing: {name} {_text(name, expected[name])}"
+    f"missing: {name} {_format_shape(name, expected[name])}"
     for name in sorted(expected.keys() - shapes)
   ]
   surplus = [
@@ -174,9 +167,9 @@ def check_leaves(
   ]
   misshapen = [
     f"wrong shape: {stored[name]} is {shapes[name]}, expected"
-    f" {_text(name, expected[name])}"
+    f" {_format_shape(name, expected[name])}"
     for name in sorted(shapes.keys() & expected)
-    if not _fits(name, shapes[name], expected[name])
+    if not _shape_fits(name, shapes[name], expected[name])
   ]
   problems = missing + surplus + misshapen
   if len(problems) > _MAX_LINES:
@@ -193,37 +186,32 @@ def check_leaves(
 
 
 def check_finite(leaves: Mapping[str, np.ndarray], source: str) -> None:
-  """Refuses NaN and infinity.
+  """Raise a `UserError` if a leaf holds NaN or infinity.
 
   Args:
     leaves: name in the file -> numbers.
-    source: what to call the file.
-
-  Raises:
-    UserError: naming leaves, and how many of their numbers these are.
+    source: name of the file in the error.
   """
-  spoilt = {n: x for n, x in leaves.items() if not np.isfinite(x).all()}
-  if not spoilt:
+  bad = {n: x for n, x in leaves.items() if not np.isfinite(x).all()}
+  if not bad:
     return
   some = ", ".join(
     f"{name} ({x.size - np.isfinite(x).sum():,} of {x.size:,} numbers)"
-    for name, x in list(spoilt.items())[:3]
+    for name, x in list(bad.items())[:3]
   )
-  more = f" and {len(spoilt) - 3} more leaves" if len(spoilt) > 3 else ""
+  more = f" and {len(bad) - 3} more leaves" if len(bad) > 3 else ""
   raise UserError(
     f"{source} holds NaN or infinity in {some}{more}. Likely its training"
-    " diverged, or numbers were too large for float16 or bfloat16 when it was"
-    " saved: take another checkpoint, or convert it again in float32."
+    " diverged, or its numbers were too large for the float16 or bfloat16 that"
+    " it was saved in: take another checkpoint, or convert it again in float32."
   )
 
 
-def expected_shapes(
-  config: vit_config.ViTConfig, stacked: bool
-) -> dict[str, tuple[int, ...]]:
-  """Name -> shape of a model's leaves, its blocks stacked or one by one."""
-  shapes = _stacked_shapes(
-    dataclasses.replace(config, image_size=config.patch_size)
-  )
+def _expected_shapes(config: vit_config.ViTConfig, stacked: bool) -> Shapes:
+  """Return name -> shape of a model's leaves; blocks stacked or one by one."""
+  config = dataclasses.replace(config, image_size=config.patch_size)
+  tree = vit.param_shapes(config)
+  shapes = {name: x.shape for name, x in names_lib.flatten(tree).items()}
   if stacked:
     return shapes
   names = names_lib.unstack_names(shapes, config.depth)
@@ -233,25 +221,22 @@ def expected_shapes(
   }
 
 
-def _stacked_shapes(config: vit_config.ViTConfig) -> dict[str, tuple[int, ...]]:
-  tree = vit.param_shapes(config)
-  return {name: leaf.shape for name, leaf in names_lib.flatten(tree).items()}
-
-
-def _text(name: str, shape: tuple[int, ...]) -> str:
+def _format_shape(name: str, shape: tuple[int, ...]) -> str:
   return f"(1, N, {shape[-1]})" if name == "pos_embedding" else str(shape)
 
 
-def _fits(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-  """Whether a shape is right; positions may be of any number."""
+def _shape_fits(
+  name: str, shape: tuple[int, ...], expected: tuple[int, ...]
+) -> bool:
+  """Return whether a shape is right; positions may be of any number."""
   if name == "pos_embedding" and len(shape) == 3 and math.prod(shape):
     return (shape[0], shape[2]) == (expected[0], expected[2])
   return shape == expected
 
 
-def _axis(shape: tuple[int, ...], axis: int) -> Iterable[int]:
+def _size_along(shape: tuple[int, ...], axis: int) -> Iterable[int]:
   return [shape[axis]] if len(shape) >= -axis else []
 
 
-def _show(value: Any) -> str:
+def _format_value(value: Any) -> str:
   return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,19 +1,27 @@
-"""The two kinds of Big Vision checkpoints on disk: npz files, zarr folders."""
+"""Checkpoints on disk: npz files, and Big Vision's folders of zarr arrays.
+
+Nothing is ever unpickled.
+"""
 
 from collections.abc import Iterable
 import io
 import json
 import os
 import pathlib
+import re
+from typing import Any
 import zipfile
 import zlib
 
 import numpy as np
 
+from vqt_jax.checkpoints import names as names_lib
 from vqt_jax.errors import UserError
+from vqt_jax.models.backbone import Backbone
+from vqt_jax.runtime import files
 
 _AGAIN = "Copy or download it again."
-# What zipfile and NumPy raise on damaged members.
+# Raised by zipfile and NumPy for damaged members.
 _DAMAGE = (
   zipfile.BadZipFile,
   zlib.error,
@@ -25,8 +33,25 @@ _DAMAGE = (
 )
 
 
-def resolve(path: pathlib.Path) -> pathlib.Path | None:
-  """The file or folder that a path means, or None if there is none.
+def split_subtree(source: str) -> tuple[str, str]:
+  """Split `PLACE:img` into (PLACE, "img"); other colons are left alone."""
+  if os.path.exists(os.path.expanduser(source)):
+    return source, ""
+  match = re.fullmatch(r"((?:\w+://[^/]+/|(?!\w+://)).+):(\w[\w/]*)", source)
+  return (match[1], match[2]) if match else (source, "")
+
+
+def local_path(source: str) -> str | None:
+  """Return a source with its absolute path; None if it is not a local one."""
+  place, subtree = split_subtree(source)
+  path = pathlib.Path(place).expanduser()
+  if "://" in place or not find(path):
+    return None
+  return os.path.abspath(path) + (f":{subtree}" if subtree else "")
+
+
+def find(path: pathlib.Path) -> pathlib.Path | None:
+  """Return the file or folder that a path stands for, or None.
 
   Big Vision's `checkpoint.bv` stands for the step that the text file
   `checkpoint.bv-LAST` names.
@@ -45,7 +70,7 @@ def leaf_names(path: pathlib.Path) -> list[str]:
   """Names of all arrays in a checkpoint, without reading them.
 
   Raises:
-    UserError: this is no checkpoint, or a damaged one.
+    UserError: this is not a checkpoint, or a damaged one.
   """
   if path.is_dir():
     names = [array.parent.name for array in path.glob("*/.zarray")]
@@ -96,11 +121,11 @@ def leaf_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
 def read_leaves(
   path: pathlib.Path, names: Iterable[str]
 ) -> dict[str, np.ndarray]:
-  """Reads some arrays of a checkpoint; nothing is ever unpickled.
+  """Read some arrays of a checkpoint.
 
   Args:
     path: npz file or folder.
-    names: which, as `leaf_names` has them.
+    names: as `leaf_names` returns them.
 
   Returns:
     Name -> array, as stored.
@@ -114,7 +139,7 @@ def read_leaves(
   with _open_npz(path) as archive:
     for name in names:
       try:
-        # Reads to the end of the member, which makes zipfile check its CRC.
+        # Reading a member to its end makes zipfile check its CRC.
         data = io.BytesIO(archive.read(f"{name}.npy"))
         arrays[name] = np.lib.format.read_array(data, allow_pickle=False)
       except _DAMAGE as error:
@@ -129,17 +154,40 @@ def read_leaves(
   return arrays
 
 
+def save_npz(path: str | os.PathLike[str], backbone: Backbone | Any) -> None:
+  """Write a backbone's parameters as Big Vision writes them.
+
+  One sub-tree per block, no prefix: the layout that Big Vision,
+  vision_transformer and third-party converters all read. Leaves keep their
+  dtype (bfloat16 becomes two-byte void, as in Big Vision); `load_backbone`
+  returns the same bits. Settings that the format lacks (gelu, value range, a
+  non-square grid, "mae" and "0" as pooling) must be given again when loading.
+
+  Args:
+    path: of the file, which appears at once, when it is complete.
+    backbone: a `Backbone`, or its `params`.
+
+  Raises:
+    UserError: the file cannot be written.
+  """
+  params = backbone.params if isinstance(backbone, Backbone) else backbone
+  leaves = {n: np.asarray(a) for n, a in names_lib.flatten(params).items()}
+  arrays = dict(sorted(names_lib.unstack_blocks(leaves).items()))
+  with files.replacing(files.path(path)) as file:
+    np.savez(file, **arrays)
+
+
 def _open_npz(path: pathlib.Path) -> zipfile.ZipFile:
   try:
     return zipfile.ZipFile(path)
   except zipfile.BadZipFile as error:
-    raise UserError(f"{path} {_not_a_zip(path)}") from error
+    raise UserError(f"{path} {_describe_other_file(path)}") from error
   except OSError as error:
     raise UserError(f"{path} cannot be read: {error.strerror}.") from error
 
 
-def _not_a_zip(path: pathlib.Path) -> str:
-  """Says what a file is that should have been an npz."""
+def _describe_other_file(path: pathlib.Path) -> str:
+  """Describe a file that should have been an npz, as the end of a sentence."""
   with path.open("rb") as file:
     start = file.read(8)
   if not start:
@@ -159,25 +207,21 @@ def _not_a_zip(path: pathlib.Path) -> str:
 
 
 def _read_zarr(folder: pathlib.Path, names: list[str]) -> dict[str, np.ndarray]:
-  import tensorstore  # Only needed here, and not quick to import.
+  import tensorstore  # Only needed here, and slow to import.
 
   def spec(name):
     path = str(folder / name.replace("/", "~"))
-    store = {"driver": "file", "path": path}
-    # Without this, lost chunks would read as zeros.
     return {
       "driver": "zarr",
-      "kvstore": store,
+      "kvstore": {"driver": "file", "path": path},
+      # Otherwise lost chunks would read as zeros.
       "fill_missing_data_reads": False,
     }
 
-  arrays = {}
   opened = {n: tensorstore.open(spec(n), open=True, read=True) for n in names}
   try:
     reads = {n: array.result().read() for n, array in opened.items()}
-    for name, read in reads.items():
-      arrays[name] = np.asarray(read.result())
+    return {name: np.asarray(read.result()) for name, read in reads.items()}
   except (ValueError, OSError) as error:
     reason = str(error).split(" [")[0]
     raise UserError(f"{folder} is damaged: {reason}. {_AGAIN}") from error
-  return arrays

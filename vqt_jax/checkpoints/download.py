@@ -1,42 +1,47 @@
-"""Downloading one file so that it is whole or not there at all.
+"""Local copies of checkpoints at https:// and gs:// addresses.
 
-A download that stops is taken up where it stopped. The file gets its name only
-once its size, and its checksum where the server tells one, are right.
+An interrupted download resumes where it stopped, also in a later process, which
+fsspec and gcsfs do not do. A file gets its name only once its size, and its
+checksum where the server tells one, are right.
 """
 
 import base64
 from collections.abc import Callable, Iterator
 import contextlib
-import errno
-import fcntl
 import glob
 import hashlib
 import os
 import pathlib
+import re
 import time
 from typing import Any, NamedTuple
+import urllib.parse
+
+import fsspec
 
 from vqt_jax.errors import UserError
+from vqt_jax.runtime import files
 from vqt_jax.runtime import locks
 
 # Called with (bytes so far, bytes in all or None) while a file comes in.
 Progress = Callable[[int, int | None], None]
 
+_GOOGLE = "https://storage.googleapis.com/"
 _CHUNK = 8 << 20  # Bytes a request.
 _ATTEMPTS = 5  # In a row without a single new byte.
 _SECONDS = 1.0  # Before the second attempt; doubles each time.
 
 
-class NotFound(Exception):
+class _NotFound(Exception):
   """The server has no such file."""
 
 
-class NotAllowed(Exception):
+class _NotAllowed(Exception):
   """The server wants credentials that it was not shown."""
 
 
 class _Remote(NamedTuple):
-  """What a server tells about a file.
+  """A file on a server.
 
   Attributes:
     size: bytes, or None.
@@ -49,33 +54,144 @@ class _Remote(NamedTuple):
   checksums: dict[str, str]
 
 
-def file(
-  filesystem: Any, path: str, target: pathlib.Path, progress: Progress | None
-) -> None:
-  """Downloads a file; tries again, from where it stopped, as long as it helps.
+def fetch(
+  address: str,
+  cache_dir: str | os.PathLike[str] | None = None,
+  progress: Progress | None = None,
+) -> pathlib.Path:
+  """Return the local copy of a checkpoint; download it if there is none.
 
   Args:
-    filesystem: an fsspec file system.
-    path: the file on it.
-    target: where to.
-    progress: told about every chunk that comes in.
+    address: https:// or gs:// address of an npz file, or gs:// address of a
+      Big Vision checkpoint folder.
+    cache_dir: where copies are kept; default: `files.cache_folder()`.
+    progress: called after each chunk.
+
+  Returns:
+    Path of a complete file or folder.
 
   Raises:
-    NotFound, NotAllowed: the server says so.
-    UserError: it cannot be reached or written, or sends something else than it
+    UserError: there is nothing at the address, it cannot be reached, or what
+      came is not what the server announced.
+  """
+  scheme, _, rest = address.replace(_GOOGLE, "gs://", 1).partition("://")
+  if scheme not in ("https", "http", "gs"):
+    raise UserError(
+      f"Cannot read {address}: expected a path, a public name, or an https://"
+      " or gs:// address."
+    )
+  cache = files.path(cache_dir) if cache_dir else files.cache_folder()
+  host = "storage.googleapis.com/" if scheme == "gs" else ""
+  parts = [urllib.parse.quote(part, " ") for part in f"{host}{rest}".split("/")]
+  target = cache.joinpath(*(p for p in parts if p not in ("", ".", "..")))
+  if target.exists():
+    return target
+  try:
+    if scheme == "gs":
+      return _fetch_from_bucket(rest, target, progress)
+    _download(_web(scheme), address, target, progress)
+    return target
+  except (_NotFound, _NotAllowed) as error:
+    advice = "or sign in with `gcloud auth application-default login`"
+    raise UserError(
+      f"There is no file {address}, or you may not read it; check the address"
+      f"{f', {advice}' if scheme == 'gs' else ''}."
+    ) from error
+  except ConnectionError as error:
+    raise UserError(
+      f"{address} cannot be reached: {error}. Try again."
+    ) from error
+
+
+def _web(scheme: str) -> fsspec.AbstractFileSystem:
+  """File system that heeds proxies and gives up on dead servers."""
+  import aiohttp
+
+  timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
+  return fsspec.filesystem(
+    scheme,
+    client_kwargs={"trust_env": True, "timeout": timeout},
+    # Compressed transfers have neither a length nor ranges.
+    headers={"Accept-Encoding": "identity"},
+  )
+
+
+def _fetch_from_bucket(
+  path: str, target: pathlib.Path, progress: Progress | None
+) -> pathlib.Path:
+  """Fetch without credentials, or with them if the bucket wants them."""
+  files.set_up_buckets()
+  try:
+    anonymous = fsspec.filesystem("gcs", token="anon")
+    return _fetch_object(anonymous, path, target, progress)
+  except _NotAllowed:
+    return _fetch_object(fsspec.filesystem("gcs"), path, target, progress)
+
+
+def _fetch_object(
+  filesystem: fsspec.AbstractFileSystem,
+  path: str,
+  target: pathlib.Path,
+  progress: Progress | None,
+) -> pathlib.Path:
+  """Fetch a file, a checkpoint folder, or the folder that `-LAST` names."""
+  try:
+    kind = _request(filesystem.info, path)["type"]
+  except _NotFound:
+    step = _request(filesystem.cat_file, f"{path}-LAST").decode().strip()
+    path, kind = f"{path}-{step}", "directory"
+    target = target.with_name(f"{target.name}-{step}")
+  if target.exists():
+    return target
+  if kind == "file":
+    _download(filesystem, path, target, progress)
+    return target
+  partial = target.with_name(f"{target.name}.part")
+  for file in sorted(_request(filesystem.find, path)):
+    name = file.removeprefix(f"{path}/")
+    # Two thirds of a training checkpoint are the optimiser's.
+    if not re.match(r"chrono~|opt~(?!target~)", name):
+      _download(filesystem, file, partial / name, progress)
+  if not partial.exists():
+    raise _NotFound(path)
+  with contextlib.suppress(OSError):  # Another process was faster.
+    os.replace(partial, target)
+  return target
+
+
+def _download(
+  filesystem: fsspec.AbstractFileSystem,
+  path: str,
+  target: pathlib.Path,
+  progress: Progress | None,
+) -> None:
+  """Download a file, unless it is there; retry as long as bytes come in.
+
+  Args:
+    filesystem: where the file is.
+    path: its path there.
+    target: path of the copy.
+    progress: called after each chunk.
+
+  Raises:
+    _NotFound, _NotAllowed: the server says so.
+    UserError: the file cannot be reached or written, or is not what the server
       announces.
   """
-  failures, size = 0, -1
+  failures = most = 0
+
+  def report(done: int, total: int | None) -> None:
+    nonlocal failures, most
+    if done > most:
+      failures, most = 0, done
+    if progress:
+      progress(done, total)
+
   while not target.exists():
-    part = None
     try:
-      remote = _describe(filesystem, path)
-      part = target.with_name(f"{target.name}.{remote.version}.part")
-      _resume(filesystem, path, remote, part, target, progress)
+      _resume(filesystem, path, target, report)
     except ConnectionError as error:
-      reached = part.stat().st_size if part and part.exists() else 0
-      failures = failures + 1 if reached <= size else 1
-      size = max(size, reached)
+      failures += 1
       if failures == _ATTEMPTS:
         raise UserError(
           f"Downloading {path} failed: {error}. Try again; what has come so"
@@ -84,29 +200,46 @@ def file(
       time.sleep(_SECONDS * 2 ** (failures - 1))
 
 
-def ask(question: Callable[..., Any], path: str, **kwargs: Any) -> Any:
-  """Calls a file system; sorts refusals from failures that may pass.
+def _resume(
+  filesystem: fsspec.AbstractFileSystem,
+  path: str,
+  target: pathlib.Path,
+  progress: Progress,
+) -> None:
+  """Complete the part that is there, check it, and give it its name."""
+  remote = _describe(filesystem, path)
+  part = target.with_name(f"{target.name}.{remote.version}.part")
+  writing = lambda: files.explain_write_errors(
+    part, "set cache_dir, or VQT_JAX_CACHE, to another folder"
+  )
+  with writing():
+    part.parent.mkdir(parents=True, exist_ok=True)
+    out = locks.open_locked(part, wait=True)
+  with out:
+    if target.exists():  # Another process was faster.
+      part.unlink(missing_ok=True)
+      return
+    start = out.seek(0, os.SEEK_END)
+    if remote.size is None:
+      out.truncate(start := 0)
+    for chunk in _chunks(filesystem, path, start, remote.size):
+      view = memoryview(chunk)
+      with writing():
+        while view:  # A nearly full disk takes a piece before it complains.
+          view = view[out.write(view) :]
+      start += len(chunk)
+      progress(start, remote.size)
+    os.fsync(out.fileno())
+    if problem := _problem(part, remote):
+      part.unlink()
+      raise ConnectionError(problem)
+    os.replace(part, target)
+  for stale in target.parent.glob(f"{glob.escape(target.name)}.*.part"):
+    stale.unlink(missing_ok=True)
 
-  Raises:
-    NotFound, NotAllowed: the server says so.
-    ConnectionError: anything else; every back end has errors of its own.
-  """
-  try:
-    return question(path, **kwargs)
-  except Exception as error:
-    # Over HTTP everything is "not found", with the reason as its cause.
-    reason = error.__cause__ or error
-    status = getattr(reason, "status", None) or getattr(reason, "code", None)
-    if status in (401, 403) or str(error).startswith("Forbidden"):
-      raise NotAllowed(path) from error
-    if status in (404, 410) or type(reason) is FileNotFoundError:
-      raise NotFound(path) from error
-    text = str(reason).rstrip(".") or type(reason).__name__
-    raise ConnectionError(text) from error
 
-
-def _describe(filesystem: Any, path: str) -> _Remote:
-  info = ask(filesystem.info, path)
+def _describe(filesystem: fsspec.AbstractFileSystem, path: str) -> _Remote:
+  info = _request(filesystem.info, path)
   checksums = {
     "md5": info.get("md5Hash") or info.get("Content-MD5"),
     "crc32c": info.get("crc32c"),
@@ -120,45 +253,19 @@ def _describe(filesystem: Any, path: str) -> _Remote:
   return _Remote(info.get("size"), version, known)
 
 
-def _resume(
-  filesystem: Any,
-  path: str,
-  remote: _Remote,
-  part: pathlib.Path,
-  target: pathlib.Path,
-  progress: Progress | None,
-) -> None:
-  """Completes `part`, checks it and gives it its final name."""
-  with _locked(part) as out:
-    if target.exists():  # Another process was faster.
-      part.unlink(missing_ok=True)
-      return
-    start = out.seek(0, os.SEEK_END)
-    if remote.size is None:
-      out.truncate(start := 0)
-    for chunk in _chunks(filesystem, path, start, remote.size):
-      start += _write(out, chunk)
-      if progress:
-        progress(start, remote.size)
-    os.fsync(out.fileno())
-    if problem := _problem(part, remote):
-      part.unlink()
-      raise ConnectionError(problem)
-    os.replace(part, target)
-    for stale in target.parent.glob(f"{glob.escape(target.name)}.*.part"):
-      stale.unlink(missing_ok=True)
-
-
 def _chunks(
-  filesystem: Any, path: str, start: int, size: int | None
+  filesystem: fsspec.AbstractFileSystem,
+  path: str,
+  start: int,
+  size: int | None,
 ) -> Iterator[bytes]:
-  """The bytes of a remote file from `start` on."""
+  """Yield the bytes of a remote file from `start` on."""
   if size is None:
-    yield ask(filesystem.cat_file, path)
+    yield _request(filesystem.cat_file, path)
     return
   while start < size:
     end = min(start + _CHUNK, size)
-    chunk = ask(filesystem.cat_file, path, start=start, end=end)
+    chunk = _request(filesystem.cat_file, path, start=start, end=end)
     if len(chunk) == size:  # A server that knows no ranges sends everything.
       chunk = chunk[start:]
     elif len(chunk) != end - start:
@@ -167,42 +274,29 @@ def _chunks(
     yield chunk
 
 
-@contextlib.contextmanager
-def _locked(part: pathlib.Path) -> Iterator[Any]:
-  """Opens a part for appending; one process at a time."""
-  while True:
-    try:
-      part.parent.mkdir(parents=True, exist_ok=True)
-      out = part.open("ab", buffering=0)
-    except OSError as error:
-      raise _unwritable(part.parent, error) from error
-    with out:
-      fcntl.flock(out, fcntl.LOCK_EX)
-      if locks.is_at(out, part):  # Else it was completed, or given up.
-        yield out
-        return
+def _request(method: Callable[..., Any], path: str, **kwargs: Any) -> Any:
+  """Call a method of a file system; tell refusals from passing failures.
 
-
-def _write(out: Any, chunk: bytes) -> int:
-  view = memoryview(chunk)
+  Raises:
+    _NotFound, _NotAllowed: the server says so.
+    ConnectionError: anything else; every file system has errors of its own.
+  """
   try:
-    while view:  # A nearly full disk takes a piece before it complains.
-      view = view[out.write(view) :]
-  except OSError as error:
-    raise _unwritable(out.name, error) from error
-  return len(chunk)
-
-
-def _unwritable(place: os.PathLike[str], error: OSError) -> UserError:
-  advice = "Free some space, or set" if error.errno == errno.ENOSPC else "Set"
-  return UserError(
-    f"{place} cannot be written: {error.strerror}. {advice} cache_dir, or"
-    " VQT_JAX_CACHE, to another folder."
-  )
+    return method(path, **kwargs)
+  except Exception as error:
+    # Over HTTP everything is "not found", with the reason as its cause.
+    reason = error.__cause__ or error
+    status = getattr(reason, "status", None) or getattr(reason, "code", None)
+    if status in (401, 403) or str(error).startswith("Forbidden"):
+      raise _NotAllowed(path) from error
+    if status in (404, 410) or type(reason) is FileNotFoundError:
+      raise _NotFound(path) from error
+    text = str(reason).rstrip(".") or type(reason).__name__
+    raise ConnectionError(text) from error
 
 
 def _problem(part: pathlib.Path, remote: _Remote) -> str:
-  """Why a complete download is not what the server announced, or ""."""
+  """How a finished download differs from what was announced, or ""."""
   size = part.stat().st_size
   if remote.size not in (None, size):
     return f"{size} bytes came instead of {remote.size}"
@@ -214,7 +308,7 @@ def _problem(part: pathlib.Path, remote: _Remote) -> str:
 
 
 def _digest(path: pathlib.Path, algorithm: str) -> bytes | None:
-  """A file's digest, or None if the algorithm is unknown here."""
+  """Digest of a file, or None if the algorithm is unknown here."""
   if algorithm == "crc32c":
     import google_crc32c  # Comes with gcsfs, as does what it checks.
 

@@ -5,7 +5,6 @@ import dataclasses
 import os
 import pathlib
 
-import jax
 import numpy as np
 
 from vqt_jax.checkpoints import architecture
@@ -14,9 +13,8 @@ from vqt_jax.checkpoints import download
 from vqt_jax.checkpoints import names
 from vqt_jax.checkpoints import positions as positions_lib
 from vqt_jax.checkpoints import public
-from vqt_jax.checkpoints import sources
 from vqt_jax.errors import UserError
-from vqt_jax.errors import names_checked
+from vqt_jax.errors import check_keywords
 from vqt_jax.models import vit_config
 from vqt_jax.models.backbone import VALUE_RANGES
 from vqt_jax.models.backbone import Backbone
@@ -30,7 +28,7 @@ _CHOICES = {
 }
 
 
-@names_checked
+@check_keywords
 def load_backbone(
   source: str | os.PathLike[str],
   *,
@@ -44,7 +42,7 @@ def load_backbone(
   trained_size: int | Sequence[int] | None = None,
   progress: download.Progress | None = None,
 ) -> Backbone:
-  """Loads a Vision Transformer of Big Vision or vision_transformer.
+  """Load a Vision Transformer of Big Vision or vision_transformer.
 
   Width, depth, heads, MLP, patch, pooling, positions, representation layer and
   head are read from the file. Nothing is ever unpickled.
@@ -77,8 +75,8 @@ def load_backbone(
       not of this variant, leaves are missing, unused or of another shape, or
       one holds NaN or infinity; or an argument makes no sense.
   """
-  name = _name(source)
-  known = _published(name)
+  name = _check_source(source)
+  known = _find_published(name)
   given = {"value_range": value_range, "pool_type": pool_type, "gelu": gelu}
   given = {
     field: value or getattr(known, field, "") for field, value in given.items()
@@ -92,17 +90,20 @@ def load_backbone(
     trained_size = trained_size or positions_lib.as_pair(known.image_size)
   image_size = image_size or trained_size
 
-  place, subtree = sources.split_subtree(known.address if known else name)
-  path = _local_path(place, cache_dir, progress)
-  leaves, stored = _read(path, subtree, name)
-  config = _infer_config(leaves, stored, variant, name)
+  place, subtree = containers.split_subtree(known.address if known else name)
+  if "://" in place:
+    path = download.fetch(place, cache_dir, progress)
+  else:
+    path = containers.find(files.path(place)) or _raise_not_found(place)
+  config, shapes, stored = _inspect(path, subtree, variant, name)
   config = dataclasses.replace(
     config,
     pool_type=given["pool_type"] or config.pool_type,
     gelu=given["gelu"] or config.gelu,
     dtype=dtype,
   )
-  architecture.check_leaves(_shapes(leaves), stored, config, name)
+  leaves = _read(path, stored, name)
+  architecture.check_leaves(shapes, stored, config, name)
   architecture.check_finite(
     {stored[n]: leaf for n, leaf in leaves.items()}, name
   )
@@ -137,40 +138,28 @@ def read_config(
   dtype: str = "float32",
   trained_size: int | Sequence[int] | None = None,
 ) -> vit_config.ViTConfig:
-  """The architecture that `load_backbone` would find, without any weights.
+  """Return the architecture that `load_backbone` would find, without weights.
 
-  Told by the header of a file, by a public name, or by the variant alone. A
-  pre-trained head is known from a header only.
+  It is read from the header of a file, or known from a public name or from the
+  variant alone. A pre-trained head is known from a header only.
 
   Raises:
     UserError: as `load_backbone`, or nothing tells the architecture.
   """
-  name = _name(source)
+  name = _check_source(source)
   image_size = positions_lib.as_pair(image_size)
-  known = _published(name)
+  known = _find_published(name)
   if known:
     _check_published(name, known, variant)
-  place, subtree = sources.split_subtree(known.address if known else name)
-  path = None
-  if "://" not in place:
-    path = containers.resolve(files.path(place))
+  place, subtree = containers.split_subtree(known.address if known else name)
+  path = None if "://" in place else containers.find(files.path(place))
   if path:
-    shapes = containers.leaf_shapes(path)
-    picked = names.select(shapes, subtree, name)
-    stored = {new: picked[old] for new, old in names.rename(picked).items()}
-    leaves = {
-      new: jax.ShapeDtypeStruct(shapes[old], np.float32)
-      for new, old in stored.items()
-    }
-    config = _infer_config(leaves, stored, variant, name)
-    positions = leaves.get("pos_embedding")
-    if positions and len(positions.shape) == 3:
+    config, shapes, stored = _inspect(path, subtree, variant, name)
+    positions = shapes.get("pos_embedding", ())
+    if len(positions) == 3:
+      trained_size = _as_pair(trained_size, "trained_size")
       _find_positions(
-        positions.shape[1],
-        stored,
-        config.patch_size,
-        image_size,
-        _as_pair(trained_size, "trained_size"),
+        positions[1], stored, config.patch_size, image_size, trained_size
       )
   elif known or variant:
     variant = known.variant if known else variant
@@ -186,7 +175,7 @@ def read_config(
       " variant, e.g. variant=B/16."
     )
   else:
-    _local_path(place, None, None)  # Says so.
+    _raise_not_found(place)
   return dataclasses.replace(
     config,
     image_size=image_size,
@@ -196,7 +185,7 @@ def read_config(
   )
 
 
-def _name(source: str | os.PathLike[str]) -> str:
+def _check_source(source: str | os.PathLike[str]) -> str:
   if isinstance(source, (str, os.PathLike)):
     return os.fspath(source)
   raise UserError(
@@ -210,11 +199,11 @@ def _as_pair(
   return None if size is None else positions_lib.as_pair(size, name)
 
 
-def _published(name: str) -> public.PublicViT | None:
-  """The public checkpoint of a name; what exists as a file is no name."""
-  if "://" in name or containers.resolve(files.path(name)):
+def _find_published(name: str) -> public.PublicViT | None:
+  """The public checkpoint of a name that is not an existing file."""
+  if "://" in name or containers.find(files.path(name)):
     return None
-  key = public.find(name)
+  key = public.find_name(name)
   return public.PUBLIC[key] if key else None
 
 
@@ -229,7 +218,7 @@ def _check_choices(settings: Mapping[str, str | None]) -> None:
 def _check_published(
   name: str, known: public.PublicViT, variant: str | None
 ) -> None:
-  """Refuses, before any download, what cannot come out well."""
+  """Refuse, before any download, what cannot be loaded or is not meant."""
   if known.refused:
     raise UserError(f"{name} is {known.refused}; choose another checkpoint.")
   if variant:
@@ -237,16 +226,8 @@ def _check_published(
     architecture.check_variant(sizes, variant, name)
 
 
-def _local_path(
-  place: str,
-  cache_dir: str | os.PathLike[str] | None,
-  progress: download.Progress | None,
-) -> pathlib.Path:
-  if "://" in place:
-    return sources.fetch(place, cache_dir, progress)
-  if path := containers.resolve(files.path(place)):
-    return path
-  close = public.nearest(place)
+def _raise_not_found(place: str) -> pathlib.Path:
+  close = public.nearest_names(place)
   raise UserError(
     f"{place} is neither a file or folder nor the name of a public"
     " checkpoint."
@@ -254,41 +235,23 @@ def _local_path(
   )
 
 
-def _read(
-  path: pathlib.Path, subtree: str, source: str
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-  """Reads the leaves of one model.
+def _inspect(
+  path: pathlib.Path, subtree: str, variant: str | None, source: str
+) -> tuple[vit_config.ViTConfig, architecture.Shapes, dict[str, str]]:
+  """Infer the architecture from the shapes of the leaves.
 
   Returns:
-    Present-day name -> float32 array, and -> name in the file.
+    The architecture, its image size being one patch; present-day name -> shape;
+    present-day name -> name in the file.
   """
-  picked = names.select(containers.leaf_names(path), subtree, source)
-  if reason := architecture.foreign(picked):
+  stored_shapes = containers.leaf_shapes(path)
+  picked = names.select_model(stored_shapes, subtree, source)
+  present = names.map_to_present(picked)
+  stored = {new: picked[old] for new, old in present.items()}
+  shapes = {new: stored_shapes[old] for new, old in stored.items()}
+  if reason := architecture.describe_foreign(shapes):
     raise UserError(f"{source} is no plain ViT but {reason}.")
-  stored = {new: picked[old] for new, old in names.rename(picked).items()}
-  arrays = containers.read_leaves(path, stored.values())
-  leaves = {name: names.as_float32(arrays[old]) for name, old in stored.items()}
-  wrong = [stored[name] for name, leaf in leaves.items() if leaf is None]
-  if wrong:
-    some = ", ".join(f"{name} ({arrays[name].dtype})" for name in wrong[:3])
-    raise UserError(
-      f"{source} is no ViT: {len(wrong)} of its leaves hold no floating-point"
-      f" numbers, such as {some}."
-    )
-  return leaves, stored
-
-
-def _infer_config(
-  leaves: Mapping[str, np.ndarray],
-  stored: Mapping[str, str],
-  variant: str | None,
-  source: str,
-) -> vit_config.ViTConfig:
-  """The architecture that a file tells; its image size is one patch."""
-  shapes = _shapes(leaves)
-  if reason := architecture.foreign_shapes(shapes):
-    raise UserError(f"{source} is no plain ViT but {reason}.")
-  sizes = architecture.architecture(shapes)
+  sizes = architecture.infer_sizes(shapes)
   if sizes is None:
     some = ", ".join(sorted(stored.values())[:4])
     raise UserError(
@@ -298,19 +261,37 @@ def _infer_config(
     )
   if variant:
     architecture.check_variant(sizes, variant, source)
-  learned = "pos_embedding" in leaves or names.is_pre_linen(stored.values())
+  learned = "pos_embedding" in shapes or names.is_pre_linen(stored.values())
   if not learned and sizes["width"] % 4:
     raise UserError(
       f"{source} has no position embedding, and its width {sizes['width']} is"
       " not a multiple of 4, as computed (sincos2d) positions need."
     )
-  sizes["patch_size"] = sizes["patch_size"] or (1, 1)  # It will be missed.
-  return vit_config.ViTConfig(
+  # A patch that is not known is reported as a missing leaf.
+  sizes["patch_size"] = sizes["patch_size"] or (1, 1)
+  config = vit_config.ViTConfig(
     **sizes,
     image_size=sizes["patch_size"],
-    pool_type=architecture.pooling(shapes),
+    pool_type=architecture.infer_pooling(shapes),
     posemb="learn" if learned else "sincos2d",
   )
+  return config, shapes, stored
+
+
+def _read(
+  path: pathlib.Path, stored: Mapping[str, str], source: str
+) -> dict[str, np.ndarray]:
+  """Read leaves as float32, by present-day name."""
+  arrays = containers.read_leaves(path, stored.values())
+  leaves = {name: names.as_float32(arrays[old]) for name, old in stored.items()}
+  wrong = [stored[name] for name, leaf in leaves.items() if leaf is None]
+  if wrong:
+    some = ", ".join(f"{name} ({arrays[name].dtype})" for name in wrong[:3])
+    raise UserError(
+      f"{source} is no ViT: {len(wrong)} of its leaves hold no floating-point"
+      f" numbers, such as {some}."
+    )
+  return leaves
 
 
 def _fit_positions(
@@ -320,7 +301,7 @@ def _fit_positions(
   image_size: positions_lib.Pair | None,
   trained_size: positions_lib.Pair | None,
 ) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
-  """Folds a class row into the class token and resizes the rest.
+  """Add the class token's position to it, and resize the other positions.
 
   Returns:
     The leaves, and the image size (height, width) that they were trained on.
@@ -357,7 +338,3 @@ def _find_positions(
   return int(first), positions_lib.find_grid(
     rows - first, patch_size, wanted, trained
   )
-
-
-def _shapes(leaves: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
-  return {name: leaf.shape for name, leaf in leaves.items()}

@@ -1,14 +1,15 @@
-"""Every generation of Big Vision's parameter names, turned into one.
+"""Conversion of all generations of Big Vision's parameter names to the present.
 
-The one: Big Vision's present names, blocks stacked over depth under
-`Transformer/encoderblock`, positions without a row for the class token. The
-letters A to J in the comments are the generations, oldest first:
+Here blocks are stacked over depth under `Transformer/encoderblock`, and
+positions have no row for the class token. The letters A to J in the comments
+are the generations, oldest first:
 
   A  vision_transformer before Linen: one counter over all classes of a block
   B  today's names
   C  positions under `Transformer/posembed_input`, class row first
   D  positions under `Transformer`
-  F  positions at the top, grid rows only (E, the class row, is in resize.py)
+  E  positions at the top, class row first (see positions.py)
+  F  positions at the top, grid rows only
   G  attention-pooling head inlined at the top
   H  attention-pooling head in `MAPHead_0`
   I  one sub-tree per block
@@ -46,13 +47,15 @@ _MAP_HEAD = (
 )
 
 
-def select(names: Iterable[str], subtree: str, source: str) -> dict[str, str]:
-  """Picks the parameters of one model out of a whole checkpoint.
+def select_model(
+  names: Iterable[str], subtree: str, source: str
+) -> dict[str, str]:
+  """Select the parameters of one model in a whole checkpoint.
 
   Args:
-    names: all names, e.g. `params/img/cls` and those of the optimiser.
-    subtree: "" or where in the parameters the model is, e.g. "img".
-    source: what to call the file in an error.
+    names: all names, e.g. `params/img/cls`, those of the optimiser included.
+    subtree: "", or place of the model in the parameters, e.g. "img".
+    source: name of the file in errors.
 
   Returns:
     Name relative to the model -> name in the checkpoint.
@@ -76,15 +79,15 @@ def select(names: Iterable[str], subtree: str, source: str) -> dict[str, str]:
   return picked
 
 
-def rename(names: Iterable[str]) -> dict[str, str]:
-  """Present-day names of the leaves of one model.
+def map_to_present(names: Iterable[str]) -> dict[str, str]:
+  """Map present-day names of leaves to those of any generation.
 
   Args:
-    names: names relative to the model, of any generation.
+    names: relative to the model.
 
   Returns:
-    Present name -> given name. A leaf whose present name is taken already
-    keeps its old one, so that it shows up as surplus and not as lost.
+    Present name -> given name. A leaf whose present name is taken keeps its old
+    one, so that it is reported as unused.
   """
   names = dict.fromkeys(names)
   inlined_map_head = "probe" in names
@@ -105,12 +108,12 @@ def rename(names: Iterable[str]) -> dict[str, str]:
 
 
 def is_pre_linen(names: Iterable[str]) -> bool:
-  """Whether blocks have the oldest names (A); those ViTs learn positions."""
+  """Return whether blocks have the oldest names (A)."""
   return any("/MlpBlock_3/" in name for name in names)
 
 
 def as_float32(array: np.ndarray) -> np.ndarray | None:
-  """The array as float32, or None if it does not hold floats.
+  """Convert to float32; return None if the array does not hold floats.
 
   NumPy reads stored bfloat16 as two bytes of an unknown ("void") kind.
   """
@@ -122,12 +125,12 @@ def as_float32(array: np.ndarray) -> np.ndarray | None:
 
 
 def is_stacked(names: Iterable[str]) -> bool:
-  """Whether the blocks are stacked over depth (J) or one by one (I)."""
+  """Return whether blocks are stacked over depth (J), not one by one (I)."""
   return any(name.startswith(STACKED) for name in names)
 
 
 def split_block(name: str) -> tuple[int | None, str]:
-  """(block index, name in the block), or (None, name) outside the blocks."""
+  """Return (block index, name in the block); (None, name) outside blocks."""
   match = _BLOCK.fullmatch(name)
   return (int(match[1]), match[2]) if match else (None, name)
 
@@ -135,7 +138,7 @@ def split_block(name: str) -> tuple[int | None, str]:
 def unstack_names(
   names: Iterable[str], depth: int
 ) -> dict[str, tuple[str, int | None]]:
-  """Per-block names (I) of a stacked tree (J).
+  """Map per-block names (I) to those of a stacked tree (J).
 
   Returns:
     Per-block name -> (stacked name, block index; None outside the blocks).
@@ -152,7 +155,7 @@ def unstack_names(
 
 
 def stack_blocks(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """I to J: stacks blocks on a new first axis, by number; leaves J as it is."""
+  """Stack blocks on a new first axis (I to J); leave stacked ones alone."""
   stacked = {n: a for n, a in leaves.items() if split_block(n)[0] is None}
   blocks: dict[str, dict[int, np.ndarray]] = {}
   for name, array in leaves.items():
@@ -165,7 +168,7 @@ def stack_blocks(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def unstack_blocks(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """J to I, the inverse of `stack_blocks`."""
+  """Undo `stack_blocks` (J to I)."""
   depths = {len(a) for n, a in leaves.items() if n.startswith(STACKED)}
   names = unstack_names(leaves, max(depths, default=0))
   return {
@@ -175,12 +178,12 @@ def unstack_blocks(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-  """Nested dict -> flat dict, names joined with "/"."""
+  """Flatten a nested dict; join its keys with "/"."""
   return flax.traverse_util.flatten_dict(tree, sep="/")
 
 
 def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
-  """Flat dict -> nested dict, names in sorted order."""
+  """Nest a flat dict; sort its keys."""
   return flax.traverse_util.unflatten_dict(
     dict(sorted(leaves.items())), sep="/"
   )

@@ -1,4 +1,4 @@
-"""Learned position embeddings: which grid they lie on, and how to resize it."""
+"""Learned position embeddings: their grid, and its resizing."""
 
 from collections.abc import Sequence
 import math
@@ -11,39 +11,43 @@ from vqt_jax.errors import UserError
 
 Pair = tuple[int, int]
 
-# How `main.py` takes a trained size.
+# The same as `trained_size` on the command line.
 _FLAGS = "--config.trained_size=HEIGHT --config.trained_width=WIDTH"
 
 
 def check_image_size(
   patch_size: int | Sequence[int], image_size: int | Sequence[int]
 ) -> None:
-  """Refuses image sizes that are no multiple of the patch.
+  """Raise a `UserError` if the image size is not a multiple of the patch.
 
-  Big Vision's models run on them (they ignore the pixels right of and below the
-  last whole patch), and so does `load_backbone`; in training it is a mistake.
+  Big Vision's models and `load_backbone` accept such sizes (they ignore pixels
+  right of and below the last whole patch); in training it is a mistake.
 
   Args:
     patch_size: side, or (height, width), of a patch, pixels.
     image_size: side, or (height, width), of the images, pixels.
 
   Raises:
-    UserError: naming the nearest sizes that fit.
+    UserError: with the nearest sizes that fit.
   """
   patch, image = as_pair(patch_size, "patch_size"), as_pair(image_size)
   if all(size % p == 0 for size, p in zip(image, patch)):
     return
   below = [max(size // p, 1) * p for size, p in zip(image, patch)]
   above = [-(-size // p) * p for size, p in zip(image, patch)]
-  sizes = " or ".join(dict.fromkeys(_by(s) for s in (below, above)))
+  sizes = " or ".join(dict.fromkeys(_as_text(s) for s in (below, above)))
   raise UserError(
-    f"image_size {_by(image)} is not a multiple of the backbone's"
-    f" {_by(patch)} patch; the nearest sizes that fit are {sizes} pixels."
+    f"image_size {_as_text(image)} is not a multiple of the backbone's"
+    f" {_as_text(patch)} patch; the nearest sizes that fit are {sizes} pixels."
   )
 
 
 def as_pair(size: int | Sequence[int], name: str = "image_size") -> Pair:
-  """Side, or (height, width), to (height, width); all must be positive."""
+  """Convert a side, or (height, width), to (height, width).
+
+  Raises:
+    UserError: it is neither, or not positive.
+  """
   try:
     pair = (size, size) if isinstance(size, numbers.Integral) else tuple(size)
     whole = all(int(s) == s and s is not True for s in pair)
@@ -57,21 +61,22 @@ def as_pair(size: int | Sequence[int], name: str = "image_size") -> Pair:
   )
 
 
-def size_of(height: int, width: int) -> Pair | None:
-  """(Height, width) of two fields of a config, of which 0 is not given.
+def size_from_fields(height: int, width: int) -> Pair | None:
+  """Combine two fields of a config, which are 0 if not given.
 
-  Without a width it is the height; without a height, None.
+  Returns:
+    (height, width), the latter by default the height; None without a height.
   """
   return (height, width or height) if height else None
 
 
 def to_grid(image_size: Pair, patch_size: Pair) -> Pair:
-  """Patches per column and per row; what is left over is ignored."""
+  """Patches per column and per row; leftover pixels are ignored."""
   grid = image_size[0] // patch_size[0], image_size[1] // patch_size[1]
   if not all(grid):
     raise UserError(
-      f"image_size {_by(image_size)} is smaller than one {_by(patch_size)}"
-      " patch of this backbone; ask for larger images."
+      f"image_size {_as_text(image_size)} is smaller than one"
+      f" {_as_text(patch_size)} patch of this backbone; ask for larger images."
     )
   return grid
 
@@ -79,18 +84,18 @@ def to_grid(image_size: Pair, patch_size: Pair) -> Pair:
 def has_class_row(
   rows: int, stored_name: str, has_cls: bool, told: Pair | None
 ) -> bool:
-  """Whether the first position is the class token's.
+  """Return whether the first position is that of the class token.
 
-  Big Vision asks only whether `rows` is a square plus one, and so takes the
-  first patch of a 2x5 grid for a class token. Where the tree or the user tells,
-  we listen: a top-level table never has such a row, vision_transformer's always
-  has one if there is a class token.
+  Big Vision tests only whether `rows` is a square plus one, and so takes the
+  first patch of a 2x5 grid for a class token. Here the table's place and the
+  user come first: a table at the top never has such a row, vision_transformer's
+  always has one if there is a class token.
 
   Args:
     rows: number of positions in the file.
     stored_name: the table's name in the file.
     has_cls: whether there is a class token.
-    told: the grid that the user spoke of, or None.
+    told: grid of the image size that was given, or None.
   """
   if rows == 1 or "Transformer/" not in stored_name:
     return False
@@ -104,21 +109,22 @@ def has_class_row(
 def find_grid(
   rows: int, patch_size: Pair, wanted: Pair | None, trained: Pair | None
 ) -> Pair:
-  """The grid on which `rows` positions lie.
+  """Find the grid on which positions lie.
+
+  If `rows` is a square, so is the grid, as in Big Vision; otherwise images are
+  taken to be square, whatever their patches are.
 
   Args:
-    rows: number of positions, class row taken off.
-    patch_size: pixels; with non-square patches, square images are likelier than
-      non-square ones, unless `rows` is a square, for which Big Vision assumes a
-      square grid.
-    wanted: grid of the images the backbone is to run on, or None.
-    trained: grid of the images it was trained on, or None if not known.
+    rows: number of positions, without that of the class token.
+    patch_size: pixels.
+    wanted: grid of the images that the backbone is to run on, or None.
+    trained: grid of the images that it was trained on, or None if not known.
 
   Returns:
     Patches per column and per row.
 
   Raises:
-    UserError: the numbers contradict each other or do not suffice.
+    UserError: the numbers contradict each other, or do not suffice.
   """
   side = math.isqrt(rows)
   if trained:
@@ -126,17 +132,17 @@ def find_grid(
       return trained
     raise UserError(
       f"The checkpoint has {rows} positions, but images of the given"
-      f" trained_size have {_by(trained)} patches."
-      f"{_possible(rows, patch_size)}"
+      f" trained_size have {_as_text(trained)} patches."
+      f"{_list_possible_sizes(rows, patch_size)}"
     )
   if side**2 == rows:
     if wanted and wanted != (side, side) and math.prod(wanted) == rows:
       raise UserError(
         f"The checkpoint's {rows} positions fit a {side}x{side} and a"
-        f" {_by(wanted)} grid of patches; say which one it was trained on:"
-        f" trained_size={_pixels((side, side), patch_size)} or"
-        f" trained_size={_pixels(wanted, patch_size)} (height, width), or"
-        f" {_FLAGS}."
+        f" {_as_text(wanted)} grid of patches; say which one it was trained on:"
+        f" trained_size={_pixels_as_text((side, side), patch_size)} or"
+        f" trained_size={_pixels_as_text(wanted, patch_size)} (height, width),"
+        f" or {_FLAGS}."
       )
     return side, side
   if wanted and math.prod(wanted) == rows:
@@ -148,29 +154,31 @@ def find_grid(
   raise UserError(
     f"The checkpoint's {rows} positions are no square grid; give the image"
     f" size it was trained on: trained_size=(height, width), or {_FLAGS}."
-    f"{_possible(rows, patch_size)}"
+    f"{_list_possible_sizes(rows, patch_size)}"
   )
 
 
-def _possible(rows: int, patch_size: Pair) -> str:
-  """A sentence of the image sizes with so many patches, squarest first."""
+def _list_possible_sizes(rows: int, patch_size: Pair) -> str:
+  """List the image sizes with so many patches in a sentence, squarest first."""
   grids = [(n, rows // n) for n in range(1, rows + 1) if rows % n == 0]
   stretch = lambda grid: abs(
     math.log(grid[0] * patch_size[0]) - math.log(grid[1] * patch_size[1])
   )
-  sizes = [_pixels(grid, patch_size) for grid in sorted(grids, key=stretch)]
+  sizes = [
+    _pixels_as_text(grid, patch_size) for grid in sorted(grids, key=stretch)
+  ]
   more = ", ..." if len(sizes) > 6 else ""
   return (
-    f" With {_by(patch_size)} pixels a patch it is one of"
+    f" With {_as_text(patch_size)} pixels a patch it is one of"
     f" {', '.join(sizes[:6])}{more} (height, width)."
   )
 
 
 def resize_positions(table: np.ndarray, old: Pair, new: Pair) -> np.ndarray:
-  """Resizes a position embedding as both original code bases do.
+  """Resize a position embedding as both original programs do.
 
-  Linear, corners aligned, no anti-aliasing. SciPy's boundary rule zeroes the
-  last row and column for a few sizes (32 -> 16 among them): so does theirs.
+  Linear, corners aligned, no anti-aliasing. For a few sizes (32 -> 16 among
+  them) SciPy's boundary rule zeroes the last row and column, there as here.
 
   Args:
     table: (1, old[0] * old[1], D) float32, row-major, no class row.
@@ -187,9 +195,9 @@ def resize_positions(table: np.ndarray, old: Pair, new: Pair) -> np.ndarray:
   return scipy.ndimage.zoom(grid, zoom, order=1).reshape(1, -1, grid.shape[-1])
 
 
-def _by(pair: Sequence[int]) -> str:
+def _as_text(pair: Sequence[int]) -> str:
   return "x".join(map(str, pair))
 
 
-def _pixels(grid: Pair, patch_size: Pair) -> str:
+def _pixels_as_text(grid: Pair, patch_size: Pair) -> str:
   return f"({grid[0] * patch_size[0]}, {grid[1] * patch_size[1]})"

@@ -1,4 +1,4 @@
-"""Published ViTs by name: where they are, and what their files do not tell.
+"""Published ViTs by name: their addresses, and what their files do not tell.
 
 Names are Big Vision's where it has some (`howto-i21k-B/16`, `SigLIP2 B/16
 256`), else the file's (`imagenet21k/ViT-B_16`).
@@ -17,10 +17,10 @@ class PublicViT:
     address: `gs://BUCKET/PATH`, with `:img` where the ViT is one of two towers.
     variant: e.g. "B/16".
     image_size: side of the images it was trained on last, pixels.
-    pool_type: as in `vit.ViTConfig`.
-    gelu: as in `vit.ViTConfig`.
+    pool_type: as in `ViTConfig`.
+    gelu: as in `ViTConfig`.
     value_range: key of `backbone.VALUE_RANGES`.
-    refused: why it cannot be loaded, or "".
+    refused: what it is instead of a plain ViT, or "".
   """
 
   address: str
@@ -37,37 +37,43 @@ _FLEXI = "a FlexiViT (flexible patch size), not a plain ViT"
 _NAFLEX = "a NaFlex ViT (variable grids), not a plain ViT"
 _MIXER = "an MLP-Mixer, not a ViT"
 
+# Folder, image size, pooling, and files of vision_transformer, 2020 to 2022.
+_VISION_TRANSFORMER = (
+  (
+    "imagenet21k",
+    224,
+    "tok",
+    "ViT-B_8 ViT-B_16 ViT-B_32 ViT-L_16 ViT-L_32 ViT-H_14"
+    " R50+ViT-B_16 R26+ViT-B_32 R50+ViT-L_32",
+  ),
+  (
+    "imagenet21k+imagenet2012",
+    384,
+    "tok",
+    "ViT-B_8 ViT-B_16 ViT-B_32 ViT-L_16 ViT-L_32 R50+ViT-B_16",
+  ),
+  ("imagenet21k+imagenet2012", 224, "tok", "ViT-B_16-224 ViT-L_16-224"),
+  ("sam", 224, "tok", "ViT-S_16 ViT-B_16 ViT-B_32 ViT-L_16 ViT-L_32"),
+  ("gsam", 224, "gap", "ViT-S_16 ViT-S_32 ViT-B_16 ViT-B_32"),
+)
+
 
 def _vision_transformer() -> dict[str, PublicViT]:
-  """https://github.com/google-research/vision_transformer, 2020 to 2022."""
+  """https://github.com/google-research/vision_transformer."""
   models = {}
-
-  def add(folder: str, name: str, size: int = 224, pool: str = "tok"):
-    variant = re.sub(r"ViT-|-224", "", name).replace("_", "/")
-    models[f"{folder}/{name}"] = PublicViT(
-      f"gs://vit_models/{folder}/{name}.npz",
-      variant,
-      size,
-      pool,
-      refused=_HYBRID if name.startswith("R") else "",
-    )
-
-  base, large = ("ViT-B_16", "ViT-B_32"), ("ViT-L_16", "ViT-L_32")
-  hybrids = ("R50+ViT-B_16", "R26+ViT-B_32", "R50+ViT-L_32")
-  for name in ("ViT-B_8", *base, *large, "ViT-H_14", *hybrids):
-    add("imagenet21k", name)
-  for name in ("ViT-B_8", *base, *large, "R50+ViT-B_16"):
-    add("imagenet21k+imagenet2012", name, 384)
-  for name in ("ViT-B_16-224", "ViT-L_16-224"):
-    add("imagenet21k+imagenet2012", name)
-  for name in (*base, *large, "ViT-S_16"):
-    add("sam", name)
-  for name in ("ViT-S_16", "ViT-S_32", *base):
-    add("gsam", name, pool="gap")
-  for name in ("Mixer-B_16", "Mixer-L_16"):
+  for folder, size, pool, files in _VISION_TRANSFORMER:
+    for file in files.split():
+      models[f"{folder}/{file}"] = PublicViT(
+        f"gs://vit_models/{folder}/{file}.npz",
+        re.sub(r"ViT-|-224", "", file).replace("_", "/"),
+        size,
+        pool,
+        refused=_HYBRID if file.startswith("R") else "",
+      )
+  for size in "BL":
+    name = f"Mixer-{size}_16"
     address = f"gs://mixer_models/imagenet21k/{name}.npz"
-    variant = name.removeprefix("Mixer-").replace("_", "/")
-    models[name] = PublicViT(address, variant, refused=_MIXER)
+    models[name] = PublicViT(address, f"{size}/16", refused=_MIXER)
   return models
 
 
@@ -88,7 +94,7 @@ _AUGREG = {
 
 
 def _augreg() -> dict[str, PublicViT]:
-  """ "How to train your ViT?", https://arxiv.org/abs/2106.10270."""
+  """AugReg: "How to train your ViT?", https://arxiv.org/abs/2106.10270."""
   models = {}
   for model, (aug, decay, drop, depth, rate) in _AUGREG.items():
     name = re.sub(r"[+/]", "_", model)
@@ -110,7 +116,7 @@ def _augreg() -> dict[str, PublicViT]:
 
 
 def _big_vision() -> dict[str, PublicViT]:
-  """https://github.com/google-research/big_vision, one tower."""
+  """https://github.com/google-research/big_vision, those of one tower."""
   root = "gs://big_vision"
   models = {}
   for epochs in (90, 150, 300):
@@ -120,7 +126,7 @@ def _big_vision() -> dict[str, PublicViT]:
   for letter, name in (("S", "small"), ("B", "base"), ("L", "large")):
     for size in (224, 384):
       for data in ("1k", "21k"):
-        # Born in PyTorch, whose GELU is the exact one.
+        # Trained in PyTorch, whose GELU is the exact one.
         models[f"deit3_{letter}_{size}_{data}"] = PublicViT(
           f"{root}/zoo/deit3/bv_deit_3_{name}_{size}_{data}.npz",
           f"{letter}/16",
@@ -169,7 +175,7 @@ _SIGLIP2 = (
 
 
 def _two_towers() -> dict[str, PublicViT]:
-  """SigLIP, SigLIP 2, CLIPPO and LiT: the image tower of each."""
+  """Image towers of SigLIP, SigLIP 2, CLIPPO and LiT."""
   root = "gs://big_vision"
   models = {}
   for name, file in _SIGLIP:
@@ -192,22 +198,13 @@ def _two_towers() -> dict[str, PublicViT]:
       refused=_NAFLEX,
     )
   init = "yfcc100m_i21k_init"
-  for data in (
-    "yfcc100m",
-    init,
-    f"{init}_25c4",
-    f"{init}_50c4",
-    f"{init}_75c4",
-    "100c4",
-  ):
+  mixed = [f"{init}_{percent}c4" for percent in (25, 50, 75)]
+  for data in ("yfcc100m", init, *mixed, "100c4"):
     address = f"{root}/clippo/clippo_b16_{data}.npz:img"
     models[f"CLIPPO B/16 {data}"] = PublicViT(address, "B/16", 224, "map")
-  for name, variant in (
-    ("LiT-B16B", "B/16"),
-    ("LiT-B16B_2", "B/16"),
-    ("LiT-L16L", "L/16"),
-  ):
-    models[name] = PublicViT(f"gs://vit_models/lit/{name}.npz:img", variant)
+  for name in ("LiT-B16B", "LiT-B16B_2", "LiT-L16L"):
+    address = f"gs://vit_models/lit/{name}.npz:img"
+    models[name] = PublicViT(address, f"{name[4]}/16")
   return models
 
 
@@ -219,13 +216,13 @@ PUBLIC: dict[str, PublicViT] = {
 }
 
 
-def find(name: str) -> str | None:
-  """The key of `PUBLIC` that a name means; case and spacing do not matter."""
+def find_name(name: str) -> str | None:
+  """Return the key of `PUBLIC` that a name means, in any case and spacing."""
   return {_plain(key): key for key in PUBLIC}.get(_plain(name))
 
 
-def nearest(name: str, count: int = 3) -> list[str]:
-  """The public names most like a name, best first."""
+def nearest_names(name: str, count: int = 3) -> list[str]:
+  """Return the public names most like a name, best first."""
   plain = {_plain(key): key for key in PUBLIC}
   return [
     plain[k] for k in difflib.get_close_matches(_plain(name), plain, count)

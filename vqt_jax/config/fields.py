@@ -259,7 +259,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> dict[str, Any]:
       continue
     name, equals, text = (x.strip() for x in part.partition("="))
     if name not in defaults:
-      raise errors.unknown("config argument", name, defaults)
+      raise errors.unknown_name("config argument", name, defaults)
     kind = type(defaults[name])
     if kind is tuple and equals:
       values[name] = (text,) if text else ()

@@ -197,7 +197,7 @@ def spread(rates: tuple[float, ...], count: int) -> tuple[float, ...]:
 
 def _follow_authors(config: fields.Config) -> None:
   """Writes out what is 0 because the authors choose it by the task."""
-  task = vtab.find(config.task)
+  task = vtab.find_task(config.task)
   if not config.num_queries:
     config.num_queries = vtab.NUM_QUERIES.get(task.name, 1) if task else 1
   if config.keep_fraction == (0.0,):

@@ -87,7 +87,7 @@ def check(config: ConfigDict, defaults: ConfigDict) -> None:
   for name, known in CHOICES.items():
     if config[name] not in known:
       named = [k or '""' for k in known]
-      raise errors.unknown(f"config.{name}", config[name], named)
+      raise errors.unknown_name(f"config.{name}", config[name], named)
   for name, (low, high) in BOUNDS.items():
     _check_bounds(name, values_lib.flatten(config)[name], low, high)
   _check_names(config)

@@ -30,7 +30,7 @@ def check_field(name: str, defaults: ConfigDict) -> Any:
     )
   if name not in fields:
     alike = [field for field in fields if "." in name or "." not in field]
-    raise errors.unknown("config field", name, alike)
+    raise errors.unknown_name("config field", name, alike)
   return fields[name]
 
 

@@ -3,11 +3,11 @@
 Importing this does not import TensorFlow; its first use does.
 """
 
-from vqt_jax.data.builders import are_rows_of
 from vqt_jax.data.builders import check_prepared
+from vqt_jax.data.builders import dataset_identity
 from vqt_jax.data.builders import expected_examples
-from vqt_jax.data.builders import fingerprint
-from vqt_jax.data.builders import identity
+from vqt_jax.data.builders import images_fingerprint
+from vqt_jax.data.builders import is_concatenation
 from vqt_jax.data.builders import is_prepared
 from vqt_jax.data.builders import num_bytes
 from vqt_jax.data.builders import num_examples
@@ -27,13 +27,13 @@ __all__ = [
   "SPLITS",
   "VTAB",
   "Task",
-  "are_rows_of",
   "batches",
   "check_classes",
   "check_prepared",
+  "dataset_identity",
   "expected_examples",
-  "fingerprint",
-  "identity",
+  "images_fingerprint",
+  "is_concatenation",
   "is_prepared",
   "load_arrays",
   "load_labels",

@@ -1,8 +1,8 @@
-"""Datasets on disk: finding them, their sizes, and what is wrong with them.
+"""Datasets on disk: where they are, their sizes, and what is wrong with them.
 
-Nothing here downloads. TFDS is asked only for what lies in the data folder,
-and a dataset that is not there ends in one message with the command that
-prepares it. (Left alone, TFDS would try the network for minutes.)
+Nothing here downloads. TFDS is asked only for what is in the data folder, and
+the error for a dataset that is not there names the command that prepares it.
+(TFDS itself would try the network for minutes.)
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,15 +28,15 @@ from vqt_jax.runtime import files
 # Packages whose failures are a bucket's.
 _CLIENTS = ("aiohttp", "gcsfs", "google")
 
-# Sizes other than the table's that are as good: the builder skips one broken
-# image of SUN397, which is in none of VTAB-1k's slices.
+# Sizes that differ from the table's and are as good: the builder skips one
+# broken image of SUN397, which is in none of VTAB-1k's slices.
 _ALSO_RIGHT = {("sun397", "train"): 76127}
 
 
 def find_builder(request: str, data_dir: str | None) -> Any:
-  """The TFDS builder of `name[/config][:version]`, prepared or not.
+  """Return the TFDS builder of `name[/config][:version]`, prepared or not.
 
-  Files on disk win over TFDS's code, and are enough where it has none.
+  Files on disk take precedence over TFDS's code, and suffice without it.
 
   Args:
     request: see `names`; its version may be `*.*.*`.
@@ -46,10 +46,10 @@ def find_builder(request: str, data_dir: str | None) -> Any:
     UserError: neither TFDS nor the folder has such a dataset, or the folder
       cannot be read.
   """
-  wanted = names.parse(request)
+  wanted = names.parse_request(request, data_dir)
   try:
-    with quiet(), _reading(data_dir):
-      return _find(wanted, data_dir)
+    with quiet(), _explain_bucket_errors(data_dir):
+      return _find(wanted)
   except errors.UserError:
     raise
   except (
@@ -58,9 +58,9 @@ def find_builder(request: str, data_dir: str | None) -> Any:
     UnicodeDecodeError,
     OSError,
   ) as error:
-    raise errors.UserError(_damaged(wanted, data_dir, error)) from error
+    raise errors.UserError(_explain_damage(wanted, error)) from error
   except (ValueError, AssertionError, ImportError) as error:
-    message = names.unusable(wanted, data_dir, error)
+    message = names.explain_unusable(wanted, error)
     raise errors.UserError(message) from error
   except tf.errors.OpError as error:
     raise errors.UserError(
@@ -70,38 +70,41 @@ def find_builder(request: str, data_dir: str | None) -> Any:
     ) from error
 
 
-def _find(wanted: names.Request, data_dir: str | None) -> Any:
+def _find(wanted: names.Request) -> Any:
   if wanted.name == names.DIGITS:
     # Registers the builder.
     from vqt_jax.data import digits
 
-    digits.prepare(data_dir)
-  folder = names.find_folder(wanted, data_dir)
+    digits.prepare(wanted.data_dir)
+  folder = names.find_version_folder(wanted)
   if folder:
     return tfds.builder_from_directory(folder)
   try:
     tfds.builder_cls(wanted.name)
   except ValueError as error:  # Not found, or no name that code can have.
-    raise errors.UserError(names.unknown(wanted, data_dir)) from error
-  return tfds.builder(str(wanted), data_dir=os.fspath(names.root(data_dir)))
+    raise errors.UserError(names.explain_unknown(wanted)) from error
+  return tfds.builder(str(wanted), data_dir=os.fspath(wanted.place.parent))
 
 
 def is_prepared(task: Task) -> bool:
-  """Whether the task's dataset is there; raises as `find_builder`."""
+  """Return whether the task's dataset is there; raises as `find_builder`."""
+  return _find_prepared(task)[1]
+
+
+def _find_prepared(task: Task) -> tuple[Any, bool]:
+  """The builder of a task, and whether it is prepared."""
   builder = find_builder(task.builder, task.data_dir)
-  with quiet(), _reading(task.data_dir):
-    return builder.is_prepared()
+  with quiet(), _explain_bucket_errors(task.data_dir):
+    return builder, builder.is_prepared()
 
 
 def open_builder(task: Task) -> Any:
-  """The prepared builder of a task.
+  """Return the prepared builder of a task.
 
   Raises:
     UserError: it is not prepared, or in a format that cannot be read.
   """
-  builder = find_builder(task.builder, task.data_dir)
-  with quiet(), _reading(task.data_dir):
-    prepared = builder.is_prepared()
+  builder, prepared = _find_prepared(task)
   if not prepared:
     raise errors.UserError(
       f"Dataset {task.dataset!r} is not prepared in"
@@ -118,36 +121,40 @@ def open_builder(task: Task) -> Any:
 
 
 def prepare_command(*tasks: Task) -> str:
-  """The shell command that prepares the datasets of tasks in one folder."""
-  return _command([task.dataset for task in tasks], tasks[0].data_dir)
+  """Return the shell command that prepares the datasets of tasks.
+
+  Args:
+    *tasks: with the same data folder.
+  """
+  return _prepare_command([t.dataset for t in tasks], tasks[0].data_dir)
 
 
-def _command(datasets: Iterable[str], data_dir: str | None) -> str:
+def _prepare_command(datasets: Iterable[str], data_dir: str | None) -> str:
   command = ["python", "-m", "vqt_jax.data.prepare", *dict.fromkeys(datasets)]
   if data_dir:
     command += ["--data_dir", data_dir]
   return shlex.join(command)
 
 
-def repair(
-  dataset: str, data_dir: str | None, place: os.PathLike, what: str
+def repair_advice(
+  dataset: str, data_dir: str | None, place: os.PathLike, otherwise: str
 ) -> str:
-  """A sentence on what to do about damaged files; none is to delete them.
+  """Say what to do about damaged files; the advice is never to delete them.
 
   Args:
     dataset: `name[/config]`.
     data_dir: TFDS folder, or None for TFDS's own.
-    place: where the dataset lies.
-    what: to do where the files are all there is: TFDS cannot make them again.
+    place: folder of the dataset.
+    otherwise: the advice if TFDS cannot prepare the dataset again.
   """
-  if not names.of_tfds(dataset.partition("/")[0]):
-    return what
-  command = _command([dataset], data_dir)
+  if not names.is_tfds_name(dataset.partition("/")[0]):
+    return otherwise
+  command = _prepare_command([dataset], data_dir)
   return f"Move {os.fspath(place)} away, and prepare it again with: {command}"
 
 
 def check_prepared(task: Task, splits: Iterable[str] = SPLITS) -> None:
-  """Makes sure that the splits of a task can be read, without reading them.
+  """Check that the splits of a task are there, without reading them.
 
   Raises:
     UserError: the dataset is not prepared, or lacks a split or examples in it.
@@ -163,13 +170,13 @@ def num_examples(task: Task, split: str) -> int:
 
 
 def num_bytes(task: Task, split: str) -> int:
-  """About the size of a split on disk; raises as `check_prepared`."""
+  """Approximate size of a split on disk; raises as `check_prepared`."""
   builder = open_builder(task)
   return split_size(builder, task, split) * example_bytes(builder)
 
 
 def example_bytes(builder: Any) -> int:
-  """Average size of an example of all splits on disk, at least 1."""
+  """Average size on disk of the examples of all splits, at least 1."""
   splits = builder.info.splits.values()
   examples = sum(split.num_examples for split in splits)
   total = sum(split.num_bytes for split in splits)
@@ -177,7 +184,7 @@ def example_bytes(builder: Any) -> int:
 
 
 def expected_examples(task: Task, split: str) -> int:
-  """As `num_examples`; where the table knows the sizes, nothing is read."""
+  """As `num_examples`, but without reading where the table knows the sizes."""
   if not task.sizes:
     return num_examples(task, split)
   # TFDS computes slices of files; it does not look for these.
@@ -186,10 +193,7 @@ def expected_examples(task: Task, split: str) -> int:
   )
   whole = [
     tfds.core.SplitInfo(
-      name=name,
-      shard_lengths=[size],
-      num_bytes=0,
-      filename_template=template,
+      name=name, shard_lengths=[size], num_bytes=0, filename_template=template
     )
     for name, size in task.sizes.items()
   ]
@@ -198,7 +202,7 @@ def expected_examples(task: Task, split: str) -> int:
 
 
 def split_size(builder: Any, task: Task, split: str) -> int:
-  """As `num_examples`, with the builder already open."""
+  """As `num_examples`, with an open builder."""
   slices = task.splits[split]
   found = ", ".join(
     f"{name} ({info.num_examples})"
@@ -207,7 +211,7 @@ def split_size(builder: Any, task: Task, split: str) -> int:
   try:
     count = builder.info.splits[slices].num_examples
   except (ValueError, KeyError) as error:
-    # Without TFDS's list of splits, and where to read on.
+    # Without TFDS's list of splits and its links.
     reason = files.first_line(error).split(". ")[0].rstrip(".")
     raise errors.UserError(
       f"Split {slices!r} ({split} of {task.name!r}) cannot be read from"
@@ -222,12 +226,12 @@ def split_size(builder: Any, task: Task, split: str) -> int:
   return count
 
 
-def are_rows_of(task: Task, parts: Iterable[str], whole: str) -> bool:
-  """Whether some splits, one after another, are another one, row by row."""
+def is_concatenation(task: Task, parts: Iterable[str], whole: str) -> bool:
+  """Return whether a split has the rows of others, one after another."""
   splits = open_builder(task).info.splits
 
   def rows(names):
-    """Ranges of each file; one that goes on where the last ended joins it."""
+    """Ranges of rows in files; adjacent ones are joined."""
     ranges = []
     for name in names:
       for part in splits[task.splits[name]].file_instructions:
@@ -243,8 +247,8 @@ def are_rows_of(task: Task, parts: Iterable[str], whole: str) -> bool:
   return rows(parts) == rows([whole])
 
 
-def fingerprint(task: Task, split: str) -> dict[str, Any]:
-  """What decides the images of a split, json-able: files, and rows of them.
+def images_fingerprint(task: Task, split: str) -> dict[str, Any]:
+  """Describe what determines the images of a split: files, and rows of them.
 
   Files are known by name, size and time of change; labels play no part.
   """
@@ -252,7 +256,7 @@ def fingerprint(task: Task, split: str) -> dict[str, Any]:
   parts = []
   for part in builder.info.splits[task.splits[split]].file_instructions:
     path = epath.Path(part.filename)
-    with _reading(task.data_dir):
+    with _explain_bucket_errors(task.data_dir):
       stat = path.stat()
     rows = [part.skip, part.take]
     parts.append([path.name, stat.length, stat.mtime, *rows])
@@ -264,8 +268,8 @@ def fingerprint(task: Task, split: str) -> dict[str, Any]:
   }
 
 
-def identity(task: Task) -> dict[str, Any]:
-  """What decides a task's examples, the same of every copy of the dataset.
+def dataset_identity(task: Task) -> dict[str, Any]:
+  """Describe what determines a task's examples, alike for all copies of them.
 
   Returns:
     `dataset` (its full name), `image_key`, `num_classes`, `splits` (of each its
@@ -278,23 +282,24 @@ def identity(task: Task) -> dict[str, Any]:
     for name, info in builder.info.splits.items()
   }
   text = json.dumps(sizes, sort_keys=True)
+  splits = {
+    split: {
+      "slices": task.splits[split],
+      "images": split_size(builder, task, split),
+    }
+    for split in SPLITS
+  }
   return {
     "dataset": builder.info.full_name,
     "image_key": task.image_key,
     "num_classes": task.num_classes,
-    "splits": {
-      split: {
-        "slices": task.splits[split],
-        "images": split_size(builder, task, split),
-      }
-      for split in SPLITS
-    },
+    "splits": splits,
     "sha256": hashlib.sha256(text.encode()).hexdigest(),
   }
 
 
 def size_warning(task: Task) -> str | None:
-  """One sentence if the prepared dataset is not as large as VTAB's, or None.
+  """Return a sentence if the prepared dataset does not have VTAB's size.
 
   Its slices are then other images than those of published results.
   """
@@ -313,8 +318,8 @@ def size_warning(task: Task) -> str | None:
 
 
 @contextlib.contextmanager
-def _reading(data_dir: str | None) -> Iterator[None]:
-  """Turns what a bucket and those who ask it say into a `UserError`."""
+def _explain_bucket_errors(data_dir: str | None) -> Iterator[None]:
+  """Turn failures of a bucket, and of those who read it, into `UserError`."""
   try:
     yield
   except errors.UserError:
@@ -322,7 +327,7 @@ def _reading(data_dir: str | None) -> Iterator[None]:
   except Exception as e:  # Each of the libraries on the way has its own.
     if not data_dir or not files.in_bucket(data_dir):
       raise
-    advice = files.advice(e)
+    advice = files.bucket_advice(e)
     if isinstance(e, FileNotFoundError):
       advice = "No such bucket, or nothing of that name in it."
     elif not advice and type(e).__module__.split(".")[0] not in _CLIENTS:
@@ -333,20 +338,17 @@ def _reading(data_dir: str | None) -> Iterator[None]:
     ) from e
 
 
-def _damaged(
-  wanted: names.Request, data_dir: str | None, error: Exception
-) -> str:
-  """Tells that what describes the dataset cannot be read."""
-  place = names.root(data_dir) / wanted.name
+def _explain_damage(wanted: names.Request, error: Exception) -> str:
+  """Say that the files that describe a dataset cannot be read."""
   advice = "Make it readable."
   if not isinstance(error, PermissionError):
-    advice = repair(
+    advice = repair_advice(
       wanted.dataset,
-      data_dir,
-      place,
+      wanted.data_dir,
+      wanted.place,
       "Write the dataset again, or restore that file from a copy.",
     )
   return (
-    f"The description of dataset {wanted.dataset!r} in {place} cannot be"
+    f"The description of dataset {wanted.dataset!r} in {wanted.place} cannot be"
     f" read: {files.first_line(error)} {advice}"
   )

@@ -1,8 +1,8 @@
-"""Names of datasets: the folders they mean, and what is wrong with others.
+"""Names of datasets, their folders, and explanations of wrong names.
 
 A request is `name[/config][:version]`. It means the folder of that name in the
 data folder, whatever its characters; where there is none, a dataset of TFDS's
-code, whose names are as Python's.
+code, whose names are Python's.
 """
 
 import contextlib
@@ -28,49 +28,53 @@ _REQUEST = re.compile(r"([^/:\\]+)(?:/([^/:\\]+))?(?::(.*))?")
 _NUMBER = r"(0|[1-9]\d*|\*)"
 _VERSION = re.compile(rf"{_NUMBER}\.{_NUMBER}\.{_NUMBER}")
 _HUBS = ("hf", "huggingface", "kaggle", "openml", "torchvision")
-_HOW = (
+_HOW_TO_WRITE = (
   "with tfds.dataset_builders.store_as_tfds_dataset (docs/data.md has an"
   " example)."
 )
 
 # Of images that people keep in folders; Pillow reads more kinds.
-_SUFFIXES = {
-  ".avif",
-  ".bmp",
-  ".gif",
-  ".heic",
-  ".jpeg",
-  ".jpg",
-  ".png",
-  ".tif",
-  ".tiff",
-  ".webp",
-}
+_SUFFIXES = set(
+  ".avif .bmp .gif .heic .jpeg .jpg .png .tif .tiff .webp".split()
+)
 _DEPTH = 3  # split/class/image
 _MOST_FOLDERS = 50  # are looked into.
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """A dataset that is asked for; a version may have stars."""
+  """A dataset that is asked for.
+
+  Attributes:
+    name: of the dataset.
+    config: of the dataset, or "".
+    version: may have stars.
+    data_dir: TFDS folder; None is TFDS's own.
+  """
 
   name: str
   config: str
   version: str
+  data_dir: str | None
 
   @property
   def dataset(self) -> str:
     return f"{self.name}/{self.config}" if self.config else self.name
 
+  @property
+  def place(self) -> epath.Path:
+    """Folder of the dataset, with all its configs and versions."""
+    return data_folder(self.data_dir) / self.name
+
   def __str__(self) -> str:
     return f"{self.dataset}:{self.version}"
 
 
-def parse(text: str) -> Request:
-  """Takes a request apart; without a version it is for the newest.
+def parse_request(text: str, data_dir: str | None) -> Request:
+  """Parse a request; without a version it is for the newest.
 
   Raises:
-    UserError: it is a path, of another hub, or otherwise no request.
+    UserError: it is a path, for another hub, or otherwise not a request.
   """
   hub = text.partition(":")[0].lower()
   if hub in _HUBS or ("://" in text and hub != "gs"):
@@ -79,11 +83,11 @@ def parse(text: str) -> Request:
       f"{text!r} is a dataset of another hub or site, which is not read from"
       " here: expected a VTAB-1k task, a name in TFDS, or a folder in"
       " data_dir."
-      + (f" TFDS has {last!r}." if of_tfds(last) else "")
-      + f" Another dataset can be written to data_dir {_HOW}"
+      + (f" TFDS has {last!r}." if is_tfds_name(last) else "")
+      + f" Another dataset can be written to data_dir {_HOW_TO_WRITE}"
     )
   if hub == "gs" or text.startswith(("/", ".", "~")):
-    raise errors.UserError(_about_path(text))
+    raise errors.UserError(_explain_path(text))
   found = _REQUEST.fullmatch(text)
   if not found:
     raise errors.UserError(
@@ -91,54 +95,58 @@ def parse(text: str) -> Request:
       " for example 'cifar10', 'eurosat/rgb' or 'svhn_cropped:3.0.0'."
     )
   name, config, version = found.groups()
-  return Request(name, config or "", NEWEST if version is None else version)
+  version = NEWEST if version is None else version
+  return Request(name, config or "", version, data_dir)
 
 
-def find_folder(request: Request, data_dir: str | None) -> epath.Path | None:
-  """The folder of the newest version that is meant, or None.
+def find_version_folder(request: Request) -> epath.Path | None:
+  """Return the folder of the newest version that is asked for, or None.
 
   Raises:
-    UserError: the version is none.
+    UserError: what is asked for is not a version.
   """
   if not _VERSION.fullmatch(request.version):
-    explain = _no_version if of_tfds(request.name) else unknown
-    raise errors.UserError(explain(request, data_dir))
-  folder = root(data_dir) / request.name / request.config
-  meant = _meant(_versions(folder), request)
-  if not meant:
+    known = is_tfds_name(request.name)
+    explain = _explain_no_version if known else explain_unknown
+    raise errors.UserError(explain(request))
+  folder = request.place / request.config
+  versions = _matching(_versions_in(folder), request)
+  if not versions:
     return None
-  folder /= str(meant[-1])
+  folder /= str(versions[-1])
   return folder if (folder / "features.json").exists() else None
 
 
-def of_tfds(name: str) -> bool:
-  """Whether a dataset of that name can be prepared (again)."""
+def is_tfds_name(name: str) -> bool:
+  """Return whether TFDS can prepare a dataset of that name (again)."""
   known = tfds.list_builders(with_community_datasets=False)
   return name == DIGITS or name in known
 
 
-def root(data_dir: str | None) -> epath.Path:
-  """The TFDS folder; None is TFDS's own."""
+def data_folder(data_dir: str | None) -> epath.Path:
+  """Path of the TFDS folder; None is TFDS's own."""
   folder = data_dir or tfds.core.constants.DATA_DIR
   return epath.Path(os.path.expanduser(folder))
 
 
-def unknown(request: Request, data_dir: str | None) -> str:
-  """Tells that there is no such dataset, and which one was perhaps meant."""
-  place = root(data_dir) / request.name
-  if place.is_dir():
-    return _not_in(place, request, data_dir)
-  near = _near(request.name, data_dir)
+def explain_unknown(request: Request) -> str:
+  """Say that there is no such dataset, and which one may be meant."""
+  if request.place.is_dir():
+    return _explain_not_in_folder(request)
   return (
     f"Unknown task or dataset {request.dataset!r}: expected a VTAB-1k task, a"
-    f" name in TFDS, or a folder in data_dir ({data_dir or 'not given'})."
-    + (near or f" The VTAB-1k tasks are: {', '.join(vtab.VTAB)}.")
+    " name in TFDS, or a folder in data_dir"
+    f" ({request.data_dir or 'not given'})."
+    + (
+      _suggest_names(request)
+      or f" The VTAB-1k tasks are: {', '.join(vtab.VTAB)}."
+    )
   )
 
 
-def unusable(request: Request, data_dir: str | None, error: Exception) -> str:
-  """Tells what TFDS dislikes about a request: its config, or its version."""
-  if of_tfds(request.name):
+def explain_unusable(request: Request, error: Exception) -> str:
+  """Say what is wrong with a request that TFDS refuses."""
+  if is_tfds_name(request.name):
     configs = tfds.builder_cls(request.name).builder_configs
     if request.config and request.config not in configs:
       known = ", ".join(configs) or "none"
@@ -146,18 +154,18 @@ def unusable(request: Request, data_dir: str | None, error: Exception) -> str:
         f"Dataset {request.name!r} has no config {request.config!r}. Its"
         f" configs: {known}."
       )
-    if not _meant(_made_by_tfds(request), request):
-      return _no_version(request, data_dir)
+    if not _matching(_tfds_versions(request), request):
+      return _explain_no_version(request)
   lines = str(error).strip().splitlines() or [type(error).__name__]
   reason = lines[0].rpartition('}": ')[2].rstrip(".")
   return f"Dataset {request.dataset!r} cannot be used: {reason}."
 
 
-def _about_path(text: str) -> str:
+def _explain_path(text: str) -> str:
   path = epath.Path(os.path.expanduser(text))
   with contextlib.suppress(OSError):
     if not files.in_bucket(path) and (image := _first_image(path)):
-      return _folder_of_images(path, image)
+      return _explain_images(path, image)
   if tfds.core.Version.is_valid(path.name):
     path = path.parent
   return (
@@ -167,19 +175,19 @@ def _about_path(text: str) -> str:
   )
 
 
-def _not_in(place: epath.Path, request: Request, data_dir: str | None) -> str:
-  """Tells what a folder holds instead of the dataset that is asked for."""
-  name = request.name
-  versions = _versions(place / request.config)
-  if versions and not _meant(versions, request):
-    return _no_version(request, data_dir)
+def _explain_not_in_folder(request: Request) -> str:
+  """Say what a dataset's folder holds in place of what is asked for."""
+  name, place = request.name, request.place
+  versions = _versions_in(place / request.config)
+  if versions and not _matching(versions, request):
+    return _explain_no_version(request)
   if not versions:
-    configs = [path.name for path in place.iterdir() if _versions(path)]
+    configs = [path.name for path in place.iterdir() if _versions_in(path)]
     if configs:
       listed = ", ".join(f"{name}/{config}" for config in sorted(configs))
       return f"Dataset {request.dataset!r} is not in {place}. There: {listed}."
     if image := _first_image(place):
-      return _folder_of_images(place, image)
+      return _explain_images(place, image)
   return (
     f"No dataset {str(request)!r} in {place}: expected"
     f" {name}/[config/]version/ with dataset_info.json and features.json, as"
@@ -187,22 +195,21 @@ def _not_in(place: epath.Path, request: Request, data_dir: str | None) -> str:
   )
 
 
-def _no_version(request: Request, data_dir: str | None) -> str:
+def _explain_no_version(request: Request) -> str:
   listed = lambda versions: ", ".join(map(str, versions)) or "none"
-  folder = root(data_dir)
-  here = _versions(folder / request.name / request.config)
-  made = _made_by_tfds(request)
+  here = _versions_in(request.place / request.config)
+  made = _tfds_versions(request)
   return (
     f"Dataset {request.dataset!r} has no version {request.version!r}. In"
-    f" {folder}: {listed(here)}"
+    f" {request.place.parent}: {listed(here)}"
     + (f"; TFDS can prepare: {listed(made)}" if made else "")
     + ". Without a version the newest is taken."
   )
 
 
-def _made_by_tfds(request: Request) -> list[Any]:
-  """The versions that TFDS's code makes, newest first."""
-  if not of_tfds(request.name):
+def _tfds_versions(request: Request) -> list[Any]:
+  """Versions that TFDS's code can prepare, newest first."""
+  if not is_tfds_name(request.name):
     return []
   cls = tfds.builder_cls(request.name)
   configs = cls.builder_configs
@@ -214,8 +221,8 @@ def _made_by_tfds(request: Request) -> list[Any]:
   return sorted(found, reverse=True)
 
 
-def _versions(folder: epath.Path) -> list[Any]:
-  """The versions whose folders are in a folder, oldest first."""
+def _versions_in(folder: epath.Path) -> list[Any]:
+  """Versions that have a folder in a folder, oldest first."""
   is_version = tfds.core.Version.is_valid
   with contextlib.suppress(FileNotFoundError, NotADirectoryError):
     names = [path.name for path in folder.iterdir()]
@@ -223,26 +230,26 @@ def _versions(folder: epath.Path) -> list[Any]:
   return []
 
 
-def _meant(versions: list[Any], request: Request) -> list[Any]:
+def _matching(versions: list[Any], request: Request) -> list[Any]:
   """Those of some versions that are asked for."""
   if not _VERSION.fullmatch(request.version):
     return []
   return [each for each in versions if each.match(request.version)]
 
 
-def _near(name: str, data_dir: str | None) -> str:
-  """A sentence with names that look like that one, nearest first, or none."""
+def _suggest_names(request: Request) -> str:
+  """A sentence with the nearest known names, or ""."""
   known = {*vtab.VTAB, *vtab.OFFICIAL_NAMES, DIGITS}
   known.update(tfds.list_builders(with_community_datasets=False))
-  folder = root(data_dir)
+  folder = request.place.parent
   if folder.is_dir():
     known.update(path.name for path in folder.iterdir() if path.is_dir())
-  near = difflib.get_close_matches(name, sorted(known), n=5, cutoff=0.5)
+  near = difflib.get_close_matches(request.name, sorted(known), 5, 0.5)
   return f" Nearest names: {', '.join(map(repr, near))}." if near else ""
 
 
 def _first_image(folder: epath.Path) -> epath.Path | None:
-  """An image in a folder or those below it, or None."""
+  """Path of an image in a folder or in those below it, or None."""
   left = [(folder, 1)]
   for _ in range(_MOST_FOLDERS):
     if not left:
@@ -257,8 +264,8 @@ def _first_image(folder: epath.Path) -> epath.Path | None:
   return None
 
 
-def _folder_of_images(folder: epath.Path, image: epath.Path) -> str:
+def _explain_images(folder: epath.Path, image: epath.Path) -> str:
   return (
     f"{folder} holds images ({image.relative_to(folder)}, ...), not a dataset"
-    f" that TFDS wrote: write them as one {_HOW}"
+    f" that TFDS wrote: write them as one {_HOW_TO_WRITE}"
   )

@@ -95,7 +95,7 @@ def requests(names: Sequence[str]) -> list[str]:
   for name in names:
     if name == vtab.ALL:
       found += [task.builder for task in vtab.VTAB.values()]
-    elif task := vtab.find(name):
+    elif task := vtab.find_task(name):
       found.append(task.builder)
     else:
       found.append(name)

@@ -58,7 +58,7 @@ def make_task(
     raise errors.UserError(
       f"Unknown splits {unknown}; a task has: {', '.join(SPLITS)}."
     )
-  task = vtab.find(name)
+  task = vtab.find_task(name)
   if task is None:
     return _tfds_task(name, data_dir, given, image_key, label_key, num_classes)
   if given or image_key or label_key or num_classes:
@@ -79,7 +79,7 @@ def _tfds_task(
   num_classes: int | None,
 ) -> Task:
   """A task on any TFDS dataset, its features taken from the dataset itself."""
-  request = str(names.parse(name))
+  request = str(names.parse_request(name, data_dir))
   info = builders.find_builder(request, data_dir).info
   if not isinstance(info.features, tfds.features.FeaturesDict):
     raise errors.UserError(

@@ -13,16 +13,15 @@ import tempfile
 from absl import logging
 from etils import epy
 
-# TensorFlow's start-up lines. The note on oneDNN (matrix products, of which
-# decoding and resizing have none) only goes away with oneDNN itself.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# The note on oneDNN (matrix products, of which decoding and resizing have none)
+# only goes away with oneDNN itself.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 # Its Keras makes a folder at home; of a user without one, one called "~" here.
 if os.path.expanduser("~") == "~":
   os.environ.setdefault("KERAS_HOME", f"{tempfile.gettempdir()}/.keras")
 
 
-def _hide_accelerators(_: str) -> None:
+def _set_up(_: str) -> None:
   # Also after TFDS alone, which would start TensorFlow unrestricted.
   import tensorflow
 
@@ -30,7 +29,7 @@ def _hide_accelerators(_: str) -> None:
     tensorflow.config.set_visible_devices([], kind)
 
 
-with epy.lazy_imports(success_callback=_hide_accelerators):
+with epy.lazy_imports(success_callback=_set_up):
   import tensorflow as tf  # noqa: F401
   import tensorflow_datasets as tfds  # noqa: F401
 

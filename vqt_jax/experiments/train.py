@@ -14,7 +14,7 @@ from vqt_jax.runtime import files
 from vqt_jax.runtime import numerics
 
 
-@numerics.as_usual()
+@numerics.jax_defaults()
 def train(
   config: ml_collections.ConfigDict,
   workdir: files.PathLike,
@@ -43,7 +43,7 @@ def train(
   """
   config = recipes.resolve(config)
   workdir = files.path(workdir)
-  console = console or console_lib.of_process()
+  console = console or console_lib.for_process()
   if config.task == vtab.ALL:
     return all_tasks.train(config, workdir, console)
   if config.methods:

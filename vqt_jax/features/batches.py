@@ -98,7 +98,9 @@ class Stored:
 
   def _chunk(self, rows: np.ndarray, mask: np.ndarray) -> Chunk:
     mesh = self.features.layout.mesh
-    label = mesh_lib.from_host(self.label[rows], mesh_lib.replicated(mesh))
+    label = mesh_lib.place_array(
+      self.label[rows], mesh_lib.replicated_sharding(mesh)
+    )
     data = {**self.features.send(rows), "label": label}
     return data, np.arange(len(rows), dtype=np.int32)[None], mask[None]
 
@@ -157,7 +159,7 @@ Source = Resident | Stored | Streamed
 
 def on_devices(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> Chunk:
   """One batch of {"image", "label", "mask"} as a chunk of one step."""
-  data = mesh_lib.from_local(batch, mesh)
+  data = mesh_lib.from_process_local(batch, mesh)
   mask = data.pop("mask")
   order = np.arange(len(mask), dtype=np.int32)[None]
   return data, order, jnp.reshape(mask, (1, -1))

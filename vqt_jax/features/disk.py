@@ -43,7 +43,7 @@ def folder(given: str) -> pathlib.Path:
   """
   if given:
     return files.path(given)
-  return files.cache() / "features"
+  return files.cache_folder() / "features"
 
 
 class File:
@@ -163,17 +163,17 @@ class File:
   def _locked(self, part: pathlib.Path) -> Iterator[BinaryIO]:
     """The unfinished file; one run at a time."""
     while True:
-      with processes.raise_on_all(), files.writing(part):
+      with processes.raise_on_all(), files.explain_write_errors(part):
         part.parent.mkdir(parents=True, exist_ok=True)
         file = open(part, "ab")
       with file:
         # All processes or none: of two runs each might lock what the other
         # waits for.
-        while processes.any_process(not locks.lock(file)):
+        while processes.any_process(not locks.try_lock(file)):
           fcntl.flock(file, fcntl.LOCK_UN)
           time.sleep(random.uniform(0.5, 1.5))
         # Whoever had it may have made the whole file of it, or given up.
-        if processes.any_process(not locks.is_at(file, part)):
+        if processes.any_process(not locks.is_still_at(file, part)):
           continue
         yield file
         return
@@ -228,7 +228,7 @@ class File:
 def _writing(path: pathlib.Path) -> Iterator[None]:
   """What cannot be written on one process is an error on all, and goes away."""
   try:
-    with processes.raise_on_all(), files.writing(path):
+    with processes.raise_on_all(), files.explain_write_errors(path):
       yield
   except errors.UserError:
     path.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import files
 from vqt_jax.runtime import processes
+from vqt_jax.runtime import units
 
 # A dataset of this size is read for its labels alone: a second or two.
 LABEL_BYTES = 2**28
@@ -89,7 +90,7 @@ class Examples:
       **self._reading,
     )
     return batches_lib.Streamed(
-      lambda epoch, start: processes.in_step(
+      lambda epoch, start: processes.iterate_together(
         read(epoch=epoch, start_step=start)
       ),
       self.count(split),
@@ -187,7 +188,7 @@ class Examples:
     return disk.folder(self.config.store_dir)
 
   def _batches(self, split: str, start: int = 0) -> Iterator[Any]:
-    return processes.in_step(
+    return processes.iterate_together(
       data.batches(
         self.task,
         split,
@@ -255,14 +256,14 @@ class Examples:
       label = self._labels(base)
     if place == "disk" or self.config.store_dir:
       return self._place_kept(self._on_disk(base), label, place, layout)
-    with self.console.phase("extract", count, "image") as line:
+    with self.console.progress("extract", count, "image") as line:
       parts = self._stream(base)
       if place == "host":
         kept = store.on_host(layout, parts, count, line.update)
         held = self._stored(kept, label)
       else:
         held = self._on_devices(layout, parts, label, line.update)
-      self.extracted = line.measured()
+      self.extracted = line.start_and_pace()
       return held
 
   def _on_devices(
@@ -326,10 +327,10 @@ class Examples:
         tokens = kept.tokens if self._layout.tokens else None
         return dataclasses.replace(kept, layout=self._layout, tokens=tokens)
     file = known[0]
-    with self.console.phase("extract", self.count(base), "image") as line:
+    with self.console.progress("extract", self.count(base), "image") as line:
       stream = functools.partial(self._stream, base)
       file.write(stream, self._batch_size, line.update)
-      self.extracted = line.measured()
+      self.extracted = line.start_and_pace()
       line.summary = str(file.path)
     return file.open()
 
@@ -338,7 +339,7 @@ class Examples:
       return file.open()
     except disk.Damaged as e:
       self.console.note(f"{file.path} is damaged ({e}); it is made again")
-      with files.writing(file.path):
+      with files.explain_write_errors(file.path):
         file.path.unlink(missing_ok=True)
 
   def _made_from(self, base: str) -> dict[str, Any]:
@@ -347,18 +348,18 @@ class Examples:
       "weights": self.backbone.digest,
       "vit": dataclasses.asdict(self.backbone.config),
       "decoding": self._decoding,
-      "data": data.fingerprint(self.task, base),
+      "data": data.images_fingerprint(self.task, base),
     }
 
   def _load_images(self, base: str, why: str) -> dict[str, jax.Array]:
     count = self.count(base)
-    with self.console.phase("images", count, "image") as line:
+    with self.console.progress("images", count, "image") as line:
       with processes.raise_on_all():
         examples = data.load_arrays(self.task, base, **self._decoding)
       held = jax.block_until_ready(
         store.resident(examples, self.mesh, self.backbone.config.dtype)
       )
-      size = memory_budget.size(sum(x.nbytes for x in held.values()))
+      size = units.format_bytes(sum(x.nbytes for x in held.values()))
       line.summary = (
         f"{size} on the devices, through the backbone every step, {why}"
       )
@@ -382,7 +383,7 @@ def base_of(task: data.Task, split: str) -> str:
     return split
   splits = task.splits
   both = f"{splits['train']}+{splits['val']}"
-  if splits["trainval"] != both and not data.are_rows_of(
+  if splits["trainval"] != both and not data.is_concatenation(
     task, ("train", "val"), "trainval"
   ):
     return split
@@ -391,7 +392,7 @@ def base_of(task: data.Task, split: str) -> str:
 
 def _plan(layout: store.Layout, count: int, place: str, why: str) -> str:
   """What will be kept, how large it is, where, and why there."""
-  size, each = memory_budget.size, layout.bytes_per_image
+  size, each = units.format_bytes, layout.bytes_per_image
   what = "of final features"
   if layout.tokens:
     what = f"in {layout.dtype}"

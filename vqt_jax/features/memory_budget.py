@@ -11,6 +11,7 @@ from vqt_jax.features import disk
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.runtime import memory
 from vqt_jax.runtime import processes
+from vqt_jax.runtime import units
 
 # What data may take of the devices' memory (the rest is for the step), of the
 # host's, and of the free space on the disk.
@@ -92,19 +93,11 @@ def choose(
       places = ("device", "disk" if backend == "cpu" else "host")
       for place in places:
         if stored <= room[place]:
-          return place, f"which has room for {size(room[place])}"
-      why = f"since features would take {size(stored)}"
+          return place, f"which has room for {units.format_bytes(room[place])}"
+      why = f"since features would take {units.format_bytes(stored)}"
   if config.data == "device" or (not config.data and images <= room["device"]):
     return "images", why
   return "stream", why
-
-
-def size(count: int) -> str:
-  """Bytes for people."""
-  for unit, bytes_ in (("GiB", 2**30), ("MiB", 2**20)):
-    if count >= bytes_:
-      return f"{count / bytes_:,.1f} {unit}"
-  return f"{count / 2**10:,.1f} KiB"
 
 
 # What runs may take of the devices' memory; the rest is for data and backbone.

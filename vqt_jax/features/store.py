@@ -85,7 +85,7 @@ class Layout:
   def sharding(self, name: str) -> jax.sharding.NamedSharding:
     """Of a batch: "tokens" (L, b, N, D), or what every device has whole."""
     if name != "tokens" or self.row[-1] % self.mesh.shape["data"]:
-      return mesh_lib.replicated(self.mesh)
+      return mesh_lib.replicated_sharding(self.mesh)
     return mesh_lib.batch_sharding(self.mesh, 3)
 
   def held_sharding(self, name: str) -> jax.sharding.NamedSharding | Format:
@@ -95,7 +95,7 @@ class Layout:
     sharding = self.sharding(name)
     if self.row[-1] % self.mesh.shape["data"]:
       sharding = mesh_lib.batch_sharding(self.mesh, 1)
-    return mesh_lib.in_order(sharding, 2 + len(self.held_row))
+    return mesh_lib.row_major(sharding, 2 + len(self.held_row))
 
 
 def layout_of(
@@ -150,7 +150,7 @@ def stream(
   """
   run, before = runner(layout), None
   for batch in batches:
-    image = mesh_lib.from_local({"image": batch["image"]}, layout.mesh)
+    image = mesh_lib.from_process_local({"image": batch["image"]}, layout.mesh)
     part = run(params, image["image"])
     if before is not None:
       yield jax.block_until_ready(before)
@@ -236,8 +236,11 @@ def on_devices(
     store = _writer(layout)(store, part, start)
     start += size
     progress(min(start, len(label)))
-  replicated = mesh_lib.replicated(layout.mesh)
-  return {**store, "label": mesh_lib.from_host(_pad(label, rows), replicated)}
+  replicated = mesh_lib.replicated_sharding(layout.mesh)
+  return {
+    **store,
+    "label": mesh_lib.place_array(_pad(label, rows), replicated),
+  }
 
 
 def device_shapes(layout: Layout, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -298,7 +301,7 @@ class HostStore:
   def send(self, rows: np.ndarray) -> Part:
     """A batch of these rows, on the devices."""
     part = {
-      "final": mesh_lib.from_host(
+      "final": mesh_lib.place_array(
         self.final[rows], self.layout.sharding("final")
       )
     }
@@ -381,8 +384,8 @@ def resident(
   # In two steps: with a layout, arrays cannot be made while a mesh is set.
   in_order = jax.jit(lambda x: x, out_shardings=wanted, donate_argnums=0)
   return {
-    "image": in_order(mesh_lib.from_host(images, wanted.sharding)),
-    "label": mesh_lib.from_host(label, shapes["label"].sharding),
+    "image": in_order(mesh_lib.place_array(images, wanted.sharding)),
+    "label": mesh_lib.place_array(label, shapes["label"].sharding),
   }
 
 
@@ -396,11 +399,11 @@ def resident_shapes(
     # Many devices: between images a batch would be a sum over all of them.
     shape = (shape[0], shards, height * shape[2] // shards)
   axis = next(axis for axis in (1, 2, 0) if shape[axis] % shards == 0)
-  place = mesh_lib.in_order(mesh_lib.batch_sharding(mesh, axis), 3)
+  place = mesh_lib.row_major(mesh_lib.batch_sharding(mesh, axis), 3)
   return {
     "image": jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place),
     "label": jax.ShapeDtypeStruct(
-      shape[:1], jnp.int32, sharding=mesh_lib.replicated(mesh)
+      shape[:1], jnp.int32, sharding=mesh_lib.replicated_sharding(mesh)
     ),
   }
 

@@ -62,7 +62,7 @@ class Attention(nn.Module):
     q, k, v = self.query(queries), self.key(tokens), self.value(tokens)
     if fused_attention.takes(q, k):
       return self.out(fused_attention.attend(q, k, v))
-    shards = math.gcd(mesh.size("model"), self.config.num_heads)
+    shards = math.gcd(mesh.axis_size("model"), self.config.num_heads)
 
     def by_head(x):
       return jnp.moveaxis(x.reshape(*x.shape[:2], shards, -1, x.shape[3]), 3, 0)

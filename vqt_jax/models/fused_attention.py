@@ -27,7 +27,7 @@ def takes(q: jax.Array, k: jax.Array) -> bool:
   if not is_available() or any(map(jax.export.is_symbolic_dim, q.shape)):
     return False
   even = all(
-    size % mesh.auto_size(axis) == 0
+    size % mesh.auto_axis_size(axis) == 0
     for size, axis in zip(q.shape, AXES)
     if axis
   )
@@ -54,7 +54,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
   On a mesh each device does its own examples and heads.
   """
-  axes = {x for x in AXES if x and mesh.auto_size(x) > 1}
+  axes = {x for x in AXES if x and mesh.auto_axis_size(x) > 1}
   if not axes:
     return _attend(q, k, v)
   spec = P(*(x if x in axes else None for x in AXES))

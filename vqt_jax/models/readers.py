@@ -158,7 +158,7 @@ def _parts(tokens: jax.Array, rows: jax.Array) -> int:
   On a CPU, where a part fits in the cache; see `token_mean`. Keys are read, and
   done with, before values.
   """
-  if mesh.backend() != "cpu" or mesh.size("data") > 1:
+  if mesh.backend() != "cpu" or mesh.axis_size("data") > 1:
     return 1
   count = len(rows)
   row = tokens.shape[2:] if tokens.ndim == 4 else tokens.shape[3:]

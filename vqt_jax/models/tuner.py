@@ -52,12 +52,12 @@ def parse(method: str, what: str = "method") -> tuple[str, str | None]:
   reader, plus, editor = method.partition("+")
   if not plus:
     if method not in METHODS:
-      raise errors.unknown(what, method, METHODS)
+      raise errors.unknown_name(what, method, METHODS)
     return (method, None) if method in readers.READERS else ("linear", method)
   if reader not in readers.READERS:
-    raise errors.unknown(f"reader of {what}", reader, readers.READERS)
+    raise errors.unknown_name(f"reader of {what}", reader, readers.READERS)
   if editor not in editors.EDITORS:
-    raise errors.unknown(f"editor of {what}", editor, editors.EDITORS)
+    raise errors.unknown_name(f"editor of {what}", editor, editors.EDITORS)
   return reader, editor
 
 
@@ -326,7 +326,7 @@ def make_tuner(
   known = {"method": "", "num_classes": 0} | _defaults(Tuner) | of_editor
   for name in options:
     if name not in known:
-      raise errors.unknown("option of make_tuner", name, known)
+      raise errors.unknown_name("option of make_tuner", name, known)
   _check({"method": method, "num_classes": num_classes, **options}, known)
   sizes = dataclasses.replace(
     options.pop("options", editors.Options()),
@@ -336,7 +336,7 @@ def make_tuner(
   parse(method)
   tuner = Tuner(method, config, num_classes, options=sizes, **options)
   if tuner.combine not in readers.COMBINE:
-    raise errors.unknown("combine", tuner.combine, readers.COMBINE)
+    raise errors.unknown_name("combine", tuner.combine, readers.COMBINE)
   if tuner.editor == "partial" and tuner.options.last_blocks > config.depth:
     raise errors.UserError(
       f"{method}: expected last_blocks of at most {config.depth}, the depth"

@@ -27,9 +27,9 @@ from vqt_jax.planning import hlo
 from vqt_jax.planning import programs
 from vqt_jax.planning import tpus
 from vqt_jax.runtime import console as console_lib
+from vqt_jax.runtime import units
 from vqt_jax.training import setup
 
-MIB = 2**20
 TRIES = 6  # Batches that are compiled to find the largest that fits.
 
 
@@ -219,7 +219,7 @@ def run(
   context = make_context(config, where)
   console.header(_describe(context, where))
   todo, found = programs.all_programs(context), []
-  with console.phase("compile", len(todo), "program") as line:
+  with console.progress("compile", len(todo), "program") as line:
     for program in todo:
       found.append(measure(program, context.mesh))
       line.update(len(found))
@@ -242,7 +242,7 @@ def _describe(context: programs.PlanContext, where: str) -> list[str]:
   count = context.counts[context.base["trainval"]]
   layout = context.on_device("trainval")
   each = layout.bytes_per_image
-  size = memory_budget.size
+  size = units.format_bytes
   kept = (
     f"{count:,} images x {size(each)} = {size(count * each)} of"
     f" {'keys and values' if layout.projected else 'features'}, kept"
@@ -255,20 +255,17 @@ def _describe(context: programs.PlanContext, where: str) -> list[str]:
     f" {context.config.init}, {pixels} px, {c.dtype}",
     f"{where}: {context.mesh.size} x {context.chip.name}, data"
     f" {shape['data']} x model {shape['model']},"
-    f" {memory_budget.size(context.chip.memory)} each",
+    f" {units.format_bytes(context.chip.memory)} each",
     f"{kept}, {context.why}",
   ]
-
-
-def _mib(size: float | None) -> str:
-  return "" if size is None else f"{size / MIB:,.1f}"
 
 
 def _show_memory(console, context, found: Sequence[ResourceEstimate]) -> None:
   parts = ("weights", "data", "runs", "temporary")
   rows = []
   for estimate in found:
-    sizes = [_mib((estimate.memory or {}).get(part)) for part in parts]
+    memory = estimate.memory or {}
+    sizes = [units.format_mib(memory.get(part)) for part in parts]
     share = estimate.total and f"{estimate.total / context.chip.memory:.0%}"
     rows.append(
       [
@@ -276,7 +273,7 @@ def _show_memory(console, context, found: Sequence[ResourceEstimate]) -> None:
         f"{estimate.program.images:,}",
         estimate.program.trials,
         *sizes,
-        _mib(estimate.total),
+        units.format_mib(estimate.total),
         share or "too much",
       ]
     )
@@ -293,8 +290,8 @@ def _show_steps(console, context, found: Sequence[ResourceEstimate]) -> None:
       [
         estimate.program.name,
         f"{estimate.flops / 1e9:,.1f}",
-        _mib(estimate.traffic),
-        _mib(estimate.sent),
+        units.format_mib(estimate.traffic),
+        units.format_mib(estimate.sent),
         f"{1000 * seconds[slowest]:,.3f}" if seconds else "",
         slowest or "",
       ]
@@ -327,7 +324,8 @@ def _collective_rows(estimate: ResourceEstimate) -> list[list[str]]:
     times += each.times / estimate.program.steps
     where[key] = times, size + each.times * each.size / estimate.program.steps
   for (kind, dtypes, place), (times, size) in where.items():
-    rows.append([kind, f"{times:.3g}", dtypes, f"{size / MIB:,.3f}", place])
+    size = units.format_mib(size, 3)
+    rows.append([kind, f"{times:.3g}", dtypes, size, place])
   return rows
 
 
@@ -386,8 +384,12 @@ def _advice(
     advice = f"take a smaller batch: --config.batch_size={batch}"
   else:
     advice = f"take a larger slice, or {_model(context)}"
-  estimate = f"{_mib(worst.total)} MiB" if worst.total else "more than there is"
+  estimate = (
+    f"{units.format_mib(worst.total)} MiB"
+    if worst.total
+    else "more than there is"
+  )
   return (
     f"it does not fit: {name} needs {estimate} of"
-    f" {_mib(context.chip.memory)} MiB a chip; {advice}"
+    f" {units.format_mib(context.chip.memory)} MiB a chip; {advice}"
   )

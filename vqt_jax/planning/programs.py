@@ -17,6 +17,7 @@ import numpy as np
 from vqt_jax.features import batches
 from vqt_jax.features import memory_budget
 from vqt_jax.features import store
+from vqt_jax.models import sharding as sharding_lib
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.models import vit
 from vqt_jax.planning import tpus
@@ -84,11 +85,11 @@ class PlanContext:
   def params(self) -> Shapes:
     """Return shapes of the frozen weights."""
     c = self.tuner.config
-    return mesh_lib.backbone_shapes(vit.param_shapes(c), self.mesh, c.dtype)
+    return sharding_lib.backbone_shapes(vit.param_shapes(c), self.mesh, c.dtype)
 
   def replicated(self, tree: Any) -> Shapes:
     """Return shapes of arrays that are replicated over the devices."""
-    place = mesh_lib.replicated(self.mesh)
+    place = mesh_lib.replicated_sharding(self.mesh)
     return jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
     )

@@ -15,8 +15,8 @@ import jax
 from jax.experimental import topologies
 
 from vqt_jax import errors
+from vqt_jax.runtime import devices as devices_lib
 from vqt_jax.runtime import memory as memory_lib
-from vqt_jax.runtime import processes
 
 GIB = 2**30
 HERE = "here"
@@ -103,7 +103,7 @@ def find(where: str) -> tuple[Chip, list[jax.Device]]:
     return _here()
   generation, _, shape = where.partition(":")
   if generation not in CHIPS:
-    raise errors.unknown("kind of TPU", generation, [*CHIPS, HERE])
+    raise errors.unknown_name("kind of TPU", generation, [*CHIPS, HERE])
   chip = CHIPS[generation]
   if shape not in chip.slices:
     raise errors.UserError(
@@ -132,7 +132,7 @@ def find(where: str) -> tuple[Chip, list[jax.Device]]:
 
 
 def _here() -> tuple[Chip, list[jax.Device]]:
-  processes.find_devices()
+  devices_lib.find_devices()
   devices = jax.devices()
   kind, count = devices[0].device_kind, jax.local_device_count()
   known = {

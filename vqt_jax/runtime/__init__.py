@@ -1,1 +1,1 @@
-"""What a run finds: files, processes, devices, memory, terminal."""
+"""The computer: files, processes, devices, memory, terminal."""

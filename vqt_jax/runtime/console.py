@@ -1,14 +1,13 @@
-"""What a person sees of a run.
+"""Output of a run for people: header, progress lines, tables.
 
-On a terminal a phase is one live line that ends as a plain one; on a pipe or
-in CI, plain lines without control codes. The layout:
+On a terminal a progress line is live and ends as a plain line; on a pipe or in
+CI there are plain lines without control codes:
 
   sweep    20 settings  ======  epoch  43/100  loss 0.412  accuracy 61.5 %  ...
 """
 
 from collections.abc import Iterator, Sequence
 import contextlib
-import datetime
 import io
 import os
 import time
@@ -22,29 +21,25 @@ import rich.text
 
 from vqt_jax.runtime import logfile
 from vqt_jax.runtime import processes
+from vqt_jax.runtime import units
 
 LABEL_WIDTH = 8
 GAP = "  "
 MIN_BAR, MAX_BAR = 8, 24  # characters
+# Between two plain lines of a progress line: at least, and at most.
+MIN_SECONDS, MAX_SECONDS = 5, 60
 
 
 class Console:
-  """Prints a run's header, phases and results."""
+  """Prints lines, progress and tables to the screen or another stream."""
 
-  def __init__(self, stream: TextIO | None = None, interval: float = 5.0):
-    """Starts without printing.
-
-    Args:
-      stream: where to; None is the screen (standard error).
-      interval: least number of seconds between two plain lines of a phase.
-    """
-    stream = _Patient(stream or logfile.screen())
+  def __init__(self, stream: TextIO | None = None):
+    stream = logfile.LossyStream(stream or logfile.screen())
     self.live = (
       stream.isatty()
       and os.environ.get("TERM") != "dumb"
       and os.environ.get("CI", "").lower() in ("", "0", "false")
     )
-    self.interval = interval
     self.out = rich.console.Console(
       file=stream,
       force_terminal=self.live,
@@ -56,43 +51,43 @@ class Console:
     )
 
   def header(self, lines: Sequence[str]) -> None:
-    """The resolved setting; its first line stands out."""
+    """Print lines of which the first one stands out."""
     for i, line in enumerate(lines):
       self.out.print(line, style="bold" if i == 0 else None, soft_wrap=True)
 
   def note(self, text: str, label: str = "") -> None:
-    """One line, behind a label as wide as those of phases."""
+    """Print one line, behind a label as wide as those of progress lines."""
     self.out.print(_labelled(label, text), soft_wrap=True)
 
   @contextlib.contextmanager
-  def phase(
+  def progress(
     self, name: str, total: int, unit: str = "epoch", detail: str = ""
-  ) -> Iterator["Phase"]:
-    """A stretch of work with a progress line.
+  ) -> Iterator["ProgressLine"]:
+    """Show the progress of the work that is done meanwhile.
 
     Args:
-      name: e.g. "sweep".
-      total: number of `unit`s until it is done.
+      name: label of the line, e.g. "sweep".
+      total: number of `unit`s until the work is done.
       unit: what is counted, e.g. "epoch" or "image".
-      detail: what is being done, e.g. "20 settings x 100 epochs".
+      detail: what the work is, e.g. "20 settings x 100 epochs".
 
     Yields:
-      The phase, to be updated. Its last line is printed on a normal exit.
+      The line, to be updated. Its last state is printed on a normal exit.
     """
-    phase = Phase(self, name, total, unit, detail)
+    line = ProgressLine(self, name, total, unit, detail)
     if self.live:
       with rich.live.Live(
-        get_renderable=lambda: phase,
+        get_renderable=lambda: line,
         console=self.out,
         refresh_per_second=5,
         transient=True,
         redirect_stdout=False,
         redirect_stderr=False,
       ):
-        yield phase
+        yield line
     else:
-      yield phase
-    self.out.print(phase.last_line(), soft_wrap=True)
+      yield line
+    self.out.print(line.last_line(), soft_wrap=True)
 
   def table(
     self,
@@ -100,7 +95,7 @@ class Console:
     columns: Sequence[str],
     rows: Sequence[Sequence[Any]],
   ) -> None:
-    """A small table; numbers should come formatted."""
+    """Print a table; all columns but the first are aligned to the right."""
     table = rich.table.Table(
       title=title,
       title_justify="left",
@@ -116,13 +111,16 @@ class Console:
       table.add_row(*map(str, row))
     self.out.print(table)
 
-  def result(self, lines: Sequence[str]) -> None:
-    """What came out; the first line stands out."""
-    self.header(lines)
 
+class ProgressLine:
+  """The state of some work, and the line that shows it.
 
-class Phase:
-  """Progress of one stretch of work; made by `Console.phase`."""
+  Unlike `rich.progress` it keeps the time left in view on narrow terminals,
+  and it has plain lines for pipes.
+
+  Attributes:
+    summary: shown on the last line in place of the last loss and accuracy.
+  """
 
   def __init__(
     self, console: Console, name: str, total: int, unit: str, detail: str
@@ -135,9 +133,9 @@ class Phase:
     self._start = time.monotonic()
     self._first: tuple[int, float] | None = None
     self._printed = (0, self._start)
-    self.done = 0
-    self.shown: list[str] = []
-    self.summary = ""  # On the last line instead of the last loss and accuracy.
+    self._done = 0
+    self._shown: list[str] = []
+    self.summary = ""
 
   def update(
     self,
@@ -147,10 +145,10 @@ class Phase:
     accuracy: float | None = None,
     images_per_second: float | None = None,
   ) -> None:
-    """Says how far it is.
+    """Set the number of units that are done, including those of earlier runs.
 
     Args:
-      done: number of units that are finished, of all (also when resumed).
+      done: number of units.
       loss: of the last epoch.
       accuracy: of the last epoch, 0..1.
       images_per_second: speed.
@@ -158,7 +156,7 @@ class Phase:
     now = time.monotonic()
     # The first step compiles; time left is judged by what follows it.
     self._first = self._first or (done, now)
-    self.done = done
+    self._done = done
     shown = []
     if loss is not None:
       shown.append(f"loss {loss:.3f}")
@@ -166,129 +164,98 @@ class Phase:
       shown.append(f"accuracy {100 * accuracy:.1f} %")
     if images_per_second is not None:
       shown.append(f"{images_per_second:,.0f} images/s")
-    self.shown = shown
+    self._shown = shown
     if not self._console.live and done < self._total:
-      self._plain(now)
+      self._print_plain(now)
 
-  def measured(self) -> tuple[float, float] | None:
-    """Seconds until the first update, and of each unit that came after it.
+  def start_and_pace(self) -> tuple[float, float] | None:
+    """Seconds until the first update, and of each unit after it.
 
-    With one update alone its units are all that is known. None without any.
+    After a single update the start is taken to be 0 s. None before any.
     """
     if not self._first:
       return None
     done, when = self._first
     start = when - self._start
-    if self.done == done:
+    if self._done == done:
       return 0.0, start / max(done, 1)
-    return start, (time.monotonic() - when) / (self.done - done)
+    return start, (time.monotonic() - when) / (self._done - done)
 
   def last_line(self) -> str:
-    """The line that stays."""
-    shown = [self.summary] if self.summary else self.shown
-    parts = [self._detail or self._progress(), *shown, self._elapsed()]
-    return _labelled(self._name, GAP.join(filter(None, parts)))
+    """The line that stays when the work is done."""
+    shown = [self.summary] if self.summary else self._shown
+    elapsed = units.format_seconds(time.monotonic() - self._start)
+    parts = [self._detail or self._count(), *shown, elapsed]
+    return _labelled(self._name, _joined(parts))
 
   def __rich_console__(
     self,
     console: rich.console.Console,
     options: rich.console.ConsoleOptions,
   ) -> Iterator[Any]:
-    """The live line: what fits of it, the least important left out first."""
-    room = options.max_width - LABEL_WIDTH - 2 + len(GAP)
-    shown = self.shown  # Another thread may replace it meanwhile.
-    numbers = [self._progress(), *shown, self._left() or self._elapsed()]
-    size = lambda parts: sum(len(part) + len(GAP) for part in parts)
-    detail = self._detail and self._detail + GAP
-    if len(detail) + MIN_BAR + len(GAP) + size(numbers) > room:
+    """Render the live line; what is least important goes where it is narrow."""
+    room = options.max_width - LABEL_WIDTH - 2
+    parts = [self._count(), *self._shown, self._time_left()]
+    while len(parts) > 2 and len(_joined(parts)) > room:
+      del parts[-2]
+    numbers, detail = _joined(parts), self._detail and self._detail + GAP
+    room -= len(numbers) + len(GAP)
+    if len(detail) + MIN_BAR > room:
       detail = ""
-    for part in reversed(shown):
-      if size(numbers) > room:
-        numbers.remove(part)
-    bar = min(MAX_BAR, room - len(detail) - len(GAP) - size(numbers))
-    cells = [f"{self._name:<{LABEL_WIDTH}} {detail}", GAP.join(numbers)]
-    cells = [rich.text.Text(x, no_wrap=True, end="") for x in cells]
-    if bar >= MIN_BAR:
-      cells[1:1] = [
-        rich.progress_bar.ProgressBar(
-          self._total,
-          self.done,
-          width=bar,
-          complete_style="green",
-          finished_style="green",
-        ),
-        rich.text.Text(GAP),
-      ]
     line = rich.table.Table.grid()
+    cells = [rich.text.Text(f"{self._name:<{LABEL_WIDTH}} {detail}")]
+    bar = min(MAX_BAR, room - len(detail))
+    if bar >= MIN_BAR:
+      style = {"complete_style": "green", "finished_style": "green"}
+      cells.append(
+        rich.progress_bar.ProgressBar(
+          self._total, self._done, width=bar, **style
+        )
+      )
+      cells.append(rich.text.Text(GAP))
+    cells.append(rich.text.Text(numbers, no_wrap=True))
     line.add_row(*cells)
     yield line
 
-  def _plain(self, now: float) -> None:
-    """A line now and then: after 10 % and `interval`, or after a minute.
+  def _print_plain(self, now: float) -> None:
+    """Print a line if 10 % or a minute have passed since the last one.
 
-    The first comes as soon as there is a speed, that is, also the time left.
+    The first one is printed as soon as the time left is known.
     """
     done, when = self._printed
-    quiet = now - when
-    far = self.done - done >= self._total / 10
-    far |= not done and bool(self._left())
-    if (far and quiet >= self._console.interval) or quiet >= 60:
-      self._printed = (self.done, now)
-      parts = [self._progress(), *self.shown, self._left()]
-      text = _labelled(self._name, GAP.join(filter(None, parts)))
-      self._console.out.print(text, soft_wrap=True)
+    far = self._done - done >= self._total / 10
+    far |= not done and self._has_pace()
+    seconds = now - when
+    if (far and seconds >= MIN_SECONDS) or seconds >= MAX_SECONDS:
+      self._printed = (self._done, now)
+      left = self._time_left() if self._has_pace() else ""
+      text = _joined([self._count(), *self._shown, left])
+      self._console.note(text, self._name)
 
-  def _progress(self) -> str:
+  def _count(self) -> str:
     total = f"{self._total:,}"
-    return f"{self._unit} {self.done:>{len(total)},}/{total}"
+    return f"{self._unit} {self._done:>{len(total)},}/{total}"
 
-  def _elapsed(self) -> str:
-    return _duration(time.monotonic() - self._start)
+  def _has_pace(self) -> bool:
+    return self._first is not None and self._done > self._first[0]
 
-  def _left(self) -> str:
-    """Time left, judged by the speed since the first update; "" if unknown."""
-    if not self._first or self.done <= self._first[0]:
-      return ""
-    _, pace = self.measured()
-    left = _duration(pace * (self._total - self.done))
+  def _time_left(self) -> str:
+    """Time left; as long as that is unknown, the time since the start."""
+    if not self._has_pace():
+      return units.format_seconds(time.monotonic() - self._start)
+    _, pace = self.start_and_pace()
+    left = units.format_seconds(pace * (self._total - self._done))
     return f"{left.removeprefix('0:')} left"
 
 
-def of_process() -> Console:
-  """The screen on the first process; the others say nothing."""
+def for_process() -> Console:
+  """A console on the screen for the first process, on nothing for others."""
   return Console(None if processes.is_first() else io.StringIO())
+
+
+def _joined(parts: Sequence[str]) -> str:
+  return GAP.join(filter(None, parts))
 
 
 def _labelled(label: str, text: str) -> str:
   return f"{label:<{LABEL_WIDTH}} {text}".rstrip() if label else text
-
-
-def _duration(seconds: float) -> str:
-  return str(datetime.timedelta(seconds=round(seconds)))
-
-
-class _Patient:
-  """A stream that outlives its reader.
-
-  A run goes on when its terminal or pipe is closed, and a character that the
-  stream's encoding lacks is replaced.
-  """
-
-  def __init__(self, stream: TextIO):
-    self._stream = stream
-    self.encoding = getattr(stream, "encoding", None) or "utf-8"
-
-  def isatty(self) -> bool:
-    return self._stream.isatty()
-
-  def fileno(self) -> int:
-    return self._stream.fileno()
-
-  def write(self, text: str) -> None:
-    text = text.encode(self.encoding, "replace").decode(self.encoding)
-    with contextlib.suppress(OSError, ValueError):
-      self._stream.write(text)
-
-  def flush(self) -> None:
-    with contextlib.suppress(OSError, ValueError):
-      self._stream.flush()

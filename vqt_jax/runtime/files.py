@@ -1,14 +1,15 @@
-"""Files of a run, in a folder or in a bucket (`gs://`); the difference is here.
+"""Files in a folder or in a bucket (`gs://`), behind one set of functions.
 
-Paths in both are joined, named and listed alike: a folder's is a
-`pathlib.Path`, a bucket's an `epath.Path`. An object in a bucket appears whole
-and at once, but it cannot grow, and folders there cannot get another name.
+Paths in both are joined, named and listed alike: those of a folder are
+`pathlib.Path`, those of a bucket `epath.Path`. An object in a bucket appears
+whole and at once, but it cannot grow, and folders there cannot be renamed.
 """
 
 from collections.abc import Iterator, Mapping
 import contextlib
 import errno
 import functools
+import io
 import json
 import logging
 import math
@@ -18,18 +19,26 @@ import re
 import shutil
 import sys
 import tempfile
-from typing import Any
+from typing import IO, Any
 import uuid
 
 import numpy as np
 
 from vqt_jax import errors
 
+# Buckets are opened with gcsfs: epath would choose TensorFlow, which takes
+# seconds to import, at its first use of any path. And with that class of gcsfs
+# that does not ask over gRPC what kind of bucket it is, which waits for half a
+# minute where only HTTP gets through.
+os.environ.setdefault("EPATH_USE_TF", "false")
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+
 PathLike = str | os.PathLike
-# What `path` gives; an `epath.Path` is a `PurePath` too.
+# Returned by `path`; an `epath.Path` is a `PurePath` too.
 Path = pathlib.PurePath
 
-# What is wrong with a bucket, told from an exception's type, code and text.
+# Failures of a bucket, by type, code and text of an exception: gcsfs, aiohttp,
+# google.auth, TensorStore and TensorFlow have no class in common.
 _DENIED = (
   r"Forbidden|HttpError 40[13]|Unauthorized|Auth\w*Error|CredentialsError"
   r"|RefreshError|PERMISSION_DENIED|UNAUTHENTICATED"
@@ -41,11 +50,11 @@ _UNREACHABLE = (
 
 
 def path(place: PathLike) -> Path:
-  """The path of a folder or file, here (`~` expanded) or in a bucket.
+  """Parse the path of a folder or file, local (`~` expanded) or in a bucket.
 
   Raises:
-    UserError: it is an address of something else, or of somebody unknown, or
-      libraries would take it for another one.
+    UserError: it is an address of another kind, the home folder of an unknown
+      user, or a path that one of the libraries does not take literally.
   """
   text = os.fspath(place)
   if not re.match(r"\w+:/", text):
@@ -59,7 +68,7 @@ def path(place: PathLike) -> Path:
       f"Cannot use {text}: tools for buckets do not take {found[0]!r}"
       " literally. Choose another name."
     )
-  _prepare_for_buckets()
+  set_up_buckets()
   from etils import epath
 
   return epath.Path(text)
@@ -78,7 +87,7 @@ def _local_path(text: str) -> pathlib.Path:
       f"Cannot use {text}: libraries do not take {found[0]} in a path"
       " literally. Choose another name."
     )
-  # Orbax and TensorFlow are told of it in UTF-8.
+  # Orbax and TensorFlow are given it in UTF-8.
   if re.search("[\ud800-\udfff]", os.path.abspath(expanded)):
     raise errors.UserError(
       f"Cannot use {os.path.abspath(expanded)!a}: expected a name in UTF-8,"
@@ -91,21 +100,22 @@ def _local_path(text: str) -> pathlib.Path:
 
 
 @functools.cache
-def _prepare_for_buckets() -> None:
+def set_up_buckets() -> None:
+  """Configure the libraries that open buckets, before their first use."""
   import fsspec
 
   # Orbax writes past gcsfs, and so do other processes: it must look each time.
   fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-  # They tell of every failure with its traceback, and of every read.
+  # They log the traceback of every failure, and every read.
   logging.getLogger("gcsfs").setLevel(logging.CRITICAL + 1)
   logging.getLogger("fsspec").setLevel(logging.WARNING)
 
 
-def cache() -> pathlib.Path:
-  """Folder of what can be made again: $VQT_JAX_CACHE, or ~/.cache/vqt_jax.
+def cache_folder() -> pathlib.Path:
+  """Folder of files that can be made again: $VQT_JAX_CACHE, or in ~/.cache.
 
   Raises:
-    UserError: nothing tells where the home folder is.
+    UserError: the home folder is not known.
   """
   given = os.environ.get("VQT_JAX_CACHE") or "~/.cache/vqt_jax"
   try:
@@ -122,52 +132,52 @@ def in_bucket(place: PathLike) -> bool:
 
 
 def absolute(place: Path) -> Path:
-  """The same place whatever the current folder is; no `..` or link in it."""
+  """Make a path independent of the current folder, without `..` and links."""
   return place if in_bucket(place) else place.resolve()
 
 
 def make_folder(place: Path) -> None:
-  """Makes a folder and those it is in; buckets have none."""
+  """Make a folder and its parents; buckets have none."""
   if not in_bucket(place):
     place.mkdir(parents=True, exist_ok=True)
 
 
 def exists(place: Path) -> bool:
-  """Whether there is such a file, or anything in such a folder.
+  """Return whether there is such a file, or anything in such a folder.
 
   Raises:
-    UserError: it cannot be told.
+    UserError: the place cannot be read.
   """
-  with reading(place):
+  with explain_read_errors(place):
     return place.exists()
 
 
-def names(folder: Path) -> list[str]:
-  """Names in a folder, sorted; none if there is no such folder.
+def list_names(folder: Path) -> list[str]:
+  """Return the sorted names in a folder; none if there is no such folder.
 
   Raises:
-    UserError: it cannot be read.
+    UserError: the folder cannot be read.
   """
   none = FileNotFoundError, NotADirectoryError
-  with reading(folder), contextlib.suppress(*none):
+  with explain_read_errors(folder), contextlib.suppress(*none):
     return sorted(each.name for each in folder.iterdir())
   return []
 
 
 def read(file: Path) -> bytes:
-  """All of a file.
+  """Read a file.
 
   Raises:
     FileNotFoundError: there is none.
     UserError: it cannot be read.
   """
-  with reading(file):
+  with explain_read_errors(file):
     return file.read_bytes()
 
 
 @contextlib.contextmanager
-def as_file(file: Path) -> Iterator[pathlib.Path]:
-  """The file itself, or, while this lasts, a copy of one in a bucket.
+def local_copy(file: Path) -> Iterator[pathlib.Path]:
+  """Provide a file as a local one: itself, or a temporary copy from a bucket.
 
   Raises:
     FileNotFoundError: there is none in the bucket.
@@ -182,33 +192,40 @@ def as_file(file: Path) -> Iterator[pathlib.Path]:
     yield pathlib.Path(copy.name)
 
 
-def write(file: Path, content: bytes) -> None:
-  """Writes a file at once, also its folder: under another name if need be.
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[IO[bytes]]:
+  """Open a file that appears, or replaces the old one, when it is complete.
+
+  Its folder is made if need be.
 
   Raises:
-    UserError: it cannot be written; an old file is left as it was.
+    UserError: the file cannot be written; an old one is left as it was.
   """
-  with writing(file):
+  with explain_write_errors(file), contextlib.ExitStack() as closing:
     if in_bucket(file):
-      _write_object(file, content)
+      content = io.BytesIO()
+      yield content
+      _write_object(file, content.getvalue())
       return
-    # A name of its own: other processes may begin runs in the same workdir.
+    # Other processes may begin runs in the same workdir.
     temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.new")
     file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-      with open(temporary, "wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
-      os.replace(temporary, file)
-    except OSError:
-      with contextlib.suppress(OSError):
-        temporary.unlink()
-      raise
+    closing.callback(temporary.unlink, missing_ok=True)
+    with open(temporary, "wb") as out:
+      yield out
+      out.flush()
+      os.fsync(out.fileno())
+    os.replace(temporary, file)
+
+
+def write(file: Path, content: bytes) -> None:
+  """Write a file as `replacing` does."""
+  with replacing(file) as out:
+    out.write(content)
 
 
 def _write_object(file: Path, content: bytes) -> None:
-  """Writes it in one request.
+  """Write an object in one request.
 
   Not through a file of gcsfs: a refusal there leaves a `BytesIO` in a cycle
   with its buffer, at which the garbage collector of CPython 3.12.0 and 3.12.1
@@ -225,126 +242,117 @@ def _write_object(file: Path, content: bytes) -> None:
 
 
 def write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
-  """Writes a folder that appears at once; one with the same files is replaced.
+  """Write a folder that appears at once; one with the same files is replaced.
 
-  In a bucket, where that cannot be, its files appear in their order: the folder
-  is whole if the last one is there.
+  In a bucket its files appear in their order, so the folder is complete if the
+  last one is there.
 
   Raises:
-    UserError: it cannot be written, or holds other files.
+    UserError: the folder cannot be written, or holds other files.
   """
-  if others := sorted({*names(folder)} - {*contents}):
+  if others := sorted({*list_names(folder)} - {*contents}):
     raise errors.UserError(
       f"Cannot write {folder}: it holds other things ({others[0]}), which"
       " would be lost. Choose another place."
     )
   if in_bucket(folder):
-    remove(folder)
+    remove_folder(folder)
     for name, content in contents.items():
       write(folder / name, content)
     return
   place = absolute(folder)  # It needs a name, unlike `.`.
   unique = f"{place.name}.{uuid.uuid4().hex}"
   new, old = place.with_name(f"{unique}.new"), place.with_name(f"{unique}.old")
-  with writing(folder):
+  with explain_write_errors(folder):
     left_over = rf"{re.escape(place.name)}\.[0-9a-f]{{32}}\.(new|old)"
-    for name in names(place.parent):
+    for name in list_names(place.parent):
       if re.fullmatch(left_over, name):
-        remove(place.with_name(name))
+        remove_folder(place.with_name(name))
     new.mkdir(parents=True)
     for name, content in contents.items():
       write(new / name, content)
     if place.is_dir():  # Not a file.
       place.rename(old)
     new.rename(place)
-    remove(old)
+    remove_folder(old)
 
 
-def remove(folder: Path) -> None:
-  """Removes a folder; what cannot be removed stays."""
+def remove_folder(folder: Path) -> None:
+  """Remove as much of a folder as can be removed."""
   if not in_bucket(folder):
     shutil.rmtree(folder, ignore_errors=True)
     return
-  with contextlib.suppress(errors.UserError), writing(folder):
+  with contextlib.suppress(errors.UserError), explain_write_errors(folder):
     folder.rmtree()
 
 
 @contextlib.contextmanager
-def reading(place: PathLike) -> Iterator[None]:
-  """Turns a failure to read into a `UserError`; a missing file stays one."""
-  try:
-    with _asking_bucket("read", place):
-      yield
-  except FileNotFoundError:
-    raise
-  except OSError as e:
-    raise errors.UserError(f"Cannot read {place}: {e.strerror}.") from e
+def _explain_errors(
+  verb: str, place: PathLike, elsewhere: str = "choose another place"
+) -> Iterator[None]:
+  """Turn failures to `verb` ("read", "write") a file into `UserError`.
 
+  A file that is missing when read stays a `FileNotFoundError`.
 
-@contextlib.contextmanager
-def writing(place: PathLike) -> Iterator[None]:
-  """Turns a failure to write into a `UserError` that names the place."""
-  try:
-    with _asking_bucket("write", place):
-      yield
-  except OSError as e:
-    full = e.errno in (errno.ENOSPC, errno.EDQUOT)
-    raise errors.UserError(
-      f"Cannot write {place}: {e.strerror or e}."
-      + (" Free some space there." if full else " Choose another place.")
-    ) from e
-
-
-@contextlib.contextmanager
-def _asking_bucket(what: str, place: PathLike) -> Iterator[None]:
-  """Turns every failure into a `UserError`, if the place is in a bucket."""
+  Args:
+    verb: "read" or "write".
+    place: the file or folder.
+    elsewhere: how to write to another place.
+  """
   try:
     yield
-  except Exception as e:  # Each of the libraries on the way has its own.
-    if not in_bucket(place) or isinstance(e, errors.UserError):
+  except Exception as e:
+    if isinstance(e, errors.UserError):
       raise
-    if what == "read" and isinstance(e, FileNotFoundError):
+    if verb == "read" and isinstance(e, FileNotFoundError):
       raise
-    raise errors.UserError(
-      f"Cannot {what} {place}: {first_line(e)}"
-      f" {advice(e) or 'When that is mended, the same command resumes.'}"
-    ) from e
+    if in_bucket(place):  # Any of the libraries on the way may have failed.
+      reason, advice = first_line(e), bucket_advice(e)
+      advice = advice or "When that is mended, the same command resumes."
+    elif isinstance(e, OSError):
+      reason, advice = f"{e.strerror or e}.", ""
+      if verb == "write":
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = f"{'Free some space there, or ' if full else ''}{elsewhere}."
+        advice = advice[0].upper() + advice[1:]
+    else:
+      raise
+    message = f"Cannot {verb} {place}: {reason} {advice}".rstrip()
+    raise errors.UserError(message) from e
 
 
-def advice(error: BaseException | None) -> str | None:
-  """What to do if it is a bucket that said no, or nothing; else None."""
+explain_read_errors = functools.partial(_explain_errors, "read")
+explain_write_errors = functools.partial(_explain_errors, "write")
+
+
+def bucket_advice(error: BaseException | None) -> str | None:
+  """Advice if a bucket denied access or could not be reached, else None."""
   while error:
-    told = f"{type(error).__name__} {getattr(error, 'code', '')} {error}"
-    if re.search(_DENIED, told):
+    text = f"{type(error).__name__} {getattr(error, 'code', '')} {error}"
+    if re.search(_DENIED, text):
       return (
         "Sign in with `gcloud auth application-default login`, or give this"
         " machine's service account the role Storage Admin there."
       )
-    if re.search(_UNREACHABLE, told):
+    if re.search(_UNREACHABLE, text):
       return "See that the network is up; the same command resumes."
     error = error.__cause__ or error.__context__
   return None
 
 
 def first_line(error: Exception) -> str:
-  """The beginning of what an exception says, as a sentence."""
+  """First line of an exception's text, as a sentence."""
   line = str(error).strip().split("\n")[0][:200].rstrip(".")
   return f"{line or type(error).__name__}."
 
 
 def write_json(file: PathLike, value: Any) -> None:
-  """Writes a file of JSON at once, as `files.write`.
-
-  Arrays become lists, and numbers that are not finite, which JSON lacks, null.
-
-  Raises:
-    UserError: it cannot be written; an old file is left as it was.
-  """
+  """Write a JSON file as `replacing` does, its value by `to_json_types`."""
   write(path(file), json_bytes(value))
 
 
 def read_json(file: PathLike) -> Any:
-  """Reads a file of JSON.
+  """Read a JSON file.
 
   Raises:
     UserError: it is missing or damaged.
@@ -360,7 +368,7 @@ def read_json(file: PathLike) -> Any:
 
 
 def json_bytes(value: Any) -> bytes:
-  text = json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n"
+  text = json.dumps(to_json_types(value), indent=2, ensure_ascii=False) + "\n"
   return text.encode()
 
 
@@ -368,13 +376,13 @@ def json_line(row: Mapping[str, Any]) -> bytes:
   return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 
-def plain(value: Any) -> Any:
-  """The same with nothing but what JSON knows."""
+def to_json_types(value: Any) -> Any:
+  """Convert to what JSON has: arrays to lists, NaN and infinity to None."""
   match value:
     case dict():
-      return {str(k): plain(v) for k, v in value.items()}
+      return {str(k): to_json_types(v) for k, v in value.items()}
     case list() | tuple():
-      return [plain(v) for v in value]
+      return [to_json_types(v) for v in value]
     case bool() | int() | str() | None:
       return value
     case float():
@@ -383,7 +391,7 @@ def plain(value: Any) -> Any:
       return os.fspath(value)
   array = np.asarray(value)
   if array.ndim:
-    return [plain(v) for v in array]
-  if array.dtype == np.float32:  # As short as float32 can be told apart.
-    return plain(float(str(array)))
-  return plain(array.item())
+    return [to_json_types(v) for v in array]
+  if array.dtype == np.float32:  # In as few digits as tell float32 apart.
+    return to_json_types(float(str(array)))
+  return to_json_types(array.item())

@@ -1,4 +1,4 @@
-"""Sends the noise of libraries to a file, so that the screen is ours."""
+"""Redirection of everything that libraries print to a file."""
 
 from collections.abc import Iterator
 import contextlib
@@ -8,24 +8,58 @@ import logging
 import os
 import subprocess
 import sys
-from typing import TextIO
+from typing import Any, TextIO
 
 from vqt_jax import errors
 
-# The terminal, while `quiet` sends the process's own streams to a file.
+# The terminal, while `redirect_output` is in effect.
 _screen: TextIO | None = None
 
 
-def screen() -> TextIO:
-  """Standard error as the person sees it; drops all where it is closed."""
-  return _screen or sys.stderr or _Nobody()
+class LossyStream:
+  """A text stream that drops what it cannot write.
+
+  A run goes on when its terminal or pipe is closed or the disk of its log is
+  full. Characters that the encoding lacks are replaced.
+  """
+
+  def __init__(self, stream: TextIO):
+    self._stream = stream
+    self._encoding = getattr(stream, "encoding", None) or "utf-8"
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._stream, name)
+
+  def write(self, text: str) -> int:
+    text = text.encode(self._encoding, "replace").decode(self._encoding)
+    with contextlib.suppress(OSError, ValueError):
+      self._stream.write(text)
+    return len(text)
+
+  def flush(self) -> None:
+    with contextlib.suppress(OSError, ValueError):
+      self._stream.flush()
+
+  def close(self) -> None:
+    with contextlib.suppress(OSError, ValueError):
+      self._stream.close()
 
 
-def open_streams() -> None:
-  """Opens the null device in place of standard streams that are closed.
+def screen() -> LossyStream:
+  """Standard error as it was before `redirect_output`."""
+  return LossyStream(_screen or sys.stderr or io.StringIO())
 
-  Else the next file that is opened would get the number of one of them, and
-  what libraries write there.
+
+def print_to_stderr(text: str) -> None:
+  """Print a line to standard error, if anybody can still read it."""
+  print(text, file=LossyStream(sys.stderr), flush=True)
+
+
+def reopen_closed_streams() -> None:
+  """Open the null device in place of standard streams that are closed.
+
+  Otherwise the next file that is opened gets the number of one of them, and
+  whatever libraries print ends up in it.
   """
   for number, name in enumerate(("stdin", "stdout", "stderr")):
     if getattr(sys, name) is None:
@@ -37,21 +71,19 @@ def open_streams() -> None:
       setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
 
 
-def say(text: str) -> None:
-  """Prints a line to standard error, if anybody can still read it."""
-  with contextlib.suppress(OSError, ValueError):
-    print(text, file=sys.stderr, flush=True)
-
-
 @contextlib.contextmanager
-def quiet(path: str | os.PathLike) -> Iterator[TextIO]:
-  """Sends all that libraries print, log or warn to a file.
+def redirect_output(
+  path: str | os.PathLike, if_killed: str = ""
+) -> Iterator[TextIO]:
+  """Append to a file all that is printed, logged or warned meanwhile.
 
-  This holds for what Python prints and for what C++ writes to the process's
-  standard output and error. A `Console` made meanwhile prints to the screen.
+  This includes what C++ code writes to the process's standard output and
+  error. A `Console` made meanwhile prints to the screen.
 
   Args:
-    path: the file; it is appended to.
+    path: the file.
+    if_killed: printed to the screen if the process dies meanwhile, even in C++
+      code.
 
   Yields:
     The screen.
@@ -61,99 +93,66 @@ def quiet(path: str | os.PathLike) -> Iterator[TextIO]:
   """
   global _screen
   try:
-    log = _Lossy(
-      open(path, "ab", buffering=0), "utf-8", "replace", write_through=True
-    )
+    file = open(path, "ab", buffering=0)
   except OSError as e:
     raise errors.UserError(
       f"Cannot write {path}: {e.strerror}. Choose another place."
     ) from e
+  log = LossyStream(io.TextIOWrapper(file, "utf-8", write_through=True))
   saved = sys.stdout, sys.stderr, logging.root.handlers, logging.root.level
-  descriptors = os.dup(1), os.dup(2)
-  with (
-    log,
-    _Lossy(
-      open(descriptors[1], "wb"),
-      sys.stderr.encoding,
-      "backslashreplace",
-      line_buffering=True,
-    ) as screen,
-  ):
-    for saved_stream in saved[:2]:
-      with contextlib.suppress(OSError):
-        saved_stream.flush()
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-    sys.stdout = sys.stderr = log
-    handler = logging.StreamHandler(log)
-    handler.setFormatter(
-      logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    )
-    logging.root.handlers = [handler]
-    logging.root.setLevel(logging.INFO)
-    logging.captureWarnings(True)
-    _screen = screen
-    try:
-      yield screen
-    finally:
-      _screen = None
-      logging.captureWarnings(False)
-      sys.stdout, sys.stderr, logging.root.handlers, level = saved
-      logging.root.setLevel(level)
-      log.flush()
-      os.dup2(descriptors[0], 1)
-      os.dup2(descriptors[1], 2)
-      os.close(descriptors[0])
+  stdout, stderr = os.dup(1), os.dup(2)
+  _screen = LossyStream(open(stderr, "w", 1, sys.stderr.encoding))
+  for stream in saved[:2]:
+    LossyStream(stream).flush()
+  os.dup2(file.fileno(), 1)
+  os.dup2(file.fileno(), 2)
+  sys.stdout = sys.stderr = log
+  handler = logging.StreamHandler(log)
+  handler.setFormatter(
+    logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+  )
+  logging.root.handlers = [handler]
+  logging.root.setLevel(logging.INFO)
+  logging.captureWarnings(True)
+  try:
+    with _print_if_killed(_screen, if_killed):
+      yield _screen
+  finally:
+    logging.captureWarnings(False)
+    sys.stdout, sys.stderr, logging.root.handlers, level = saved
+    logging.root.setLevel(level)
+    os.dup2(stdout, 1)
+    os.dup2(stderr, 2)
+    os.close(stdout)
+    _screen.close()
+    _screen = None
+    log.close()
 
 
 @contextlib.contextmanager
-def last_words(screen: TextIO, words: str) -> Iterator[None]:
-  """Has something said if the process dies meanwhile, even in C++ code.
+def _print_if_killed(screen: TextIO, message: str) -> Iterator[None]:
+  """Print a message if the process dies meanwhile.
 
-  A small process of its own waits for this one's end; where in Python the
-  thread was that died of it is written to standard error.
-
-  Args:
-    screen: where it is said.
-    words: what.
+  JAX aborts the process from C++ when another one is lost, and the kernel
+  kills it when memory runs out; then only another process can still say what
+  happened. A shell waits for the end of this one.
   """
-  waits = 'read -r done || printf "%s\\n" "error: $0" >&2'
+  if not message:
+    yield
+    return
+  script = 'read -r done || printf "%s\\n" "error: $0" >&2'
   with subprocess.Popen(
-    ["/bin/sh", "-c", waits, words],
+    ["/bin/sh", "-c", script, message],
     stdin=subprocess.PIPE,
     stdout=subprocess.DEVNULL,
     stderr=screen,
     start_new_session=True,
-  ) as other:
-    # Other threads may be running, and to look at one of these can crash.
+  ) as shell:
+    # Looking at threads that are still running can crash.
     faulthandler.enable(2, all_threads=False)
     try:
       yield
     finally:
       faulthandler.disable()
       with contextlib.suppress(BrokenPipeError):
-        other.communicate(b"done\n")
-
-
-class _Nobody(io.StringIO):
-  """Keeps nothing of what is written."""
-
-  def write(self, text: str) -> int:
-    return len(text)
-
-
-class _Lossy(io.TextIOWrapper):
-  """Drops what nobody reads or no disk has room for: a run goes on without."""
-
-  def write(self, text: str) -> int:
-    with contextlib.suppress(OSError):
-      super().write(text)
-    return len(text)
-
-  def flush(self) -> None:
-    with contextlib.suppress(OSError):
-      super().flush()
-
-  def close(self) -> None:
-    with contextlib.suppress(OSError):
-      super().close()
+        shell.communicate(b"done\n")

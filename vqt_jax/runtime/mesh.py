@@ -1,7 +1,6 @@
 """Meshes of devices, shardings, and arrays placed by them."""
 
 from collections.abc import Sequence
-import re
 from typing import Any
 
 import jax
@@ -13,31 +12,20 @@ import numpy as np
 
 from vqt_jax import errors
 
-# Frozen block weights along `model`: attention by heads, the MLP by its hidden
-# units. Everything else is replicated. First axis of a block leaf: depth.
-MODEL_RULES = (
-  (r"/encoderblock/.*/(query|key|value)/kernel$", P(None, None, "model")),
-  (r"/encoderblock/.*/(query|key|value)/bias$", P(None, "model")),
-  (r"/encoderblock/.*/out/kernel$", P(None, "model")),
-  (r"/encoderblock/.*/Dense_0/kernel$", P(None, None, "model")),
-  (r"/encoderblock/.*/Dense_0/bias$", P(None, "model")),
-  (r"/encoderblock/.*/Dense_1/kernel$", P(None, "model")),
-)
-
 
 def make_mesh(
   data: int = -1, model: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
-  """A `data` x `model` mesh over all devices of all processes.
+  """Make a `data` x `model` mesh over the devices of all processes.
 
-  Those of a process follow one another, and so do processes: process p's are
-  rows p*B/P .. (p+1)*B/P - 1 of a batch. (JAX's own order is that of a TPU's
-  links, in which hosts take turns.)
+  Devices are ordered by process, so that process p of P reads rows p*B/P ..
+  (p+1)*B/P - 1 of a batch of B. (JAX's own order follows the links of a TPU,
+  where hosts alternate.)
 
   Args:
     data: devices that share the batch; -1: all that `model` leaves.
     model: devices that share one copy of the backbone.
-    devices: others than those that are here, to compile for.
+    devices: other devices than those of this run, to compile for.
 
   Raises:
     UserError: the product is not the number of devices, or a process would get
@@ -66,118 +54,74 @@ def make_mesh(
   )
 
 
-def check_heads(mesh: jax.sharding.Mesh, heads: int) -> None:
-  """Raises a `UserError` if attention cannot be cut along `model`."""
-  model = mesh.shape["model"]
-  if heads % model:
-    fitting = [n for n in range(1, heads + 1) if heads % n == 0]
-    raise errors.UserError(
-      f"mesh model={model} cannot share the {heads} attention heads of this"
-      f" backbone: expected one of {', '.join(map(str, fitting))}."
-    )
-
-
-def _spec(path: str, shape: tuple[int, ...], model: int) -> P:
-  for pattern, spec in MODEL_RULES:
-    if re.search(pattern, path):
-      sharded = spec.index("model")
-      return spec if shape[sharded] % model == 0 else P()
-  return P()
-
-
-def place_backbone(params: Any, mesh: jax.sharding.Mesh, dtype: str) -> Any:
-  """Puts the frozen weights on the devices; matrices in `dtype`.
-
-  LayerNorm stays float32, so does everything when `dtype` is float32.
-  """
-
-  place = lambda leaf, to: from_host(np.asarray(leaf, to.dtype), to.sharding)
-  return jax.tree.map(place, params, backbone_shapes(params, mesh, dtype))
-
-
-def backbone_shapes(params: Any, mesh: jax.sharding.Mesh, dtype: str) -> Any:
-  """What `place_backbone` gives, as `jax.ShapeDtypeStruct` with shardings."""
-
-  def shape(path, leaf):
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    keep = re.search(r"(LayerNorm_\d|encoder_norm)/", name)
-    spec = _spec(name, leaf.shape, mesh.shape["model"])
-    return jax.ShapeDtypeStruct(
-      leaf.shape,
-      np.float32 if keep else dtype,
-      sharding=NamedSharding(mesh, spec),
-    )
-
-  return jax.tree_util.tree_map_with_path(shape, params)
-
-
-def from_host(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-  """A global array of which every process holds the whole on its host."""
-  return jax.make_array_from_callback(
-    array.shape, sharding, lambda index: array[index]
-  )
-
-
 def constrain(x: Any, *spec: str | None) -> Any:
-  """Asks for a sharding where a mesh is set (in compiled code)."""
+  """Constrain the sharding of arrays in compiled code, if a mesh is set."""
   if jax.sharding.get_abstract_mesh().empty:
     return x
   return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
-def size(axis: str) -> int:
-  """Devices along an axis of the mesh that is set; 1 if none is."""
+def axis_size(axis: str) -> int:
+  """Number of devices along an axis of the current mesh; 1 without a mesh."""
   return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 
-def auto_size(axis: str) -> int:
-  """As `size`, but 1 inside a `shard_map` over it: arrays are parts there."""
-  by_hand = axis in jax.sharding.get_abstract_mesh().manual_axes
-  return 1 if by_hand else size(axis)
+def auto_axis_size(axis: str) -> int:
+  """As `axis_size`, but 1 inside a `shard_map` over it, which sees parts."""
+  manual = axis in jax.sharding.get_abstract_mesh().manual_axes
+  return 1 if manual else axis_size(axis)
 
 
 def backend() -> str:
-  """The platform that compiled code is for: "cpu", "gpu" or "tpu".
+  """Platform to compile for: "cpu", "gpu" or "tpu".
 
-  That of the mesh that is set, which need not be here; else of this machine.
+  It is that of the current mesh, whose devices may be only described, or, if
+  no mesh is set, that of this machine.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   return device.platform if device else jax.default_backend()
 
 
-def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+def replicated_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
-def replicate(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Numpy arrays, the same on every process, on all devices.
-
-  What is on the devices already stays as it is.
-  """
-  place = lambda x: from_host(x, replicated(mesh))
-  return jax.tree.map(
-    lambda x: x if isinstance(x, jax.Array) else place(x), tree
-  )
-
-
 def batch_sharding(mesh: jax.sharding.Mesh, axis: int = 0) -> NamedSharding:
-  """Examples, found on `axis`, shared out over `data`."""
+  """Sharding over `data` of arrays with their examples along `axis`."""
   return NamedSharding(mesh, P(*[None] * axis, "data"))
 
 
-def in_order(sharding: NamedSharding, ndim: int) -> Format:
-  """The sharding, with elements in memory as numpy has them: rows are whole.
+def row_major(sharding: NamedSharding, ndim: int) -> Format:
+  """Give a sharding the memory layout of numpy, in which rows are contiguous.
 
-  Left to itself a TPU takes the order that pads least, often with the rows
-  innermost, and copies all of it into another one before it fetches any row.
+  By default a TPU chooses the layout with the least padding, often with the
+  rows innermost, and copies the whole array before it gathers any row.
   """
   return Format(Layout(tuple(range(ndim))), sharding)
 
 
-def from_local(
+def place_array(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+  """Make a global array of one that every process has in full on its host."""
+  return jax.make_array_from_callback(
+    array.shape, sharding, lambda index: array[index]
+  )
+
+
+def replicate(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Put numpy arrays, equal on all processes, on all devices.
+
+  Arrays that are on devices already are left alone.
+  """
+  sharding = replicated_sharding(mesh)
+  return jax.tree.map(
+    lambda x: x if isinstance(x, jax.Array) else place_array(x, sharding), tree
+  )
+
+
+def from_process_local(
   batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh
 ) -> dict[str, jax.Array]:
-  """Each process's part of a batch (first axis) to sharded global arrays."""
+  """Make global arrays, sharded along axis 0, from every process's part."""
   sharding = batch_sharding(mesh)
   return {
     name: jax.make_array_from_process_local_data(sharding, part)
@@ -186,7 +130,7 @@ def from_local(
 
 
 def local_part(x: jax.Array, axis: int) -> np.ndarray:
-  """This process's part of an array that is cut along one axis at most."""
+  """This process's part of an array that is sharded along `axis` at most."""
   parts = {s.index[axis].start or 0: s.data for s in x.addressable_shards}
   arrays = [np.asarray(parts[start]) for start in sorted(parts)]
   return np.concatenate(arrays, axis) if len(arrays) > 1 else arrays[0]

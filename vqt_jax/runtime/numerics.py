@@ -1,4 +1,4 @@
-"""JAX's options that decide numbers, whatever the environment says of them."""
+"""JAX's options that decide numbers, whatever the environment sets."""
 
 from collections.abc import Iterator
 import contextlib
@@ -7,12 +7,12 @@ import jax
 
 
 @contextlib.contextmanager
-def as_usual() -> Iterator[None]:
-  """Has JAX draw, promote and compile as it does by itself, in this thread.
+def jax_defaults() -> Iterator[None]:
+  """Set JAX's options that decide numbers to their defaults, in this thread.
 
-  Variables such as `JAX_ENABLE_X64` would change the draws and dtypes of a run
-  without a word; others would end it, e.g. `JAX_DEBUG_NANS` where a learning
-  rate is too large, which a run knows how to handle.
+  Variables such as `JAX_ENABLE_X64` would silently change the random draws and
+  dtypes of a run; others would end it, e.g. `JAX_DEBUG_NANS` where a learning
+  rate is too large, which a run can handle.
   """
   with (
     jax.enable_x64(False),

@@ -1,11 +1,10 @@
-"""Mesh, shardings, and what several processes must agree on."""
+"""Several processes of one run: joining, agreeing, ending together."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import faulthandler
 import functools
 import glob
-import importlib.metadata
 import importlib.util
 import os
 import re
@@ -25,77 +24,27 @@ with epy.lazy_imports():  # Slow to import.
 
 T = TypeVar("T")
 
-# For the same bits each time; and cuBLAS's products, as Triton's would have
-# parameters that nobody tried.
-GPU_FLAGS = (
-  "--xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false"
-)
-
-# Seconds to wait for a process: until it comes, until it ends, and, while it
-# gives signs of life, until it does its part (it may hang in a file system).
+# Seconds to wait for another process: until it joins, until it ends, and, while
+# it gives signs of life, until it takes part (it may hang in a file system).
 CONNECT_SECONDS = 300
 LEAVE_SECONDS = 30
 HUNG_SECONDS = 1800
-FIRST_SECONDS = 1  # That the first process stays longer than the others.
+FIRST_SECONDS = 1  # By which the first process outlives the others.
 
 
-def ask_for_determinism() -> None:
-  """Has XLA make GPU programs that give the same bits each time.
+def detect_cluster() -> dict[str, str | None] | None:
+  """Find out from the environment whether this process may have others.
 
-  To be called before JAX finds its devices. What is fastest is then not found
-  by trying, which is most of what compiling for a GPU takes otherwise. What the
-  environment's XLA_FLAGS say wins; a file of flags is left alone. Without JAX's
-  support of GPUs nothing is done.
-  """
-  plugins = importlib.metadata.entry_points(group="jax_plugins")
-  given = os.environ.get("XLA_FLAGS", "").strip()
-  if (
-    any(re.match("xla_(cuda|rocm)", plugin.name) for plugin in plugins)
-    and re.match("-|$", given)
-    and GPU_FLAGS not in given
-  ):
-    os.environ["XLA_FLAGS"] = f"{GPU_FLAGS} {given}".strip()
-
-
-def flags_given() -> str:
-  """Flags of XLA that the environment had, without our own."""
-  return os.environ.get("XLA_FLAGS", "").replace(GPU_FLAGS, "").strip()
-
-
-def find_devices() -> None:
-  """Has JAX find the devices of this machine, if it has not done so yet.
-
-  Raises:
-    UserError: those that the environment asks for are not there.
-  """
-  try:
-    jax.devices()
-  except (RuntimeError, AssertionError) as e:
-    # JAX has no words for a platform of GPUs where it sees none.
-    why = str(e).partition(" (set JAX_PLATFORMS")[0] or "it sees no GPU"
-    for name in ("JAX_PLATFORM_NAME", "JAX_PLATFORMS"):
-      if asked := os.environ.get(name):
-        raise errors.UserError(
-          f"{name}={asked}: JAX finds no such device here"
-          f" ({why.rstrip('.')}). Unset {name}, so that it takes the best"
-          " that there is, or install what it lacks."
-        ) from e
-    raise errors.UserError(f"JAX finds no devices: {why}") from e
-
-
-def platform() -> dict[str, str | None] | None:
-  """How JAX finds the other processes, if this one may have some.
-
-  Decided from the environment: a task of a Slurm step or of mpirun that has
-  several, a Pod of an Indexed Job where `kubernetes` is installed, or a machine
-  that is set up for TPUs. (Always to ask JAX would not do: to a Slurm step of
-  one task it leaves one GPU.)
+  It may if it is a task of a Slurm step or of mpirun with several tasks, a Pod
+  of an Indexed Job where `kubernetes` is installed, or on a machine that is set
+  up for TPUs. (JAX's own detection would leave a Slurm step of one task a
+  single GPU.)
 
   Returns:
-    Arguments for `jax.distributed.initialize`; None: it is alone.
+    Arguments for `jax.distributed.initialize`; None: there are no others.
   """
-  count = lambda name: os.environ.get(name, "")
-  several = lambda name: count(name).isdecimal() and int(count(name)) > 1
+  number = lambda name: os.environ.get(name, "")
+  several = lambda name: number(name).isdecimal() and int(number(name)) > 1
 
   def installed(name):
     found = importlib.util.find_spec(name)
@@ -119,26 +68,25 @@ def connect(
   process_id: int | None = None,
   lost_after: int = 60,
 ) -> bool:
-  """Joins the other processes; comes before anything else asks for devices.
+  """Join the other processes; to be called before JAX finds its devices.
 
   Args:
-    coordinator: host:port of the first process, the same on all; "auto" where
-      the cluster tells (Cloud TPU, Slurm, ...), which must be there; None: if
-      it is there.
-    num_processes: how many there are.
-    process_id: which one this is, from 0.
+    coordinator: host:port of the first process, the same on all; "auto": the
+      platform (Cloud TPU, Slurm, ...) must tell; None: it may tell.
+    num_processes: number of processes.
+    process_id: number of this one, from 0.
     lost_after: seconds without a sign of life from a process after which JAX
-      ends all others, wherever they wait for it.
+      ends all others, whatever they are doing.
 
   Returns:
-    Whether there was anything to join.
+    False if there is nothing to join.
 
   Raises:
-    UserError: these make no sense, or there is no cluster that tells. (Where
-      the others do not come, JAX ends the process.)
+    UserError: the arguments make no sense, or no platform tells the address.
+      (If the others do not come, JAX aborts the process.)
   """
   if coordinator is None:
-    given = platform() or {}
+    given = detect_cluster() or {}
   elif coordinator == "auto":
     given = {}
   elif not re.search(r".:\d+$", coordinator):
@@ -157,7 +105,7 @@ def connect(
       num_processes=num_processes,
       process_id=process_id,
     )
-  # Its handler would take SIGTERM away from ours.
+  # Its handler of SIGTERM would replace ours.
   jax.config.update("jax_enable_preemption_service", False)
   try:
     jax.distributed.initialize(
@@ -167,13 +115,15 @@ def connect(
       shutdown_timeout_seconds=LEAVE_SECONDS,
     )
   except (OSError, RuntimeError, ValueError) as e:
-    nobody = "coordinator_address should be" in str(e)
-    # There is libtpu, but no TPU and nobody to ask for one; or JAX is in use.
-    unasked = isinstance(e, OSError) and not _tpu_devices()
-    alone = nobody or unasked or "before any JAX" in str(e)
+    # Only the texts tell a process without a cluster from one that must not
+    # run on alone.
+    no_cluster = "coordinator_address should be" in str(e)
+    # libtpu is installed, but there is no TPU; or JAX is in use already.
+    no_tpu = isinstance(e, OSError) and not _tpu_devices()
+    alone = no_cluster or no_tpu or "before any JAX" in str(e)
     if alone and "tpu" in given.get("cluster_detection_method", ""):
       return False
-    if nobody:
+    if no_cluster:
       raise errors.UserError(
         "There is no cluster that tells the address of the first process."
         " Give --coordinator=HOST:PORT, --num_processes and --process_id, or"
@@ -187,39 +137,61 @@ def connect(
 
 
 def _tpu_devices() -> list[str]:
-  """Device files of TPUs, whether or not anybody can use them."""
+  """Device files of TPUs, usable or not."""
   return [*glob.glob("/dev/accel*"), *glob.glob("/dev/vfio/[0-9]*")]
 
 
 def is_connected() -> bool:
-  """Whether this process has others to wait for."""
+  """Return whether there are other processes that this one may wait for."""
   return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def leave(status: int) -> NoReturn:
-  """Ends this process at once, without waiting for others that may be gone."""
+def is_first() -> bool:
+  """Return whether this process writes files and prints."""
+  return jax.process_index() == 0
+
+
+def exit_now(status: int) -> NoReturn:
+  """End this process without waiting for others, which may be gone."""
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(status)
 
 
-def leave_together(status: int) -> NoReturn:
+def exit_together(status: int) -> NoReturn:
   """End this process when all have come to their end, the first one last.
 
-  The first process serves what JAX's processes know of each other. Were it gone
-  while another still listens, JAX would abort that one, whatever its status.
+  The first process runs JAX's coordination service. If it ended while another
+  one still listens, JAX would abort that one, whatever its status.
   """
   barrier = ocp.multihost.get_barrier_sync_fn()
   with contextlib.suppress(Exception):  # The others may be gone.
     barrier(key="vqt_jax_end", timeout_ms=1000 * LEAVE_SECONDS)
   if is_first():
     time.sleep(FIRST_SECONDS)
-  leave(status)
+  exit_now(status)
+
+
+@contextlib.contextmanager
+def exit_if_hung() -> Iterator[None]:
+  """End this process if another one takes too long to take part.
+
+  By faulthandler, since its timer runs even while a library holds the GIL; it
+  also writes to the log where this process waits.
+  """
+  if jax.process_count() == 1:
+    yield
+    return
+  faulthandler.dump_traceback_later(HUNG_SECONDS, exit=True, file=2)
+  try:
+    yield
+  finally:
+    faulthandler.cancel_dump_traceback_later()
 
 
 @contextlib.contextmanager
 def raise_on_all() -> Iterator[None]:
-  """What fails with a `UserError` on one process fails on all of them."""
+  """Raise on all processes if a `UserError` is raised on one of them."""
   error = None
   try:
     yield
@@ -231,19 +203,18 @@ def raise_on_all() -> Iterator[None]:
 def _raise_on_all(
   error: errors.UserError | None, failed: Callable[[], np.ndarray]
 ) -> None:
-  """Raises if any process has failed, as `all_reduce_max_async` tells."""
   if failed().any():
     raise error or errors.UserError(
       "Another process of this run failed; see what it says."
     )
 
 
-def in_step(items: Iterable[T]) -> Iterator[T]:
-  """The items of an iterable; if one process fails to get its, all fail.
+def iterate_together(items: Iterable[T]) -> Iterator[T]:
+  """Iterate on all processes; if one fails to get its next item, all fail.
 
-  Else the others would wait for that process in the next computation. All must
-  iterate together. Each gets its items one ahead, so that whether all have
-  theirs is known without waiting for what the devices do with the one before.
+  Otherwise the others would wait for it in the next computation. Items are
+  fetched one ahead, so asking whether all have theirs does not wait for what
+  the devices do with the one before.
   """
   if jax.process_count() == 1:
     yield from items
@@ -269,60 +240,47 @@ def in_step(items: Iterable[T]) -> Iterator[T]:
 
 
 def to_host(tree: Any) -> Any:
-  """Whole numpy copies of replicated arrays; numpy stays as it is."""
+  """Copy replicated arrays to numpy; numpy arrays are left alone."""
   local = lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x
   with exit_if_hung():
     return jax.tree.map(lambda x: np.asarray(local(x)), tree)
 
 
-@contextlib.contextmanager
-def exit_if_hung() -> Iterator[None]:
-  """Waits for other processes; ends this one if they take too long."""
-  if jax.process_count() == 1:
-    yield
-    return
-  faulthandler.dump_traceback_later(HUNG_SECONDS, exit=True, file=2)
-  try:
-    yield
-  finally:
-    faulthandler.cancel_dump_traceback_later()
-
-
 def any_process(flag: bool) -> bool:
-  """Whether the flag is up on any process; all must call it together."""
+  """Return whether the flag is set on any process; all must call together."""
   return bool(all_reduce_max_async(lambda: [flag])().any())
 
 
 def all_reduce_min(value: float) -> float:
-  """The smallest value of all processes; all must call it together."""
+  """Return the smallest value of all processes; all must call together."""
   return -float(all_reduce_max_async(lambda: [-value])()[0])
 
 
 def all_reduce_max_async(
   values: Callable[[], Sequence[float]],
 ) -> Callable[[], np.ndarray]:
-  """Starts to find the largest of each value over all processes.
+  """Start to find the largest of each value over all processes.
 
-  All must ask together. The devices answer when they have done what they were
-  given before, so an answer that is fetched late holds nobody up.
+  All must call together. The devices answer after the work that they were given
+  before, so an answer that is fetched late delays nobody.
 
   Args:
-    values: gives those of this process, which become float32. Called at once;
-      by a process that is alone, when the answer is fetched.
+    values: returns this process's values, which become float32. Called at once
+      if there are several processes, else when the answer is fetched.
 
   Returns:
-    Waits for the answer, (number of values,).
+    Function that waits for the answer, (number of values,).
   """
   if jax.process_count() == 1:
     return lambda: np.array(values())
-  mesh, largest = _exchange()
-  mine = mesh_lib.from_local({"values": np.array([values()], np.float32)}, mesh)
+  mesh, largest = _all_reduce_max()
+  mine = np.array([values()], np.float32)
   with exit_if_hung():
-    found = largest(mine["values"])
+    found = largest(mesh_lib.from_process_local({"x": mine}, mesh)["x"])
 
   def answer():
-    # From all devices, not from one: what libraries say of the exchange, in a
-    # thread for each, is then said, before a screen is given back.
+    # From all devices: libraries then have printed what they have to say about
+    # the connection, in a thread for each, before the screen is given back.
     with exit_if_hung():
       return np.asarray(jax.block_until_ready(found).addressable_data(0))
 
@@ -330,14 +288,9 @@ def all_reduce_max_async(
 
 
 @functools.cache
-def _exchange() -> tuple[jax.sharding.Mesh, Callable[..., jax.Array]]:
-  """A row of devices for each process, and the largest of what these have."""
+def _all_reduce_max() -> tuple[jax.sharding.Mesh, Callable[..., jax.Array]]:
+  """A mesh with a row of devices for each process, and the maximum over it."""
   mesh = mesh_lib.make_mesh(model=jax.local_device_count())
   return mesh, jax.jit(
-    lambda x: x.max(0), out_shardings=mesh_lib.replicated(mesh)
+    lambda x: x.max(0), out_shardings=mesh_lib.replicated_sharding(mesh)
   )
-
-
-def is_first() -> bool:
-  """Whether this process writes files and talks."""
-  return jax.process_index() == 0

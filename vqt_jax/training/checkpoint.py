@@ -134,7 +134,7 @@ class Checkpointer:
     except Exception as e:  # Orbax's layers raise all kinds.
       advice = "Delete that folder to resume from the save before it."
       if files.in_bucket(self._directory):
-        advice = files.advice(e) or advice
+        advice = files.bucket_advice(e) or advice
       raise errors.UserError(
         f"Cannot read {self._directory / str(self._manager.latest_step())}:"
         f" {files.first_line(e)} {advice}"
@@ -143,7 +143,7 @@ class Checkpointer:
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
     """Turn file system errors, from all layers of Orbax, into `UserError`."""
-    with files.writing(self._directory):
+    with files.explain_write_errors(self._directory):
       try:
         yield
       except TimeoutError as e:

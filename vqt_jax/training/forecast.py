@@ -7,13 +7,13 @@ What trials share when they train side by side is a constant of this program
 """
 
 from collections.abc import Sequence
-import datetime
 
 import jax
 import numpy as np
 
 from vqt_jax import data
 from vqt_jax.features import examples as examples_lib
+from vqt_jax.runtime import units
 from vqt_jax.training import setup
 from vqt_jax.training import stage as stage_lib
 
@@ -82,11 +82,11 @@ class Forecast:
   def _tell(self, seconds: dict[str, float]) -> None:
     config = self._context.config
     about = "at least" if config.protocol == "best" else "about"
-    about += f" {_duration(sum(seconds.values()))} to go"
+    about += f" {units.format_seconds(sum(seconds.values()))} to go"
     if "test" not in seconds:
       about += " before the test"
     parts = [
-      f"{label} {_duration(value)}"
+      f"{label} {units.format_seconds(value)}"
       for label, value in seconds.items()
       if value >= 0.5
     ]
@@ -160,7 +160,3 @@ class Forecast:
       return None
     start, each = self._examples.extracted
     return start + count * each
-
-
-def _duration(seconds: float) -> str:
-  return str(datetime.timedelta(seconds=round(seconds)))

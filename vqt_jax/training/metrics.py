@@ -12,7 +12,7 @@ from typing import Any
 from etils import epy
 
 from vqt_jax.runtime import files
-from vqt_jax.runtime import growing
+from vqt_jax.runtime import mirror
 from vqt_jax.runtime.files import PathLike
 
 
@@ -49,9 +49,9 @@ class MetricsWriter:
       UserError: the file cannot be read.
     """
     self._workdir = files.path(workdir)
-    self._growing = growing.Growing(self._workdir, "metrics.jsonl")
-    self._path = self._growing.folder / "metrics.jsonl"
-    self._folder = self._growing.folder / "tensorboard"
+    self._mirror = mirror.MirroredFolder(self._workdir, "metrics.jsonl")
+    self._path = self._mirror.folder / "metrics.jsonl"
+    self._folder = self._mirror.folder / "tensorboard"
     self._rows = read_metrics(workdir)
     self._begun: set[str] = set()
     self._events: Events | None = None
@@ -59,34 +59,34 @@ class MetricsWriter:
   def epochs(self, phase: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Append rows of a stage and flush them to disk.
 
-    In a bucket they appear a little later, see `files.Growing`.
+    In a bucket they appear a little later, see `mirror.MirroredFolder`.
 
     Raises:
       UserError: they cannot be written; earlier rows are kept.
     """
-    rows = [files.plain({"phase": phase, **row}) for row in rows]
+    rows = [files.to_json_types({"phase": phase, **row}) for row in rows]
     if phase not in self._begun:
       self._begun.add(phase)
       rows = self._resume(phase, rows)
-    with files.writing(self._path), open(self._path, "ab") as file:
+    with files.explain_write_errors(self._path), open(self._path, "ab") as file:
       file.write(b"".join(map(files.json_line, rows)))
       file.flush()
       os.fsync(file.fileno())
     self._rows += rows
-    with files.writing(self._folder):
+    with files.explain_write_errors(self._folder):
       if self._events is None:
         # Events cannot be cut at an epoch, so all are written again.
         remove(self._workdir / "tensorboard")
         self._events = Events(self._folder)
         rows = self._rows
       self._events.write(rows)
-    self._growing.copy()
+    self._mirror.sync()
 
   def close(self) -> None:
     if self._events is not None:
-      with files.writing(self._folder):
+      with files.explain_write_errors(self._folder):
         self._events.close()
-    self._growing.close()
+    self._mirror.close()
 
   def _resume(self, phase: str, rows: list[Any]) -> list[Any]:
     """Cut the file behind the last row that fits; return the rows to add."""
@@ -99,7 +99,7 @@ class MetricsWriter:
       same += 1
     self._rows = self._rows[: start + same]
     if self._path.exists():
-      with files.writing(self._path):
+      with files.explain_write_errors(self._path):
         os.truncate(
           self._path, sum(len(files.json_line(row)) for row in self._rows)
         )
@@ -129,10 +129,10 @@ _OWN = re.compile(r"events\.out\.tfevents\.\d+\.run")
 
 def remove(directory: files.Path) -> None:
   """Remove the files that `Events` has written, and nothing else."""
-  for phase in files.names(directory):
-    for run in files.names(directory / phase):
+  for phase in files.list_names(directory):
+    for run in files.list_names(directory / phase):
       folder = directory / phase / run
-      for name in filter(_OWN.fullmatch, files.names(folder)):
+      for name in filter(_OWN.fullmatch, files.list_names(folder)):
         (folder / name).unlink()
 
 

@@ -27,7 +27,7 @@ def write(
   candidates: Sequence[protocol.Candidate],
   test: dict[str, Any],
   seconds: float,
-  peak: memory.Peak,
+  peak: memory.PeakMemory,
 ) -> dict[str, Any]:
   """Write `tuned/` and then `results.json`, which marks the run as finished.
 
@@ -46,7 +46,7 @@ def write(
   if processes.is_first():
     results["tuned_bytes"] = _write_tuned(context, candidates[-1], results)
     files.write_json(context.workdir / results_lib.RESULTS, results)
-    files.remove(context.workdir / "stages")
+    files.remove_folder(context.workdir / "stages")
   return results
 
 
@@ -77,7 +77,7 @@ def _results(context, found, candidates, test, seconds, peak) -> dict[str, Any]:
     "image_size": list(c.image_size),
     "value_range": context.backbone.value_range,
     "resize": context.config.resize,
-    "data": data.identity(context.task),
+    "data": data.dataset_identity(context.task),
     "protocol": context.config.protocol,
     "batch_size": context.config.batch_size,  # config.lr is per 256 images.
     "test_accuracy": tested[-1]["test_accuracy"],

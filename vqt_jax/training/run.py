@@ -61,7 +61,7 @@ def train(
 
 def _train(config, workdir, console) -> dict[str, Any]:
   with preemption.StopSignal() as stop:
-    started, peak = time.monotonic(), memory.Peak()
+    started, peak = time.monotonic(), memory.PeakMemory()
     with stop.at_once(), processes.raise_on_all():
       context = setup.prepare(config, workdir, console)
     with jax.set_mesh(context.mesh):

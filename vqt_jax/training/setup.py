@@ -13,6 +13,7 @@ from vqt_jax import checkpoints
 from vqt_jax import data
 from vqt_jax.config import fields
 from vqt_jax.models import backbone as backbone_lib
+from vqt_jax.models import sharding as sharding_lib
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.models import vit_config as vit_config_lib
 from vqt_jax.runtime import console as console_lib
@@ -51,11 +52,13 @@ def backbone_options(
   """
   return {
     "variant": config.variant,
-    "image_size": checkpoints.size_of(config.image_size, config.image_width),
+    "image_size": checkpoints.size_from_fields(
+      config.image_size, config.image_width
+    ),
     "pool_type": config.pool_type,
     "gelu": config.gelu,
     "dtype": config.dtype or ("float32" if platform == "cpu" else "bfloat16"),
-    "trained_size": checkpoints.size_of(
+    "trained_size": checkpoints.size_from_fields(
       config.trained_size, config.trained_width
     ),
   }
@@ -72,7 +75,7 @@ def find_tuner(
     UserError: patches do not cover the images, or options of the method do not
       fit the backbone.
   """
-  size = checkpoints.size_of(config.image_size, config.image_width)
+  size = checkpoints.size_from_fields(config.image_size, config.image_width)
   checkpoints.check_image_size(vit_config.patch_size, size)
   return tuner_lib.make_tuner(
     config.method,
@@ -89,7 +92,7 @@ def find_mesh(
 ) -> jax.sharding.Mesh:
   """Return the mesh of a config over devices (None: all of all processes)."""
   mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.model, devices)
-  mesh_lib.check_heads(mesh, vit_config.num_heads)
+  sharding_lib.check_heads(mesh, vit_config.num_heads)
   return mesh
 
 
@@ -117,7 +120,7 @@ def prepare(config, workdir, console) -> RunContext:
     backbone=backbone,
     task=task,
     tuner=tuner,
-    params=mesh_lib.place_backbone(
+    params=sharding_lib.place_backbone(
       backbone.params, mesh, backbone.config.dtype
     ),
   )
@@ -134,7 +137,9 @@ def _download_line(
   def progress(done: int, total: int | None) -> None:
     if not lines:
       size = (total or done) // 2**20
-      lines.append(until.enter_context(console.phase("backbone", size, "MiB")))
+      lines.append(
+        until.enter_context(console.progress("backbone", size, "MiB"))
+      )
     lines[0].update(done // 2**20)
 
   return progress

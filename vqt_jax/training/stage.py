@@ -222,7 +222,7 @@ def write_result(path: files.Path, outcome: StageResult) -> None:
 
 def read_result(path: files.Path, stage: Stage) -> StageResult:
   """Read the file of a finished stage; raise a `UserError` if damaged."""
-  with files.as_file(path) as local:
+  with files.local_copy(path) as local:
     return _parse(path, local, stage)
 
 

@@ -40,7 +40,7 @@ class Stages:
     saver: checkpoint.Checkpointer,
     metrics: metrics_lib.MetricsWriter,
     stop: preemption.StopSignal,
-    peak: memory.Peak,
+    peak: memory.PeakMemory,
     forecast: forecast_lib.Forecast,
   ):
     """Find the stages that an earlier start has finished.
@@ -53,7 +53,7 @@ class Stages:
     self._forecast, self._size = forecast, 1
     self._folder = context.workdir / "stages"
     with processes.raise_on_all():
-      names = files.names(self._folder)
+      names = files.list_names(self._folder)
       self._done = {
         name.removesuffix(stage_lib.SUFFIX)
         for name in names
@@ -179,7 +179,7 @@ class Stages:
     detail = f"{len(trials)} {stage.trial_noun}{plural} x {c.epochs} epochs"
     if stage.tuner != context.tuner:
       detail += f", {stage.tuner.num_queries} queries"
-    with context.console.phase(stage.label, c.epochs, detail=detail) as line:
+    with context.console.progress(stage.label, c.epochs, detail=detail) as line:
 
       def report(epoch, loss, accuracy, speed):
         self._log(stage, _rows(stage, progress.history, epoch))
@@ -262,7 +262,7 @@ class Stages:
     total = self._examples.count(split) if rows is None else len(rows)
     with self._stop.at_once(), processes.raise_on_all():
       chunks = self._examples.evaluation(split, rows)
-    with context.console.phase(label, total, "image") as line:
+    with context.console.progress(label, total, "image") as line:
       evaluate = functools.partial(
         step_lib.eval_steps, tuners, trials, context.params
       )

@@ -118,7 +118,7 @@ def init_on(
   """Compile `init` with its result replicated over a mesh."""
   return jax.jit(
     functools.partial(init, tuner, static),
-    out_shardings=mesh_lib.replicated(mesh),
+    out_shardings=mesh_lib.replicated_sharding(mesh),
   )
 
 
@@ -217,7 +217,7 @@ def run_step(
   if not tuner.editor:
     seen = _stream(tuner, frozen, batch, static.remat)
   count = jnp.maximum(batch["mask"].sum(), 1)
-  devices = mesh_lib.size("data") if tuner.editor else 1
+  devices = mesh_lib.axis_size("data") if tuner.editor else 1
 
   def objective(trained, batch):
     variables = {**tuner_lib.merge(trained, frozen), **settings.frozen_parts}

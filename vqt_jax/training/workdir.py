@@ -7,7 +7,7 @@
   tuned/          what was trained: variables.safetensors and info.json
   report.png      a picture of the results
 
-While a run lasts there is also `.vqt_jax.lock`, see `locks.alone_in`.
+While a run lasts there is also `.vqt_jax.lock`, see `locks.lock_folder`.
 """
 
 from collections.abc import Iterator
@@ -57,7 +57,7 @@ def open_workdir(config: Any, workdir: PathLike) -> Iterator[bool]:
   workdir = files.path(workdir)
   now = fields.to_json(config)
   _config_of(workdir)  # Not even a lock in the folder of another program.
-  with locks.alone_in(workdir):
+  with locks.lock_folder(workdir):
     old, begun = _config_of(workdir), _begun(workdir)
     if begun:
       _check_same_run(old, now, workdir)
@@ -86,9 +86,9 @@ def _config_of(workdir: files.Path) -> dict[str, Any] | None:
         f"{workdir / 'metrics.jsonl'} is not of this program. {other}"
       )
     return config
-  for name in sorted(_CLAIMED.intersection(files.names(workdir))):
+  for name in sorted(_CLAIMED.intersection(files.list_names(workdir))):
     place = workdir / name
-    if files.names(place) or place.is_file():
+    if files.list_names(place) or place.is_file():
       raise errors.UserError(
         f"{place} is there, but no config.json of the run it is of. {other}"
       )
@@ -102,8 +102,8 @@ def _begun(workdir: files.Path) -> bool:
   return bool(
     files.exists(workdir / "results.json")
     or metrics.metrics_bytes(workdir)
-    or files.names(workdir / "checkpoints")
-    or any(_begun(workdir / name) for name in files.names(workdir))
+    or files.list_names(workdir / "checkpoints")
+    or any(_begun(workdir / name) for name in files.list_names(workdir))
   )
 
 

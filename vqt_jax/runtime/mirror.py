@@ -1,4 +1,4 @@
-"""Files that grow during a run, also where objects cannot."""
+"""Files that grow during a run, also in buckets, where objects cannot."""
 
 from concurrent import futures
 import contextlib
@@ -9,19 +9,20 @@ import time
 
 from vqt_jax.runtime import files
 
-COPY_SECONDS = 60  # Between copies of what grows into a bucket.
-_COPIES_AT_ONCE = 16
+SYNC_SECONDS = 60
+_UPLOADS_AT_ONCE = 16
 
 
-class Growing:
-  """A folder of files that grow, as objects in a bucket cannot.
+class MirroredFolder:
+  """A folder of growing files, which is copied to a bucket now and then.
 
-  It is the place itself, or, if that is in a bucket, a temporary folder from
-  which files are copied there now and then.
+  Attributes:
+    folder: where the files are: the place itself, or a temporary folder if that
+      is in a bucket.
   """
 
   def __init__(self, place: files.Path, *names: str):
-    """Begins with those of the named files that are there.
+    """Fetch those of the named files that exist.
 
     Raises:
       UserError: one of them cannot be read.
@@ -35,11 +36,11 @@ class Growing:
           (self.folder / name).write_bytes(files.read(place / name))
       self._copied = self._states()
 
-  def copy(self, after: float = COPY_SECONDS) -> None:
-    """Copies what has changed, if the last time was long enough ago.
+  def sync(self, after: float = SYNC_SECONDS) -> None:
+    """Copy changed files to the bucket, `after` seconds after the last time.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: a file cannot be written.
     """
     if (
       not files.in_bucket(self._place) or time.monotonic() < self._last + after
@@ -47,18 +48,17 @@ class Growing:
       return
     states = self._states()
     changed = [f for f, state in states.items() if self._copied.get(f) != state]
-    with futures.ThreadPoolExecutor(_COPIES_AT_ONCE) as pool:
-      for _ in pool.map(self._copy, changed):
-        pass
+    with futures.ThreadPoolExecutor(_UPLOADS_AT_ONCE) as pool:
+      list(pool.map(self._copy, changed))  # Raises what they raised.
     self._copied, self._last = states, time.monotonic()
 
   def close(self) -> None:
-    """Copies the rest; if that fails the temporary folder stays.
+    """Copy what is left; if that fails the temporary folder stays.
 
     Raises:
-      UserError: it fails.
+      UserError: a file cannot be written.
     """
-    self.copy(after=0)
+    self.sync(after=0)
     if files.in_bucket(self._place):
       shutil.rmtree(self.folder)
       self.folder = self._place
@@ -67,6 +67,6 @@ class Growing:
     files.write(self._place / file.relative_to(self.folder), file.read_bytes())
 
   def _states(self) -> dict[pathlib.Path, tuple[int, int]]:
-    """Something of every file that changes when it does."""
+    """Size and time of change of every file."""
     found = [(f, f.stat()) for f in self.folder.rglob("*") if f.is_file()]
     return {file: (stat.st_size, stat.st_mtime_ns) for file, stat in found}
