@@ -17,7 +17,7 @@ from vqt_jax.models.tuner import make_tuner
 from vqt_jax.models.vit import Stream
 from vqt_jax.models.vit_config import ViTConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
   "Backbone",
