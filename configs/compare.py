@@ -22,14 +22,14 @@ from vqt_jax import config as config_lib
 from vqt_jax import errors
 from vqt_jax.configs import digits
 from vqt_jax.configs import vtab
-from vqt_jax.models import tuner
+from vqt_jax.models import methods as methods_lib
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
   """The settings for e.g. "task=dtd,methods=linear,vqt,settings=4"."""
   args = config_lib.parse_arg(
     arg,
-    methods=(tuner.ALL,),
+    methods=(methods_lib.ALL,),
     settings=0,
     task="cifar100",
     num_queries=0,

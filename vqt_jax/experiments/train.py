@@ -4,7 +4,7 @@ from typing import Any
 
 import ml_collections
 
-from vqt_jax.config import recipes
+from vqt_jax.config import resolve
 from vqt_jax.data import vtab
 from vqt_jax.experiments import all_methods
 from vqt_jax.experiments import all_tasks
@@ -41,7 +41,7 @@ def train(
     UserError: something that the user can correct.
     Stopped: asked to stop by a signal; everything is saved.
   """
-  config = recipes.resolve(config)
+  config = resolve.resolve(config)
   workdir = files.path(workdir)
   console = console or console_lib.for_process()
   if config.task == vtab.ALL:

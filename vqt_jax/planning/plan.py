@@ -21,7 +21,7 @@ from vqt_jax import data
 from vqt_jax import errors
 from vqt_jax.data import vtab
 from vqt_jax.features import examples
-from vqt_jax.features import memory_budget
+from vqt_jax.features import storage
 from vqt_jax.planning import cost
 from vqt_jax.planning import hlo
 from vqt_jax.planning import programs
@@ -107,31 +107,32 @@ def make_context(
     chip=chip,
     mesh=mesh,
     counts={x: data.expected_examples(task, x) for x in data.SPLITS},
-    base={x: examples.base_of(task, x) for x in data.SPLITS},
+    base={x: examples.loaded_split(task, x) for x in data.SPLITS},
     place="",
     why="",
     room=0,
   )
   room = _room(context, where)
   count = context.counts[context.base["trainval"]]
-  place, why = memory_budget.choose(
+  place, why = storage.choose(
     config,
+    tuner,
     count * context.layout.bytes_per_image,
     count * 12 * math.prod(vit_config.image_size),
     room,
     platform,
   )
   if place == "stream":
-    examples.check_batch(config.batch_size, mesh)
+    examples.check_batch_size(config.batch_size, mesh)
   return dataclasses.replace(context, place=place, why=why, room=room["device"])
 
 
 def _room(context: programs.PlanContext, where: str) -> dict[str, int]:
   """Return bytes as `memory_budget.room`; the disk of a slice is unlimited."""
   if where == tpus.HERE:
-    return memory_budget.room(context.config.store_dir, context.mesh)
-  each = context.chip.memory * memory_budget.DEVICE_SHARE
-  host = context.chip.host_memory * memory_budget.HOST_SHARE
+    return storage.available_bytes(context.config.store_dir, context.mesh)
+  each = context.chip.memory * storage.DEVICE_SHARE
+  host = context.chip.host_memory * storage.HOST_SHARE
   return {
     "device": int(each * context.mesh.shape["data"]),
     "host": int(host * context.mesh.size),
@@ -246,7 +247,7 @@ def _describe(context: programs.PlanContext, where: str) -> list[str]:
   kept = (
     f"{count:,} images x {size(each)} = {size(count * each)} of"
     f" {'keys and values' if layout.projected else 'features'}, kept"
-    f" {memory_budget.FEATURES[context.place]}"
+    f" {storage.FEATURE_STORAGE[context.place]}"
     if context.stored
     else f"{count:,} images, through the backbone every step"
   )
