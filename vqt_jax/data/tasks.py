@@ -1,4 +1,4 @@
-"""From a name in a config to a task."""
+"""Lookup of tasks by the names that a config has for them."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -32,25 +32,24 @@ def make_task(
   label_key: str | None = None,
   num_classes: int | None = None,
 ) -> Task:
-  """The task of that name. Reads no data, and no file for the 19 of VTAB.
+  """Return the task with a name. Reads no data, and for VTAB's no file.
 
   Args:
     name: one of VTAB's 19 (`VTAB`, or its official name), or any classification
-      dataset of TFDS as `name[/config][:version]`. It may be one that only
-      exists in `data_dir`. A version makes a TFDS dataset of a VTAB name:
-      `cifar100:*.*.*`.
+      dataset of TFDS, or in `data_dir`, as `name[/config][:version]`. With a
+      version a name of VTAB means the TFDS dataset: `cifar100:*.*.*`.
     data_dir: TFDS folder; empty or None is TFDS's own.
-    splits: "train", "val", "trainval", "test" -> TFDS split strings. Default
-      (also of single ones that are missing or empty): `train[:800]`,
-      `train[800:1000]`, train and val together, `test`.
+    splits: "train", "val", "trainval", "test" -> TFDS split strings. Default of
+      those that are missing or empty: `train[:800]`, `train[800:1000]`, train
+      and val together, `test`.
     image_key: name of the image feature. Default: the one the dataset names for
       supervised learning, or the only one.
     label_key: name of the label feature; default as for the image.
-    num_classes: default: what the label feature says.
+    num_classes: default: that of the label feature.
 
   Raises:
-    UserError: unknown name or feature, several features that could be meant,
-      or a setting for a VTAB task, where all is fixed.
+    UserError: a name or feature is unknown, several features may be meant, or a
+      setting is given for a VTAB task, where all is fixed.
   """
   data_dir = data_dir or None
   given = {key: text for key, text in (splits or {}).items() if text}
@@ -78,7 +77,7 @@ def _tfds_task(
   label_key: str | None,
   num_classes: int | None,
 ) -> Task:
-  """A task on any TFDS dataset, its features taken from the dataset itself."""
+  """Make a task on any TFDS dataset, which tells its features itself."""
   request = str(names.parse_request(name, data_dir))
   info = builders.find_builder(request, data_dir).info
   if not isinstance(info.features, tfds.features.FeaturesDict):
@@ -89,11 +88,13 @@ def _tfds_task(
   image_key, label_key = _keys(name, info, image_key, label_key)
   number = _num_classes(name, label_key, info, num_classes)
   named = getattr(info.features[label_key], "names", None) or ()
+  filled = DEFAULT_SPLITS | splits
+  filled.setdefault("trainval", f"{filled['train']}+{filled['val']}")
   return Task(
     name=name,
     builder=request,
     num_classes=number,
-    splits=_fill(splits),
+    splits={split: filled[split] for split in SPLITS},
     label=labels.feature(label_key),
     image_key=image_key,
     data_dir=data_dir,
@@ -101,20 +102,15 @@ def _tfds_task(
   )
 
 
-def _fill(splits: dict[str, str]) -> dict[str, str]:
-  filled = DEFAULT_SPLITS | splits
-  filled.setdefault("trainval", f"{filled['train']}+{filled['val']}")
-  return {split: filled[split] for split in SPLITS}
-
-
 def _keys(
   name: str, info: Any, image_key: str | None, label_key: str | None
 ) -> tuple[str, str]:
-  """Names of the image and the label feature."""
+  """Find the names of the image and the label feature."""
   features = dict(sorted(info.features.items()))  # TFDS's order varies.
   supervised = info.supervised_keys or ()
   images = [key for key, value in features.items() if _is_image(value)]
-  classes = [key for key, value in features.items() if _is_class(value)]
+  label = tfds.features.ClassLabel
+  classes = [key for key, x in features.items() if isinstance(x, label)]
   integers = [key for key, value in features.items() if _is_integer(value)]
   if not images:
     found = "; ".join(f"{key}: {value}" for key, value in features.items())
@@ -160,18 +156,14 @@ def _check_key(
 
 
 def _is_image(value: Any) -> bool:
-  """Whether the feature is a picture of 8 bits: grey, RGB or RGBA."""
+  """Return whether a feature is a picture of 8 bits: grey, RGB or RGBA."""
   if not isinstance(value, tfds.features.Image):
     return False
   return value.np_dtype == np.uint8 and value.shape[-1] != 2
 
 
-def _is_class(value: Any) -> bool:
-  return isinstance(value, tfds.features.ClassLabel)
-
-
 def _is_integer(value: Any) -> bool:
-  """Whether the feature is one integer; a `ClassLabel` is."""
+  """Return whether a feature is one integer, such as a `ClassLabel`."""
   if not isinstance(value, tfds.features.Tensor):
     return False
   return value.shape == () and np.issubdtype(value.np_dtype, np.integer)
