@@ -241,7 +241,7 @@ def show(console: console_lib.Console, summary: Mapping[str, Any]) -> None:
     "of runs",
     "s / epoch, run",
   ]
-  console.table("", columns, rows)
+  console.table(columns, rows)
   if told := differences_told(summary):
     console.note(told, "differ")
 
