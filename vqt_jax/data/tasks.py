@@ -107,66 +107,68 @@ def _keys(
 ) -> tuple[str, str]:
   """Find the names of the image and the label feature."""
   features = dict(sorted(info.features.items()))  # TFDS's order varies.
-  supervised = info.supervised_keys or ()
   images = [key for key, value in features.items() if _is_image(value)]
-  label = tfds.features.ClassLabel
-  classes = [key for key, x in features.items() if isinstance(x, label)]
   integers = [key for key, value in features.items() if _is_integer(value)]
+  label = tfds.features.ClassLabel
+  classes = [key for key in integers if isinstance(features[key], label)]
   if not images:
     found = "; ".join(f"{key}: {value}" for key, value in features.items())
     raise errors.UserError(
       f"No feature of dataset {name!r} can be the image: expected pictures of"
       f" 8 bits and 1, 3 or 4 channels. It has {found[:300]}."
     )
-  image_key = image_key or _choose(
-    name, "image", images, [key for key in supervised if key in images]
+  return (
+    _key(name, "image", image_key, images, images, info),
+    _key(name, "label", label_key, integers, classes, info),
   )
-  label_key = label_key or _choose(
-    name, "label", classes, [key for key in supervised if key in classes]
-  )
-  _check_key(name, "image", image_key, images, features)
-  _check_key(name, "label", label_key, integers, features)
-  return image_key, label_key
 
 
-def _choose(
-  name: str, kind: str, candidates: list[str], supervised: list[str]
+def _key(
+  name: str,
+  kind: str,
+  given: str | None,
+  usable: list[str],
+  likely: list[str],
+  info: Any,
 ) -> str:
-  for choice in (supervised, candidates):
+  """Check the given name of a `kind` of feature, or find the likely one."""
+  if given in usable:
+    return given
+  if given:
+    there = given in info.features
+    found = f"is {info.features[given]}" if there else "does not exist"
+    raise errors.UserError(
+      f"{kind}_key {given!r} of dataset {name!r} {found}. Features that can be"
+      f" the {kind}: {', '.join(usable) or 'none'}."
+    )
+  supervised = [key for key in info.supervised_keys or () if key in likely]
+  for choice in (supervised, likely):
     if len(choice) == 1:
       return choice[0]
-  found = ", ".join(candidates) or "none"
   near = [task.name for task in vtab.VTAB.values() if task.dataset == name]
   raise errors.UserError(
-    f"Which feature of dataset {name!r} is the {kind}? Candidates: {found}."
-    f" Set {kind}_key."
+    f"Which feature of dataset {name!r} is the {kind}? Candidates:"
+    f" {', '.join(likely) or 'none'}. Set {kind}_key."
     + (f" VTAB-1k tasks on it: {', '.join(near)}." if near else "")
   )
 
 
-def _check_key(
-  name: str, kind: str, key: str, usable: list[str], features: dict[str, Any]
-) -> None:
-  if key not in usable:
-    found = f"is {features[key]}" if key in features else "does not exist"
-    raise errors.UserError(
-      f"{kind}_key {key!r} of dataset {name!r} {found}. Features that can be"
-      f" the {kind}: {', '.join(usable) or 'none'}."
-    )
-
-
 def _is_image(value: Any) -> bool:
   """Return whether a feature is a picture of 8 bits: grey, RGB or RGBA."""
-  if not isinstance(value, tfds.features.Image):
-    return False
-  return value.np_dtype == np.uint8 and value.shape[-1] != 2
+  return (
+    isinstance(value, tfds.features.Image)
+    and value.np_dtype == np.uint8
+    and value.shape[-1] != 2
+  )
 
 
 def _is_integer(value: Any) -> bool:
   """Return whether a feature is one integer, such as a `ClassLabel`."""
-  if not isinstance(value, tfds.features.Tensor):
-    return False
-  return value.shape == () and np.issubdtype(value.np_dtype, np.integer)
+  return (
+    isinstance(value, tfds.features.Tensor)
+    and value.shape == ()
+    and np.issubdtype(value.np_dtype, np.integer)
+  )
 
 
 def _num_classes(
