@@ -64,7 +64,7 @@ class Console:
   def progress(
     self, name: str, total: int, unit: str = "epoch", detail: str = ""
   ) -> Iterator["ProgressLine"]:
-    """Show the progress of the work that is done meanwhile.
+    """Show a progress line while the block runs.
 
     Args:
       name: label of the line, e.g. "sweep".
@@ -73,7 +73,8 @@ class Console:
       detail: what the work is, e.g. "20 settings x 100 epochs".
 
     Yields:
-      The line, to be updated. Its last state is printed on a normal exit.
+      The line, to be updated. Its last state is printed at the end, unless the
+      block raises.
     """
     line = ProgressLine(self, name, total, unit, detail)
     live = rich.live.Live(
