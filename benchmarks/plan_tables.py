@@ -138,9 +138,9 @@ def main() -> None:
     "ms at least",
     "bound by",
   ]
-  console_lib.Console().table(
-    "MiB a chip, and a step", columns, list(map(row_of, rows))
-  )
+  console = console_lib.Console()
+  console.header(["MiB a chip, and a step"])
+  console.table(columns, list(map(row_of, rows)))
 
 
 if __name__ == "__main__":

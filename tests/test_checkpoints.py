@@ -117,7 +117,7 @@ def test_architecture_that_is_not_known(name, variant, words):
 
 
 def test_damaged_header(tmp_path):
-  damaged = bytearray((GOLDENS / "bv_tok.npz").read_bytes())
+  damaged = bytearray((GOLDENS / "bv_tok_params.npz").read_bytes())
   start = damaged.index(b"NUMPY")
   damaged[start : start + 5] = b"DUMPY"
   (tmp_path / "a.npz").write_bytes(damaged)

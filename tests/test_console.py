@@ -178,11 +178,10 @@ def test_long_lines_are_not_broken_on_a_pipe():
 def test_tables_align_numbers():
   stream = io.StringIO()
   console_lib.Console(stream).table(
-    "Test", ["method", "accuracy"], [["vqt", "60.9"], ["linear", 5]]
+    ["method", "accuracy"], [["vqt", "60.9"], ["linear", 5]]
   )
   lines = [line.rstrip() for line in stream.getvalue().splitlines()]
   assert lines == [
-    "Test",
     "method   accuracy",
     "vqt          60.9",
     "linear          5",

@@ -3,7 +3,8 @@
 Nothing is ever unpickled.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+import contextlib
 import io
 import json
 import os
@@ -11,7 +12,6 @@ import pathlib
 import re
 from typing import Any
 import zipfile
-import zlib
 
 import numpy as np
 
@@ -21,16 +21,6 @@ from vqt_jax.models.backbone import Backbone
 from vqt_jax.runtime import files
 
 _AGAIN = "Copy or download it again."
-# Raised by zipfile and NumPy for damaged members.
-_DAMAGE = (
-  zipfile.BadZipFile,
-  zlib.error,
-  OSError,
-  EOFError,
-  ValueError,
-  RuntimeError,
-  MemoryError,
-)
 
 
 def split_subtree(source: str) -> tuple[str, str]:
@@ -91,30 +81,38 @@ def leaf_names(path: pathlib.Path) -> list[str]:
   return [name.removesuffix(".npy") for name in names]
 
 
-def leaf_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
-  """Shapes of all arrays in a checkpoint, without reading them.
+def leaf_shapes(
+  path: pathlib.Path, names: Iterable[str]
+) -> dict[str, tuple[int, ...]]:
+  """Read the shapes of some arrays of a checkpoint from their headers.
+
+  Args:
+    path: npz file or folder.
+    names: as `leaf_names` returns them.
 
   Raises:
-    UserError: as `leaf_names`, or an array is damaged.
+    UserError: an array is damaged or holds Python objects.
   """
-  names, shapes = leaf_names(path), {}
-  try:
-    if path.is_dir():
-      for name in names:
-        header = path / name.replace("/", "~") / ".zarray"
+  shapes, names = {}, list(names)
+  if path.is_dir():
+    for name in names:
+      header = path / name.replace("/", "~") / ".zarray"
+      with _explain_damage(path, name):
         shapes[name] = tuple(json.loads(header.read_text())["shape"])
-      return shapes
-    with _open_npz(path) as archive:
-      for name in names:
-        with archive.open(f"{name}.npy") as member:
-          version = np.lib.format.read_magic(member)
-          read = getattr(
-            np.lib.format, f"read_array_header_{version[0]}_{version[1]}"
-          )
-          shapes[name] = read(member)[0]
-  except (*_DAMAGE, KeyError, AttributeError) as error:
-    reason = f"{path} is damaged at {name}: {error}."
-    raise UserError(f"{reason} {_AGAIN}") from error
+    return shapes
+  with _open_npz(path) as archive:
+    for name in names:
+      with _explain_damage(path, name), archive.open(f"{name}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        read = getattr(
+          np.lib.format, f"read_array_header_{version[0]}_{version[1]}"
+        )
+        shapes[name], _, dtype = read(member)
+      if dtype.hasobject:
+        raise UserError(
+          f"{path} holds pickled Python objects ({name}), which could run"
+          " any program and are never loaded; save it as plain arrays."
+        )
   return shapes
 
 
@@ -131,26 +129,17 @@ def read_leaves(
     Name -> array, as stored.
 
   Raises:
-    UserError: an array is damaged or holds Python objects.
+    UserError: an array is damaged.
   """
   if path.is_dir():
     return _read_zarr(path.resolve(), list(names))  # TensorStore takes no `..`.
   arrays = {}
   with _open_npz(path) as archive:
     for name in names:
-      try:
+      with _explain_damage(path, name):
         # Reading a member to its end makes zipfile check its CRC.
         data = io.BytesIO(archive.read(f"{name}.npy"))
         arrays[name] = np.lib.format.read_array(data, allow_pickle=False)
-      except _DAMAGE as error:
-        if "allow_pickle" in str(error):
-          raise UserError(
-            f"{path} holds pickled Python objects ({name}), which could run"
-            " any program and are never loaded; save it as plain arrays."
-          ) from error
-        raise UserError(
-          f"{path} is damaged at {name}: {error}. {_AGAIN}"
-        ) from error
   return arrays
 
 
@@ -175,6 +164,17 @@ def save_npz(path: str | os.PathLike[str], backbone: Backbone | Any) -> None:
   arrays = dict(sorted(names_lib.unstack_blocks(leaves).items()))
   with files.replacing(files.path(path)) as file:
     np.savez(file, **arrays)
+
+
+@contextlib.contextmanager
+def _explain_damage(path: pathlib.Path, name: str) -> Iterator[None]:
+  """Turn errors of zipfile and NumPy for damaged members into `UserError`."""
+  try:
+    yield
+  except Exception as error:  # They have a dozen kinds.
+    raise UserError(
+      f"{path} is damaged at {name}: {error}. {_AGAIN}"
+    ) from error
 
 
 def _open_npz(path: pathlib.Path) -> zipfile.ZipFile:

@@ -244,10 +244,10 @@ def _inspect(
     The architecture, its image size being one patch; present-day name -> shape;
     present-day name -> name in the file.
   """
-  stored_shapes = containers.leaf_shapes(path)
-  picked = names.select_model(stored_shapes, subtree, source)
+  picked = names.select_model(containers.leaf_names(path), subtree, source)
   present = names.map_to_present(picked)
   stored = {new: picked[old] for new, old in present.items()}
+  stored_shapes = containers.leaf_shapes(path, stored.values())
   shapes = {new: stored_shapes[old] for new, old in stored.items()}
   if reason := architecture.describe_foreign(shapes):
     raise UserError(f"{source} is no plain ViT but {reason}.")

@@ -221,12 +221,10 @@ def find_name(name: str) -> str | None:
   return {_plain(key): key for key in PUBLIC}.get(_plain(name))
 
 
-def nearest_names(name: str, count: int = 3) -> list[str]:
+def nearest_names(name: str) -> list[str]:
   """Return the public names most like a name, best first."""
   plain = {_plain(key): key for key in PUBLIC}
-  return [
-    plain[k] for k in difflib.get_close_matches(_plain(name), plain, count)
-  ]
+  return [plain[k] for k in difflib.get_close_matches(_plain(name), plain)]
 
 
 def _plain(name: str) -> str:

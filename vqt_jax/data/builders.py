@@ -153,14 +153,14 @@ def repair_advice(
   return f"Move {os.fspath(place)} away, and prepare it again with: {command}"
 
 
-def check_prepared(task: Task, splits: Iterable[str] = SPLITS) -> None:
+def check_prepared(task: Task) -> None:
   """Check that the splits of a task are there, without reading them.
 
   Raises:
     UserError: the dataset is not prepared, or lacks a split or examples in it.
   """
   builder = open_builder(task)
-  for split in splits:
+  for split in SPLITS:
     split_size(builder, task, split)
 
 
@@ -269,7 +269,7 @@ def images_fingerprint(task: Task, split: str) -> dict[str, Any]:
 
 
 def dataset_identity(task: Task) -> dict[str, Any]:
-  """Describe what determines a task's examples, alike for all copies of them.
+  """Describe a task's dataset, wherever its copy is.
 
   Returns:
     `dataset` (its full name), `image_key`, `num_classes`, `splits` (of each its

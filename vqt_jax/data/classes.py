@@ -1,4 +1,4 @@
-"""Classes that val has and train lacks."""
+"""Checks of the classes that splits have in common."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,7 +15,7 @@ _ADVICE = (
 
 
 def check_classes(task: Task, labels: Mapping[str, np.ndarray]) -> str | None:
-  """Compares the classes of what is trained on with those of val.
+  """Compare the classes of what is trained on with those of val.
 
   Args:
     task: whose splits they are.
@@ -55,7 +55,7 @@ def check_classes(task: Task, labels: Mapping[str, np.ndarray]) -> str | None:
 
 
 def _listed(task: Task, classes: Sequence[int]) -> str:
-  """Names of some classes, their numbers where the dataset has no names."""
+  """Names of some classes, or numbers if the dataset has no names."""
   names = task.class_names
   named = [names[i] if names else str(i) for i in classes[:_MOST_NAMED]]
   left = len(classes) - len(named)

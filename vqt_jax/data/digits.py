@@ -1,4 +1,4 @@
-"""The embedded dataset "digits": scikit-learn's handwritten digits in TFDS.
+"""The built-in dataset "digits": scikit-learn's handwritten digits in TFDS.
 
 1,797 grey images of 8x8 pixels, ten classes, from the test part of "Optical
 Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, 1998, UCI Machine
@@ -6,8 +6,8 @@ Learning Repository, https://doi.org/10.24432/C50P49, CC BY 4.0), as
 scikit-learn ships it (BSD-3-Clause). Nothing is downloaded.
 
 Split: 100 images of each class are for training (1,000), the other 797 for
-testing (74 to 83 of each class), drawn once with a fixed seed. The digits are
-of 13 writers, who are in both splits.
+testing (74 to 83 of each class), drawn with a fixed seed. The digits are of 13
+writers, who are in both splits.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ MAX_INK = 16  # Stored values are 0..16.
 
 
 def train_indices(labels: np.ndarray) -> np.ndarray:
-  """Which of the 1,797 images are for training, ascending.
+  """Return the sorted numbers of the images (of 1,797) that are for training.
 
   Args:
     labels: int (n,), in scikit-learn's order.
@@ -79,21 +79,16 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self, images, labels, indices):
     for index in indices:
-      yield (
-        int(index),
-        {
-          "image": images[index][..., None],
-          "label": int(labels[index]),
-        },
-      )
+      image, label = images[index][..., None], int(labels[index])
+      yield int(index), {"image": image, "label": label}
 
 
 def prepare(data_dir: str | None) -> None:
-  """Writes the dataset into the TFDS folder unless it is there (a second).
+  """Write the dataset into the TFDS folder unless it is there (in a second).
 
   TFDS writes into a folder of another name and renames it at the end, so a
-  process that stops midway leaves nothing that looks finished, and of several
-  processes at once one wins.
+  process that stops midway leaves nothing that looks finished, and several
+  processes may do so at once.
 
   Raises:
     UserError: the folder cannot be written.
@@ -103,7 +98,7 @@ def prepare(data_dir: str | None) -> None:
     builder = tfds.builder("digits:*.*.*", data_dir=data_dir)
     if builder.is_prepared():
       return
-    unseen = io.StringIO()  # TFDS prints, and its progress bars draw.
+    unseen = io.StringIO()  # TFDS prints and draws progress bars.
     try:
       with (
         contextlib.redirect_stdout(unseen),

@@ -1,9 +1,9 @@
-"""From an example of a TFDS dataset to its class: VTAB's label rules.
+"""VTAB's rules for the class of an example of a TFDS dataset.
 
 Each rule takes the dictionary of one example and returns an integer scalar
 tensor; it works eagerly and inside `tf.data.Dataset.map`. The rules are those
-of the VTAB paper (https://arxiv.org/abs/1910.04867, appendix A) as its program
-task_adaptation has them.
+of the VTAB paper (https://arxiv.org/abs/1910.04867, appendix A), as implemented
+in its program task_adaptation.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ KITTI_NUM_VEHICLE_TYPES = 3  # Car, Van, Truck come first.
 
 
 def feature(key: str) -> LabelRule:
-  """The rule "the label is the feature `key`, as stored"."""
+  """Make the rule that takes the feature `key` as it is stored."""
 
   def rule(example: Example) -> Any:
     return example[key]
@@ -32,12 +32,12 @@ def feature(key: str) -> LabelRule:
 
 
 def _last_bound_below(bounds: tuple[float, ...], value: Any) -> Any:
-  """Last i with bounds[i] < value: a value on a bound is below it."""
+  """Return the last i with bounds[i] < value."""
   return tf.reduce_sum(tf.cast(tf.constant(bounds) < value, tf.int32)) - 1
 
 
 def clevr_count(example: Example) -> Any:
-  """Number of objects, 3..10 -> 0..7."""
+  """Number of objects, 3..10, as 0..7."""
   return tf.size(example["objects"]["size"]) - 3
 
 

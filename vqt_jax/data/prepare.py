@@ -1,4 +1,4 @@
-"""Prepares datasets once, for all later runs.
+"""Prepare datasets once, for all later runs.
 
   python -m vqt_jax.data.prepare cifar100 kitti --data_dir DATA
   python -m vqt_jax.data.prepare all --data_dir DATA --manual_dir FILES
@@ -34,7 +34,9 @@ from vqt_jax.data import vtab
 from vqt_jax.data.tensorflow_lazy import quiet
 from vqt_jax.data.tensorflow_lazy import tfds
 
-# TFDS dataset -> (module, package that brings it), needed to prepare it only.
+FOLDERS = ("data_dir", "download_dir", "manual_dir")
+
+# TFDS dataset -> (module, package that has it), needed to prepare it only.
 _OPENCV = ("cv2", "opencv-python-headless")
 _SCIPY = ("scipy", "scipy")
 _H5PY = ("h5py", "h5py")
@@ -48,8 +50,8 @@ PACKAGES = {
   "dsprites": _H5PY,
 }
 
-# What to know before preparing: sizes of large downloads, files to get by hand,
-# and troubles others met.
+# Printed before preparing: sizes of downloads, files to get by hand, and known
+# problems.
 NOTES = {
   "caltech101": "137 MB from data.caltech.edu.",
   "cifar100": "169 MB from cs.toronto.edu.",
@@ -90,7 +92,7 @@ NOTES = {
 
 
 def requests(names: Sequence[str]) -> list[str]:
-  """TFDS requests for names of tasks or datasets, each dataset once."""
+  """Return TFDS requests for names of tasks or datasets, each dataset once."""
   found = []
   for name in names:
     if name == vtab.ALL:
@@ -110,13 +112,13 @@ def prepare(
   manual_dir: str | None = None,
   trust_files: bool = False,
 ) -> Any:
-  """Prepares one dataset, unless it is, and returns its TFDS builder.
+  """Prepare one dataset, unless it is prepared; return its TFDS builder.
 
   Args:
     request: `name[/config][:version]`.
     data_dir: TFDS folder.
-    download_dir: where downloads go.
-    manual_dir: folder with files the user has.
+    download_dir: folder for downloads.
+    manual_dir: folder with files that the user has.
     trust_files: whether those may have other checksums than recorded.
 
   Raises:
@@ -150,7 +152,7 @@ def _check_packages(name: str) -> None:
 
 
 def _trust(builder: Any, manual_dir: str | None) -> None:
-  """Records the checksums of the files at hand, in memory only."""
+  """Record the checksums of the user's files, in memory only."""
   if not manual_dir:
     raise errors.UserError(
       "--trust_files needs --manual_dir, the folder of the files to trust."
@@ -201,18 +203,10 @@ def _one_line(error: Exception) -> str:
   return " ".join(str(error).split()).rstrip(".") + "."
 
 
-def _report(builder: Any) -> None:
-  sizes = ", ".join(
-    f"{name} {split.num_examples}"
-    for name, split in builder.info.splits.items()
-  )
-  print(f"{builder.name}: ready in {builder.data_path} ({sizes})", flush=True)
-
-
 def main(argv: Sequence[str]) -> int:
-  """Prepares what a command line names; returns the exit status."""
+  """Prepare what a command line names; return the exit status."""
   values = flags.FlagValues()
-  for name in ("data_dir", "download_dir", "manual_dir"):
+  for name in FOLDERS:
     flags.DEFINE_string(name, None, "", flag_values=values)
   flags.DEFINE_boolean("trust_files", False, "", flag_values=values)
   flags.DEFINE_boolean("help", False, "", short_name="h", flag_values=values)
@@ -231,21 +225,18 @@ def main(argv: Sequence[str]) -> int:
     )
     return 2
   logging.set_verbosity(logging.WARNING)  # TFDS draws its progress anyway.
+  settings = {name: values[name].value for name in (*FOLDERS, "trust_files")}
   status = 0
   for request in requests(names):
     try:
-      builder = prepare(
-        request,
-        data_dir=values.data_dir,
-        download_dir=values.download_dir,
-        manual_dir=values.manual_dir,
-        trust_files=values.trust_files,
-      )
+      builder = prepare(request, **settings)
+      splits = builder.info.splits.items()
+      sizes = ", ".join(f"{name} {x.num_examples}" for name, x in splits)
+      place = f"{builder.name}: ready in {builder.data_path}"
+      print(f"{place} ({sizes})", flush=True)
     except errors.UserError as error:
       print(error, file=sys.stderr, flush=True)
       status = 2
-    else:
-      _report(builder)
   return status
 
 

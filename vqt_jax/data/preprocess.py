@@ -1,4 +1,4 @@
-"""From a stored image to what a backbone takes: decode, resize, then scale."""
+"""Decoding, resizing and scaling of stored images for a backbone."""
 
 from collections.abc import Callable
 import functools
@@ -14,7 +14,7 @@ from vqt_jax.models import backbone
 
 # "bilinear": TensorFlow 2, as in Big Vision: half-pixel centres, which keep the
 # image in place. "legacy": TensorFlow 1, as in VTAB and the authors' program:
-# source position = target index * (in / out). Neither has antialiasing.
+# source position = target index * (in / out). Neither is antialiased.
 RESIZES: dict[str, Callable[[Any, tuple[int, int]], Any]] = {
   "bilinear": lambda image, size: tf.image.resize(image, size),
   "legacy": lambda image, size: tf.compat.v1.image.resize(image, size),
@@ -22,17 +22,16 @@ RESIZES: dict[str, Callable[[Any, tuple[int, int]], Any]] = {
 
 ImageSize = int | tuple[int, int]
 
-# How a JPEG and a PNG begin.
+# First bytes of a file.
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PN"
 
 
 def decode(content: Any, channels: int) -> Any:
-  """Decodes a file, usable in `tf.data.Dataset.map`.
+  """Decode an image file, eagerly or in `tf.data.Dataset.map`.
 
-  JPEG and PNG by TensorFlow, whose decoders are those of VTAB's published
-  numbers; all other kinds by Pillow. Of an animation the first frame is taken,
-  of 16-bit pixels the upper 8 bits; alpha is dropped, and EXIF's orientation is
-  not applied.
+  TensorFlow decodes JPEG and PNG, as for VTAB's published numbers; Pillow all
+  other kinds. Of an animation the first frame is taken, of 16-bit pixels the
+  upper 8 bits; alpha is dropped, and EXIF's orientation is not applied.
 
   Args:
     content: string scalar, the file.
@@ -42,11 +41,11 @@ def decode(content: Any, channels: int) -> Any:
     uint8 (h, w, channels).
 
   Raises:
-    tf.errors.OpError: it cannot be decoded; in eager mode also any other
-      exception, as Pillow raises it.
+    tf.errors.OpError: the file cannot be decoded; in eager mode also any other
+      exception of Pillow.
   """
   start = tf.strings.substr(content, 0, 3)
-  with_pillow = functools.partial(_with_pillow, channels=channels)
+  with_pillow = functools.partial(_decode_with_pillow, channels=channels)
   image = tf.cond(
     (start == _JPEG) | (start == _PNG),
     lambda: tf.io.decode_image(content, channels, expand_animations=False),
@@ -56,7 +55,7 @@ def decode(content: Any, channels: int) -> Any:
   return image
 
 
-def _with_pillow(content: bytes, channels: int) -> np.ndarray:
+def _decode_with_pillow(content: bytes, channels: int) -> np.ndarray:
   try:
     image = PIL.Image.open(io.BytesIO(content))
   except PIL.UnidentifiedImageError:
@@ -77,7 +76,7 @@ def make_preprocess(
   resize: str = "bilinear",
   pixel_scale: int = 1,
 ) -> Callable[[Any], Any]:
-  """The function from stored images to the backbone's inputs.
+  """Make the function from stored images to the backbone's inputs.
 
   Images go straight to the target size, whatever their aspect ratio: no crop
   and no augmentation (the VTAB protocol).
@@ -89,19 +88,23 @@ def make_preprocess(
     pixel_scale: stored pixels times this are 0..255.
 
   Returns:
-    uint8 (h, w, c), c = 1, 3 or 4 -> float32 (height, width, 3), usable in
+    uint8 (h, w, c), c = 1, 3 or 4 -> float32 (height, width, 3), eagerly or in
     `tf.data.Dataset.map`. One channel is repeated; a fourth (alpha) dropped.
 
   Raises:
-    UserError: a name that is not in the tables, or an impossible size.
+    UserError: a name is not in the tables, or the size is impossible.
   """
   size = _size(image_size)
-  resize_fn = _lookup("resize", resize, RESIZES)
-  mean, std = _lookup("value_range", value_range, backbone.VALUE_RANGES)
+  ranges = backbone.VALUE_RANGES
+  if resize not in RESIZES:
+    raise errors.unknown_name("resize", resize, RESIZES)
+  if value_range not in ranges:
+    raise errors.unknown_name("value_range", value_range, ranges)
+  mean, std = ranges[value_range]
 
   def preprocess(image: Any) -> Any:
     image = tf.cast(image, tf.float32) * float(pixel_scale)
-    image = resize_fn(image[..., :3], size) / 255.0
+    image = RESIZES[resize](image[..., :3], size) / 255.0
     if image.shape[-1] == 1:
       image = tf.repeat(image, 3, axis=-1)
     return tf.ensure_shape((image - mean) / std, (*size, 3))
@@ -117,11 +120,3 @@ def _size(image_size: ImageSize) -> tuple[int, int]:
       " (height, width)."
     )
   return tuple(int(side) for side in sides)
-
-
-def _lookup(field: str, name: str, table: dict[str, Any]) -> Any:
-  if name not in table:
-    raise errors.UserError(
-      f"Unknown {field} {name!r}; expected one of: {', '.join(table)}."
-    )
-  return table[name]

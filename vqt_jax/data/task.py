@@ -10,23 +10,22 @@ SPLITS = ("train", "val", "trainval", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """What decides which images and labels are read, and from where.
+  """A classification task on a TFDS dataset.
 
   Attributes:
     name: as in the config.
-    builder: request to TFDS, `name[/config]:version`. With the version `*.*.*`
-      an older prepared copy is used where there is one, while a new machine
-      prepares the current version.
+    builder: request to TFDS, `name[/config]:version`. The version `*.*.*` is
+      the newest that is prepared, or, if none is, the current one.
     num_classes: labels are 0..num_classes-1.
     splits: "train", "val", "trainval", "test" -> TFDS split strings.
     label: example -> integer scalar.
     group: "natural", "specialized" or "structured" in VTAB, else "".
     image_key: name of the image feature.
     pixel_scale: stored pixels times this are 0..255.
-    sizes: number of examples of the whole TFDS splits, where it is known.
+    sizes: numbers of examples in the whole TFDS splits, if known.
     data_dir: TFDS folder; None is TFDS's own (`~/tensorflow_datasets`, or
       `$TFDS_DATA_DIR`).
-    class_names: a name for each class, or none at all.
+    class_names: a name for each class; empty if they have none.
   """
 
   name: str

@@ -1,4 +1,4 @@
-"""From a name in a config to a task."""
+"""Lookup of tasks by the names that a config has for them."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -32,25 +32,24 @@ def make_task(
   label_key: str | None = None,
   num_classes: int | None = None,
 ) -> Task:
-  """The task of that name. Reads no data, and no file for the 19 of VTAB.
+  """Return the task with a name. Reads no data, and for VTAB's no file.
 
   Args:
     name: one of VTAB's 19 (`VTAB`, or its official name), or any classification
-      dataset of TFDS as `name[/config][:version]`. It may be one that only
-      exists in `data_dir`. A version makes a TFDS dataset of a VTAB name:
-      `cifar100:*.*.*`.
+      dataset of TFDS, or in `data_dir`, as `name[/config][:version]`. With a
+      version a name of VTAB means the TFDS dataset: `cifar100:*.*.*`.
     data_dir: TFDS folder; empty or None is TFDS's own.
-    splits: "train", "val", "trainval", "test" -> TFDS split strings. Default
-      (also of single ones that are missing or empty): `train[:800]`,
-      `train[800:1000]`, train and val together, `test`.
+    splits: "train", "val", "trainval", "test" -> TFDS split strings. Default of
+      those that are missing or empty: `train[:800]`, `train[800:1000]`, train
+      and val together, `test`.
     image_key: name of the image feature. Default: the one the dataset names for
       supervised learning, or the only one.
     label_key: name of the label feature; default as for the image.
-    num_classes: default: what the label feature says.
+    num_classes: default: that of the label feature.
 
   Raises:
-    UserError: unknown name or feature, several features that could be meant,
-      or a setting for a VTAB task, where all is fixed.
+    UserError: a name or feature is unknown, several features may be meant, or a
+      setting is given for a VTAB task, where all is fixed.
   """
   data_dir = data_dir or None
   given = {key: text for key, text in (splits or {}).items() if text}
@@ -78,7 +77,7 @@ def _tfds_task(
   label_key: str | None,
   num_classes: int | None,
 ) -> Task:
-  """A task on any TFDS dataset, its features taken from the dataset itself."""
+  """Make a task on any TFDS dataset, which tells its features itself."""
   request = str(names.parse_request(name, data_dir))
   info = builders.find_builder(request, data_dir).info
   if not isinstance(info.features, tfds.features.FeaturesDict):
@@ -89,11 +88,13 @@ def _tfds_task(
   image_key, label_key = _keys(name, info, image_key, label_key)
   number = _num_classes(name, label_key, info, num_classes)
   named = getattr(info.features[label_key], "names", None) or ()
+  filled = DEFAULT_SPLITS | splits
+  filled.setdefault("trainval", f"{filled['train']}+{filled['val']}")
   return Task(
     name=name,
     builder=request,
     num_classes=number,
-    splits=_fill(splits),
+    splits={split: filled[split] for split in SPLITS},
     label=labels.feature(label_key),
     image_key=image_key,
     data_dir=data_dir,
@@ -101,80 +102,73 @@ def _tfds_task(
   )
 
 
-def _fill(splits: dict[str, str]) -> dict[str, str]:
-  filled = DEFAULT_SPLITS | splits
-  filled.setdefault("trainval", f"{filled['train']}+{filled['val']}")
-  return {split: filled[split] for split in SPLITS}
-
-
 def _keys(
   name: str, info: Any, image_key: str | None, label_key: str | None
 ) -> tuple[str, str]:
-  """Names of the image and the label feature."""
+  """Find the names of the image and the label feature."""
   features = dict(sorted(info.features.items()))  # TFDS's order varies.
-  supervised = info.supervised_keys or ()
   images = [key for key, value in features.items() if _is_image(value)]
-  classes = [key for key, value in features.items() if _is_class(value)]
   integers = [key for key, value in features.items() if _is_integer(value)]
+  label = tfds.features.ClassLabel
+  classes = [key for key in integers if isinstance(features[key], label)]
   if not images:
     found = "; ".join(f"{key}: {value}" for key, value in features.items())
     raise errors.UserError(
       f"No feature of dataset {name!r} can be the image: expected pictures of"
       f" 8 bits and 1, 3 or 4 channels. It has {found[:300]}."
     )
-  image_key = image_key or _choose(
-    name, "image", images, [key for key in supervised if key in images]
+  return (
+    _key(name, "image", image_key, images, images, info),
+    _key(name, "label", label_key, integers, classes, info),
   )
-  label_key = label_key or _choose(
-    name, "label", classes, [key for key in supervised if key in classes]
-  )
-  _check_key(name, "image", image_key, images, features)
-  _check_key(name, "label", label_key, integers, features)
-  return image_key, label_key
 
 
-def _choose(
-  name: str, kind: str, candidates: list[str], supervised: list[str]
+def _key(
+  name: str,
+  kind: str,
+  given: str | None,
+  usable: list[str],
+  likely: list[str],
+  info: Any,
 ) -> str:
-  for choice in (supervised, candidates):
+  """Check the given name of a `kind` of feature, or find the likely one."""
+  if given in usable:
+    return given
+  if given:
+    there = given in info.features
+    found = f"is {info.features[given]}" if there else "does not exist"
+    raise errors.UserError(
+      f"{kind}_key {given!r} of dataset {name!r} {found}. Features that can be"
+      f" the {kind}: {', '.join(usable) or 'none'}."
+    )
+  supervised = [key for key in info.supervised_keys or () if key in likely]
+  for choice in (supervised, likely):
     if len(choice) == 1:
       return choice[0]
-  found = ", ".join(candidates) or "none"
   near = [task.name for task in vtab.VTAB.values() if task.dataset == name]
   raise errors.UserError(
-    f"Which feature of dataset {name!r} is the {kind}? Candidates: {found}."
-    f" Set {kind}_key."
+    f"Which feature of dataset {name!r} is the {kind}? Candidates:"
+    f" {', '.join(likely) or 'none'}. Set {kind}_key."
     + (f" VTAB-1k tasks on it: {', '.join(near)}." if near else "")
   )
 
 
-def _check_key(
-  name: str, kind: str, key: str, usable: list[str], features: dict[str, Any]
-) -> None:
-  if key not in usable:
-    found = f"is {features[key]}" if key in features else "does not exist"
-    raise errors.UserError(
-      f"{kind}_key {key!r} of dataset {name!r} {found}. Features that can be"
-      f" the {kind}: {', '.join(usable) or 'none'}."
-    )
-
-
 def _is_image(value: Any) -> bool:
-  """Whether the feature is a picture of 8 bits: grey, RGB or RGBA."""
-  if not isinstance(value, tfds.features.Image):
-    return False
-  return value.np_dtype == np.uint8 and value.shape[-1] != 2
-
-
-def _is_class(value: Any) -> bool:
-  return isinstance(value, tfds.features.ClassLabel)
+  """Return whether a feature is a picture of 8 bits: grey, RGB or RGBA."""
+  return (
+    isinstance(value, tfds.features.Image)
+    and value.np_dtype == np.uint8
+    and value.shape[-1] != 2
+  )
 
 
 def _is_integer(value: Any) -> bool:
-  """Whether the feature is one integer; a `ClassLabel` is."""
-  if not isinstance(value, tfds.features.Tensor):
-    return False
-  return value.shape == () and np.issubdtype(value.np_dtype, np.integer)
+  """Return whether a feature is one integer, such as a `ClassLabel`."""
+  return (
+    isinstance(value, tfds.features.Tensor)
+    and value.shape == ()
+    and np.issubdtype(value.np_dtype, np.integer)
+  )
 
 
 def _num_classes(

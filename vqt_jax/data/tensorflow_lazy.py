@@ -1,8 +1,8 @@
 """TensorFlow and TFDS: imported at first use, on the CPU only, and silent.
 
-Importing this module imports neither. `tf` and `tfds` are the real modules from
-their first attribute on; from then on TensorFlow sees no accelerator, so that
-it never takes memory away from JAX.
+Importing this module imports neither. `tf` and `tfds` become the real modules
+when an attribute is first used; TensorFlow then sees no accelerator, so that it
+takes no memory away from JAX.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from etils import epy
 # The note on oneDNN (matrix products, of which decoding and resizing have none)
 # only goes away with oneDNN itself.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-# Its Keras makes a folder at home; of a user without one, one called "~" here.
+# Keras makes a folder at home; for a user without one, one called "~" here.
 if os.path.expanduser("~") == "~":
   os.environ.setdefault("KERAS_HOME", f"{tempfile.gettempdir()}/.keras")
 
@@ -36,7 +36,7 @@ with epy.lazy_imports(success_callback=_set_up):
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-  """Holds back what TFDS logs below the level of an error."""
+  """Suppress what TFDS logs below the level of an error."""
   before = logging.get_verbosity()
   logging.set_verbosity(logging.ERROR)
   try:

@@ -279,7 +279,7 @@ def _show_memory(console, context, found: Sequence[ResourceEstimate]) -> None:
       ]
     )
   columns = ["memory of a chip, MiB", "images", "runs", *parts, "all", "of it"]
-  console.table("", columns, rows)
+  console.table(columns, rows)
 
 
 def _show_steps(console, context, found: Sequence[ResourceEstimate]) -> None:
@@ -308,10 +308,10 @@ def _show_steps(console, context, found: Sequence[ResourceEstimate]) -> None:
     "ms at least",
     "bound by",
   ]
-  console.table("", columns, rows)
+  console.table(columns, rows)
   columns = ["communication of a step", "", "times", "of", "MiB", "where"]
   if collectives:
-    console.table("", columns, collectives)
+    console.table(columns, collectives)
 
 
 def _collective_rows(estimate: ResourceEstimate) -> list[list[str]]:
@@ -344,7 +344,7 @@ def _show_protocol(console, context, found: Sequence[ResourceEstimate]) -> None:
   if len(rows) == len(found):
     rows.append(["all", "", f"{total:,.2f}"])
   if rows:
-    console.table("", ["whole protocol", "steps", "seconds at least"], rows)
+    console.table(["whole protocol", "steps", "seconds at least"], rows)
 
 
 def _batch_line(context, fits: int | None, fails: int | None) -> str:

@@ -242,7 +242,7 @@ def show(console: console_lib.Console, summary: Mapping[str, Any]) -> None:
     "of runs",
     "s / epoch, run",
   ]
-  console.table("", columns, rows)
+  console.table(columns, rows)
   if told := describe_differences(summary):
     console.note(told, "differ")
 

@@ -28,7 +28,6 @@ def show(
       ]
     )
   console.table(
-    "",
     [
       f"{results['method']} on {results['task']}",
       "test accuracy",

@@ -197,7 +197,7 @@ def show(
     "trained",
     "seconds to train",
   ]
-  console.table("", columns, rows)
+  console.table(columns, rows)
   _show_means(console, summary)
   console.note(f"{workdir / 'results.json'}   vtab.csv   vtab.png", "results")
 
@@ -209,7 +209,7 @@ def _show_means(console: console_lib.Console, summary: Any) -> None:
   for row in published.familiar():
     means = same_tasks(row, summary)
     rows.append([f"{row.method} *", *_percents(means)])
-  console.table("", ["mean over", *labels(summary).values()], rows)
+  console.table(["mean over", *labels(summary).values()], rows)
   source = published.BENCH
   console.note(
     f"* theirs, not ours: {source.name}, {source.backbone}; protocols differ"

@@ -8,6 +8,7 @@ CI there are plain lines without control codes:
 
 from collections.abc import Iterator, Sequence
 import contextlib
+import dataclasses
 import io
 import os
 import time
@@ -63,7 +64,7 @@ class Console:
   def progress(
     self, name: str, total: int, unit: str = "epoch", detail: str = ""
   ) -> Iterator["ProgressLine"]:
-    """Show the progress of the work that is done meanwhile.
+    """Show a progress line while the block runs.
 
     Args:
       name: label of the line, e.g. "sweep".
@@ -72,38 +73,28 @@ class Console:
       detail: what the work is, e.g. "20 settings x 100 epochs".
 
     Yields:
-      The line, to be updated. Its last state is printed on a normal exit.
+      The line, to be updated. Its last state is printed at the end, unless the
+      block raises.
     """
     line = ProgressLine(self, name, total, unit, detail)
-    if self.live:
-      with rich.live.Live(
-        get_renderable=lambda: line,
-        console=self.out,
-        refresh_per_second=5,
-        transient=True,
-        redirect_stdout=False,
-        redirect_stderr=False,
-      ):
-        yield line
-    else:
+    live = rich.live.Live(
+      get_renderable=lambda: line,
+      console=self.out,
+      refresh_per_second=5,
+      transient=True,
+      redirect_stdout=False,
+      redirect_stderr=False,
+    )
+    with live if self.live else contextlib.nullcontext():
       yield line
     self.out.print(line.last_line(), soft_wrap=True)
 
   def table(
-    self,
-    title: str,
-    columns: Sequence[str],
-    rows: Sequence[Sequence[Any]],
+    self, columns: Sequence[str], rows: Sequence[Sequence[Any]]
   ) -> None:
     """Print a table; all columns but the first are aligned to the right."""
     table = rich.table.Table(
-      title=title,
-      title_justify="left",
-      title_style="bold",
-      header_style="dim",
-      box=None,
-      pad_edge=False,
-      padding=(0, 3, 0, 0),
+      header_style="dim", box=None, pad_edge=False, padding=(0, 3, 0, 0)
     )
     for i, column in enumerate(columns):
       table.add_column(column, justify="left" if i == 0 else "right")
@@ -112,30 +103,30 @@ class Console:
     self.out.print(table)
 
 
+@dataclasses.dataclass
 class ProgressLine:
-  """The state of some work, and the line that shows it.
+  """The progress of some work, and the line that shows it.
 
-  Unlike `rich.progress` it keeps the time left in view on narrow terminals,
-  and it has plain lines for pipes.
+  Unlike that of `rich.progress` the line keeps the time left in view on narrow
+  terminals, and there are plain lines for pipes.
 
   Attributes:
     summary: shown on the last line in place of the last loss and accuracy.
   """
 
-  def __init__(
-    self, console: Console, name: str, total: int, unit: str, detail: str
-  ):
-    self._console = console
-    self._name = name
-    self._total = total
-    self._unit = unit
-    self._detail = detail
+  _console: Console
+  _name: str
+  _total: int
+  _unit: str
+  _detail: str
+  summary: str = ""
+
+  def __post_init__(self):
     self._start = time.monotonic()
     self._first: tuple[int, float] | None = None
     self._printed = (0, self._start)
     self._done = 0
     self._shown: list[str] = []
-    self.summary = ""
 
   def update(
     self,
@@ -157,14 +148,11 @@ class ProgressLine:
     # The first step compiles; time left is judged by what follows it.
     self._first = self._first or (done, now)
     self._done = done
-    shown = []
-    if loss is not None:
-      shown.append(f"loss {loss:.3f}")
-    if accuracy is not None:
-      shown.append(f"accuracy {100 * accuracy:.1f} %")
-    if images_per_second is not None:
-      shown.append(f"{images_per_second:,.0f} images/s")
-    self._shown = shown
+    self._shown = [
+      *([] if loss is None else [f"loss {loss:.3f}"]),
+      *([] if accuracy is None else [f"accuracy {100 * accuracy:.1f} %"]),
+      *([f"{images_per_second:,.0f} images/s"] if images_per_second else []),
+    ]
     if not self._console.live and done < self._total:
       self._print_plain(now)
 
@@ -202,19 +190,13 @@ class ProgressLine:
     room -= len(numbers) + len(GAP)
     if len(detail) + MIN_BAR > room:
       detail = ""
+    cells = [f"{self._name:<{LABEL_WIDTH}} {detail}"]
+    if (width := min(MAX_BAR, room - len(detail))) >= MIN_BAR:
+      bar = rich.progress_bar.ProgressBar(self._total, self._done, width)
+      bar.complete_style = bar.finished_style = "green"
+      cells += [bar, GAP]
     line = rich.table.Table.grid()
-    cells = [rich.text.Text(f"{self._name:<{LABEL_WIDTH}} {detail}")]
-    bar = min(MAX_BAR, room - len(detail))
-    if bar >= MIN_BAR:
-      style = {"complete_style": "green", "finished_style": "green"}
-      cells.append(
-        rich.progress_bar.ProgressBar(
-          self._total, self._done, width=bar, **style
-        )
-      )
-      cells.append(rich.text.Text(GAP))
-    cells.append(rich.text.Text(numbers, no_wrap=True))
-    line.add_row(*cells)
+    line.add_row(*cells, rich.text.Text(numbers, no_wrap=True))
     yield line
 
   def _print_plain(self, now: float) -> None:

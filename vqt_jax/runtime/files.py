@@ -3,6 +3,8 @@
 Paths in both are joined, named and listed alike: those of a folder are
 `pathlib.Path`, those of a bucket `epath.Path`. An object in a bucket appears
 whole and at once, but it cannot grow, and folders there cannot be renamed.
+
+What cannot be read or written is a `UserError` that names the place.
 """
 
 from collections.abc import Iterator, Mapping
@@ -143,21 +145,13 @@ def make_folder(place: Path) -> None:
 
 
 def exists(place: Path) -> bool:
-  """Return whether there is such a file, or anything in such a folder.
-
-  Raises:
-    UserError: the place cannot be read.
-  """
+  """Return whether there is such a file, or anything in such a folder."""
   with explain_read_errors(place):
     return place.exists()
 
 
 def list_names(folder: Path) -> list[str]:
-  """Return the sorted names in a folder; none if there is no such folder.
-
-  Raises:
-    UserError: the folder cannot be read.
-  """
+  """Return the sorted names in a folder; none if there is no such folder."""
   none = FileNotFoundError, NotADirectoryError
   with explain_read_errors(folder), contextlib.suppress(*none):
     return sorted(each.name for each in folder.iterdir())
@@ -165,24 +159,14 @@ def list_names(folder: Path) -> list[str]:
 
 
 def read(file: Path) -> bytes:
-  """Read a file.
-
-  Raises:
-    FileNotFoundError: there is none.
-    UserError: it cannot be read.
-  """
+  """Read a file; raise `FileNotFoundError` if there is none."""
   with explain_read_errors(file):
     return file.read_bytes()
 
 
 @contextlib.contextmanager
 def local_copy(file: Path) -> Iterator[pathlib.Path]:
-  """Provide a file as a local one: itself, or a temporary copy from a bucket.
-
-  Raises:
-    FileNotFoundError: there is none in the bucket.
-    UserError: it cannot be read from there.
-  """
+  """Provide a file as a local one: itself, or a copy of one in a bucket."""
   if not in_bucket(file):
     yield file
     return
@@ -196,10 +180,7 @@ def local_copy(file: Path) -> Iterator[pathlib.Path]:
 def replacing(file: Path) -> Iterator[IO[bytes]]:
   """Open a file that appears, or replaces the old one, when it is complete.
 
-  Its folder is made if need be.
-
-  Raises:
-    UserError: the file cannot be written; an old one is left as it was.
+  Its folder is made if need be. If it cannot be written the old one stays.
   """
   with explain_write_errors(file), contextlib.ExitStack() as closing:
     if in_bucket(file):
@@ -244,11 +225,8 @@ def _write_object(file: Path, content: bytes) -> None:
 def write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
   """Write a folder that appears at once; one with the same files is replaced.
 
-  In a bucket its files appear in their order, so the folder is complete if the
-  last one is there.
-
-  Raises:
-    UserError: the folder cannot be written, or holds other files.
+  A folder with other files is refused. In a bucket files appear in their order,
+  so the folder is complete if the last one is there.
   """
   if others := sorted({*list_names(folder)} - {*contents}):
     raise errors.UserError(
@@ -290,14 +268,10 @@ def remove_folder(folder: Path) -> None:
 def _explain_errors(
   verb: str, place: PathLike, elsewhere: str = "choose another place"
 ) -> Iterator[None]:
-  """Turn failures to `verb` ("read", "write") a file into `UserError`.
+  """Turn failures to `verb` ("read", "write") a place into `UserError`.
 
-  A file that is missing when read stays a `FileNotFoundError`.
-
-  Args:
-    verb: "read" or "write".
-    place: the file or folder.
-    elsewhere: how to write to another place.
+  A file that is missing when read stays a `FileNotFoundError`. `elsewhere` is
+  the advice on how to write to another place.
   """
   try:
     yield
@@ -352,11 +326,7 @@ def write_json(file: PathLike, value: Any) -> None:
 
 
 def read_json(file: PathLike) -> Any:
-  """Read a JSON file.
-
-  Raises:
-    UserError: it is missing or damaged.
-  """
+  """Read a JSON file; one that is missing or damaged is a `UserError`."""
   try:
     content = read(path(file))
   except FileNotFoundError:

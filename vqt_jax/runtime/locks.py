@@ -67,7 +67,7 @@ def open_locked(path: pathlib.Path, wait: bool) -> IO[bytes] | None:
 
 @contextlib.contextmanager
 def lock_folder(folder: files.Path) -> Iterator[None]:
-  """Keep other processes out of a folder, as long as this process lives.
+  """Keep other processes out of a folder while the block runs.
 
   Code that runs within may lock the folder again. Nobody is kept out where
   there are no locks: in buckets, on some network file systems, and in folders

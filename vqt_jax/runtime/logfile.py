@@ -75,15 +75,15 @@ def reopen_closed_streams() -> None:
 def redirect_output(
   path: str | os.PathLike, if_killed: str = ""
 ) -> Iterator[TextIO]:
-  """Append to a file all that is printed, logged or warned meanwhile.
+  """Append to a file all that is printed, logged or warned in the block.
 
   This includes what C++ code writes to the process's standard output and
-  error. A `Console` made meanwhile prints to the screen.
+  error. A `Console` made in the block prints to the screen.
 
   Args:
     path: the file.
-    if_killed: printed to the screen if the process dies meanwhile, even in C++
-      code.
+    if_killed: printed to the screen if the process dies in the block, even in
+      C++ code.
 
   Yields:
     The screen.
@@ -131,7 +131,7 @@ def redirect_output(
 
 @contextlib.contextmanager
 def _print_if_killed(screen: TextIO, message: str) -> Iterator[None]:
-  """Print a message if the process dies meanwhile.
+  """Print a message if the process dies in the block.
 
   JAX aborts the process from C++ when another one is lost, and the kernel
   kills it when memory runs out; then only another process can still say what

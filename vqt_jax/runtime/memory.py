@@ -32,7 +32,7 @@ def device_memory() -> int:
 
 
 class PeakMemory:
-  """The most memory in use at once since this was made.
+  """Peak of the memory in use since this object was made.
 
   On an accelerator, what its allocator has given out; on CPUs the resident
   memory of the process, interpreter and libraries included.

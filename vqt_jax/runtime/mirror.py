@@ -1,4 +1,7 @@
-"""Files that grow during a run, also in buckets, where objects cannot."""
+"""Files that grow during a run, also in buckets, where objects cannot.
+
+What cannot be read or written is a `UserError`.
+"""
 
 from concurrent import futures
 import contextlib
@@ -22,11 +25,7 @@ class MirroredFolder:
   """
 
   def __init__(self, place: files.Path, *names: str):
-    """Fetch those of the named files that exist.
-
-    Raises:
-      UserError: one of them cannot be read.
-    """
+    """Fetch those of the named files that exist."""
     self._place, self._last = place, time.monotonic()
     self.folder = place
     if files.in_bucket(place):
@@ -37,11 +36,7 @@ class MirroredFolder:
       self._copied = self._states()
 
   def sync(self, after: float = SYNC_SECONDS) -> None:
-    """Copy changed files to the bucket, `after` seconds after the last time.
-
-    Raises:
-      UserError: a file cannot be written.
-    """
+    """Copy changed files to the bucket, `after` seconds after the last time."""
     if (
       not files.in_bucket(self._place) or time.monotonic() < self._last + after
     ):
@@ -53,11 +48,7 @@ class MirroredFolder:
     self._copied, self._last = states, time.monotonic()
 
   def close(self) -> None:
-    """Copy what is left; if that fails the temporary folder stays.
-
-    Raises:
-      UserError: a file cannot be written.
-    """
+    """Copy what is left; if that fails the temporary folder stays."""
     self.sync(after=0)
     if files.in_bucket(self._place):
       shutil.rmtree(self.folder)

@@ -174,7 +174,7 @@ def exit_together(status: int) -> NoReturn:
 
 @contextlib.contextmanager
 def exit_if_hung() -> Iterator[None]:
-  """End this process if another one takes too long to take part.
+  """End this process if the block waits too long for another one.
 
   By faulthandler, since its timer runs even while a library holds the GIL; it
   also writes to the log where this process waits.
@@ -191,7 +191,7 @@ def exit_if_hung() -> Iterator[None]:
 
 @contextlib.contextmanager
 def raise_on_all() -> Iterator[None]:
-  """Raise on all processes if a `UserError` is raised on one of them."""
+  """Raise on all processes if the block raises a `UserError` on one."""
   error = None
   try:
     yield
@@ -210,7 +210,7 @@ def _raise_on_all(
 
 
 def iterate_together(items: Iterable[T]) -> Iterator[T]:
-  """Iterate on all processes; if one fails to get its next item, all fail.
+  """Iterate on all processes at once; if one fails to get an item, all fail.
 
   Otherwise the others would wait for it in the next computation. Items are
   fetched one ahead, so asking whether all have theirs does not wait for what
