@@ -128,7 +128,7 @@ def instrumented(clock: Clock, alone: bool) -> Iterator[None]:
     # It would compile once more what is compiled ahead here.
     replace(step, "step_bytes", lambda *args: None)
     replace(step, "eval_steps", clock.timed(step.eval_steps, 1))
-    replace(store, "runner", extract(store.extractor))
+    replace(store, "extractor", extract(store.extractor))
     replace(store, "_writer", extract(store._writer))
     if alone:
       replace(trial_memory, "trials_at_once", lambda *args: 1)

@@ -302,7 +302,7 @@ def test_a_variable_that_jax_does_not_take():
     check=False,
   )
   assert (done.returncode, done.stdout) == (2, "")
-  assert done.stderr.startswith("error: JAX does not take a variable of the")
+  assert done.stderr.startswith("error: JAX rejects a variable of the")
   assert "JAX_ENABLE_X64" in done.stderr and done.stderr.count("\n") == 1
 
 

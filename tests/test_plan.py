@@ -119,7 +119,7 @@ def test_planned_is_called(material, tmp_path, monkeypatch, changes):
     called["extraction"].append(signature(args))
     return runner(*args)
 
-  monkeypatch.setattr(store, "runner", lambda layout: extract)
+  monkeypatch.setattr(store, "extractor", lambda layout: extract)
   vqt_jax.train(config, tmp_path / "run")
   monkeypatch.undo()
   for program in programs.all_programs(job):

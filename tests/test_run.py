@@ -236,7 +236,7 @@ def test_streaming_shows_every_example_once_an_epoch(
     seen.append(batch)
     return on_devices(batch, mesh)
 
-  monkeypatch.setattr(batches_lib, "on_devices", watch)
+  monkeypatch.setattr(batches_lib, "chunk_of_batch", watch)
   changes = dict(data="stream", batch_size=16, lr=0.1)
   assert main.main(runs.command(material, tmp_path, **changes)) == 0
   size = {"image_size": 8, "value_range": "-1..1"}

@@ -1,4 +1,4 @@
-"""Resolves a config: writes out presets, recipes, and defaults of the task."""
+"""Resolution of a config: its preset, recipe, and defaults of the task."""
 
 from collections.abc import Mapping
 import copy
