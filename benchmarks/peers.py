@@ -39,8 +39,8 @@ from benchmarks import cases
 import vqt_jax
 from vqt_jax.models import vit_config
 from vqt_jax.runtime import devices
+from vqt_jax.runtime import units
 
-MIB = 2**20
 TORCH = ("linear probe", "VQT", "VQT, stream cut off", "LoRA", "fine-tuning")
 OURS = (
   "linear",
@@ -137,7 +137,7 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
       f"{1e3 * mine:,.2f}",
       ratio,
       f"{row['first']:.1f}",
-      f"{row['peak'] / MIB:,.0f}",
+      units.format_mib(row["peak"], 0),
     )
   out = rich_console.Console(width=100)
   out.print(table)

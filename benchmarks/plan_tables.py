@@ -19,8 +19,8 @@ from vqt_jax.config import resolve
 from vqt_jax.planning import plan
 from vqt_jax.planning import programs
 from vqt_jax.runtime import console as console_lib
+from vqt_jax.runtime import units
 
-MIB = 2**20
 PER_CHIP = 64  # images in a step
 STEPS = 4  # in an epoch
 VARIANTS = "B/16,L/16,H/14,g/14"
@@ -86,13 +86,13 @@ def figures(variant: str, where: str, features: str) -> list[dict[str, Any]]:
 def row_of(found: dict[str, Any]) -> list[str]:
   memory, seconds = found["memory"] or {}, found["seconds"] or {"": 0.0}
   slowest = max(seconds, key=seconds.get)
-  mib = lambda size: f"{size / MIB:,.1f}"
+  mib = units.format_mib
   parts = ("weights", "data", "runs", "temporary")
   return [
     f"{found['backbone']} {found['program']}",
     found["slice"],
     found["chips"],
-    *[f"{memory.get(part, 0) / MIB:,.0f}" for part in parts],
+    *[units.format_mib(memory.get(part, 0), 0) for part in parts],
     f"{(found['total'] or 0) / found['of']:.0%}",
     mib(found["gradients"]),
     mib(found["sent"]),

@@ -38,8 +38,8 @@ from rich import table as rich_table
 from benchmarks import cases
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.planning import cost as cost_lib
+from vqt_jax.runtime import units
 
-MIB = 2**20
 COLUMNS = (
   "step",
   "ms",
@@ -165,7 +165,7 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
       if "xla_flops_bound" in row:
         cells[5] = f"{row['xla_flops'] / row['xla_flops_bound']:.3f}"
     for name in ("temp_bytes", "peak_bytes"):
-      cells.append(f"{row[name] / MIB:,.0f}")
+      cells.append(units.format_mib(row[name], 0))
     table.add_row(row["step"], *cells)
   rich_console.Console(width=100).print(table)
 

@@ -26,12 +26,11 @@ from vqt_jax.config import resolve
 from vqt_jax.features import examples as examples_lib
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.runtime import console as console_lib
+from vqt_jax.runtime import units
 from vqt_jax.training import setup
 from vqt_jax.training import stage as stage_lib
 from vqt_jax.training import step as step_lib
 from vqt_jax.training import trial
-
-MIB = 2**20
 
 
 class Way:
@@ -157,7 +156,9 @@ def main() -> None:
       ("stored", stored),
       ("side by side", together),
     ):
-      print(f"temporary memory, {name}: {way.temporary / MIB:,.0f} MiB")
+      print(
+        f"temporary memory, {name}: {units.format_mib(way.temporary, 0)} MiB"
+      )
 
 
 if __name__ == "__main__":

@@ -39,9 +39,9 @@ from rich import table as rich_table
 from benchmarks import cases
 from vqt_jax.planning import cost
 from vqt_jax.planning import hlo
+from vqt_jax.runtime import units
 from vqt_jax.training import step as step_lib
 
-MIB = 2**20
 STEPS = 2  # So that the loop over steps stays one.
 WHERE = ("call", "step", "block")  # By how many loops are around.
 
@@ -116,14 +116,17 @@ def talk(text: str) -> dict[str, tuple[int, int]]:
 
 
 def row_of(figures: dict[str, Any]) -> list[str]:
-  mib = lambda name: f"{figures[name] / MIB:,.0f}"
+  mib = lambda name: units.format_mib(figures[name], 0)
   if figures["exceeds"]:
     needed = figures["needed_bytes"]
-    memory = [f"{needed / MIB:,.0f} needed" if needed else "too much", ""]
+    memory = [
+      f"{units.format_mib(needed, 0)} needed" if needed else "too much",
+      "",
+    ]
   else:
     memory = [mib("temp_bytes"), mib("argument_bytes")]
   lines = [
-    f"{count} {kind} ({size / MIB:,.1f} MiB)"
+    f"{count} {kind} ({units.format_mib(size)} MiB)"
     for kind, (count, size) in figures.get("collectives", {}).items()
   ]
   operations = f"{figures['flops'] / 1e9:,.0f}"

@@ -233,7 +233,7 @@ def test_right_checksum_is_accepted(server, tmp_path):
 
 def test_wrong_size_is_refused(server, tmp_path, monkeypatch):
   describe = download._describe
-  longer = lambda *args: describe(*args)._replace(size=len(CONTENT) + 1)
+  longer = lambda *args: (len(CONTENT) + 1, *describe(*args)[1:])
   monkeypatch.setattr(download, "_describe", longer)
   with pytest.raises(UserError, match="11200 bytes came instead of 11201"):
     fetch(server, tmp_path)

@@ -14,7 +14,7 @@ import os
 import pathlib
 import re
 import time
-from typing import Any, NamedTuple
+from typing import Any
 import urllib.parse
 
 import fsspec
@@ -30,28 +30,6 @@ _GOOGLE = "https://storage.googleapis.com/"
 _CHUNK = 8 << 20  # Bytes a request.
 _ATTEMPTS = 5  # In a row without a single new byte.
 _SECONDS = 1.0  # Before the second attempt; doubles each time.
-
-
-class _NotFound(Exception):
-  """The server has no such file."""
-
-
-class _NotAllowed(Exception):
-  """The server wants credentials that it was not shown."""
-
-
-class _Remote(NamedTuple):
-  """A file on a server.
-
-  Attributes:
-    size: bytes, or None.
-    version: differs once the file has changed.
-    checksums: base64 digests, by name of the algorithm.
-  """
-
-  size: int | None
-  version: str
-  checksums: dict[str, str]
 
 
 def fetch(
@@ -91,7 +69,7 @@ def fetch(
       return _fetch_from_bucket(rest, target, progress)
     _download(_web(scheme), address, target, progress)
     return target
-  except (_NotFound, _NotAllowed) as error:
+  except (FileNotFoundError, PermissionError) as error:
     advice = "or sign in with `gcloud auth application-default login`"
     raise UserError(
       f"There is no file {address}, or you may not read it; check the address"
@@ -124,7 +102,7 @@ def _fetch_from_bucket(
   try:
     anonymous = fsspec.filesystem("gcs", token="anon")
     return _fetch_object(anonymous, path, target, progress)
-  except _NotAllowed:
+  except PermissionError:
     return _fetch_object(fsspec.filesystem("gcs"), path, target, progress)
 
 
@@ -137,7 +115,7 @@ def _fetch_object(
   """Fetch a file, a checkpoint folder, or the folder that `-LAST` names."""
   try:
     kind = _request(filesystem.info, path)["type"]
-  except _NotFound:
+  except FileNotFoundError:
     step = _request(filesystem.cat_file, f"{path}-LAST").decode().strip()
     path, kind = f"{path}-{step}", "directory"
     target = target.with_name(f"{target.name}-{step}")
@@ -153,7 +131,7 @@ def _fetch_object(
     if not re.match(r"chrono~|opt~(?!target~)", name):
       _download(filesystem, file, partial / name, progress)
   if not partial.exists():
-    raise _NotFound(path)
+    raise FileNotFoundError(path)
   with contextlib.suppress(OSError):  # Another process was faster.
     os.replace(partial, target)
   return target
@@ -174,7 +152,7 @@ def _download(
     progress: called after each chunk.
 
   Raises:
-    _NotFound, _NotAllowed: the server says so.
+    FileNotFoundError, PermissionError: the server says so.
     UserError: the file cannot be reached or written, or is not what the server
       announces.
   """
@@ -207,8 +185,8 @@ def _resume(
   progress: Progress,
 ) -> None:
   """Complete the part that is there, check it, and give it its name."""
-  remote = _describe(filesystem, path)
-  part = target.with_name(f"{target.name}.{remote.version}.part")
+  size, version, checksums = _describe(filesystem, path)
+  part = target.with_name(f"{target.name}.{version}.part")
   writing = lambda: files.explain_write_errors(
     part, "set cache_dir, or VQT_JAX_CACHE, to another folder"
   )
@@ -220,17 +198,17 @@ def _resume(
       part.unlink(missing_ok=True)
       return
     start = out.seek(0, os.SEEK_END)
-    if remote.size is None:
+    if size is None:
       out.truncate(start := 0)
-    for chunk in _chunks(filesystem, path, start, remote.size):
+    for chunk in _chunks(filesystem, path, start, size):
       view = memoryview(chunk)
       with writing():
         while view:  # A nearly full disk takes a piece before it complains.
           view = view[out.write(view) :]
       start += len(chunk)
-      progress(start, remote.size)
+      progress(start, size)
     os.fsync(out.fileno())
-    if problem := _problem(part, remote):
+    if problem := _problem(part, size, checksums):
       part.unlink()
       raise ConnectionError(problem)
     os.replace(part, target)
@@ -238,7 +216,10 @@ def _resume(
     stale.unlink(missing_ok=True)
 
 
-def _describe(filesystem: fsspec.AbstractFileSystem, path: str) -> _Remote:
+def _describe(
+  filesystem: fsspec.AbstractFileSystem, path: str
+) -> tuple[int | None, str, dict[str, str]]:
+  """Ask for a file's size, a tag of its version, and its base64 checksums."""
   info = _request(filesystem.info, path)
   checksums = {
     "md5": info.get("md5Hash") or info.get("Content-MD5"),
@@ -250,7 +231,7 @@ def _describe(filesystem: fsspec.AbstractFileSystem, path: str) -> _Remote:
   known = {name: value for name, value in checksums.items() if value}
   tags = [info.get(k) for k in ("size", "ETag", "generation", "Last-Modified")]
   version = hashlib.sha256(repr((tags, known)).encode()).hexdigest()[:8]
-  return _Remote(info.get("size"), version, known)
+  return info.get("size"), version, known
 
 
 def _chunks(
@@ -278,7 +259,7 @@ def _request(method: Callable[..., Any], path: str, **kwargs: Any) -> Any:
   """Call a method of a file system; tell refusals from passing failures.
 
   Raises:
-    _NotFound, _NotAllowed: the server says so.
+    FileNotFoundError, PermissionError: the server says so.
     ConnectionError: anything else; every file system has errors of its own.
   """
   try:
@@ -288,19 +269,21 @@ def _request(method: Callable[..., Any], path: str, **kwargs: Any) -> Any:
     reason = error.__cause__ or error
     status = getattr(reason, "status", None) or getattr(reason, "code", None)
     if status in (401, 403) or str(error).startswith("Forbidden"):
-      raise _NotAllowed(path) from error
+      raise PermissionError(path) from error
     if status in (404, 410) or type(reason) is FileNotFoundError:
-      raise _NotFound(path) from error
+      raise FileNotFoundError(path) from error
     text = str(reason).rstrip(".") or type(reason).__name__
     raise ConnectionError(text) from error
 
 
-def _problem(part: pathlib.Path, remote: _Remote) -> str:
+def _problem(
+  part: pathlib.Path, size: int | None, checksums: dict[str, str]
+) -> str:
   """How a finished download differs from what was announced, or ""."""
-  size = part.stat().st_size
-  if remote.size not in (None, size):
-    return f"{size} bytes came instead of {remote.size}"
-  for algorithm, expected in remote.checksums.items():
+  found = part.stat().st_size
+  if size not in (None, found):
+    return f"{found} bytes came instead of {size}"
+  for algorithm, expected in checksums.items():
     digest = _digest(part, algorithm)
     if digest and base64.b64encode(digest).decode() != expected:
       return f"its {algorithm} checksum is not the server's"

@@ -8,6 +8,7 @@ code, whose names are Python's.
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import os
 import re
 from typing import Any
@@ -17,7 +18,6 @@ from etils import epath
 from vqt_jax import errors
 from vqt_jax.data import vtab
 from vqt_jax.data.tensorflow_lazy import tfds
-from vqt_jax.runtime import files
 
 # The project's own dataset; see `digits.py`.
 DIGITS = "digits"
@@ -37,7 +37,6 @@ _HOW_TO_WRITE = (
 _SUFFIXES = set(
   ".avif .bmp .gif .heic .jpeg .jpg .png .tif .tiff .webp".split()
 )
-_DEPTH = 3  # split/class/image
 _MOST_FOLDERS = 50  # are looked into.
 
 
@@ -163,9 +162,8 @@ def explain_unusable(request: Request, error: Exception) -> str:
 
 def _explain_path(text: str) -> str:
   path = epath.Path(os.path.expanduser(text))
-  with contextlib.suppress(OSError):
-    if not files.in_bucket(path) and (image := _first_image(path)):
-      return _explain_images(path, image)
+  if image := _first_image(path):
+    return _explain_images(path, image)
   if tfds.core.Version.is_valid(path.name):
     path = path.parent
   return (
@@ -249,18 +247,13 @@ def _suggest_names(request: Request) -> str:
 
 
 def _first_image(folder: epath.Path) -> epath.Path | None:
-  """Path of an image in a folder or in those below it, or None."""
-  left = [(folder, 1)]
-  for _ in range(_MOST_FOLDERS):
-    if not left:
-      return None
-    folder, depth = left.pop()
-    paths = sorted(folder.iterdir(), reverse=True)
-    images = [path for path in paths if path.suffix.lower() in _SUFFIXES]
-    if images:
-      return images[-1]
-    if depth < _DEPTH:
-      left += [(path, depth + 1) for path in paths if path.is_dir()]
+  """Path of an image in a local folder or below it, or None."""
+  walk = itertools.islice(os.walk(folder), _MOST_FOLDERS)
+  for place, folders, names in walk:
+    folders.sort()
+    for name in sorted(names):
+      if os.path.splitext(name)[1].lower() in _SUFFIXES:
+        return epath.Path(place) / name
   return None
 
 
