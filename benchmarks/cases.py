@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import flops
 import vqt_jax
+from vqt_jax.models import methods
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.models import vit
 from vqt_jax.models import vit_config as vit_config_lib
@@ -28,7 +29,7 @@ from vqt_jax.training import step as step_lib
 NUM_CLASSES = 100
 QUERY_COUNTS = (1, 10)
 # Every reader and editor alone, and the combinations that have a recipe.
-METHODS = (*tuner_lib.METHODS, "vqt+vpt_deep", "vqt+adaptformer")
+METHODS = methods.NAMES + methods.PAIRS
 
 
 @dataclasses.dataclass(frozen=True)

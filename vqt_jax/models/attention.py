@@ -1,4 +1,4 @@
-"""Multi-head attention of frozen blocks, and queries that read it."""
+"""Multi-head attention of a frozen block, and queries that read through it."""
 
 from collections.abc import Callable
 import functools
@@ -16,32 +16,43 @@ from vqt_jax.runtime import mesh
 
 EPSILON = 1e-6
 
-# (name, weights, x, y) -> y; weights are the edit's own of this block (at the
-# ends those of the whole), a dict by operation.
+# (operation, weights, x, y) -> y. `weights` are the editor's own: in a block
+# that block's, a dict by operation; at the ends those of the whole model.
 Edit = Callable[[str, Any, jax.Array, jax.Array], jax.Array]
-
-# Modules of a block whose output an edit sees; it sees the MLP's in `Block`.
-EDITED = (
-  "LayerNorm_0",
-  "query",
-  "key",
-  "value",
-  "out",
-  "LayerNorm_1",
-  "Dense_0",
-  "Dense_1",
-)
+# The same with its weights bound: (operation, x, y) -> y.
+BoundEdit = Callable[[str, jax.Array, jax.Array], jax.Array]
 
 
-def layer_norm() -> nn.LayerNorm:
-  return nn.LayerNorm(epsilon=EPSILON, dtype=jnp.float32)
+def unedited(name: str, x: jax.Array, y: jax.Array) -> jax.Array:
+  """The `BoundEdit` of a frozen stream: leave every output as it is."""
+  del name, x
+  return y
 
 
-dot = chunked_attention.dot
+def bind_edit(edit: Edit | None, weights: Any) -> BoundEdit:
+  """Return an edit with its weights bound; `unedited` if there is none."""
+  if edit is None:
+    return unedited
+  return lambda name, x, y: edit(name, weights, x, y)
+
+
+def edits_projections(weights: Any) -> bool:
+  """Return whether an edit changes keys or values of a block.
+
+  If it does, their projections cannot be absorbed into the queries.
+  """
+  return bool({"key", "value"} & set(weights or {}))
+
+
+def layer_norm(name: str | None = None) -> nn.LayerNorm:
+  return nn.LayerNorm(epsilon=EPSILON, dtype=jnp.float32, name=name)
 
 
 class Attention(nn.Module):
-  """Multi-head attention with Flax's `MultiHeadDotProductAttention` leaves."""
+  """Multi-head attention with the leaves of `nn.MultiHeadDotProductAttention`.
+
+  Letters: B batch, N tokens, D width, H heads, K head size, T queries.
+  """
 
   config: vit_config.ViTConfig
 
@@ -53,108 +64,130 @@ class Attention(nn.Module):
     self.query, self.key, self.value = heads(), heads(), heads()
     self.out = nn.DenseGeneral(c.width, axis=(-2, -1), dtype=c.dtype)
 
-  def __call__(self, queries: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Attends, with one head (of each `model` shard) at a time.
+  def __call__(
+    self,
+    queries: jax.Array,
+    tokens: jax.Array,
+    edited: BoundEdit = unedited,
+  ) -> jax.Array:
+    """Attend from queries (B, T, D) to tokens (B, N, D); return (B, T, D).
 
-    So the scores (B, N, N), float32 and the largest array of a frozen forward
-    pass, exist for one head only; or, where fused attention takes them, never.
+    Heads (of each `model` shard) are computed one at a time: the scores
+    (B, T, N), float32 and the largest array of a frozen forward pass, exist for
+    one head only. Fused attention, where it is supported, never stores them.
     """
-    q, k, v = self.query(queries), self.key(tokens), self.value(tokens)
-    if fused_attention.takes(q, k):
-      return self.out(fused_attention.attend(q, k, v))
+    q = edited("query", queries, self.query(queries))
+    k = edited("key", tokens, self.key(tokens))
+    v = edited("value", tokens, self.value(tokens))
+    if fused_attention.is_supported(q, k):
+      return self._merge_heads(fused_attention.attend(q, k, v), edited)
     shards = math.gcd(mesh.size("model"), self.config.num_heads)
 
-    def by_head(x):
+    def heads_first(x):
       return jnp.moveaxis(x.reshape(*x.shape[:2], shards, -1, x.shape[3]), 3, 0)
 
     heads = jax.lax.map(
       lambda x: jax.nn.dot_product_attention(*x),
-      (by_head(q), by_head(k), by_head(v)),
+      (heads_first(q), heads_first(k), heads_first(v)),
     )
-    return self.out(jnp.moveaxis(heads, 0, 3).reshape(q.shape))
+    heads = jnp.moveaxis(heads, 0, 3).reshape(q.shape)
+    return self._merge_heads(heads, edited)
 
-  def weights(self, queries: jax.Array, tokens: jax.Array) -> jax.Array:
-    """How much each query attends to each token, without projecting tokens.
+  def weights(
+    self, queries: jax.Array, tokens: jax.Array, edited: BoundEdit
+  ) -> jax.Array:
+    """Attention weights of queries on tokens, without projecting the tokens.
 
     Per head, the key projection moves to the query: `u = W_k q`, scores
-    `tokens u`. The key bias adds the same to all scores of a query, so the
-    softmax removes it.
+    `tokens u`. The key bias adds the same number to all scores of a query, so
+    the softmax removes it.
 
     Args:
       queries: (T, D), or (B, T, D).
       tokens: (B, N, D).
+      edited: changes the query projection.
 
     Returns:
       (B, H, T, N), float32, sums to 1 over N.
     """
-    u = self._keys_of(queries)
-    shape = "bhtd" if u.ndim == 4 else "htd"
-    return jax.nn.softmax(dot(f"bnd,{shape}->bhtn", tokens, u), axis=-1)
+    u = self._absorb_keys(queries, edited)
+    axes = "bhtd" if u.ndim == 4 else "htd"
+    scores = chunked_attention.dot(f"bnd,{axes}->bhtn", tokens, u)
+    return jax.nn.softmax(scores, axis=-1)
 
   def absorbed(
     self,
     queries: jax.Array,
     tokens: jax.Array,
-    rows: jax.Array | None = None,
+    rows: jax.Array | None,
+    edited: BoundEdit,
   ) -> jax.Array:
-    """`self(queries, tokens)` with the projections absorbed; (B, T, D).
+    """Return `self(queries, tokens)` with both projections absorbed, (B, T, D).
 
-    With few queries it is cheaper to project the weighted mean of the tokens
-    to values than all tokens before it; the value bias is added once.
+    With few queries it is cheaper to project the weighted mean of the tokens to
+    values than to project all tokens first; the value bias is added once.
 
     Args:
       queries: (T, D), or (B, T, D).
       tokens: (B, N, D), or with `rows` (n, N, D).
-      rows: (parts, b), of the B examples to read; see `token_mean.by_parts`.
+      rows: (chunks, b), the B examples to read; see `chunked_attention.attend`.
+      edited: changes the query and output projections.
     """
     c = self.config
     if rows is None:
-      weights = self.weights(queries, tokens).astype(c.dtype)
-      mean = dot("bhtn,bnd->bhtd", weights, tokens)
+      weights = self.weights(queries, tokens, edited).astype(c.dtype)
+      mean = chunked_attention.dot("bhtn,bnd->bhtd", weights, tokens)
     else:
-      mean = chunked_attention.by_parts(self._keys_of(queries), tokens, rows)
+      u = self._absorb_keys(queries, edited)
+      mean = chunked_attention.attend(u, tokens, rows)
     mean = mean.astype(c.dtype)
-    # The kernel first: so a CPU's product has D last, as its reader does.
-    return self._out_of(dot("dhk,bhtd->bthk", self._kernel("value"), mean))
+    # The kernel comes first, so that a CPU's result has D last, as it is read.
+    heads = chunked_attention.dot("dhk,bhtd->bthk", self._kernel("value"), mean)
+    return self._merge_heads(self._add_value_bias(heads), edited)
 
   def projected(
-    self, queries: jax.Array, projections: jax.Array, rows: jax.Array
+    self,
+    queries: jax.Array,
+    projections: jax.Array,
+    rows: jax.Array,
+    edited: BoundEdit,
   ) -> jax.Array:
-    """As `absorbed`, of stored `project(tokens)` (n, 2, H, N, K)."""
+    """Like `absorbed`, from stored `project(tokens)` (n, 2, H, N, K)."""
     c = self.config
-    q = jnp.swapaxes(self.query(queries), -2, -3) * c.head_dim**-0.5
-    heads = chunked_attention.by_parts(q.astype(c.dtype), projections, rows)
-    return self._out_of(jnp.swapaxes(heads, 1, 2))
+    q = edited("query", queries, self.query(queries))
+    q = jnp.swapaxes(q, -2, -3) * c.head_dim**-0.5
+    heads = chunked_attention.attend(q.astype(c.dtype), projections, rows)
+    heads = self._add_value_bias(jnp.swapaxes(heads, 1, 2))
+    return self._merge_heads(heads, edited)
 
   def project(self, tokens: jax.Array) -> jax.Array:
     """Keys and values (B, 2, H, N, K) of tokens (B, N, D), without biases.
 
-    That of the keys makes no difference; that of the values is added to what is
-    read of them.
+    The bias of the keys makes no difference; that of the values is added to the
+    weighted mean.
     """
     both = [
-      dot("bnd,dhk->bhnk", tokens, self._kernel(name))
+      chunked_attention.dot("bnd,dhk->bhnk", tokens, self._kernel(name))
       for name in ("key", "value")
     ]
     return jnp.stack(both, axis=1).astype(self.config.dtype)
 
-  def _out_of(self, heads: jax.Array) -> jax.Array:
-    """What heads read (B, T, H, K), to (B, T, D)."""
-    heads = heads + self.value.variables["params"]["bias"]
-    return self.out(heads.astype(self.config.dtype))
+  def _merge_heads(self, heads: jax.Array, edited: BoundEdit) -> jax.Array:
+    """Apply the output projection: (B, T, H, K) -> (B, T, D)."""
+    return edited("out", heads, self.out(heads))
 
-  def _keys_of(self, queries: jax.Array) -> jax.Array:
-    """What tokens are scored by, `W_k q / sqrt(head_dim)`, (..., H, T, D)."""
+  def _add_value_bias(self, heads: jax.Array) -> jax.Array:
+    heads = heads + self.value.variables["params"]["bias"]
+    return heads.astype(self.config.dtype)
+
+  def _absorb_keys(self, queries: jax.Array, edited: BoundEdit) -> jax.Array:
+    """Vectors `W_k q / sqrt(K)`, (..., H, T, D), that score tokens directly."""
     c = self.config
-    # The kernel first: so a CPU's product has D last, as its reader does.
-    u = dot("dhk,...thk->...htd", self._kernel("key"), self.query(queries))
+    q = edited("query", queries, self.query(queries))
+    # The kernel comes first, so that a CPU's result has D last, as it is read.
+    u = chunked_attention.dot("dhk,...thk->...htd", self._kernel("key"), q)
     return (u * c.head_dim**-0.5).astype(c.dtype)
 
   def _kernel(self, name: str) -> jax.Array:
     params = getattr(self, name).variables["params"]
     return params["kernel"].astype(self.config.dtype)
-
-
-def projections_edited(weights: Any) -> bool:
-  """Whether keys or values are edited: they cannot be absorbed then."""
-  return bool({"key", "value"} & set(weights or {}))

@@ -1,4 +1,4 @@
-"""A frozen ViT with its weights: what readers read from."""
+"""A frozen ViT with its weights."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ VALUE_RANGES = {
   "0..1": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
   "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-# How to get there from 0..255, for messages.
+# Scaling of pixels 0..255 to each range, for error messages.
 _FROM_PIXELS = {
   "-1..1": "images / 127.5 - 1",
   "0..1": "images / 255",
@@ -42,11 +42,12 @@ class Backbone:
   Attributes:
     config: architecture.
     params: nested dict with Big Vision's names, blocks stacked over depth.
-    value_range: key of `VALUE_RANGES`: how its inputs are scaled.
-    source: where it came from, for people to read.
+    value_range: key of `VALUE_RANGES` that its inputs are scaled to.
+    source: file, address or public name that it was loaded from, for display.
     trained_size: (height, width) of the images that its positions were learnt
-      on, pixels; None if that is not known, or they are computed.
-    assumed: of "value_range" and "gelu", those that nobody and nothing told.
+      on, pixels; None if unknown, or if positions are computed.
+    assumed: those of "value_range" and "gelu" that were neither given nor read
+      from the checkpoint.
   """
 
   config: vit_config.ViTConfig
@@ -65,22 +66,22 @@ class Backbone:
     )
 
   def __call__(self, images: jax.Array) -> vit.Stream:
-    """Images (B, height, width, 3), scaled to `value_range` -> the stream.
+    """Run the ViT on images (B, height, width, 3), scaled to `value_range`.
 
     Raises:
-      UserError: as `checked`.
+      UserError: the images do not fit, see `checked`.
     """
     images = self.checked(images)
     return _apply(self.config, self.params, images, ("tokens", "blocks"))
 
   def checked(self, images: Any) -> jax.Array | np.ndarray:
-    """Images as an array, if they are such as this backbone takes.
+    """Return images as an array, after checking that they fit this backbone.
 
-    While JAX traces, and of arrays that other processes share, values are not
-    known; dtype and shape are.
+    Of traced arrays, and of arrays shared with other processes, only shape and
+    dtype are checked: their values are unknown.
 
     Raises:
-      UserError: they are not (B, height, width, 3), no floats, not finite, or
+      UserError: they are not (B, height, width, 3), not floats, not finite, or
         not scaled to `value_range`.
     """
     if not isinstance(images, jax.Array):
@@ -110,7 +111,7 @@ class Backbone:
     mean, std = map(np.array, VALUE_RANGES[self.value_range])
     low, high = float(min((0 - mean) / std)), float(max((1 - mean) / std))
     found = float(images.min()), float(images.max())
-    # Resizing may overshoot; images of another range are further out.
+    # Resizing may overshoot; images of another range exceed it by more.
     margin = (high - low) / 4
     if low - margin <= found[0] and found[1] <= high + margin:
       return
@@ -146,7 +147,7 @@ class Backbone:
 
   @functools.cached_property
   def identity(self) -> str:
-    """The same without positions: another SciPy may resize these otherwise."""
+    """SHA-256 without positions: SciPy versions resize these differently."""
     params = dict(self.params)
     params.pop("pos_embedding", None)
     return _digest(params)

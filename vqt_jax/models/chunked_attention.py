@@ -1,13 +1,13 @@
-"""The weighted mean of tokens that queries read, from rows of a store by parts.
+"""Attention of queries to stored tokens, one chunk of the batch at a time.
 
-Reading goes over a block's tokens four times with little arithmetic: scores and
-mean, and the gradient of both. A CPU does the two of each direction from its
-cache if a part of the batch fits there; all that follows (projections, MLP) is
-better done for the whole batch. So only this is done by parts, with a gradient
-of its own: JAX's would keep the tokens of all parts.
+Reading passes over a block's tokens four times with little arithmetic: for the
+scores, for the mean, and for the gradient of both. A CPU does each pair of
+passes from its cache if a chunk of the batch fits there; all that follows
+(projections, MLP) is faster on the whole batch. So only this part is chunked,
+with a gradient of its own: JAX's would keep the tokens of all chunks.
 
-A store holds tokens, which then are the keys and the values of all heads, or
-the keys and values of each head (see `train.store`).
+A store holds either tokens, which then serve as the keys and values of all
+heads, or the keys and values of each head (see `features.store`).
 """
 
 import functools
@@ -16,22 +16,22 @@ import jax
 from jax import ad_checkpoint
 import jax.numpy as jnp
 
-# A name for `jax.checkpoint` policies: what the gradient needs of the tokens.
-KEPT = "token_mean"
+# Names, for `jax.checkpoint` policies, what the gradient of `attend` reuses.
+RESIDUALS = "token_mean"
 
 dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp
-def by_parts(u: jax.Array, tokens: jax.Array, rows: jax.Array) -> jax.Array:
+def attend(u: jax.Array, tokens: jax.Array, rows: jax.Array) -> jax.Array:
   """Softmax-weighted means of values, `softmax(keys u) values`.
 
   Args:
-    u: (H, T, K), or (B, H, T, K) for each example its own; its dtype is that
-      of the products.
-    tokens: what is stored, (n, N, D) and then K = D, or keys and values
+    u: (H, T, K), or (B, H, T, K) if examples differ; its dtype is that of the
+      products.
+    tokens: the store, (n, N, D) with K = D, or keys and values
       (n, 2, H, N, K); not differentiated.
-    rows: (parts, b) int32, the B = parts * b examples to read.
+    rows: (chunks, b) int32, the B = chunks * b examples to read.
 
   Returns:
     (B, H, T, K), float32.
@@ -40,69 +40,72 @@ def by_parts(u: jax.Array, tokens: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def _forward(u, tokens, rows):
-  read = "bnd" if tokens.ndim == 3 else "bhnd"
+  axes = "bnd" if tokens.ndim == 3 else "bhnd"
 
-  def part(inputs):
-    mine, some = inputs
-    mine = u if mine is None else mine
-    keys, values = _take(tokens, some, u.dtype)
-    weights = jax.nn.softmax(_scores(keys, read, mine), axis=3)
-    return dot(f"bhtn,{read}->bhtd", weights.astype(u.dtype), values), weights
+  def chunk(inputs):
+    own_u, own_rows = inputs
+    own_u = u if own_u is None else own_u
+    keys, values = _keys_and_values(tokens, own_rows, u.dtype)
+    weights = jax.nn.softmax(_scores(keys, axes, own_u), axis=3)
+    return dot(f"bhtn,{axes}->bhtd", weights.astype(u.dtype), values), weights
 
-  mean, weights = jax.lax.map(part, (_cut(u, rows), rows))
+  mean, weights = jax.lax.map(chunk, (_split_into_chunks(u, rows), rows))
   mean, weights = (
-    ad_checkpoint.checkpoint_name(x, KEPT)
+    ad_checkpoint.checkpoint_name(x, RESIDUALS)
     for x in (mean.reshape(-1, *mean.shape[2:]), weights)
   )
   return mean, (u, tokens, rows, weights)
 
 
-def _backward(kept, cotangent):
-  u, tokens, rows, weights = kept
+def _backward(residuals, cotangent):
+  u, tokens, rows, weights = residuals
   cotangent = cotangent.astype(u.dtype).reshape(*rows.shape, *u.shape[-3:])
-  read = "bnd" if tokens.ndim == 3 else "bhnd"
+  axes = "bnd" if tokens.ndim == 3 else "bhnd"
 
-  def part(total, inputs):
-    some, weights, of_mean = inputs
-    keys, values = _take(tokens, some, u.dtype)
-    of_weights = _scores(values, read, of_mean)
-    of_scores = of_weights - (weights * of_weights).sum(3, keepdims=True)
-    of_scores = (weights * of_scores).astype(u.dtype)
-    of_u = dot(f"bhtn,{read}->{_axes(u)}", of_scores, keys)
-    return (total, of_u) if u.ndim == 4 else (total + of_u, None)
+  def chunk(total, inputs):
+    own_rows, weights, d_mean = inputs
+    keys, values = _keys_and_values(tokens, own_rows, u.dtype)
+    d_weights = _scores(values, axes, d_mean)
+    d_scores = d_weights - (weights * d_weights).sum(3, keepdims=True)
+    d_scores = (weights * d_scores).astype(u.dtype)
+    d_u = dot(f"bhtn,{axes}->{_axes(u)}", d_scores, keys)
+    return (total, d_u) if u.ndim == 4 else (total + d_u, None)
 
   zero = jnp.zeros(() if u.ndim == 4 else u.shape, jnp.float32)
-  total, each = jax.lax.scan(part, zero, (rows, weights, cotangent))
-  of_u = total if each is None else each.reshape(u.shape)
-  return of_u.astype(u.dtype), None, None
+  total, each = jax.lax.scan(chunk, zero, (rows, weights, cotangent))
+  d_u = total if each is None else each.reshape(u.shape)
+  return d_u.astype(u.dtype), None, None
 
 
-by_parts.defvjp(_forward, _backward)
+attend.defvjp(_forward, _backward)
 
 
-def _scores(keys: jax.Array, read: str, u: jax.Array) -> jax.Array:
-  """(b, H, T, N), of keys with the axes `read`.
+def _scores(keys: jax.Array, axes: str, u: jax.Array) -> jax.Array:
+  """Scores (b, H, T, N) of keys whose axes are "bnd" or "bhnd".
 
-  Tokens come first in the product: with the few columns of a run's queries
-  first a CPU takes up to three times as long.
+  Tokens come first in the product: with the few columns of the queries first a
+  CPU takes up to three times as long.
   """
-  axes = "bnht" if read == "bnd" else "bhnt"
-  scores = dot(f"{read},{_axes(u)}->{axes}", keys, u)
-  return jnp.moveaxis(scores, axes.index("n"), 3)
+  result = "bnht" if axes == "bnd" else "bhnt"
+  scores = dot(f"{axes},{_axes(u)}->{result}", keys, u)
+  return jnp.moveaxis(scores, result.index("n"), 3)
 
 
 def _axes(u: jax.Array) -> str:
   return "bhtd" if u.ndim == 4 else "htd"
 
 
-def _cut(u: jax.Array, rows: jax.Array) -> jax.Array | None:
+def _split_into_chunks(u: jax.Array, rows: jax.Array) -> jax.Array | None:
+  """Return `u` by chunk of the batch; None if all examples share it."""
   return u.reshape(*rows.shape, *u.shape[1:]) if u.ndim == 4 else None
 
 
-def _take(tokens: jax.Array, rows: jax.Array, dtype) -> list[jax.Array]:
-  """Keys and values of some examples."""
+def _keys_and_values(
+  tokens: jax.Array, rows: jax.Array, dtype: jax.typing.DTypeLike
+) -> list[jax.Array]:
+  """Fetch keys and values of some rows from the store."""
   take = lambda array, index: jnp.take(array, index, axis=0, mode="clip")
   if tokens.ndim == 3:
     return [take(tokens, rows).astype(dtype)] * 2
-  each = tokens.reshape(-1, *tokens.shape[2:])  # One copy of each, not two.
-  return [take(each, 2 * rows + i).astype(dtype) for i in range(2)]
+  flat = tokens.reshape(-1, *tokens.shape[2:])  # One copy of each, not two.
+  return [take(flat, 2 * rows + i).astype(dtype) for i in range(2)]

@@ -1,16 +1,16 @@
-"""Editors: what changes the stream.
+"""Editors: they change the stream.
 
-An editor brings weights of its own and a `vit.Edit` that hooks them in, or it
-trains copies of backbone leaves, or both. All that it trains is one tree:
+An editor has weights of its own and an `attention.Edit` that applies them, or
+it trains copies of backbone leaves. All that it trains is one tree:
 
   {"encoderblock": {operation: leaves stacked over depth},
-   operation at the ends: leaves,
+   operation outside of the blocks: leaves,
    "backbone": copies of the backbone leaves that train, by their names}
 
-A stacked leaf of which only the last rows train has copies of these rows alone.
-The frozen backbone itself never changes: copies take its leaves' places before
-anything runs, so that runs side by side share what none of them trains, and a
-file of what was trained holds nothing else.
+Of a stacked leaf whose last rows alone train, only these rows are copied. The
+frozen backbone itself never changes: the copies replace its leaves before
+anything runs. So trials that train side by side share all leaves that none of
+them trains, and a file of trained weights holds nothing else.
 
 Letters: D width, L depth, H heads, K head size, P prompts, R rank, M hidden.
 """
@@ -34,14 +34,14 @@ Weights = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Sizes of the editors; each reads its own.
+  """Sizes of the editors; each uses its own.
 
   Attributes:
-    num_prompts: P (vpt_shallow, vpt_deep: of each block).
+    num_prompts: P (vpt_shallow; vpt_deep: in each block).
     bottleneck: M (adapter, adaptformer); 0: D / 8 and 64, as published.
     rank: R (lora).
-    alpha: what is learnt is scaled by alpha / R (lora).
-    last_blocks: how many train (partial).
+    alpha: the learnt change is scaled by alpha / R (lora).
+    last_blocks: number of blocks that train (partial).
   """
 
   num_prompts: int = 10
@@ -53,14 +53,16 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Editor:
-  """A line of the table.
+  """Implementation of an editor.
 
   Attributes:
-    edit: (config, options) -> the `vit.Edit`; None: the architecture stays.
-    init: (config, options, key) -> its weights, float32.
+    edit: (config, options) -> the edit; None: the architecture stays.
+    init: (config, options, key) -> weights of the edit, float32.
     trains: (path, options) -> rows of this backbone leaf that train, or None.
-    fold: (weights, params, options) -> backbone params that do the same without
-      an edit; None: there are none.
+    fold: (weights, flat params, options) -> flat params of a plain ViT that
+      computes the same without the edit; None: no plain ViT does.
+    has_prompts: it adds `num_prompts` tokens to the stream.
+    scales_outputs: its gradient needs the output of every operation.
   """
 
   edit: Callable[[vit_config.ViTConfig, Options], attention.Edit] | None = None
@@ -69,6 +71,8 @@ class Editor:
   )
   trains: Callable[[str, Options], slice | None] = lambda path, options: None
   fold: Callable[[Weights, Any, Options], Any] | None = None
+  has_prompts: bool = False
+  scales_outputs: bool = False
 
 
 def _uniform(key: jax.Array, shape: tuple[int, ...], bound: float):
@@ -82,15 +86,15 @@ def _zeros(shape: tuple[int, ...]) -> jax.Array:
 def _insert(
   config: vit_config.ViTConfig, z: jax.Array, prompts: jax.Array, size: int
 ):
-  """Puts prompts (P, D) after the class token, over the next `size` tokens."""
+  """Put prompts (P, D) after the class token, over the next `size` tokens."""
   first = int(config.has_class_token)
   shape = (z.shape[0], *prompts.shape)
   prompts = jnp.broadcast_to(prompts, shape).astype(z.dtype)
   return jnp.concatenate([z[:, :first], prompts, z[:, first + size :]], axis=1)
 
 
-def _without_prompts(config: vit_config.ViTConfig, z: jax.Array, count: int):
-  """They have had their say: pooling is that of pre-training."""
+def _remove_prompts(config: vit_config.ViTConfig, z: jax.Array, count: int):
+  """Remove the prompts, so that pooling is that of pre-training."""
   first = int(config.has_class_token)
   return jnp.concatenate([z[:, :first], z[:, first + count :]], axis=1)
 
@@ -112,7 +116,7 @@ def _vpt_shallow(config, options):
     if name == "embedded":
       return _insert(config, y, weights["embedded"], 0)
     if name == "output":
-      return _without_prompts(config, y, options.num_prompts)
+      return _remove_prompts(config, y, options.num_prompts)
     return y
 
   return edit
@@ -127,25 +131,25 @@ def _vpt_deep_init(config, options, key):
 def _vpt_deep(config, options):
   """Visual prompt tuning, https://arxiv.org/abs/2203.12119, section 3.2.
 
-  As `_vpt_shallow`, but what became of the prompts is replaced by each block's
-  own before it.
+  Like `_vpt_shallow`, but before each block the prompts of the block before are
+  replaced by the block's own.
   """
 
   def edit(name, weights, x, y):
     del x
-    if name == "embedded":  # Room for them.
+    if name == "embedded":  # Makes room; the first block replaces them.
       return _insert(config, y, weights["encoderblock"]["input"][0], 0)
     if name == "input":
       return _insert(config, y, weights["input"], options.num_prompts)
     if name == "output":
-      return _without_prompts(config, y, options.num_prompts)
+      return _remove_prompts(config, y, options.num_prompts)
     return y
 
   return edit
 
 
 def _bottleneck_init(config, size, key):
-  """Down Kaiming-uniform (a = sqrt 5, as of linear layers), up zero."""
+  """Draw down Kaiming-uniform (a = sqrt 5, as torch's linear layers), up 0."""
   depth, width = config.depth, config.width
   down = _uniform(key, (depth, width, size), width**-0.5)
   down = {"kernel": down, "bias": _zeros((depth, size))}
@@ -159,12 +163,12 @@ def _dense(x: jax.Array, params: dict[str, jax.Array]) -> jax.Array:
 
 
 def _adapter(config, options):
-  """Adapters, https://arxiv.org/abs/1902.00751, as VPT's program places them.
+  """Adapters, https://arxiv.org/abs/1902.00751, where VPT's program has them.
 
   One bottleneck of D / 8 with GELU and a skip connection, after the MLP and
-  before its residual. The VPT and VQT programs start all of it at zero, and
-  then nothing but the last bias ever trains; here the down projection starts
-  random, and the rest at zero (section 2.1: near the identity).
+  before its residual. The VPT and VQT programs initialise all of it with zeros,
+  and then nothing but the last bias ever trains; here the down projection
+  starts random, and the rest at zero (section 2.1: near the identity).
   """
   del config, options
 
@@ -184,9 +188,9 @@ ADAPTFORMER_SCALE = 0.1
 def _adaptformer(config, options):
   """AdaptFormer, https://arxiv.org/abs/2205.13535, section 3.2.
 
-  A bottleneck of 64 with ReLU beside the MLP, on the same tokens but not
-  normalised, scaled by 0.1. Initialisation (section 3.2, as LoRA): down
-  Kaiming-uniform, up zero.
+  A bottleneck of 64 with ReLU parallel to the MLP, on the same tokens before
+  their normalisation, scaled by 0.1. Initialisation (section 3.2, as LoRA):
+  down Kaiming-uniform, up zero.
   """
   del config, options
 
@@ -199,32 +203,32 @@ def _adaptformer(config, options):
   return edit
 
 
-LORA = ("query", "value")
+LORA_PROJECTIONS = ("query", "value")
 
 
 def _lora_init(config, options, key):
-  def one(key):
+  def factors(key):
     shape = (config.depth, config.width, options.rank)
     up = (config.depth, options.rank, config.num_heads, config.head_dim)
     down = _uniform(key, shape, config.width**-0.5)
     return {"down": down, "up": _zeros(up)}
 
-  keys = jax.random.split(key, len(LORA))
-  return {"encoderblock": dict(zip(LORA, map(one, keys)))}
+  keys = jax.random.split(key, len(LORA_PROJECTIONS))
+  return {"encoderblock": dict(zip(LORA_PROJECTIONS, map(factors, keys)))}
 
 
 def _lora(config, options):
   """LoRA, https://arxiv.org/abs/2106.09685, section 4.
 
-  Query and value projections get a low-rank part, computed as such. The first
-  factor starts Kaiming-uniform (as in the authors' program; the paper says
-  random Gaussian), the second at zero.
+  Query and value projections get a low-rank part, computed as two products. The
+  first factor starts Kaiming-uniform (as in the authors' program; the paper
+  says random Gaussian), the second at zero.
   """
   del config
   scale = options.alpha / options.rank
 
   def edit(name, weights, x, y):
-    if name not in LORA:
+    if name not in LORA_PROJECTIONS:
       return y
     low = x.astype(y.dtype) @ weights[name]["down"].astype(y.dtype)
     up = weights[name]["up"].astype(y.dtype)
@@ -234,18 +238,19 @@ def _lora(config, options):
 
 
 def _fold_lora(weights, params, options):
-  for name in LORA:
+  for name in LORA_PROJECTIONS:
     w = weights["encoderblock"][name]
     change = jnp.einsum("ldr,lrhk->ldhk", w["down"], w["up"])
-    path = _PLACES[name]
+    path = _LEAF_PATHS[name]
     kernel = params[f"{path}/kernel"]
     params[f"{path}/kernel"] = kernel + options.alpha / options.rank * change
   return params
 
 
+# Operation -> path of its leaves in the backbone's parameters.
 _BLOCK = "Transformer/encoderblock"
 _ATTENTION = f"{_BLOCK}/MultiHeadDotProductAttention_0"
-_PLACES = {
+_LEAF_PATHS = {
   **{name: f"{_ATTENTION}/{name}" for name in ("query", "key", "value")},
   "out": f"{_ATTENTION}/out",
   **{name: f"{_BLOCK}/{name}" for name in ("LayerNorm_0", "LayerNorm_1")},
@@ -253,21 +258,18 @@ _PLACES = {
   "embedding": "embedding",
   "encoder_norm": "Transformer/encoder_norm",
 }
+_ENDS = ("embedding", "encoder_norm")  # Those outside of the blocks.
 
 
 def _ssf_init(config, options, key):
   del options, key
   c, heads = config, (config.num_heads, config.head_dim)
-  one = lambda shape: {"scale": 1 + _zeros(shape), "shift": _zeros(shape)}
-  shapes = dict.fromkeys(attention.EDITED, (c.width,)) | {
-    "Dense_0": (c.mlp_dim,)
-  }
-  shapes |= dict.fromkeys(("query", "key", "value"), heads)
-  return {
-    "encoderblock": {n: one((c.depth, *s)) for n, s in shapes.items()},
-    "embedding": one((c.width,)),
-    "encoder_norm": one((c.width,)),
-  }
+  identity = lambda shape: {"scale": 1 + _zeros(shape), "shift": _zeros(shape)}
+  sizes = dict.fromkeys(_LEAF_PATHS, (c.width,)) | {"Dense_0": (c.mlp_dim,)}
+  sizes |= dict.fromkeys(("query", "key", "value"), heads)
+  ends = {name: identity(sizes.pop(name)) for name in _ENDS}
+  blocks = {name: identity((c.depth, *size)) for name, size in sizes.items()}
+  return {"encoderblock": blocks, **ends}
 
 
 def _ssf(config, options):
@@ -281,7 +283,7 @@ def _ssf(config, options):
 
   def edit(name, weights, x, y):
     del x
-    if name not in _PLACES:
+    if name not in _LEAF_PATHS:
       return y
     scale, shift = weights[name]["scale"], weights[name]["shift"]
     return y * scale.astype(y.dtype) + shift.astype(y.dtype)
@@ -292,15 +294,15 @@ def _ssf(config, options):
 def _fold_ssf(weights, params, options):
   del options
   flat = {**weights, **weights["encoderblock"]}
-  for name, path in _PLACES.items():
+  for name, path in _LEAF_PATHS.items():
     scale, shift = flat[name]["scale"], flat[name]["shift"]
     norm = "norm" in path.lower()
     factor = f"{path}/{'scale' if norm else 'kernel'}"
     kernel = params[factor]
-    # Behind depth, a kernel's inputs come first.
-    inputs = kernel.ndim - scale.ndim
-    axes = range(path.startswith(_BLOCK), path.startswith(_BLOCK) + inputs)
-    params[factor] = kernel * jnp.expand_dims(scale, tuple(axes))
+    # The axes of a kernel: depth, if it is in a block, inputs, outputs.
+    first = int(name not in _ENDS)
+    inputs = range(first, first + kernel.ndim - scale.ndim)
+    params[factor] = kernel * jnp.expand_dims(scale, tuple(inputs))
     params[f"{path}/bias"] = params[f"{path}/bias"] * scale + shift
   return params
 
@@ -331,8 +333,8 @@ EDITORS = {
   "finetune": Editor(trains=_finetune_trains),
   "bitfit": Editor(trains=_bitfit_trains),
   "partial": Editor(trains=_partial_trains),
-  "vpt_shallow": Editor(_vpt_shallow, _vpt_shallow_init),
-  "vpt_deep": Editor(_vpt_deep, _vpt_deep_init),
+  "vpt_shallow": Editor(_vpt_shallow, _vpt_shallow_init, has_prompts=True),
+  "vpt_deep": Editor(_vpt_deep, _vpt_deep_init, has_prompts=True),
   "adapter": Editor(
     _adapter,
     lambda config, options, key: _bottleneck_init(
@@ -346,10 +348,10 @@ EDITORS = {
     ),
   ),
   "lora": Editor(_lora, _lora_init, fold=_fold_lora),
-  "ssf": Editor(_ssf, _ssf_init, fold=_fold_ssf),
+  "ssf": Editor(_ssf, _ssf_init, fold=_fold_ssf, scales_outputs=True),
 }
 
-# Of the pre-trained head, which nothing here passes through.
+# Leaves of the pre-trained head, which is not used here.
 _UNUSED = ("head/", "pre_logits/")
 
 
@@ -360,18 +362,18 @@ def init(
   key: jax.Array,
   params: Any,
 ) -> Weights:
-  """Fresh weights of an editor, float32.
+  """Initialise the weights of an editor, float32.
 
   Args:
-    name: of `EDITORS`.
+    name: key of `EDITORS`.
     config: architecture of the backbone.
-    options: its sizes.
-    key: what is random comes from.
-    params: the backbone's, which copies start from; None is enough for an
-      editor that has none.
+    options: sizes of the editor.
+    key: for random initialisation.
+    params: the backbone's, which copies start from; None for an editor that
+      copies nothing.
 
   Raises:
-    ValueError: they are wanted.
+    ValueError: the editor copies backbone leaves, and `params` is None.
   """
   editor = EDITORS[name]
   weights = editor.init(config, options, key)
@@ -392,8 +394,8 @@ def _flat(params: Any) -> dict[str, Any]:
   return flax.traverse_util.flatten_dict(params, sep="/")
 
 
-def replaced(params: Any, weights: Weights) -> Any:
-  """Backbone params with an editor's copies in the places they belong to."""
+def apply_copies(params: Any, weights: Weights) -> Any:
+  """Return backbone params with an editor's copies in place of their leaves."""
   if "backbone" not in weights:
     return params
   flat = _flat(params)
@@ -405,25 +407,24 @@ def replaced(params: Any, weights: Weights) -> Any:
   return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
-def folds(name: str) -> bool:
-  """Whether what it does can be had by other backbone weights alone."""
+def can_fold(name: str) -> bool:
+  """Return whether some plain ViT computes what this editor does."""
   editor = EDITORS[name]
   return editor.edit is None or editor.fold is not None
 
 
-def folded(name: str, options: Options, params: Any, weights: Weights) -> Any:
-  """Backbone params that do without an edit what they do with it.
+def fold(name: str, options: Options, params: Any, weights: Weights) -> Any:
+  """Fold an editor into the backbone: params that need no edit.
 
   Raises:
-    UserError: no weights of a plain ViT do the same.
+    UserError: no weights of a plain ViT compute the same.
   """
-  if not folds(name):
-    able = ", ".join(filter(folds, EDITORS))
+  if not can_fold(name):
+    able = ", ".join(filter(can_fold, EDITORS))
     raise errors.UserError(
-      f"What {name} does cannot be written as the weights of a plain ViT;"
-      f" that of {able} can."
+      f"{name} cannot be folded into the weights of a plain ViT; {able} can."
     )
-  params = replaced(params, weights)
+  params = apply_copies(params, weights)
   if EDITORS[name].fold is None:
     return params
   flat = EDITORS[name].fold(weights, _flat(params), options)

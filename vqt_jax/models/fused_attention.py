@@ -1,8 +1,7 @@
 """cuDNN's fused attention, on GPUs that have it: no scores in memory.
 
-Of each row one number is kept for the gradient (FlashAttention-2,
-https://arxiv.org/abs/2307.08691), where attention by products and a softmax
-keeps N per head.
+It keeps one number per row and head for the gradient (FlashAttention-2,
+https://arxiv.org/abs/2307.08691), where products and a softmax keep N.
 """
 
 import functools
@@ -14,15 +13,17 @@ from jax.sharding import PartitionSpec as P
 
 from vqt_jax.runtime import mesh
 
-AXES = ("data", None, "model", None)  # Of the mesh, for (B, N, H, K).
+# Mesh axes over which (B, N, H, K) is sharded.
+AXES = ("data", None, "model", None)
 
 
-def takes(q: jax.Array, k: jax.Array) -> bool:
-  """Whether `attend` can be used: as many queries (B, N, H, K) as keys.
+def is_supported(q: jax.Array, k: jax.Array) -> bool:
+  """Return whether `attend` can take queries and keys (B, N, H, K).
 
-  Also, what JAX asks for: bfloat16 or float16, and a head size that is a
-  multiple of 8 and not too large for the GPU; a mesh that cuts evenly; and
-  sizes that are known (`jax.export` may leave the batch open).
+  It needs as many queries as keys; what JAX asks for, that is bfloat16 or
+  float16, and a head size that is a multiple of 8 and not too large for the
+  GPU; a mesh that divides evenly; and known sizes (`jax.export` may leave the
+  batch symbolic).
   """
   if not is_available() or any(map(jax.export.is_symbolic_dim, q.shape)):
     return False
@@ -35,14 +36,14 @@ def takes(q: jax.Array, k: jax.Array) -> bool:
     return False
   shape = jax.ShapeDtypeStruct(q.shape, q.dtype)
   try:
-    jax.eval_shape(lambda *x: jax.vjp(_even, *x)[0], shape, shape, shape)
+    jax.eval_shape(lambda *x: jax.vjp(_attend_even, *x)[0], shape, shape, shape)
   except (NotImplementedError, RuntimeError):
-    return False  # It does not take these sizes, or finds no cuDNN.
+    return False  # Unsupported sizes, or no cuDNN.
   return True
 
 
 def is_available() -> bool:
-  """Whether code is compiled for NVIDIA GPUs, of Ampere's generation on."""
+  """Return whether code is compiled for NVIDIA GPUs, Ampere or newer."""
   if mesh.backend() != "gpu":
     return False
   capability = jax.local_devices(backend="gpu")[0].compute_capability
@@ -50,9 +51,10 @@ def is_available() -> bool:
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """`softmax(q k / sqrt(K)) v` of (B, N, H, K) each, as `takes` allows.
+  """Compute `softmax(q k / sqrt(K)) v`, (B, N, H, K) each.
 
-  On a mesh each device does its own examples and heads.
+  On a mesh each device computes its own examples and heads. Only for arrays
+  that `is_supported` accepts.
   """
   axes = {x for x in AXES if x and mesh.auto_size(x) > 1}
   if not axes:
@@ -72,34 +74,36 @@ _cudnn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
 
 @jax.custom_vjp
 def _attend(q, k, v):
-  return _cudnn(*_together(q, k, v))
+  return _cudnn(*_batch_alike(q, k, v))
 
 
 def _forward(q, k, v):
-  q, k, v = _together(q, k, v)
-  out, gradient = jax.vjp(_even, q, k, v)
+  q, k, v = _batch_alike(q, k, v)
+  out, gradient = jax.vjp(_attend_even, q, k, v)
   return out, (gradient, q)
 
 
-def _backward(kept, cotangent):
-  gradient, q = kept
-  return gradient(_together(cotangent, q)[0])
+def _backward(residuals, cotangent):
+  gradient, q = residuals
+  return gradient(_batch_alike(cotangent, q)[0])
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _even(q, k, v):
-  """The same with an even number of tokens: JAX asks for it in a gradient.
+def _attend_even(q, k, v):
+  """Attend with the tokens padded to an even number, as JAX asks in a gradient.
 
-  (For a bias that is not there: `check_is_flash_attention` in its
+  (For a bias that is not used here: `check_is_flash_attention` in JAX's
   cudnn/fused_attention_stablehlo.py.)
   """
   count = q.shape[1]
   if count % 2 == 0:
     return _cudnn(q, k, v)
   pad = lambda x: jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0)))
-  lengths = jnp.where(_any(q), jnp.int32(count), count)  # See `_together`.
+  lengths = jnp.where(
+    _depends_on(q), jnp.int32(count), count
+  )  # See `_batch_alike`.
   out = _cudnn(
     pad(q),
     pad(k),
@@ -110,17 +114,17 @@ def _even(q, k, v):
   return out[:, :count]
 
 
-def _together(*arrays: jax.Array) -> list[jax.Array]:
-  """The same arrays (B, ...), each of which `vmap` batches if it does any.
+def _batch_alike(*arrays: jax.Array) -> list[jax.Array]:
+  """Return the arrays (B, ...) so that `vmap` batches all of them or none.
 
-  The rule of JAX 0.10 for cuDNN's attention takes no others; compilers see
-  through it.
+  JAX 0.10's batching rule for cuDNN's attention takes no other combination. The
+  compiler removes the selection.
   """
-  any_ = functools.reduce(jnp.logical_or, map(_any, arrays))
+  any_ = functools.reduce(jnp.logical_or, map(_depends_on, arrays))
   any_ = any_[:, None, None, None]
   return [jnp.where(any_, x, x) for x in arrays]
 
 
-def _any(x: jax.Array) -> jax.Array:
-  """Some (B,) bool that depends on x, as far as JAX knows."""
+def _depends_on(x: jax.Array) -> jax.Array:
+  """Return some (B,) bool that is batched by `vmap` if x is."""
   return x[:, 0, 0, 0] == 0

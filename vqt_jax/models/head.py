@@ -1,4 +1,4 @@
-"""From feature groups to logits."""
+"""The linear head, and the selection of its features."""
 
 import math
 
@@ -10,9 +10,9 @@ NORM_FLOOR = 1e-12
 
 
 def normalize(x: jax.Array) -> jax.Array:
-  """Divides by the L2 norm over the last axis, floored at 1e-12.
+  """Divide by the L2 norm over the last axis, floored at 1e-12.
 
-  As torch's, the gradient of an all-zero group is that of x / 1e-12, not NaN.
+  As in torch, the gradient of an all-zero group is that of x / 1e-12, not NaN.
   """
   square = jnp.sum(x * x, axis=-1, keepdims=True)
   safe = jnp.where(square > NORM_FLOOR**2, square, 1.0)
@@ -20,7 +20,7 @@ def normalize(x: jax.Array) -> jax.Array:
 
 
 def init(num_features: int, num_classes: int, key: jax.Array) -> dict:
-  """Kaiming normal in fan-out mode, bias -log(99): the official VQT head."""
+  """Draw a head: Kaiming normal in fan-out mode, bias -log(99), as official."""
   scale = math.sqrt(2 / num_classes)
   shape = (num_features, num_classes)
   kernel = scale * jax.random.normal(key, shape, jnp.float32)
@@ -29,36 +29,41 @@ def init(num_features: int, num_classes: int, key: jax.Array) -> dict:
 
 
 def logits(params: dict, features: jax.Array) -> jax.Array:
-  """Linear head in full float32: (B, F) -> (B, classes)."""
+  """Apply the head in full float32: (B, F) -> (B, classes)."""
   return (
     jnp.dot(features, params["kernel"], precision=jax.lax.Precision.HIGHEST)
     + params["bias"]
   )
 
 
-def scores(params: dict) -> jax.Array:
-  """How much the head uses each feature, (F,): L2 norm over the classes.
+def feature_scores(params: dict) -> jax.Array:
+  """L2 norm over the classes of each feature's weights, (F,).
 
-  The gradient at a row of zeros is 0, as torch's, not NaN.
+  As in torch, the gradient at a row of zeros is 0, not NaN.
   """
   square = jnp.sum(params["kernel"] ** 2, axis=-1)
   safe = jnp.where(square > 0, square, 1.0)
   return jnp.where(square > 0, jnp.sqrt(safe), 0.0)
 
 
-def best(scores: np.ndarray, fraction: float) -> np.ndarray:
-  """The features to keep, (..., F) float32 of 0 and 1, by scores (..., F).
+def feature_mask(scores: np.ndarray, fraction: float) -> np.ndarray:
+  """Select the features with the largest scores.
 
-  Of F features the int(F * fraction) (but at least 1) with the largest scores,
-  of equal ones the first.
+  Args:
+    scores: (..., F).
+    fraction: of the features; int(F * fraction) of them are selected, but at
+      least one; of equal scores the first win.
+
+  Returns:
+    (..., F) float32, 1 for selected features and 0 for others.
   """
   count = max(1, int(scores.shape[-1] * fraction))
   rank = np.argsort(-scores, axis=-1, kind="stable")
-  kept = np.zeros(scores.shape, np.float32)
-  np.put_along_axis(kept, rank[..., :count], 1, axis=-1)
-  return kept
+  mask = np.zeros(scores.shape, np.float32)
+  np.put_along_axis(mask, rank[..., :count], 1, axis=-1)
+  return mask
 
 
-def select(params: dict, kept: jax.Array) -> dict:
-  """The head without the features that are not kept, (F,) of 0 and 1."""
-  return {**params, "kernel": params["kernel"] * kept[..., None]}
+def mask_features(params: dict, mask: jax.Array) -> dict:
+  """Return the head with the rows of features outside of the mask set to 0."""
+  return {**params, "kernel": params["kernel"] * mask[..., None]}

@@ -1,16 +1,16 @@
-"""Readers: what looks at the stream and never changes it.
+"""Readers: they look at the stream and never change it.
 
 A reader is one pure step per block,
 
     step(block_params, weights, tokens, carry) -> (carry, output)
 
-with one block's frozen parameters, the reader's own weights of that block, the
-block's tokens LN_0(z_m) (B, N, D), and whatever it passes upward. `read` scans
-it over depth. Tokens come from the backbone or from a store (which for
-`query_step` may hold their keys and values), and unless an editor has changed
-them no gradient reaches what produced them. In a block that an editor changes a
-reader's tokens pass through what the editor put there, as any others would; its
-weights then come with the reader's.
+with the frozen parameters of one block, the reader's own weights of that block,
+the block's tokens LN_0(z_m) (B, N, D), and a carry for readers that pass state
+upward. `read` scans it over depth. Tokens come from the backbone or from a
+store (which for `query_step` may hold their keys and values). No gradient
+enters the backbone unless an editor has changed the stream; then queries pass
+through the edited blocks as any token would, and each block's weights are a
+pair (the reader's, the edit's).
 """
 
 from collections.abc import Callable
@@ -33,13 +33,12 @@ Step = Callable[[Any, Any, jax.Array, Any], tuple[Any, jax.Array]]
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-  """A line of the table.
+  """Properties of a reader.
 
   Attributes:
-    blocks: whether it reads the tokens of every block, or the final feature
-      only.
-    queries: whether it reads them with queries; if not, their means in windows
-      are its features.
+    blocks: it reads the tokens of every block; else the final feature only.
+    queries: it reads them with queries; else means of tokens in windows are its
+      features.
   """
 
   blocks: bool
@@ -52,24 +51,26 @@ READERS = {
   "linear": Reader(blocks=False, queries=False),
 }
 
+# Ways to turn the outputs of a block's queries into features, see `combine`.
+COMBINE = ("concat", "mean", "weighted_sum")
+
 
 def query_step(
   config: vit_config.ViTConfig, edit: attention.Edit | None = None
 ) -> Step:
-  """The step of visual query tuning; its weights are a block's queries.
+  """Make the step of visual query tuning (VQT, section 3.2).
 
-  Queries are (T, D), or (B, T, D) when dropout makes them differ by example;
-  outputs are (B, T, D), float32. VQT, section 3.2. With an edit, weights are
-  (queries, the edit's of the block).
+  Its weights are a block's queries (T, D), or (B, T, D) if dropout makes them
+  differ by example; with an edit, a pair of these and the edit's. Its outputs
+  are (B, T, D), float32.
   """
   block = vit.Block(config, edit=edit)
 
   def step(block_params, weights, tokens, carry, rows=None):
+    queries, own = weights if edit else (weights, None)
+    if rows is None:  # With rows each chunk is cast when it is fetched.
+      tokens = tokens.astype(config.dtype)
     params = {"params": block_params}
-    if rows is None:  # Else each part is cast when it is fetched.
-      tokens = tokens.astype(config.dtype)  # They may be kept in another one.
-    queries = weights if edit is None else weights[0]
-    own = None if edit is None else weights[1]
     out = block.apply(params, tokens, queries, own, rows, method="read")
     return carry, out
 
@@ -79,14 +80,13 @@ def query_step(
 def attention_step(
   config: vit_config.ViTConfig, edit: attention.Edit | None = None
 ) -> Step:
-  """As `query_step`, but tells where queries look: (B, H, T, N)."""
+  """Make a step like `query_step` that gives attention weights (B, H, T, N)."""
   block = vit.Block(config, edit=edit)
 
   def step(block_params, weights, tokens, carry):
+    queries, own = weights if edit else (weights, None)
     params = {"params": block_params}
-    queries = weights if edit is None else weights[0]
-    own = None if edit is None else weights[1]
-    out = block.apply(params, tokens, queries, own, method="attention")
+    out = block.apply(params, tokens, queries, own, method="attention_weights")
     return carry, out
 
   return step
@@ -99,20 +99,20 @@ def read(
   tokens: jax.Array,
   rows: jax.Array | None = None,
 ) -> jax.Array:
-  """Scans a reader over depth.
+  """Scan a reader over depth.
 
   A gradient keeps the results of matrix products, and computes GELU, softmax
-  and LayerNorm (and fetches rows of tokens) again: less memory than keeping
-  all, and no more time.
+  and LayerNorm (and fetches rows of tokens) again: that takes less memory than
+  keeping everything, and no more time.
 
   Args:
     step: the reader's step.
     blocks: frozen block parameters, leaves stacked over depth (L, ...).
     weights: the reader's weights, leaves stacked over depth.
-    tokens: (L, B, N, D), or if `rows` are given (L, n, N, D) or keys and
-      values (L, n, 2, H, N, K).
-    rows: (B,) int32, the examples to read; each block fetches its own, so that
-      a batch is never held for all blocks at once. None: all, in order.
+    tokens: (L, B, N, D); with `rows` a store of them (L, n, N, D), or of their
+      keys and values (L, n, 2, H, N, K).
+    rows: (B,) int32, the examples to read. Each block fetches its own rows, so
+      that a batch never exists for all blocks at once. None: all, in order.
 
   Returns:
     The outputs, stacked over depth (L, B, ...).
@@ -121,15 +121,15 @@ def read(
     return _scan(step, blocks, weights, tokens)
   depth, count = tokens.shape[:2]
   flat = tokens.reshape(depth * count, *tokens.shape[2:])
+  chunks = _num_chunks(tokens, rows)
 
-  def fetch(block, mine, index, carry):
-    if parts > 1 or tokens.ndim > 4:
-      return step(block, mine, flat, carry, index.reshape(parts, -1))
-    found = jnp.take(flat, index, axis=0, mode="clip")
-    return step(block, mine, mesh.constrain(found, "data"), carry)
+  def fetch(block_params, own, index, carry):
+    if chunks > 1 or tokens.ndim > 4:
+      return step(block_params, own, flat, carry, index.reshape(chunks, -1))
+    fetched = jnp.take(flat, index, axis=0, mode="clip")
+    return step(block_params, own, mesh.constrain(fetched, "data"), carry)
 
   index = rows + count * jnp.arange(depth, dtype=rows.dtype)[:, None]
-  parts = _parts(tokens, rows)
   return _scan(fetch, blocks, weights, index)
 
 
@@ -139,7 +139,9 @@ def _scan(step: Step, blocks: Any, weights: Any, tokens: jax.Array):
     prevent_cse=False,
     policy=jax.checkpoint_policies.save_from_both_policies(
       jax.checkpoint_policies.dots_saveable,
-      jax.checkpoint_policies.save_only_these_names(chunked_attention.KEPT),
+      jax.checkpoint_policies.save_only_these_names(
+        chunked_attention.RESIDUALS
+      ),
     ),
   )
   def body(carry, inputs):
@@ -148,31 +150,32 @@ def _scan(step: Step, blocks: Any, weights: Any, tokens: jax.Array):
   return jax.lax.scan(body, None, (blocks, weights, tokens))[1]
 
 
-# Of one block's tokens, that a CPU keeps at hand: a part of a usual L3 cache.
+# Size of the tokens in a chunk: a fraction of a usual L3 cache.
 CACHE_BYTES = 8 * 2**20
 
 
-def _parts(tokens: jax.Array, rows: jax.Array) -> int:
-  """In how many parts the tokens of a batch are read from a store.
+def _num_chunks(tokens: jax.Array, rows: jax.Array) -> int:
+  """Number of chunks in which a batch is read from a store.
 
-  On a CPU, where a part fits in the cache; see `token_mean`. Keys are read, and
-  done with, before values.
+  On a CPU the chunks fit in the cache, see `chunked_attention`; elsewhere there
+  is one. Of keys and values only one of the two counts: the keys are done with
+  before the values are read.
   """
   if mesh.backend() != "cpu" or mesh.size("data") > 1:
     return 1
   count = len(rows)
   row = tokens.shape[2:] if tokens.ndim == 4 else tokens.shape[3:]
   size = count * math.prod(row) * tokens.dtype.itemsize
-  some = range(-(-size // CACHE_BYTES), count // 8 + 1)
-  return next((parts for parts in some if count % parts == 0), 1)
+  candidates = range(-(-size // CACHE_BYTES), count // 8 + 1)
+  return next((n for n in candidates if count % n == 0), 1)
 
 
 def window(config: vit_config.ViTConfig, target_size: int) -> int:
-  """Tokens in a mean, so that a block gives about `target_size` features.
+  """Number of tokens per window, for about `target_size` features per block.
 
-  As in the program of Head2Toe, https://arxiv.org/abs/2201.03529: of D
-  features a token the N tokens are parted into target_size / D windows, and
-  all are in one if that is less than two; but a window has a token at least.
+  As in the program of Head2Toe, https://arxiv.org/abs/2201.03529: the N tokens
+  of D features each are divided into target_size / D windows, or into one if
+  that is less than two; but a window has at least one token.
   """
   tokens = config.num_tokens
   return min(max(tokens * config.width // target_size, 1), tokens)
@@ -181,13 +184,13 @@ def window(config: vit_config.ViTConfig, target_size: int) -> int:
 def pool(
   config: vit_config.ViTConfig, tokens: jax.Array, size: int
 ) -> jax.Array:
-  """Means of `size` successive tokens, (L, B, N // size, D), of their dtype.
+  """Average windows of `size` successive tokens, (L, B, N // size, D).
 
-  Tokens that fill no window, the last ones, are left out, and so are prompts.
+  Leave out the last tokens, if they fill no window, and prompts.
 
   Args:
     config: of the backbone.
-    tokens: LN_0(z_m) of every block (L, B, N, D), or with prompts behind the
+    tokens: LN_0(z_m) of every block (L, B, N, D), or with P prompts after the
       class token (L, B, N + P, D).
     size: tokens in a window.
   """
@@ -202,8 +205,8 @@ def pool(
   return parts.mean(axis=3, dtype=jnp.float32).astype(tokens.dtype)
 
 
-def flat(tokens: jax.Array, rows: jax.Array | None = None) -> jax.Array:
-  """All that is kept of each block as its features, (L, B, N * D), float32.
+def flatten(tokens: jax.Array, rows: jax.Array | None = None) -> jax.Array:
+  """Flatten each block's tokens into features, (L, B, N * D), float32.
 
   Args:
     tokens: (L, B, N, D), or if `rows` are given (L, n, N, D).
@@ -216,7 +219,7 @@ def flat(tokens: jax.Array, rows: jax.Array | None = None) -> jax.Array:
 
 
 def token_bound(config: vit_config.ViTConfig) -> float:
-  """Bound of the uniform draw that the authors start queries and prompts from.
+  """Bound of the authors' uniform initialisation of queries and prompts.
 
   sqrt(6 / (3 * patch area + D)).
   """
@@ -227,25 +230,19 @@ def token_bound(config: vit_config.ViTConfig) -> float:
 def init_queries(
   config: vit_config.ViTConfig, num_queries: int, key: jax.Array
 ) -> jax.Array:
-  """Queries (L, T, D), uniform within sqrt(6 / (3 * patch area + D))."""
+  """Draw queries (L, T, D), uniform within `token_bound`."""
   bound = token_bound(config)
   shape = (config.depth, num_queries, config.width)
   return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
-COMBINE = ("concat", "mean", "weighted_sum")
-
-
-COMBINE = ("concat", "mean", "weighted_sum")
-
-
 def combine(
   outputs: jax.Array, how: str, weights: jax.Array | None = None
 ) -> jax.Array:
-  """Outputs (L, B, T, D) of the queries to features per block (L, B, F).
+  """Turn outputs (L, B, T, D) of the queries into features (L, B, F).
 
   Args:
-    outputs: what the queries read.
+    outputs: of the queries, per block.
     how: "concat" (F = T * D, token-major), "mean" or "weighted_sum" (F = D).
     weights: (L, T) for "weighted_sum"; no softmax is applied.
   """

@@ -1,16 +1,15 @@
-"""Tuners: an optional editor, a reader and a head, by the method's name.
+"""Tuners: an optional editor, a reader and a head.
 
-A method is a reader ("vqt"), an editor with the linear reader ("lora"), or a
-reader and an editor ("vqt+vpt_deep").
-
-Parameters are one tree {"backbone", "tuner", "head"}. `labels` names every leaf
-"train" or "frozen"; `split` cuts the tree along them with optax's own
-`MaskedNode` in the holes, so that gradients, optimiser state and saved files
-know only what is trained. "tuner" holds "queries", "combine" and, under
-"editor", all that an editor trains: copies of backbone leaves as well.
+The parameters of a tuner on its backbone are one tree {"backbone", "tuner",
+"head"}. `labels` marks every leaf "train" or "frozen"; `split` divides the tree
+by these labels, with optax's `MaskedNode` in place of the other leaves, so that
+gradients, optimiser state and saved files hold trainable leaves only. "tuner"
+holds "queries", "combine" and "editor": all that an editor trains, copies of
+backbone leaves included.
 """
 
 import dataclasses
+import functools
 import math
 import numbers
 from typing import Any, Literal
@@ -26,76 +25,31 @@ from vqt_jax.models import attention
 from vqt_jax.models import backbone as backbone_lib
 from vqt_jax.models import editors
 from vqt_jax.models import head
+from vqt_jax.models import methods
 from vqt_jax.models import readers
 from vqt_jax.models import vit
 from vqt_jax.models import vit_config
 
-# Readers, and editors with the linear one; all other pairs are READER+EDITOR.
-METHODS = (*readers.READERS, *editors.EDITORS)
-# What stands for all of them, and the pairs that it stands for too.
-ALL = "all"
-PAIRS = ("vqt+vpt_deep", "vqt+adaptformer")
-# Parts of the parameters that a method brings; the backbone is frozen.
+# Parts of the parameters that train; the backbone is frozen.
 TRAINED = ("tuner", "head")
-
-
-def parse(method: str, what: str = "method") -> tuple[str, str | None]:
-  """The reader and the editor of a method.
-
-  Args:
-    method: e.g. "lora" or "vqt+lora".
-    what: it is called in messages.
-
-  Raises:
-    UserError: unknown, with the nearest names.
-  """
-  reader, plus, editor = method.partition("+")
-  if not plus:
-    if method not in METHODS:
-      raise errors.unknown(what, method, METHODS)
-    return (method, None) if method in readers.READERS else ("linear", method)
-  if reader not in readers.READERS:
-    raise errors.unknown(f"reader of {what}", reader, readers.READERS)
-  if editor not in editors.EDITORS:
-    raise errors.unknown(f"editor of {what}", editor, editors.EDITORS)
-  return reader, editor
-
-
-def parse_list(methods: str, what: str = "methods") -> tuple[str, ...]:
-  """The methods of a list.
-
-  Args:
-    methods: with commas between them, or "all": `METHODS` and `PAIRS`.
-    what: it is called in messages.
-
-  Raises:
-    UserError: one is unknown, with the nearest names, or there twice.
-  """
-  if methods == ALL:
-    return METHODS + PAIRS
-  names = tuple(name.strip() for name in methods.split(","))
-  for i, name in enumerate(names):
-    parse(name, what)
-    if name in names[:i]:
-      raise errors.UserError(f"{what}={methods} names {name} twice.")
-  return names
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuner:
-  """A method, ready for one backbone and one task.
+  """A method for one backbone and one task.
 
   Attributes:
-    method: as `parse` takes it, e.g. "vqt" (visual query tuning), "head2toe"
-      (means of all blocks' tokens), "linear" (probe of the final feature),
-      "lora", "vqt+vpt_deep".
+    method: its name, e.g. "vqt" (visual query tuning), "head2toe" (means of all
+      blocks' tokens), "linear" (probe of the final feature), "lora",
+      "vqt+vpt_deep"; see `methods.parse`.
     config: architecture of the backbone.
     num_classes: classes C of the task.
     num_queries: queries T per block (vqt).
     normalize: divide each feature group by its L2 norm (vqt, head2toe).
-    combine: how a block's T outputs become features (vqt):
-      "concat", "mean" or "weighted_sum".
-    target_size: features per block, about (head2toe); see `readers.window`.
+    combine: turns a block's T outputs into features (vqt): "concat", "mean" or
+      "weighted_sum".
+    target_size: approximate number of features per block (head2toe); see
+      `readers.window`.
     options: sizes of the editor.
   """
 
@@ -108,24 +62,28 @@ class Tuner:
   target_size: int = 8192
   options: editors.Options = editors.Options()
 
+  @functools.cached_property
+  def _method(self) -> methods.Method:
+    return methods.parse(self.method)
+
   @property
   def reader(self) -> readers.Reader:
-    return readers.READERS[parse(self.method)[0]]
+    return readers.READERS[self._method.reader]
 
   @property
   def editor(self) -> str | None:
-    """Its name, or None: then the stream is frozen and no gradient enters."""
-    return parse(self.method)[1]
+    """Name of the editor; None if the stream is frozen."""
+    return self._method.editor
 
   @property
   def edit(self) -> attention.Edit | None:
-    """What hooks into the blocks, if the editor has any such."""
+    """The editor's change of the architecture; None if it makes none."""
     make = self.editor and editors.EDITORS[self.editor].edit
     return make(self.config, self.options) if make else None
 
   @property
   def reads_blocks(self) -> bool:
-    """Whether it needs the tokens of every block, or the final feature only."""
+    """True if the tokens of every block are read; else the final feature."""
     return self.reader.blocks
 
   @property
@@ -134,16 +92,16 @@ class Tuner:
 
   @property
   def window(self) -> int:
-    """Successive tokens of which only the mean is read; 1: each for itself."""
+    """Number of successive tokens whose mean is read; 1: tokens as they are."""
     if self.has_queries or not self.reads_blocks:
       return 1
     return readers.window(self.config, self.target_size)
 
   @property
   def num_features(self) -> int:
-    """F: D for the final feature, and as many per query or window of a block.
+    """Features F: D of the final feature, and D per query or window of a block.
 
-    A block's queries count as one if they are combined.
+    The queries of a block count as one unless they are concatenated.
     """
     if not self.reads_blocks:
       return self.config.width
@@ -153,17 +111,16 @@ class Tuner:
     return self.config.width * (1 + self.config.depth * per_block)
 
   def init(self, key: jax.Array, params: Any = None) -> dict[str, Any]:
-    """Fresh trained parameters {"tuner", "head"}, float32.
+    """Initialise the trainable parameters {"tuner", "head"}, float32.
 
     Args:
-      key: what is random comes from.
-      params: the backbone's; editors that train copies of its leaves start from
-        them, others do without.
+      key: for random initialisation.
+      params: the backbone's; needed by editors that train copies of its leaves.
     """
     query_key, head_key = jax.random.split(key)
     tuner = {}
     if self.editor:
-      editor_key = jax.random.fold_in(key, 2)  # The others stay as they are.
+      editor_key = jax.random.fold_in(key, 2)  # Leaves the other two as before.
       tuner["editor"] = editors.init(
         self.editor, self.config, self.options, editor_key, params
       )
@@ -181,7 +138,7 @@ class Tuner:
     }
 
   def shapes(self) -> dict[str, Any]:
-    """Shapes and dtypes of what `init` gives."""
+    """Shapes and dtypes of the trainable parameters {"tuner", "head"}."""
     params = vit.param_shapes(self.config)
     return jax.eval_shape(self.init, jax.random.key(0), params)
 
@@ -192,15 +149,16 @@ class Tuner:
     embedding_mask: jax.Array | None = None,
     remat: bool = False,
   ) -> vit.Stream:
-    """What it reads of images; differentiable if it has an editor.
+    """Run the backbone, with the editor if there is one.
 
-    Where only means of tokens are read, these are the stream's tokens.
+    The stream holds tokens if the reader needs them; if it reads windows, their
+    means in place of the tokens. Only an edited stream is differentiable.
 
     Args:
       variables: {"backbone", "tuner"}.
       images: (B, height, width, 3).
       embedding_mask: see `vit.ViT`.
-      remat: the same.
+      remat: see `vit.ViT`.
     """
     if not self.editor:
       params = variables["backbone"]
@@ -214,7 +172,7 @@ class Tuner:
       )
     own = variables["tuner"]["editor"]
     stream = vit.ViT(self.config).apply(
-      {"params": editors.replaced(variables["backbone"], own)},
+      {"params": editors.apply_copies(variables["backbone"], own)},
       images,
       collect=("tokens",) if self.reads_blocks else (),
       embedding_mask=embedding_mask,
@@ -224,13 +182,20 @@ class Tuner:
     )
     if self.has_queries or not self.reads_blocks:
       return stream
-    return _pooled(self.config, stream, self.window)
+    return _pool_tokens(self.config, stream, self.window)
 
   def read(self, make_step: Any, variables: Any, queries: Any, *args: Any):
-    """Scans `readers.query_step` or its like over depth; see `readers.read`."""
+    """Scan the step that `make_step` makes over depth, see `readers.read`.
+
+    Args:
+      make_step: `readers.query_step`, or a function like it.
+      variables: {"backbone", "tuner"}.
+      queries: (L, T, D), or (L, B, T, D).
+      *args: tokens and rows, as for `readers.read`.
+    """
     params, edit = variables["backbone"], self.edit
     own = variables["tuner"].get("editor", {})
-    blocks = editors.replaced(params, own)["Transformer"]["encoderblock"]
+    blocks = editors.apply_copies(params, own)["Transformer"]["encoderblock"]
     weights = queries
     if edit:
       weights = (queries, own.get("encoderblock", {}))
@@ -245,20 +210,17 @@ class Tuner:
     normalize: jax.Array | None = None,
     rows: jax.Array | None = None,
   ) -> "Output":
-    """Reads the stream and classifies what was read.
+    """Read the stream and classify the features.
 
     Args:
       variables: {"backbone", "tuner", "head"}; of the backbone only the blocks.
-      tokens: LN_0(z_m) of every block (L, B, N, D), or its means in windows as
-        `stream` gives them; None for "linear".
+      tokens: LN_0(z_m) of every block (L, B, N, D), or their means in windows,
+        as in `stream`; None for the linear reader.
       final: the backbone's pooled output (B, D).
       query_mask: (L, B, T, D), multiplies the queries (dropout), or None.
-      normalize: () bool in the place of `self.normalize` (vqt), or None.
-      rows: (B,) int32, if `tokens` are a store of more examples: (L, n, N, D),
-        or with queries (vqt) their keys and values (L, n, 2, H, N, K).
-
-    Returns:
-      Logits, features and what the queries read.
+      normalize: () bool that replaces `self.normalize` (vqt), or None.
+      rows: (B,) int32, the examples to read if `tokens` is a store of more:
+        (L, n, N, D), or for queries keys and values (L, n, 2, H, N, K).
     """
     if not self.reads_blocks:
       return Output(head.logits(variables["head"], final), final, None)
@@ -272,9 +234,9 @@ class Tuner:
         outputs, self.combine, variables["tuner"].get("combine")
       )
     else:
-      groups = readers.flat(tokens, rows)
+      groups = readers.flatten(tokens, rows)
     if normalize is None or not self.has_queries:
-      # A constant, so that runs side by side share features no run changes.
+      # A constant, so that trials side by side share what none of them changes.
       normalize = self.normalize
     final = jnp.where(normalize, head.normalize(final), final)
     groups = jnp.where(normalize, head.normalize(groups), groups)
@@ -289,7 +251,7 @@ class Output:
 
   Attributes:
     logits: (B, C), float32.
-    features: (B, F), float32, as the head gets them.
+    features: (B, F), float32, the input of the head.
     queries: outputs of the queries (L, B, T, D), float32, or None.
   """
 
@@ -306,34 +268,34 @@ def make_tuner(
   num_classes: int,
   **options,
 ) -> Tuner:
-  """A tuner by name.
+  """Make the tuner of a method.
 
   Args:
-    method: as `parse` takes it.
-    backbone: what it is for, or the architecture of that.
+    method: its name, see `methods.parse`.
+    backbone: the backbone, or its architecture.
     num_classes: classes of the task.
-    **options: further fields of `Tuner`, and of `editors.Options`.
+    **options: further fields of `Tuner` and of `editors.Options`.
 
   Raises:
-    UserError: an unknown method or option, or a value that makes no sense.
+    UserError: an unknown method or option, or an invalid value.
   """
   config = getattr(backbone, "config", backbone)
   if not isinstance(config, vit_config.ViTConfig):
     raise errors.UserError(
       f"backbone: expected a Backbone or its ViTConfig, found {backbone!r}."
     )
-  of_editor = _defaults(editors.Options)
-  known = {"method": "", "num_classes": 0} | _defaults(Tuner) | of_editor
+  editor_defaults = _defaults(editors.Options)
+  known = {"method": "", "num_classes": 0} | _defaults(Tuner) | editor_defaults
   for name in options:
     if name not in known:
       raise errors.unknown("option of make_tuner", name, known)
   _check({"method": method, "num_classes": num_classes, **options}, known)
   sizes = dataclasses.replace(
     options.pop("options", editors.Options()),
-    **{name: options.pop(name) for name in of_editor if name in options},
+    **{name: options.pop(name) for name in editor_defaults if name in options},
   )
-  _check(vars(sizes), of_editor)
-  parse(method)
+  _check(vars(sizes), editor_defaults)
+  methods.parse(method)
   tuner = Tuner(method, config, num_classes, options=sizes, **options)
   if tuner.combine not in readers.COMBINE:
     raise errors.unknown("combine", tuner.combine, readers.COMBINE)
@@ -345,11 +307,11 @@ def make_tuner(
   return tuner
 
 
-# Smallest values; all other numbers may be 0.
+# Smallest values, where these are not 0.
 _LEAST = {"num_classes": 2} | dict.fromkeys(
   ("num_queries", "target_size", "num_prompts", "rank", "last_blocks"), 1
 )
-# Type of a default -> what is taken in its place, and that in words.
+# Type of a default -> types that are accepted, and these in words.
 _KINDS = {
   bool: ((bool, np.bool_), "True or False"),
   int: (numbers.Integral, "a whole number of at least"),
@@ -360,7 +322,7 @@ _KINDS = {
 
 
 def _defaults(kind: type) -> dict[str, Any]:
-  """The fields of a dataclass that have a default."""
+  """Return the fields of a dataclass that have a default, with these."""
   return {
     field.name: field.default
     for field in dataclasses.fields(kind)
@@ -369,7 +331,7 @@ def _defaults(kind: type) -> dict[str, Any]:
 
 
 def _check(values: dict[str, Any], defaults: dict[str, Any]) -> None:
-  """Refuses values that are not of their default's type, or too small."""
+  """Raise a `UserError` for values of another type, or that are too small."""
   for name, value in values.items():
     kind, words = _KINDS[type(defaults[name])]
     right = isinstance(value, kind)
@@ -388,16 +350,16 @@ def apply(
   variables: Any,
   images: jax.Array,
 ) -> Output:
-  """Images (B, height, width, 3), scaled as the backbone wants, to an output.
+  """Classify images.
 
   Args:
     backbone: the frozen ViT.
     tuner: made for `backbone.config`.
     variables: {"tuner", "head"} from `tuner.init` or training.
-    images: float, scaled to `backbone.value_range`.
+    images: (B, height, width, 3), float, scaled to `backbone.value_range`.
 
   Raises:
-    UserError: as `Backbone.checked`.
+    UserError: the images do not fit the backbone, see `Backbone.checked`.
   """
   images = backbone.checked(images)
   return _apply(tuner, backbone.params, variables, images)
@@ -418,9 +380,18 @@ def run_backbone(
   embedding_mask: jax.Array | None = None,
   window: int = 1,
 ) -> vit.Stream:
-  """The frozen stream of some images, with or without the blocks' tokens.
+  """Run the frozen backbone.
 
-  Of these the means in windows, see `readers.pool`.
+  Args:
+    config: its architecture.
+    tokens: collect the blocks' tokens too.
+    params: its parameters.
+    images: (B, height, width, 3).
+    embedding_mask: see `vit.ViT`.
+    window: number of tokens in a mean, see `readers.pool`; 1: no means.
+
+  Returns:
+    The stream, without a gradient.
   """
   stream = vit.ViT(config).apply(
     {"params": params},
@@ -429,11 +400,11 @@ def run_backbone(
     embedding_mask=embedding_mask,
   )
   if window > 1:
-    stream = _pooled(config, stream, window)
+    stream = _pool_tokens(config, stream, window)
   return jax.lax.stop_gradient(stream)
 
 
-def _pooled(
+def _pool_tokens(
   config: vit_config.ViTConfig, stream: vit.Stream, window: int
 ) -> vit.Stream:
   tokens = readers.pool(config, stream.tokens, window)
@@ -441,7 +412,7 @@ def _pooled(
 
 
 def labels(variables: Any, trains: tuple[str, ...] = TRAINED) -> Any:
-  """ "train" or "frozen" for every leaf of {"backbone", "tuner", "head"}."""
+  """Label every leaf of {"backbone", "tuner", "head"} "train" or "frozen"."""
   label = lambda part: "train" if part in trains else "frozen"
   return {
     name: jax.tree.map(lambda _, part=name: label(part), tree)
@@ -450,7 +421,7 @@ def labels(variables: Any, trains: tuple[str, ...] = TRAINED) -> Any:
 
 
 def split(variables: Any, leaf_labels: Any) -> tuple[Any, Any]:
-  """Cuts a tree into (trained, frozen); each has `MaskedNode` holes."""
+  """Split a tree into (trainable, frozen), each with `MaskedNode` holes."""
   keep = lambda wanted: jax.tree.map(
     lambda label, leaf: leaf if label == wanted else optax.MaskedNode(),
     leaf_labels,
@@ -462,13 +433,13 @@ def split(variables: Any, leaf_labels: Any) -> tuple[Any, Any]:
 def partition(
   params: Any, variables: Any, trains: tuple[str, ...] = TRAINED
 ) -> tuple[Any, Any]:
-  """Backbone `params` and {"tuner", "head"}, split by their labels."""
+  """Label and split backbone `params` and {"tuner", "head"}, see `split`."""
   variables = {**variables, "backbone": params}
   return split(variables, labels(variables, trains))
 
 
 def merge(trained: Any, frozen: Any) -> Any:
-  """Inverse of `split`."""
+  """Merge the two parts of a tree that `split` made."""
   hole = lambda x: isinstance(x, optax.MaskedNode)
   return jax.tree.map(
     lambda t, f: f if hole(t) else t, trained, frozen, is_leaf=hole

@@ -1,23 +1,23 @@
-"""The frozen Vision Transformer, with query-token passthrough in every block.
+"""The frozen Vision Transformer, with a path for queries through every block.
 
 Architecture and parameter names are Big Vision's (and so those of the ViT
 paper, https://arxiv.org/abs/2010.11929): one `Block` scanned over depth, its
-leaves stacked on a first axis as in Big Vision's `scan=True` models. The query
-path of a block is `Block.read` (visual query tuning, section 3.2 of
+leaves stacked on a first axis as in Big Vision's `scan=True` models. Queries
+pass through `Block.read` (visual query tuning, section 3.2 of
 https://arxiv.org/abs/2212.03220).
 
-What changes the stream (see `editors`) hooks in here and nowhere else: an
-`Edit` sees every named operation's input x and output y, and gives what takes
-the place of y. Names in a block are those of its leaf modules, and "input" (x
-and y: what enters the block) and "MlpBlock_0" (y: the MLP's output, x: the
-residual stream that it is added to). Names at the ends: "embedding" (x: images,
-y: patches), "embedded" (tokens with positions), "output" (of the last block)
-and "encoder_norm". Without an edit nothing is computed that would not be.
+An editor (see `editors`) changes the stream here and nowhere else: its
+`attention.Edit` gets input x and output y of every named operation and returns
+the value that replaces y. In a block the operations are its leaf modules,
+"input" (x and y: the stream before the block) and "MlpBlock_0" (y: the MLP's
+output, x: the residual stream that it is added to). Outside of the blocks they
+are "embedding" (x: images, y: patches), "embedded" (tokens with positions),
+"output" (of the last block) and "encoder_norm". Without an edit nothing is
+added to the computation.
 
 Letters: B batch, N tokens, D width, L depth, H heads, K head size, T queries.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqt_jax.models import attention as attention_lib
+from vqt_jax.models import chunked_attention
 from vqt_jax.models import vit_config
 
 
@@ -56,17 +57,26 @@ class Mlp(nn.Module):
     self.Dense_0 = nn.Dense(c.mlp_dim, dtype=c.dtype)
     self.Dense_1 = nn.Dense(c.width, dtype=c.dtype)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    x = self.Dense_0(x)
-    return self.Dense_1(nn.gelu(x, approximate=self.config.gelu == "tanh"))
+  def __call__(
+    self,
+    x: jax.Array,
+    edited: attention_lib.BoundEdit = attention_lib.unedited,
+  ) -> jax.Array:
+    y = edited("Dense_0", x, self.Dense_0(x))
+    y = nn.gelu(y, approximate=self.config.gelu == "tanh")
+    return edited("Dense_1", y, self.Dense_1(y))
 
 
 class Block(nn.Module):
-  """One pre-norm encoder block; `collect` names what else the scan returns.
+  """One pre-norm encoder block.
 
-  "tokens" are the normalised inputs LN_0(z_m), all that a reader needs;
-  "blocks" are the outputs z_{m+1}. `edit` changes the stream, with weights that
-  come with each call; what reads the stream passes through the edited block.
+  Attributes:
+    config: architecture.
+    collect: what the scan over blocks returns of each: "tokens", the normalised
+      inputs LN_0(z_m), which are all that a reader needs, and "blocks", the
+      outputs z_{m+1}.
+    edit: changes the stream, with weights that come with each call; queries
+      pass through the edited block.
   """
 
   config: vit_config.ViTConfig
@@ -82,13 +92,14 @@ class Block(nn.Module):
   def __call__(
     self, z: jax.Array, weights: Any = None
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    with self._edited(weights) as edited:
-      z = edited("input", z, z)
-      tokens = self.LayerNorm_0(z).astype(self.config.dtype)
-      z = z + self.MultiHeadDotProductAttention_0(tokens, tokens)
-      z = z + edited("MlpBlock_0", z, self.MlpBlock_0(self.LayerNorm_1(z)))
-    seen = {"tokens": tokens, "blocks": z}
-    return z, {name: seen[name] for name in self.collect}
+    edited = attention_lib.bind_edit(self.edit, weights)
+    z = edited("input", z, z)
+    tokens = edited("LayerNorm_0", z, self.LayerNorm_0(z))
+    tokens = tokens.astype(self.config.dtype)
+    z = z + self.MultiHeadDotProductAttention_0(tokens, tokens, edited)
+    z = self._add_mlp(z, edited)
+    found = {"tokens": tokens, "blocks": z}
+    return z, {name: found[name] for name in self.collect}
 
   def read(
     self,
@@ -97,69 +108,57 @@ class Block(nn.Module):
     weights: Any = None,
     rows: jax.Array | None = None,
   ) -> jax.Array:
-    """Passes queries through this block; they see the stream, nobody sees them.
+    """Pass queries through this block; they attend to the stream only.
 
     Args:
-      tokens: LN_0(z_m), (B, N, D), or with `rows` (n, N, D) or what `project`
-        makes of them, (n, 2, H, N, K).
+      tokens: LN_0(z_m), (B, N, D); with `rows` a store of them (n, N, D), or of
+        `project(tokens)` (n, 2, H, N, K).
       queries: (T, D) shared by all examples, or (B, T, D). float32.
       weights: of the edit, in this block.
-      rows: (parts, b), of the examples to read, part by part; only of a stream
-        that nothing edits.
+      rows: (chunks, b), the examples to read, chunk by chunk; only of a stream
+        without an edit.
 
     Returns:
       The queries' outputs (B, T, D), float32.
     """
+    edited = attention_lib.bind_edit(self.edit, weights)
     attention = self.MultiHeadDotProductAttention_0
-    attend = functools.partial(
-      attention.absorbed if tokens.ndim == 3 else attention.projected,
-      rows=rows,
-    )
-    if attention_lib.projections_edited(weights):  # Then they have to be there.
-      attend = attention
+    edits_projections = attention_lib.edits_projections(weights)
+    if edits_projections:
       shape = (tokens.shape[0], *queries.shape[-2:])
       queries = jnp.broadcast_to(queries, shape)
-    with self._edited(weights) as edited:
-      x = queries + attend(self.LayerNorm_0(queries), tokens)
-      return x + edited("MlpBlock_0", x, self.MlpBlock_0(self.LayerNorm_1(x)))
+    q = edited("LayerNorm_0", queries, self.LayerNorm_0(queries))
+    if edits_projections:
+      y = attention(q, tokens, edited)
+    elif tokens.ndim == 3:
+      y = attention.absorbed(q, tokens, rows, edited)
+    else:
+      y = attention.projected(q, tokens, rows, edited)
+    return self._add_mlp(queries + y, edited)
 
   def project(self, tokens: jax.Array) -> jax.Array:
     """Keys and values (B, 2, H, N, K) of LN_0(z_m) (B, N, D)."""
     return self.MultiHeadDotProductAttention_0.project(tokens)
 
-  def attention(
+  def attention_weights(
     self, tokens: jax.Array, queries: jax.Array, weights: Any = None
   ) -> jax.Array:
-    """Where `read` looks: (B, H, T, N), float32."""
+    """Attention weights of `read`: (B, H, T, N), float32."""
+    edited = attention_lib.bind_edit(self.edit, weights)
     attention = self.MultiHeadDotProductAttention_0
-    with self._edited(weights):
-      queries = self.LayerNorm_0(queries)
-      if not attention_lib.projections_edited(weights):
-        return attention.weights(queries, tokens)
-      q, k = attention.query(queries), attention.key(tokens)
-      scores = (
-        attention_lib.dot("...thk,bnhk->bhtn", q, k)
-        * self.config.head_dim**-0.5
-      )
-      return jax.nn.softmax(scores, axis=-1)
+    queries = edited("LayerNorm_0", queries, self.LayerNorm_0(queries))
+    if not attention_lib.edits_projections(weights):
+      return attention.weights(queries, tokens, edited)
+    q = edited("query", queries, attention.query(queries))
+    k = edited("key", tokens, attention.key(tokens))
+    scores = chunked_attention.dot("...thk,bnhk->bhtn", q, k)
+    return jax.nn.softmax(scores * self.config.head_dim**-0.5, axis=-1)
 
-  @contextlib.contextmanager
-  def _edited(self, weights: Any):
-    """Edits what modules give meanwhile; yields the edit for the rest."""
-    if self.edit is None:
-      yield lambda name, x, y: y
-      return
-    edited = lambda name, x, y: self.edit(name, weights, x, y)
-
-    def intercept(call, args, kwargs, context):
-      y = call(*args, **kwargs)
-      if context.method_name != "__call__":
-        return y
-      name = context.module.name
-      return edited(name, args[0], y) if name in attention_lib.EDITED else y
-
-    with nn.intercept_methods(intercept):
-      yield edited
+  def _add_mlp(
+    self, z: jax.Array, edited: attention_lib.BoundEdit
+  ) -> jax.Array:
+    y = edited("LayerNorm_1", z, self.LayerNorm_1(z))
+    return z + edited("MlpBlock_0", z, self.MlpBlock_0(y, edited))
 
 
 class MapHead(nn.Module):
@@ -177,16 +176,14 @@ class MapHead(nn.Module):
       c, name="MultiHeadDotProductAttention_0"
     )
     x = attention(probe, tokens)
-    y = nn.LayerNorm(
-      epsilon=attention_lib.EPSILON, dtype=jnp.float32, name="LayerNorm_0"
-    )(x)
+    y = attention_lib.layer_norm("LayerNorm_0")(x)
     return (x + Mlp(c, name="MlpBlock_0")(y))[:, 0]
 
 
 class Encoder(nn.Module):
   """The blocks, scanned, and the final LayerNorm.
 
-  `remat`: a gradient keeps the blocks' inputs and computes all else again.
+  With `remat` a gradient keeps the blocks' inputs and recomputes all else.
   """
 
   config: vit_config.ViTConfig
@@ -195,22 +192,22 @@ class Encoder(nn.Module):
   remat: bool = False
 
   @nn.compact
-  def __call__(self, z: jax.Array, weights: Any = None):
+  def __call__(
+    self, z: jax.Array, weights: Any = None
+  ) -> tuple[jax.Array, nn.LayerNorm, dict[str, jax.Array]]:
+    """Return z_L, the final LayerNorm to be applied, and what is collected."""
     blocks = nn.scan(
       nn.remat(Block, prevent_cse=False) if self.remat else Block,
       variable_axes={"params": 0},
       split_rngs={"params": True},
       length=self.config.depth,
     )(self.config, self.collect, self.edit, name="encoderblock")
-    z, seen = blocks(z, weights) if self.edit else blocks(z)
-    norm = nn.LayerNorm(
-      attention_lib.EPSILON, dtype=jnp.float32, name="encoder_norm"
-    )
-    return z, norm, seen
+    z, collected = blocks(z, weights) if self.edit else blocks(z)
+    return z, attention_lib.layer_norm("encoder_norm"), collected
 
 
 def show_shapes(record: Any) -> str:
-  """One line of a dataclass of arrays: the dtype and shape of each."""
+  """Describe a dataclass of arrays in a line: dtype and shape of each."""
   shown = lambda x: f"{x.dtype}{[*x.shape]}" if hasattr(x, "shape") else x
   fields = (f.name for f in dataclasses.fields(record))
   texts = (f"{name}={shown(getattr(record, name))}" for name in fields)
@@ -219,17 +216,17 @@ def show_shapes(record: Any) -> str:
 
 @flax.struct.dataclass
 class Stream:
-  """What flows through a frozen ViT, as far as it was asked for.
+  """Intermediate and final results of a ViT.
 
   Attributes:
-    tokens: LN_0(z_m) of every block, (L, B, N, D), or None; an edit may have
-      made N larger.
-    blocks: outputs z_1..z_L of the blocks, (L, B, N, D), or None.
+    tokens: LN_0(z_m) of every block, (L, B, N, D), or None if they were not
+      collected; prompts of an editor are among the N.
+    blocks: outputs z_1..z_L of the blocks, (L, B, N, D), or None likewise.
     encoded: after the final LayerNorm, (B, N, D), float32.
-    final: pooled, before any representation layer, (B, D), float32: what
-      readers read (the official VQT code ignores `pre_logits` as well).
-    pooled: what goes into the pre-trained head, (B, rep_size or D), float32.
-    logits: of the pre-trained head (B, num_classes), or None. float32.
+    final: pooled, before any representation layer, (B, D), float32. Readers
+      take this (the official VQT code ignores `pre_logits` as well).
+    pooled: input of the pre-trained head, (B, rep_size or D), float32.
+    logits: of the pre-trained head (B, num_classes), float32, or None.
   """
 
   tokens: jax.Array | None
@@ -258,23 +255,20 @@ class ViT(nn.Module):
     weights: Any = None,
     remat: bool = False,
   ) -> Stream:
-    """Runs the encoder.
+    """Run the model.
 
     Args:
       images: (B, height, width, 3), float, scaled as in pre-training.
-      collect: which of "tokens", "blocks" to keep.
+      collect: which of "tokens" and "blocks" the stream holds.
       embedding_mask: (B, N, D), multiplies the embedded tokens (the official
         VQT program's dropout on embeddings), or None.
       edit: changes the stream, or None.
-      weights: its own; those of the blocks, {"encoderblock": leaves}, are
+      weights: of the edit; those of the blocks, {"encoderblock": leaves}, are
         stacked over depth.
-      remat: whether a gradient computes the inside of the blocks again.
-
-    Returns:
-      The stream.
+      remat: recompute the inside of the blocks in a gradient.
     """
     c = self.config
-    edited = lambda name, x, y: edit(name, weights, x, y) if edit else y
+    edited = attention_lib.bind_edit(edit, weights)
     patches = nn.Conv(
       features=c.width,
       kernel_size=c.patch_size,
@@ -299,8 +293,8 @@ class ViT(nn.Module):
     z = edited("embedded", z, z)
 
     encoder = Encoder(c, collect, edit, remat, name="Transformer")
-    of_blocks = weights.get("encoderblock", {}) if edit else None
-    z, encoder_norm, seen = encoder(z, of_blocks)
+    block_weights = weights.get("encoderblock", {}) if edit else None
+    z, encoder_norm, collected = encoder(z, block_weights)
     z = edited("output", z, z)
     norm = lambda z: edited("encoder_norm", z, encoder_norm(z))
     encoded = norm(z)
@@ -323,8 +317,8 @@ class ViT(nn.Module):
       logits = nn.Dense(c.num_classes, dtype=c.dtype, name="head")(pooled)
       logits = logits.astype(jnp.float32)
     return Stream(
-      tokens=seen.get("tokens"),
-      blocks=seen.get("blocks"),
+      tokens=collected.get("tokens"),
+      blocks=collected.get("blocks"),
       encoded=encoded,
       final=final,
       pooled=pooled.astype(jnp.float32),
@@ -333,13 +327,13 @@ class ViT(nn.Module):
 
 
 def init_params(config: vit_config.ViTConfig, key: jax.Array) -> Any:
-  """Fresh float32 parameters of a ViT, a nested dict of arrays."""
+  """Draw float32 parameters of a ViT, a nested dict of arrays."""
   images = jnp.zeros((1, *config.image_size, 3), jnp.float32)
   return ViT(config).init(key, images)["params"]
 
 
 @functools.cache
 def param_shapes(config: vit_config.ViTConfig) -> Any:
-  """Shapes and dtypes of the parameters, without computing any."""
+  """Shapes and dtypes of the parameters, a nested dict."""
   init = functools.partial(init_params, config)
   return jax.eval_shape(init, jax.random.key(0))

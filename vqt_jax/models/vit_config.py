@@ -25,7 +25,7 @@ VARIANTS = {
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-  """What decides the shape and the arithmetic of a ViT.
+  """Architecture of a ViT: all that decides its shapes and arithmetic.
 
   Attributes:
     width: token size D.
@@ -92,7 +92,7 @@ class ViTConfig:
 
 
 def decode_variant(variant: str) -> dict[str, Any]:
-  """Big Vision variant, e.g. "B/16", "So400m/14" or "S/16x8", to its sizes.
+  """Return the sizes of a Big Vision variant, e.g. "B/16" or "S/16x8".
 
   Returns:
     width, depth, mlp_dim, num_heads and (with "/P") patch_size (height, width).

@@ -1,0 +1,69 @@
+"""Names of methods: a reader, an editor, or both."""
+
+import dataclasses
+
+from vqt_jax import errors
+from vqt_jax.models import editors
+from vqt_jax.models import readers
+
+# Readers alone, and editors with the linear reader.
+NAMES = (*readers.READERS, *editors.EDITORS)
+# Stands for all of `NAMES`, and for these pairs.
+ALL = "all"
+PAIRS = ("vqt+vpt_deep", "vqt+adaptformer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A reader and an editor, by their names.
+
+  Attributes:
+    reader: key of `readers.READERS`.
+    editor: key of `editors.EDITORS`; None if the stream stays frozen.
+  """
+
+  reader: str
+  editor: str | None = None
+
+
+def parse(name: str, kind: str = "method") -> Method:
+  """Parse a method's name.
+
+  Args:
+    name: a reader ("vqt"), an editor, which the linear reader reads ("lora"),
+      or READER+EDITOR ("vqt+lora").
+    kind: noun for the name in error messages.
+
+  Raises:
+    UserError: the name is unknown; the message suggests the nearest ones.
+  """
+  reader, plus, editor = name.partition("+")
+  if not plus:
+    if name not in NAMES:
+      raise errors.unknown(kind, name, NAMES)
+    return Method(name) if name in readers.READERS else Method("linear", name)
+  if reader not in readers.READERS:
+    raise errors.unknown(f"reader of {kind}", reader, readers.READERS)
+  if editor not in editors.EDITORS:
+    raise errors.unknown(f"editor of {kind}", editor, editors.EDITORS)
+  return Method(reader, editor)
+
+
+def split_list(names: str, kind: str = "methods") -> tuple[str, ...]:
+  """Split a list of methods into their names.
+
+  Args:
+    names: separated by commas; "all" stands for `NAMES` and `PAIRS`.
+    kind: noun for the list in error messages.
+
+  Raises:
+    UserError: a name is unknown or occurs twice.
+  """
+  if names == ALL:
+    return NAMES + PAIRS
+  found = tuple(name.strip() for name in names.split(","))
+  for i, name in enumerate(found):
+    parse(name, kind)
+    if name in found[:i]:
+      raise errors.UserError(f"{kind}={names} names {name} twice.")
+  return found

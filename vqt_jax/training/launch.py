@@ -1,0 +1,149 @@
+"""Starts a run: joins other processes, opens the workdir and the log."""
+
+from collections.abc import Iterator
+import contextlib
+import os
+import sys
+import threading
+from typing import TextIO
+
+import jax
+from ml_collections import ConfigDict
+
+from vqt_jax import errors
+from vqt_jax.runtime import files
+from vqt_jax.runtime import growing
+from vqt_jax.runtime import logfile
+from vqt_jax.runtime import processes
+from vqt_jax.training import workdir as workdir_lib
+
+# There may be no checkpoint yet, and what crashed once may crash again.
+RESUMES = "the same command goes on from the last save, if there is one."
+
+_NOTICE_SECONDS = 10  # Of waiting, before it is mentioned.
+
+
+@contextlib.contextmanager
+def open_run(
+  config: ConfigDict,
+  workdir: str,
+  coordinator: str | None,
+  num_processes: int | None,
+  process_id: int | None,
+  lost_after: int,
+) -> Iterator[tuple[files.Path, TextIO]]:
+  """Join the other processes, if any, open the workdir, and open the log.
+
+  Inside, all that libraries print goes to the log.
+
+  Args:
+    config: resolved.
+    workdir: a folder, or a gs:// address.
+    coordinator: see `processes.connect`; "none": this process is alone.
+    num_processes: see `processes.connect`.
+    process_id: see `processes.connect`.
+    lost_after: see `processes.connect`.
+
+  Yields:
+    The log file of this process, and the screen.
+
+  Raises:
+    UserError: processes cannot be joined, or the workdir cannot be opened.
+  """
+  place = files.path(workdir)
+  is_alone = coordinator == "none" or (
+    coordinator is None and processes.platform() is None
+  )
+  joined = not is_alone and _join(
+    coordinator, num_processes, process_id, lost_after
+  )
+  with (
+    logfile.quiet(os.devnull) as screen,
+    logfile.last_words(screen, jax_crash_message()),
+  ):
+    processes.find_devices()  # Before the workdir is touched.
+  on_all = processes.raise_on_all if joined else contextlib.nullcontext
+  with contextlib.ExitStack() as opened:
+    with logfile.quiet(os.devnull), on_all():
+      if not joined or processes.is_first():
+        name = "log.txt"
+        opened.enter_context(workdir_lib.open_workdir(config, place))
+      else:
+        name = f"log_{jax.process_index()}.txt"
+      logs = growing.Growing(place, name)
+    log = logs.folder / name
+    with (
+      logfile.quiet(log) as screen,
+      logfile.last_words(screen, crash_message(log)),
+    ):
+      try:
+        yield log, screen
+      finally:
+        # A run need not fail because its log cannot be copied to a bucket.
+        with contextlib.suppress(errors.UserError):
+          logs.close()
+
+
+def _join(
+  coordinator: str | None,
+  num_processes: int | None,
+  process_id: int | None,
+  lost_after: int,
+) -> bool:
+  """Join the other processes; return whether there are any."""
+  hint = ""
+  if coordinator is None:  # For example in the shell of a Slurm step.
+    hint = " If there are none, add --coordinator=none to run alone."
+  # JAX aborts the process if the others do not come.
+  aborted = (
+    f"The other processes did not come within {processes.CONNECT_SECONDS} s:"
+    " start the same command on all of them, and check that each reaches the"
+    f" first one (coordinator {coordinator or 'of the platform'}).{hint}"
+  )
+  with (
+    logfile.quiet(os.devnull) as screen,
+    logfile.last_words(screen, aborted),
+    _notice_if_slow(screen, f"Waiting for the other processes.{hint}"),
+  ):
+    return processes.connect(coordinator, num_processes, process_id, lost_after)
+
+
+@contextlib.contextmanager
+def _notice_if_slow(screen: TextIO, text: str) -> Iterator[None]:
+  """Print a line if the body takes long."""
+  timer = threading.Timer(_NOTICE_SECONDS, print, [text], {"file": screen})
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
+    timer.join()  # It must not print after the screen is closed.
+
+
+def crash_message(log: files.Path) -> str:
+  """Message for a process that ends without an exception of Python."""
+  if not processes.is_connected():
+    return (
+      f"The program crashed or was killed; see the end of {log}. When that is"
+      f" mended, {RESUMES}"
+    )
+  return (
+    "This process ended without saving: most likely another process of this"
+    f" run is gone (see the end of {log}). When that is mended, start the"
+    " same command on all of them: they go on from the last save, if there is"
+    " one."
+  )
+
+
+def jax_crash_message() -> str:
+  """Message for a process that JAX aborts before there is a log."""
+  given = {
+    "XLA_FLAGS": processes.flags_given(),
+    "LIBTPU_INIT_ARGS": os.environ.get("LIBTPU_INIT_ARGS"),
+  }
+  flags = [f"{name}={value}" for name, value in given.items() if value]
+  hint = f" It may not know a flag of {' and '.join(flags)}." if flags else ""
+  return (
+    f"JAX crashed.{hint} To see its own message: {sys.executable} -c"
+    " 'import jax; jax.devices()'"
+  )
