@@ -1,12 +1,12 @@
-"""Trains a method on a task and tests it; --help tells more."""
+"""Train a method on a task and test it; --help tells more."""
 
 import sys
 
 try:
   from vqt_jax import cli
-except ValueError as e:  # JAX's, of its variables.
+except ValueError as e:  # Raised by JAX, for its environment variables.
   print(
-    f"error: JAX does not take a variable of the environment: {e}."
+    f"error: JAX rejects a variable of the environment: {e}."
     " Correct it, or unset it.",
     file=sys.stderr,
   )

@@ -14,8 +14,8 @@ import os
 import sys
 from typing import Any
 
-from vqt_jax.config import fields
-from vqt_jax.config import recipes
+from vqt_jax.config import config_dict
+from vqt_jax.config import resolve
 from vqt_jax.planning import plan
 from vqt_jax.planning import programs
 from vqt_jax.runtime import console as console_lib
@@ -32,12 +32,12 @@ SLICES = (
 
 def job_of(variant: str, where: str, features: str) -> programs.PlanContext:
   """A step of `PER_CHIP` images on each chip, of `STEPS` times as many."""
-  config = fields.default_config()
+  config = config_dict.default_config()
   config.init, config.variant = "gs://some/where.npz", variant
   config.lr, config.weight_decay, config.seeds = (0.1,), (1e-4,), (0,)
   config.keep_fraction = (1.0,)
   config.features = features
-  job = plan.make_context(recipes.resolve(config), where)
+  job = plan.make_context(resolve.resolve(config), where)
   images = PER_CHIP * job.mesh.shape["data"]
   config = job.config.copy_and_resolve_references()
   config.batch_size = config.eval_batch_size = images

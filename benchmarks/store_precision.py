@@ -23,7 +23,7 @@ from rich import table as rich_table
 import vqt_jax
 from vqt_jax import accuracy
 from vqt_jax import cli
-from vqt_jax.config import recipes
+from vqt_jax.config import resolve
 from vqt_jax.features import store
 from vqt_jax.runtime import console as console_lib
 
@@ -48,7 +48,7 @@ ROUNDINGS = {exact: 4, bfloat16: 2, int8: 1}  # Bytes of a number.
 
 def outcome(config, rounding: Callable[[jax.Array], jax.Array]):
   """Results of the protocol on rounded features."""
-  runner = store.runner
+  runner = store.extractor
 
   def rounded(layout):
     def run(params, images):
@@ -69,7 +69,7 @@ def main() -> None:
   )
   _, rest = parser.parse_known_args()
   argv = ["main.py", "--workdir=unused", *rest]
-  config = recipes.resolve(cli.parse(argv).config)
+  config = resolve.resolve(cli.parse(argv).config)
   config.features, config.feature_dtype = "device", "float32"
   config.store_dir = ""  # No file may keep what is rounded here.
   table = rich_table.Table(

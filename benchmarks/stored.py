@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from vqt_jax import cli
-from vqt_jax.config import recipes
+from vqt_jax.config import resolve
 from vqt_jax.features import examples as examples_lib
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.runtime import console as console_lib
@@ -51,7 +51,7 @@ class Way:
       job.tuner,
       job.params,
       job.mesh,
-    ).source("train")
+    ).training_batches("train")
     stage = stage_lib.Stage("step", "step", job.tuner, runs, "setting")
     recipe = step_lib.StaticSettings(config.optimizer, query_dropout=True)
     data, order, mask = next(source.epoch(0, 0))
@@ -93,7 +93,7 @@ def settings(config: ConfigDict, number: int) -> tuple[trial.Trial, ...]:
     trial.Trial(
       lr * config.batch_size / 256,
       decay,
-      config.search_seed,
+      trial.SEARCH_SEED,
       config.query_dropout,
       config.normalize,
     )
@@ -128,7 +128,7 @@ def main() -> None:
   parser.add_argument("--repeats", type=int, default=5)
   options, rest = parser.parse_known_args()
   argv = ["main.py", "--workdir=unused", *rest]
-  config = recipes.resolve(cli.parse(argv).config)
+  config = resolve.resolve(cli.parse(argv).config)
   quiet = console_lib.Console(io.StringIO())
   job = setup.prepare(config, pathlib.Path(), quiet)
   with jax.set_mesh(job.mesh):

@@ -6,12 +6,12 @@
       --workdir runs/digits_methods
 
 Arguments:
-  methods      with commas between them; "all" (if none are named): each
-               alone, vqt+vpt_deep and vqt+adaptformer
-  settings     how many are tried of each method: so many of its rates, with
-               one weight decay; 0: all its rates with all weight decays
-  task         as for configs/vtab.py, but one; "digits": with all that
-               configs/digits.py sets
+  methods      separated by commas; "all" (the default): each alone, and
+               vqt+vpt_deep and vqt+adaptformer
+  settings     number of settings to try of each method: so many of its rates,
+               with one weight decay; 0: all its rates with all weight decays
+  task         as for configs/vtab.py, except "all"; "digits": with the settings
+               of configs/digits.py
   num_queries, variant, init, image_size, data_dir
                as for configs/vtab.py
 """
@@ -22,14 +22,14 @@ from vqt_jax import config as config_lib
 from vqt_jax import errors
 from vqt_jax.configs import digits
 from vqt_jax.configs import vtab
-from vqt_jax.models import tuner
+from vqt_jax.models import methods as methods_lib
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  """The settings for e.g. "task=dtd,methods=linear,vqt,settings=4"."""
+  """Return the config for e.g. "task=dtd,methods=linear,vqt,settings=4"."""
   args = config_lib.parse_arg(
     arg,
-    methods=(tuner.ALL,),
+    methods=(methods_lib.ALL,),
     settings=0,
     task="cifar100",
     num_queries=0,

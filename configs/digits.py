@@ -1,16 +1,15 @@
 """Handwritten digits with the tiny ViT of this repository; nothing to download.
 
-What is trained: queries and a linear head (or what another method trains) on a
-small ViT pre-trained on Fashion-MNIST, see `vqt_jax/assets/`. Data:
-scikit-learn's 1,797 digits, 800 to search settings on, 200 to choose by, 797 to
-test.
+Trains queries and a linear head, or another method, on a small ViT pre-trained
+on Fashion-MNIST (see `vqt_jax/assets/`). Data: scikit-learn's 1,797 digits, 800
+to search settings on, 200 to choose by, 797 to test.
 
   python main.py --config configs/digits.py --workdir runs/digits
   python main.py --config configs/digits.py:method=linear \\
       --workdir runs/digits_linear
 
 Arguments:
-  method       "vqt", "head2toe", "linear", or any other that --help names
+  method       "vqt", "head2toe", "linear", or another one, see --help
   num_queries  queries per block
 """
 
@@ -22,7 +21,7 @@ from vqt_jax import config as config_lib
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  """The settings for e.g. "method=linear"."""
+  """Return the config for e.g. "method=linear"."""
   args = config_lib.parse_arg(arg, method="vqt", num_queries=1)
   config = config_lib.default_config()
   config.update(args)

@@ -10,16 +10,16 @@
 Arguments:
   task         a VTAB-1k task, "all" for each of the 19 in turn, "digits", or
                any classification dataset of TFDS
-  method       "vqt", "head2toe", "linear", or any other that --help names
-  num_queries  queries per block; 0: what the authors use for the task
+  method       "vqt", "head2toe", "linear", or another one, see --help
+  num_queries  queries per block; 0: the authors' number for the task
   variant      e.g. "S/16": the ImageNet-21k checkpoint of this size
-  init         another checkpoint, which must then be of that variant, if given
+  init         another checkpoint, of that variant if it is given too
   image_size   pixels
   data_dir     folder of the prepared TFDS datasets
-  preset       "authors": their program in all but its weights
+  preset       "authors": their program except for its weights
 
-Of a dataset that is no VTAB task, 800 + 200 training images and the test split
-are used; `--config.splits.train=...` and the like change that.
+For a dataset that is no VTAB task, 800 + 200 training images and the test split
+are used; `--config.splits.train=...` etc. change that.
 """
 
 from ml_collections import ConfigDict
@@ -29,7 +29,7 @@ from vqt_jax.data import vtab
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  """The settings for e.g. "task=dtd,variant=S/16,num_queries=10"."""
+  """Return the config for e.g. "task=dtd,variant=S/16,num_queries=10"."""
   args = config_lib.parse_arg(
     arg,
     task="cifar100",

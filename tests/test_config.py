@@ -2,7 +2,6 @@
 
 import ast
 import copy
-import importlib.util
 import json
 import pathlib
 
@@ -13,53 +12,61 @@ import pytest
 
 from tests import helpers
 import vqt_jax
+from vqt_jax import data
 from vqt_jax import errors
+from vqt_jax.config import config_dict
 from vqt_jax.config import fields as fields_lib
-from vqt_jax.config import recipes
-from vqt_jax.config import values
+from vqt_jax.config import files as config_files
+from vqt_jax.config import resolve
+from vqt_jax.configs import digits
+from vqt_jax.configs import vtab as vtab_config
 from vqt_jax.data import vtab
+from vqt_jax.models import methods
+from vqt_jax.models import readers
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.models import vit
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def load(name: str):
-  path = ROOT / "configs" / f"{name}.py"
-  spec = importlib.util.spec_from_file_location(f"configs_{name}", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
 @pytest.mark.parametrize(
   "path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem
 )
 def test_every_shipped_config_builds(path):
-  module = load(path.stem)
-  config = recipes.resolve(module.get_config())
-  assert f"--config configs/{path.name}" in module.__doc__
-  assert recipes.resolve(config) == config
+  config = resolve.resolve(config_files.load(str(path)))
+  assert f"--config configs/{path.name}" in path.read_text()
+  assert resolve.resolve(config) == config
 
 
 def test_every_field_is_read():
   read = set(fields_lib.TASK_FIELDS)  # Read by these names, all at once.
+  read |= {n for n, field in fields_lib.FIELDS.items() if field.tuner_option}
   for path in (ROOT / "vqt_jax").rglob("*.py"):
-    if path.name not in ("config.py", "checks.py"):
+    if path.name not in ("fields.py", "validate.py"):
       for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute):
           read.add(node.attr)
-  resolved = {"preset", "reader_lr"}  # `resolve` reads them.
-  fields = set(fields_lib.default_config()) - resolved
-  assert fields <= read
+  assert {name.split(".")[-1] for name in fields_lib.FIELDS} - read <= {
+    *readers.READERS,  # Of `reader_lr`.
+    *data.SPLITS,  # Of `splits`.
+  }
+
+
+def test_defaults_are_those_of_make_tuner():
+  """But the number of queries, which depends on the task."""
+  tuner = vqt_jax.make_tuner("vqt", helpers.tiny_config(), 5)
+  defaults = vars(tuner) | vars(tuner.options) | {"num_queries": 0}
+  for name, field in fields_lib.FIELDS.items():
+    if field.tuner_option:
+      assert field.default == defaults[name], name
 
 
 def test_defaults_are_the_noiseless_method_with_the_authors_recipe():
-  c = fields_lib.default_config()
+  c = config_dict.default_config()
   assert (c.method, c.num_queries, c.query_dropout) == ("vqt", 0, 0.1)
   assert c.embedding_dropout == 0
   assert (c.value_range, c.resize, c.gelu) == ("", "bilinear", "")
-  resolved = recipes.resolve(c)
+  resolved = resolve.resolve(c)
   assert resolved.lr == (1.0, 0.5, 0.25, 0.1, 0.05)
   assert len(resolved.lr) * len(resolved.weight_decay) == 20
   assert (resolved.optimizer, resolved.editor_rate) == ("adam", 1.0)
@@ -67,34 +74,34 @@ def test_defaults_are_the_noiseless_method_with_the_authors_recipe():
 
 
 def authors(**changes):
-  config = fields_lib.default_config()
+  config = config_dict.default_config()
   config.preset = "authors"
   config.update(changes)
   return config
 
 
 def test_the_authors_preset_sets_their_oddities_and_their_recipe():
-  c = recipes.resolve(authors(epochs=7, warmup_epochs=1, lr=(3.0,)))
+  c = resolve.resolve(authors(epochs=7, warmup_epochs=1, lr=(3.0,)))
   assert c.embedding_dropout == 0.1
   assert (c.resize, c.value_range) == ("legacy", "imagenet")
   assert (c.gelu, c.dtype) == ("exact", "float32")
   assert (c.epochs, c.warmup_epochs, c.schedule) == (100, 10, "epoch")
   assert c.lr == (1.0, 0.5, 0.25, 0.1, 0.05)
   assert c.weight_decay == (1e-2, 1e-3, 1e-4, 0.0)
-  assert (c.batch_size, c.optimizer, c.search_seed) == (128, "adam", 100)
+  assert (c.batch_size, c.optimizer) == (128, "adam")
 
 
 def test_the_authors_probe_linearly_without_noise():
-  config = recipes.resolve(authors(method="linear"))
+  config = resolve.resolve(authors(method="linear"))
   assert config.embedding_dropout == 0
 
 
 def test_a_preset_leaves_what_is_asked_for_and_is_applied_once():
   given = authors(epochs=7, warmup_epochs=1)
-  config = recipes.resolve(given, keep=("epochs", "warmup_epochs"))
+  config = resolve.resolve(given, keep=("epochs", "warmup_epochs"))
   assert (config.epochs, config.warmup_epochs) == (7, 1)
   assert config.embedding_dropout == 0.1
-  assert recipes.resolve(config) == config
+  assert resolve.resolve(config) == config
   assert given.preset == "authors"
 
 
@@ -138,11 +145,12 @@ def test_a_preset_leaves_what_is_asked_for_and_is_applied_once():
     ({"task": None}, "config.task: expected text, found None"),
     ({"epoch": 3}, "Unknown config field 'epoch'. Did you mean epochs?"),
     ({"splits": {"trian": ""}}, "'splits.trian'. Did you mean splits"),
-    ({"mesh": 3}, "config.mesh is a group of fields; set config.mesh.data"),
+    ({"mesh": 3}, "config.mesh is a group of fields; set config.mesh.model"),
     ([], "config: expected default_config() with changes, or a dict"),
     ({"seeds": (1, 1)}, "holds the same value twice"),
     ({"warmup_epochs": 100}, "config.warmup_epochs=100 must be smaller"),
-    ({"mesh": {"data": 0}}, "config.mesh.data=0"),
+    ({"mesh": {"model": 0}}, "config.mesh.model: expected at least 1"),
+    ({"search_seed": 7}, "config.search_seed=7: this field no longer exists"),
     (
       {"embedding_dropout": 0.1, "features": "host"},
       "cannot be stored: use features=live",
@@ -151,7 +159,7 @@ def test_a_preset_leaves_what_is_asked_for_and_is_applied_once():
 )
 def test_bad_values_are_refused_in_words(changes, words):
   with pytest.raises(errors.UserError) as caught:
-    recipes.resolve(changes)
+    resolve.resolve(changes)
   assert words in str(caught.value)
 
 
@@ -163,7 +171,7 @@ def test_bad_values_are_refused_in_words(changes, words):
     ("lr", np.array([0.5, 1]), (0.5, 1.0)),
     ("seeds", range(3), (0, 1, 2)),
     ("seeds", jnp.arange(3), (0, 1, 2)),
-    ("best.normalize", False, (False,)),
+    ("best.num_queries", 3, (3,)),
     ("alpha", np.float32(2), 2.0),
     ("epochs", np.int64(3), 3),
     ("init", pathlib.Path("/a/b"), "/a/b"),
@@ -171,14 +179,14 @@ def test_bad_values_are_refused_in_words(changes, words):
   ],
 )
 def test_fields_take_what_stands_for_their_values(name, given, held):
-  config = fields_lib.default_config()
+  config = config_dict.default_config()
   config[name] = given
   assert repr(config[name]) == repr(held)
   assert copy.deepcopy(config) == config
 
 
 def test_a_group_takes_what_changes_in_it():
-  config = fields_lib.default_config()
+  config = config_dict.default_config()
   config.splits = {"train": "train[:9]"}
   config.update(best={"folds": 3}, mesh={})
   config = copy.deepcopy(config)  # Which still knows the groups' names.
@@ -197,9 +205,19 @@ def test_training_refuses_what_is_no_field(tmp_path):
 
 
 def test_a_saved_config_is_the_same_again():
-  config = recipes.resolve({"method": "lora", "epochs": 7, "seeds": 3})
-  saved = json.loads(json.dumps(fields_lib.to_json(config)))
-  assert recipes.resolve(saved) == config
+  config = resolve.resolve({"method": "lora", "epochs": 7, "seeds": 3})
+  saved = json.loads(json.dumps(config_dict.to_json(config)))
+  assert resolve.resolve(saved) == config
+
+
+def test_a_config_of_an_earlier_version_is_read():
+  config = resolve.resolve({"epochs": 7})
+  old = config_dict.to_json(config)
+  del old["remat"], old["best"]["folds"]  # As before there were such fields.
+  old["mesh"]["data"], old["search_seed"] = 8, 100
+  old["best"]["normalize"] = [True, False]
+  assert resolve.resolve(old) == config
+  assert not config_dict.differences(old, config_dict.to_json(config))
 
 
 @pytest.mark.parametrize(
@@ -213,39 +231,39 @@ def test_a_saved_config_is_the_same_again():
   ],
 )
 def test_warm_up_is_a_tenth_unless_it_is_given(changes, epochs):
-  assert recipes.resolve(changes).warmup_epochs == epochs
+  assert resolve.resolve(changes).warmup_epochs == epochs
 
 
 def test_fields_that_do_not_exist_are_refused():
-  config = fields_lib.default_config().unlock()
+  config = config_dict.default_config().unlock()
   config.num_querys = 3
   with pytest.raises(errors.UserError, match="Did you mean num_queries"):
-    recipes.resolve(config)
+    resolve.resolve(config)
 
 
 def test_missing_fields_are_refused():
-  config = fields_lib.default_config().unlock()
+  config = config_dict.default_config().unlock()
   del config.mesh.model
   with pytest.raises(errors.UserError, match="config.mesh.model is missing"):
-    recipes.resolve(config)
+    resolve.resolve(config)
 
 
 @pytest.mark.parametrize(
   "name, words",
   [
     ("splits.trian", "Did you mean splits.train"),
-    ("splits", "set config.splits.test"),
+    ("splits", "set config.splits.train"),
     ("zzz", "Unknown config field 'zzz'. Did you mean"),
   ],
 )
-def test_check_field_names_the_nearest(name, words):
+def test_an_unknown_field_gets_the_nearest(name, words):
   with pytest.raises(errors.UserError) as caught:
-    values.check_field(name, fields_lib.default_config())
+    fields_lib.find(name)
   assert words in str(caught.value)
 
 
 def test_string_arguments_have_the_types_of_their_defaults():
-  parse = fields_lib.parse_arg
+  parse = config_files.parse_arg
   defaults = {"task": "a", "n": 1, "x": 0.5, "on": False}
   assert parse(None, **defaults) == defaults
   assert parse("", **defaults) == defaults
@@ -267,16 +285,17 @@ def test_string_arguments_have_the_types_of_their_defaults():
 )
 def test_bad_string_arguments_are_refused(arg, words):
   with pytest.raises(errors.UserError) as caught:
-    fields_lib.parse_arg(arg, task="cifar100", n=1)
+    config_files.parse_arg(arg, task="cifar100", n=1)
   assert words in str(caught.value)
 
 
 def test_vtab_takes_task_variant_method_and_queries():
-  vtab = load("vtab")
-  c = vtab.get_config("task=dtd,variant=S/16,method=linear,num_queries=10")
+  c = vtab_config.get_config(
+    "task=dtd,variant=S/16,method=linear,num_queries=10"
+  )
   assert (c.task, c.method, c.num_queries) == ("dtd", "linear", 10)
   assert (c.init, c.variant) == ("howto-i21k-S/16", "S/16")
-  c = vtab.get_config("init=ckpt.npz:img,preset=authors,data_dir=/d")
+  c = vtab_config.get_config("init=ckpt.npz:img,preset=authors,data_dir=/d")
   assert (c.init, c.variant) == ("ckpt.npz:img", "")
   assert (c.preset, c.data_dir) == ("authors", "/d")
 
@@ -293,22 +312,22 @@ def test_vtab_takes_task_variant_method_and_queries():
     ("task=cifar10", 1, (1.0,)),
     ("task=cifar10,num_queries=2", 2, (1.0,)),
     ("task=cifar10,method=linear", 1, (1.0,)),
-    ("task=dtd,method=head2toe", 1, recipes.HEAD2TOE_KEEP),
-    ("method=head2toe+lora", 1, recipes.HEAD2TOE_KEEP),
+    ("task=dtd,method=head2toe", 1, resolve.HEAD2TOE_KEEP),
+    ("method=head2toe+lora", 1, resolve.HEAD2TOE_KEEP),
     ("task=all", 0, (0.0,)),
     ("task=all,num_queries=3", 3, (0.0,)),
   ],
 )
 def test_the_authors_queries_and_selection(arg, num_queries, keep_fraction):
-  config = recipes.resolve(load("vtab").get_config(arg))
+  config = resolve.resolve(vtab_config.get_config(arg))
   assert config.num_queries == num_queries
   assert config.keep_fraction == keep_fraction
-  assert recipes.resolve(config) == config
+  assert resolve.resolve(config) == config
 
 
 def test_editors_have_the_published_recipes():
   """And beside queries a fraction of their rates."""
-  recipe = lambda method: tuple(recipes.recipe(method).values())
+  recipe = lambda name: tuple(resolve.recipe(methods.parse(name)).values())
   high, low = recipe("vpt_deep"), recipe("lora")
   assert high[0] == "sgd" and max(high[1]) == 50.0 and high[2] == 1.0
   assert low == ("adamw", (5e-3, 1e-3, 5e-4, 1e-4), 1.0)
@@ -316,29 +335,29 @@ def test_editors_have_the_published_recipes():
   assert recipe("vqt+lora") == (*recipe("vqt")[:2], 0.01)
   assert recipe("head2toe") == ("adam", (0.2, 0.02), 1.0)
   assert recipe("head2toe+lora") == ("adam", (0.2, 0.02), 0.01)
-  config = fields_lib.default_config()
+  config = config_dict.default_config()
   config.update(method="lora", lr=(0.5,), optimizer="sgd")
-  config = recipes.resolve(config)
+  config = resolve.resolve(config)
   assert (config.lr, config.optimizer) == ((0.5,), "sgd")
 
 
 @pytest.mark.parametrize("arg", ["", "num_queries=3,method=linear", "preset="])
 def test_all_tasks_have_the_configs_they_have_alone(arg):
-  get_config = load("vtab").get_config
+  get_config = vtab_config.get_config
   config = get_config(f"task=all,{arg}")
   config.preset = "authors"
-  config = recipes.resolve(config, keep=("num_queries",))
+  config = resolve.resolve(config, keep=("num_queries",))
   for name in ("dtd", "svhn"):
     alone = get_config(f"task={name},{arg}")
     alone.preset = "authors"
-    assert recipes.config_for(config, task=name) == recipes.resolve(alone)
+    assert resolve.config_for(config, task=name) == resolve.resolve(alone)
 
 
 def test_all_tasks_are_taken_as_they_are():
-  config = load("vtab").get_config("task=all")
+  config = vtab_config.get_config("task=all")
   config.image_key, config.splits.val = "image", "train[:9]"
   with pytest.raises(errors.UserError) as caught:
-    recipes.resolve(config)
+    resolve.resolve(config)
   assert "leave config.image_key, config.splits.val empty" in str(caught.value)
 
 
@@ -347,7 +366,7 @@ def test_the_authors_queries_are_of_tasks():
 
 
 def test_digits_needs_no_folder():
-  config = load("digits").get_config("method=linear")
+  config = digits.get_config("method=linear")
   assert (config.task, config.method) == ("digits", "linear")
   assert pathlib.Path(config.init).is_absolute()
 
@@ -376,15 +395,15 @@ def test_a_method_computes_with_the_fields_it_uses_and_no_others(method):
     "alpha": 3.0,
     "last_blocks": 2,
   }
-  assert set(changes) <= set(fields_lib.USED_BY)
+  assert all(fields_lib.FIELDS[name].used_by for name in changes)
   images = jax.ShapeDtypeStruct((2, 12, 12, 3), jnp.float32)
 
   def computes(**changed):
     """The program from images to logits, as text."""
-    config = fields_lib.default_config()
+    config = config_dict.default_config()
     config.update({"method": method, "num_queries": 2, **changed})
     tuner = tuner_lib.make_tuner(
-      method, helpers.tiny_config(), 5, **fields_lib.of_tuner(config)
+      method, helpers.tiny_config(), 5, **fields_lib.tuner_options(config)
     )
     params = vit.param_shapes(tuner.config)
 
@@ -395,7 +414,8 @@ def test_a_method_computes_with_the_fields_it_uses_and_no_others(method):
 
     return str(jax.make_jaxpr(forward)(params, images))
 
-  used = {n: x for n, x in changes.items() if fields_lib.uses(method, n)}
+  parsed = methods.parse(method)
+  used = {n: x for n, x in changes.items() if fields_lib.is_used(n, parsed)}
   others = {n: x for n, x in changes.items() if n not in used}
   plain = computes()
   assert computes(**others) == plain
@@ -404,14 +424,14 @@ def test_a_method_computes_with_the_fields_it_uses_and_no_others(method):
 
 
 def test_json_and_differences():
-  old = fields_lib.default_config()
-  new = recipes.resolve(old)
+  old = config_dict.default_config()
+  new = resolve.resolve(old)
   new.epochs = 7
   new.splits.test = "test[:9]"
   new.lr = (0.1,)
-  as_json = fields_lib.to_json(new)
+  as_json = config_dict.to_json(new)
   assert json.loads(json.dumps(as_json)) == as_json
-  assert fields_lib.differences(fields_lib.to_json(old), as_json) == {
+  assert config_dict.differences(config_dict.to_json(old), as_json) == {
     "epochs": (100, 7),
     "warmup_epochs": (-1, 10),
     "keep_fraction": ([0.0], [0.7]),

@@ -4,9 +4,9 @@
   vqt-jax train --config vtab_cifar --workdir runs/cifar
   vqt-jax compare runs/linear runs/vqt
 
-prepare   downloads and prepares datasets
-train     trains a method on a task and tests it
-compare   puts finished runs side by side
+prepare   download and prepare datasets
+train     train a method on a task and test it
+compare   compare finished runs
 
 `vqt-jax COMMAND --help` tells more; `python -m vqt_jax` is the same as vqt-jax.
 """
@@ -25,7 +25,7 @@ COMMANDS = {
 
 
 def main() -> int:
-  """Runs the command that the command line names; returns the exit status."""
+  """Run the command that the command line names; return the exit status."""
   name, *rest = sys.argv[1:] or ["--help"]
   if name in ("-h", "--help"):
     print(__doc__)

@@ -1,10 +1,10 @@
-"""Configs: fields, the recipes that fill them, and their checks.
+"""Configs: the table of fields, presets and recipes, checks, config files.
 
-A config file builds on `default_config`, and reads the string after its name's
-colon with `parse_arg`.
+A config file builds on `default_config` and reads its string argument with
+`parse_arg`.
 """
 
-from vqt_jax.config.fields import default_config
-from vqt_jax.config.fields import parse_arg
+from vqt_jax.config.config_dict import default_config
+from vqt_jax.config.files import parse_arg
 
 __all__ = ["default_config", "parse_arg"]

@@ -1,296 +1,508 @@
-"""Fields of a config: names, defaults, units, and which methods use them."""
+"""The table of all settings of a run.
+
+Defaults, checks, command line flags and `--help` are made from it. The defaults
+are the paper's method and its authors' recipe on a frozen, noiseless stream.
+"""
 
 import dataclasses
-import json
+import math
+import textwrap
 from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections import FieldReference
 
 from vqt_jax import errors
 from vqt_jax.config import values as values_lib
 from vqt_jax.models import editors
+from vqt_jax.models import methods as methods_lib
 from vqt_jax.models import readers
-from vqt_jax.models import tuner as tuner_lib
-
-
-class Config(ConfigDict):
-  """A ConfigDict whose fields take what people pass, or say what they expect.
-
-  What a field gets becomes of the field's type, see `checks.convert`; a group
-  of fields takes a dict of those that change.
-
-  Raises, when a field is set:
-    UserError: a value of another type, or no such field, with the nearest ones.
-  """
-
-  def __init__(self, *args: Any, group: str = "", **kwargs: Any):
-    """As a ConfigDict; `group` is the field that holds it, with a dot."""
-    object.__setattr__(self, "_group", group)
-    super().__init__(*args, **kwargs)
-
-  def __setitem__(self, name: str, value: Any) -> None:
-    full = self._group + name
-    if name not in self and self.is_locked:
-      values_lib.check_field(full, default_config())
-    group, dot, rest = name.partition(".")
-    if dot:
-      self[group][rest] = value
-      return
-    if name not in self:
-      if hasattr(value, "items"):
-        value = Config(value, group=f"{full}.")
-    elif isinstance(self[name], Config):
-      if not hasattr(value, "items"):
-        values_lib.check_field(full, default_config())  # Names what is in it.
-      self[name].update(value)
-      return
-    elif not isinstance(value, FieldReference):
-      value = values_lib.convert(full, value, self[name])
-    super().__setitem__(name, value)
-
-  def update(self, *other: Any, **changes: Any) -> None:
-    """Sets fields, those of a group one by one."""
-    for name, value in dict(*other, **changes).items():
-      self[name] = value
-
-
-def default_config() -> Config:
-  """All fields. Units are in the comments; "" means "decide for me"."""
-  c = Config()
-
-  # Data. One of the 19 VTAB-1k tasks, "digits", or any classification dataset
-  # of TensorFlow Datasets (TFDS), to which alone the next seven fields apply.
-  c.task = "cifar100"  # its name, or "name[/config][:version]" in TFDS; "all":
-  # each of the 19, in a folder of its own, and a table of what came out
-  c.splits = {
-    "train": "",  # searched on; "": "train[:800]"
-    "val": "",  # the setting is chosen by it; "": "train[800:1000]"
-    "trainval": "",  # of the final runs; "": train and val
-    "test": "",  # reported; "": "test"
-  }
-  c.image_key = ""  # feature that holds the image; "": as the dataset says
-  c.label_key = ""  # feature that holds the label; "": as the dataset says
-  c.num_classes = 0  # classes; 0: as the dataset says
-  c.data_dir = ""  # folder of the prepared datasets; "": ~/tensorflow_datasets
-  c.image_size = 224  # height the images are resized to, pixels
-  c.image_width = 0  # width, pixels; 0: the same
-  c.resize = "bilinear"  # "bilinear" (TF 2), or "legacy" (TF 1, as in VTAB)
-  c.value_range = ""  # "-1..1", "0..1", "imagenet"; "": the checkpoint's own
-
-  # Backbone: file, https:// or gs:// address, or public name. It stays frozen.
-  c.init = "howto-i21k-B/16"
-  c.variant = ""  # e.g. "B/16"; only checked against the file
-  c.pool_type = ""  # "tok", "gap", "map", "0" (the first patch), "mae"; "": as
-  # the file tells
-  c.gelu = ""  # "tanh", "exact"; "": the checkpoint's own
-  c.trained_size = 0  # height of the images it was trained on, pixels; 0: as
-  # its positions tell, if they form a square
-  c.trained_width = 0  # width, pixels; 0: the same
-  c.dtype = ""  # of matrix products; "": bfloat16 on TPU/GPU, float32 on CPU
-
-  # Method.
-  c.method = "vqt"  # a reader ("vqt": visual query tuning; "head2toe": means of
-  # all blocks' tokens; "linear": probe of the end), an editor, read by "linear"
-  # ("finetune", "bitfit", "partial", "vpt_shallow", "vpt_deep", "adapter",
-  # "adaptformer", "lora", "ssf"), or both: "vqt+vpt_deep"
-  c.methods = ""  # several, with commas between them, or "all": each in a
-  # folder of its own, and a table of what came out; in the place of method
-  c.num_queries = 0  # queries per block (vqt); 0: the authors' for the task,
-  # which is 1 but for seven tasks of VTAB
-  c.query_dropout = 0.1  # probability, on queries while training (vqt)
-  c.combine = "concat"  # a block's queries: "concat", "mean", "weighted_sum"
-  c.normalize = True  # divide each block's features by their L2 norm (vqt,
-  # head2toe)
-  c.target_size = 8192  # features per block, about: as many windows of tokens
-  # are averaged; at most the width D: all tokens in one (head2toe)
-  c.embedding_dropout = 0.0  # probability, on the embedded tokens in training
-  c.num_prompts = 10  # prompts (vpt_shallow), of each block (vpt_deep)
-  c.bottleneck = 0  # hidden size (adapter, adaptformer); 0: D / 8 and 64
-  c.rank = 8  # of the change of a projection (lora)
-  c.alpha = 8.0  # which is scaled by alpha / rank (lora)
-  c.last_blocks = 1  # blocks that train (partial)
-  c.editor_rate = 0.0  # learning rate of what an editor trains, times lr; 0:
-  # 0.01 beside vqt and head2toe, else 1
-
-  # Training.
-  c.epochs = 100  # epochs of every run
-  c.warmup_epochs = -1  # epochs of linear warm-up, then cosine to 0; -1: a
-  # tenth of epochs
-  c.schedule = "epoch"  # learning rate changes every "epoch" or every "step"
-  c.batch_size = 128  # images
-  c.optimizer = ""  # "adam", "sgd" (momentum 0.9; coupled L2), or "adamw";
-  # "": as published for the method
-  c.lr = (0.0,)  # peak rates per 256 images of batch; 0: as published
-  c.reader_lr = {  # the same of a reader alone, if lr is 0
-    "vqt": (0.0,),
-    "head2toe": (0.0,),
-    "linear": (0.0,),
-  }
-  c.weight_decay = (1e-2, 1e-3, 1e-4, 0.0)  # not on biases
-
-  # Runs. Several (lr, weight_decay) are tried on train and compared on val;
-  # the best one is trained on trainval with every seed, and tested.
-  c.protocol = "full"  # "full": the authors'; "best": also a wider search
-  c.settings = 0  # how many are tried; 0: all rates with all weight decays; N:
-  # N rates from the first to the last, with one weight decay (of several 1e-4),
-  # so that all methods are searched alike
-  c.keep_fraction = (0.0,)  # of the features, by group lasso; of several the
-  # best on val; 0: for vqt the authors' for the task (0.7 where they use one
-  # query per block of a VTAB task), for head2toe several up to 0.5; else 1
-  c.search_seed = 100  # seed of the tried runs
-  c.seeds = (42, 44, 82, 100, 800)  # seeds of the final runs
-  c.seed = 0  # of the order of the examples
-
-  # What protocol="best" searches beside lr and weight_decay (vqt; fractions of
-  # features, with those of keep_fraction, also head2toe).
-  c.best = {
-    "num_queries": (1, 10),
-    "query_dropout": (0.1,),
-    "normalize": (True, False),
-    "keep_fractions": (0.3, 0.5, 0.7, 0.9),
-    "finalists": 8,  # settings, the best on val, that are cross-validated
-    "folds": 5,  # of trainval
-  }
-
-  # How it is computed; results do not depend on it beyond rounding, but for
-  # what is streamed: its examples come in another order.
-  c.features = ""  # frozen features are kept on "device", "host" or "disk";
-  # "live": the backbone runs in every step; "": decided from their size
-  c.feature_dtype = ""  # of kept features; "": as dtype
-  c.store_dir = ""  # folder; given, features are kept there for other runs too
-  c.data = ""  # live: images kept on "device"; "stream": read every epoch
-  c.eval_batch_size = 128  # images
-  c.remat = False  # compute blocks again in the gradient (editors): less
-  # memory, more time
-  c.mesh = {
-    "data": -1,  # devices that share a batch; -1: all that are left
-    "model": 1,  # devices that share one copy of the backbone
-  }
-  c.checkpoint_seconds = 60.0  # seconds between saves of a run
-
-  c.preset = ""  # "authors": their program but for its weights; sets the fields
-  # of the recipe, the noise and how images are read
-  return c.lock()
-
-
-# What `data.make_task` takes besides the task's name.
-TASK_FIELDS = ("data_dir", "splits", "image_key", "label_key", "num_classes")
-
-# Fields that not every method looks at, and the readers and editors that do.
-USED_BY = {
-  "num_queries": ("vqt",),
-  "query_dropout": ("vqt",),
-  "combine": ("vqt",),
-  "normalize": ("vqt", "head2toe"),
-  "target_size": ("head2toe",),
-  "num_prompts": ("vpt_shallow", "vpt_deep"),
-  "bottleneck": ("adapter", "adaptformer"),
-  "rank": ("lora",),
-  "alpha": ("lora",),
-  "last_blocks": ("partial",),
-  "editor_rate": tuple(editors.EDITORS),
-  "remat": tuple(editors.EDITORS),
-  "best.num_queries": ("vqt",),
-  "best.query_dropout": ("vqt",),
-  "best.normalize": ("vqt",),
-  "best.keep_fractions": ("vqt", "head2toe"),
-  **{f"reader_lr.{name}": (name,) for name in readers.READERS},
-}
-# Those that `make_tuner` takes for a reader.
-OF_READERS = ("num_queries", "normalize", "combine", "target_size")
-
-# A run may be resumed with other values of these.
-RESUMABLE = (
-  "checkpoint_seconds",
-  "data_dir",
-  "eval_batch_size",
-  "features",
-  "methods",
-  "store_dir",
-)
-
-
-def tuner_options(config: Config) -> dict[str, Any]:
-  """A resolved config's part of `make_tuner`'s options."""
-  sizes = [field.name for field in dataclasses.fields(editors.Options)]
-  options = {
-    "options": editors.Options(**{name: config[name] for name in sizes})
-  }
-  named = [name for name in OF_READERS if uses(config.method, name)]
-  return options | {name: config[name] for name in named}
-
-
-def uses(method: str, field: str) -> bool:
-  """Whether a method's outcome may depend on a field.
-
-  Args:
-    method: as `tuner.parse` takes it, or "" for several, each of which has a
-      config of its own.
-    field: e.g. "num_queries" or "best.folds".
-  """
-  if field not in USED_BY:
-    return True
-  parts = tuner_lib.parse(method) if method else ()
-  return any(part in USED_BY[field] for part in parts)
-
-
-def parse_arg(arg: str | None, **defaults: Any) -> dict[str, Any]:
-  """Reads a config file's string argument, `name=value,name=value`.
-
-  A name whose default is a tuple takes all values up to the next name:
-  `names=a,b,c,name=value`.
-
-  Args:
-    arg: what follows the colon in `--config file.py:arg`, or None.
-    **defaults: name -> default, whose type the value must have.
-
-  Returns:
-    The defaults, replaced by what was given.
-
-  Raises:
-    UserError: an unknown name (with the nearest ones) or a wrong type.
-  """
-  booleans = {"true": True, "1": True, "false": False, "0": False}
-  values, name = dict(defaults), ""
-  for part in filter(None, (arg or "").split(",")):
-    if "=" not in part and isinstance(defaults.get(name), tuple):
-      values[name] += (part.strip(),)
-      continue
-    name, equals, text = (x.strip() for x in part.partition("="))
-    if name not in defaults:
-      raise errors.unknown("config argument", name, defaults)
-    kind = type(defaults[name])
-    if kind is tuple and equals:
-      values[name] = (text,) if text else ()
-      continue
-    try:
-      if not equals:
-        raise ValueError("no value")
-      values[name] = booleans[text.lower()] if kind is bool else kind(text)
-    except (ValueError, KeyError) as e:
-      raise errors.UserError(
-        f"Config argument {part!r}: expected {name}=value, with"
-        f" {values_lib.expected(defaults[name])} as the value."
-      ) from e
-  return values
-
-
-def to_json(config: Config) -> dict[str, Any]:
-  """The config as JSON would give it back: plain dicts, lists and numbers."""
-  return json.loads(json.dumps(config.to_dict()))
-
-
-def differences(
-  old: dict[str, Any], new: dict[str, Any]
-) -> dict[str, tuple[Any, Any]]:
-  """Fields whose values differ between two `to_json` results: (old, new)."""
-  old, new = values_lib.flatten(old), values_lib.flatten(new)
-  return {
-    name: (old.get(name), new.get(name))
-    for name in {**old, **new}
-    if old.get(name) != new.get(name)
-  }
-
+from vqt_jax.models.backbone import VALUE_RANGES
 
 OPTIMIZERS = ("adam", "sgd", "adamw")
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+  """A setting.
+
+  Attributes:
+    default: its type is the field's; a tuple stands for one element or more.
+    meaning: for people, with the unit.
+    choices: the allowed values, if these are few.
+    least: smallest number, of a tuple the smallest element.
+    most: largest number.
+    used_by: readers and editors whose results depend on it; (): every method.
+    resumable: a run may be resumed with another value.
+    tuner_option: it is an option of `make_tuner`.
+  """
+
+  default: Any
+  meaning: str
+  choices: tuple[str, ...] = ()
+  least: float = 0
+  most: float = math.inf
+  used_by: tuple[str, ...] = ()
+  resumable: bool = False
+  tuner_option: bool = False
+
+  @property
+  def type_in_words(self) -> str:
+    """Type and bounds, or choices, e.g. "a whole number, at least 1"."""
+    if self.choices:
+      return "one of " + ", ".join(x or '""' for x in self.choices)
+    words = values_lib.describe_type(self.default)
+    first = self.default[0] if isinstance(self.default, tuple) else self.default
+    if type(first) in (int, float):
+      words += f", {self._bounds}"
+    return words
+
+  @property
+  def _bounds(self) -> str:
+    if self.most == math.inf:
+      return f"at least {self.least}"
+    return f"{self.least} to {self.most}"
+
+  def check(self, name: str, value: Any) -> None:
+    """Check a value of the right type.
+
+    Raises:
+      UserError: it is none of the choices, out of bounds, or in a tuple twice.
+    """
+    if self.choices:
+      if value not in self.choices:
+        named = [x or '""' for x in self.choices]
+        raise errors.unknown(f"config.{name}", value, named)
+      return
+    elements = value if isinstance(value, tuple) else (value,)
+    for x in elements:
+      if isinstance(x, (bool, str)):
+        continue
+      if not (self.least <= x <= self.most and math.isfinite(x)):
+        raise errors.UserError(
+          f"config.{name}: expected {self._bounds}, found {x}."
+        )
+    if len(set(elements)) < len(elements):
+      raise errors.UserError(
+        f"config.{name}={value} holds the same value twice."
+      )
+
+
+_ANY_EDITOR = tuple(editors.EDITORS)
+
+SECTIONS = {
+  "Data": {
+    "task": Field(
+      "cifar100",
+      'A VTAB-1k task, "digits", or NAME[/CONFIG][:VERSION] of a classification'
+      ' dataset in TensorFlow Datasets (TFDS). "all": each of the 19 VTAB-1k'
+      " tasks, in a folder of its own, and a table of their results.",
+    ),
+    "splits.train": Field(
+      "",
+      "TFDS split to train on in the search; empty: train[:800]. This and the"
+      " next six fields apply to datasets of TFDS that are no VTAB-1k task.",
+    ),
+    "splits.val": Field(
+      "", "TFDS split to choose a setting by; empty: train[800:1000]."
+    ),
+    "splits.trainval": Field(
+      "", "TFDS split to train on with every seed; empty: train and val."
+    ),
+    "splits.test": Field("", "TFDS split to test on; empty: test."),
+    "image_key": Field(
+      "", "Feature that holds the image; empty: as the dataset declares."
+    ),
+    "label_key": Field(
+      "", "Feature that holds the label; empty: as the dataset declares."
+    ),
+    "num_classes": Field(0, "Classes; 0: as the dataset declares."),
+    "data_dir": Field(
+      "",
+      "Folder of prepared datasets; empty: ~/tensorflow_datasets.",
+      resumable=True,
+    ),
+    "image_size": Field(224, "Height of the resized images, pixels.", least=1),
+    "image_width": Field(
+      0, "Width of the resized images, pixels; 0: the same as their height."
+    ),
+    "resize": Field(
+      "bilinear",
+      "Resizing as TensorFlow 2 does it, or as TensorFlow 1 (legacy, as in"
+      " VTAB).",
+      choices=("bilinear", "legacy"),
+    ),
+    "value_range": Field(
+      "",
+      "Range that pixels are scaled to; empty: the checkpoint's own.",
+      choices=("", *VALUE_RANGES),
+    ),
+  },
+  "Backbone": {
+    "init": Field(
+      "howto-i21k-B/16",
+      "Checkpoint of the frozen ViT: a file, an https:// or gs:// address, or a"
+      " public name.",
+    ),
+    "variant": Field(
+      "", "Expected size, e.g. B/16, which the checkpoint is checked against."
+    ),
+    "pool_type": Field(
+      "",
+      "Pooling of the final tokens: class token, mean, attention pooling, first"
+      " patch (0), or mean before the final LayerNorm (mae); empty: as the"
+      " checkpoint tells.",
+      choices=("", "tok", "gap", "map", "0", "mae"),
+    ),
+    "gelu": Field(
+      "",
+      "GELU by its tanh approximation or exact (erf); empty: the checkpoint's"
+      " own.",
+      choices=("", "tanh", "exact"),
+    ),
+    "trained_size": Field(
+      0,
+      "Height of the images of pre-training, pixels; 0: from the checkpoint's"
+      " positions, if they form a square.",
+    ),
+    "trained_width": Field(
+      0, "Width of the images of pre-training, pixels; 0: as their height."
+    ),
+    "dtype": Field(
+      "",
+      "Dtype of matrix products; empty: bfloat16 on TPU and GPU, else float32.",
+      choices=("", "float32", "bfloat16"),
+    ),
+  },
+  "Method": {
+    "method": Field(
+      "vqt",
+      f"A reader ({', '.join(readers.READERS)}), an editor, which the linear"
+      f" reader reads ({', '.join(editors.EDITORS)}), or READER+EDITOR.",
+    ),
+    "methods": Field(
+      "",
+      'Several methods, separated by commas, or "all": each in a folder of its'
+      " own, and a table of their results. Replaces method.",
+      resumable=True,
+    ),
+    "num_queries": Field(
+      0,
+      "Queries per block; 0: the authors' number for the task, which is 1 for"
+      " all but seven VTAB-1k tasks.",
+      used_by=("vqt",),
+      tuner_option=True,
+    ),
+    "query_dropout": Field(
+      0.1,
+      "Probability of dropout on queries in training.",
+      most=0.99,
+      used_by=("vqt",),
+    ),
+    "combine": Field(
+      "concat",
+      "How the outputs of a block's queries become features.",
+      choices=readers.COMBINE,
+      used_by=("vqt",),
+      tuner_option=True,
+    ),
+    "normalize": Field(
+      True,
+      "Divide the features of each block by their L2 norm.",
+      used_by=("vqt", "head2toe"),
+      tuner_option=True,
+    ),
+    "target_size": Field(
+      8192,
+      "Approximate number of features per block, from means over windows of"
+      " tokens; up to the width D: one window.",
+      least=1,
+      used_by=("head2toe",),
+      tuner_option=True,
+    ),
+    "embedding_dropout": Field(
+      0.0, "Probability of dropout on embedded tokens in training.", most=0.99
+    ),
+    "num_prompts": Field(
+      10,
+      "Prompts; vpt_deep: in each block.",
+      least=1,
+      used_by=("vpt_shallow", "vpt_deep"),
+      tuner_option=True,
+    ),
+    "bottleneck": Field(
+      0,
+      "Hidden size of the adapters; 0: D / 8 (adapter) or 64 (adaptformer).",
+      used_by=("adapter", "adaptformer"),
+      tuner_option=True,
+    ),
+    "rank": Field(
+      8,
+      "Rank of the change of a projection.",
+      least=1,
+      used_by=("lora",),
+      tuner_option=True,
+    ),
+    "alpha": Field(
+      8.0,
+      "The change of a projection is scaled by alpha / rank.",
+      used_by=("lora",),
+      tuner_option=True,
+    ),
+    "last_blocks": Field(
+      1,
+      "Number of blocks, from the last, that train.",
+      least=1,
+      used_by=("partial",),
+      tuner_option=True,
+    ),
+    "editor_rate": Field(
+      0.0,
+      "Learning rate of the editor's weights, as a multiple of lr; 0: 0.01"
+      " beside vqt and head2toe, else 1.",
+      used_by=_ANY_EDITOR,
+    ),
+  },
+  "Training": {
+    "epochs": Field(100, "Epochs of every trial.", least=1),
+    "warmup_epochs": Field(
+      -1,
+      "Epochs of linear warm-up before the cosine decay to 0; -1: a tenth of"
+      " epochs.",
+      least=-1,
+    ),
+    "schedule": Field(
+      "epoch",
+      "Whether the learning rate changes every epoch or every step.",
+      choices=("epoch", "step"),
+    ),
+    "batch_size": Field(128, "Images in a training step.", least=1),
+    "optimizer": Field(
+      "",
+      "sgd has momentum 0.9 and coupled L2 decay; empty: as published for the"
+      " method.",
+      choices=("", *OPTIMIZERS),
+    ),
+    "lr": Field(
+      (0.0,),
+      "Peak learning rates to try, per 256 images in a batch; 0: as published"
+      " for the method.",
+    ),
+    **{
+      f"reader_lr.{name}": Field(
+        (0.0,), "Rates without an editor, if lr is 0.", used_by=(name,)
+      )
+      for name in readers.READERS
+    },
+    "weight_decay": Field(
+      (1e-2, 1e-3, 1e-4, 0.0), "Weight decays to try, not applied to biases."
+    ),
+  },
+  "Protocol": {
+    "protocol": Field(
+      "full",
+      "full, the authors': all settings, that is, pairs (lr, weight_decay),"
+      " train on train and are compared on val; the best trains on trainval"
+      " with every seed and is tested. best: then a wider search.",
+      choices=("full", "best"),
+    ),
+    "settings": Field(
+      0,
+      "Number of settings to try: so many of the rates, evenly from the first"
+      " to the last, with one weight decay (1e-4, if there are several), so"
+      " that all methods are searched alike; 0: all rates with all weight"
+      " decays.",
+    ),
+    "keep_fraction": Field(
+      (0.0,),
+      "Fraction of the features to select by group lasso; of several the best"
+      " on val. 0: for vqt the authors' for the task (0.7 where they use one"
+      " query per block of a VTAB-1k task), for head2toe several up to 0.5,"
+      " else 1.",
+      most=1,
+    ),
+    "seeds": Field(
+      (42, 44, 82, 100, 800), "Seeds of the final trials.", most=2**32 - 1
+    ),
+    "seed": Field(0, "Seed of the order of the examples.", most=2**32 - 1),
+    "best.num_queries": Field(
+      (1, 10),
+      "protocol=best: numbers of queries to try too.",
+      least=1,
+      used_by=("vqt",),
+    ),
+    "best.query_dropout": Field(
+      (0.1,),
+      "protocol=best: probabilities of query dropout to try.",
+      most=0.99,
+      used_by=("vqt",),
+    ),
+    "best.keep_fractions": Field(
+      (0.3, 0.5, 0.7, 0.9),
+      "protocol=best: fractions of the features to try beside keep_fraction"
+      " and 1.",
+      least=0.01,
+      most=0.99,
+      used_by=("vqt", "head2toe"),
+    ),
+    "best.finalists": Field(
+      8,
+      "protocol=best: number of settings, the best on val, to cross-validate.",
+      least=1,
+    ),
+    "best.folds": Field(
+      5, "protocol=best: folds of trainval in cross-validation.", least=2
+    ),
+  },
+  "Computation (results depend on it by rounding only, except data=stream)": {
+    "features": Field(
+      "",
+      "Memory that stores the frozen features, once computed; live: the"
+      " backbone runs in every step; empty: chosen by their size.",
+      choices=("", "device", "host", "disk", "live"),
+      resumable=True,
+    ),
+    "feature_dtype": Field(
+      "",
+      "Dtype of stored features; empty: as dtype.",
+      choices=("", "float32", "bfloat16"),
+    ),
+    "store_dir": Field(
+      "",
+      "Folder for files of features, which other runs use too; empty: only"
+      " features=disk writes files, in the cache folder.",
+      resumable=True,
+    ),
+    "data": Field(
+      "",
+      "Where images are if features are not stored: in device memory, or"
+      " read in every epoch, in another order (stream); empty: chosen by size.",
+      choices=("", "device", "stream"),
+    ),
+    "eval_batch_size": Field(
+      128,
+      "Images in a batch of extraction or evaluation.",
+      least=1,
+      resumable=True,
+    ),
+    "remat": Field(
+      False,
+      "Recompute blocks in the gradient: less memory, more time.",
+      used_by=_ANY_EDITOR,
+    ),
+    "mesh.model": Field(
+      1,
+      "Devices that share one copy of the backbone; batches are shared by all.",
+      least=1,
+    ),
+    "checkpoint_seconds": Field(
+      60.0, "Seconds between checkpoints.", resumable=True
+    ),
+  },
+  "Presets": {
+    "preset": Field(
+      "",
+      "authors: the authors' program except for its weights; sets the fields of"
+      " the recipe, the noise and how images are read.",
+      choices=("", "authors"),
+    ),
+  },
+}
+
+FIELDS = {
+  name: field for fields in SECTIONS.values() for name, field in fields.items()
+}
+
+# Fields of earlier versions -> the value that every run has instead, or None if
+# the field never had an effect.
+RETIRED = {
+  "best.normalize": (True, False),
+  "mesh.data": None,
+  "search_seed": 100,
+}
+
+# Fields, and a group of fields, that `data.make_task` takes beside the name.
+TASK_FIELDS = ("data_dir", "splits", "image_key", "label_key", "num_classes")
+
+
+def find(name: str) -> Field:
+  """Return a field by its name, e.g. "num_queries" or "splits.train".
+
+  Raises:
+    UserError: there is no such field; the message suggests the nearest ones.
+  """
+  inside = [f"config.{x}" for x in FIELDS if x.startswith(f"{name}.")]
+  if inside:
+    raise errors.UserError(
+      f"config.{name} is a group of fields; set {', '.join(inside)}."
+    )
+  if name not in FIELDS:
+    # Fields of groups are suggested for names with a dot only.
+    known = [field for field in FIELDS if "." in name or "." not in field]
+    raise errors.unknown("config field", name, known)
+  return FIELDS[name]
+
+
+def is_used(name: str, method: methods_lib.Method | None) -> bool:
+  """Return whether the results of a method may depend on a field.
+
+  Args:
+    name: of the field.
+    method: None for a config of several methods, each of which has a config of
+      its own.
+  """
+  used_by = FIELDS[name].used_by
+  if not used_by:
+    return True
+  return method is not None and (
+    method.reader in used_by or method.editor in used_by
+  )
+
+
+def may_change(name: str, method: methods_lib.Method | None) -> bool:
+  """Return whether a run may be resumed with another value of a field.
+
+  Args:
+    name: of the field, which need not exist.
+    method: as for `is_used`.
+  """
+  if name not in FIELDS:
+    return False
+  return FIELDS[name].resumable or not is_used(name, method)
+
+
+def tuner_options(config: ConfigDict) -> dict[str, Any]:
+  """Return the options of `make_tuner` that a resolved config sets."""
+  method = methods_lib.parse(config.method)
+  return {
+    name: config[name]
+    for name, field in FIELDS.items()
+    if field.tuner_option and is_used(name, method)
+  }
+
+
+def describe() -> str:
+  """Describe all fields as flags: default, type and meaning, by section."""
+  return "\n\n".join(
+    "\n".join([f"{title}:", *map(_describe_field, fields, fields.values())])
+    for title, fields in SECTIONS.items()
+  )
+
+
+def _describe_field(name: str, field: Field) -> str:
+  default = field.default
+  if isinstance(default, tuple):
+    default = ",".join(map(str, default))
+  words = field.meaning
+  if field.used_by == _ANY_EDITOR:
+    words += " For editors."
+  elif field.used_by:
+    words += f" For {' and '.join(field.used_by)}."
+  indent = 4 * " "
+  lines = textwrap.wrap(
+    f"{words} ({field.type_in_words})",
+    width=80,
+    initial_indent=indent,
+    subsequent_indent=indent,
+    break_on_hyphens=False,
+  )
+  return "\n".join([f"--config.{name}={default}", *lines])

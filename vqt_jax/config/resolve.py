@@ -1,16 +1,4 @@
-"""What a run is made of: every field with its default and unit.
-
-A config is a `Config` that starts from `default_config`; no other fields exist.
-The defaults are the paper's method and the authors' recipe on a frozen,
-noiseless stream. What their program does otherwise (and what changes results)
-sits in these fields, all set by `preset="authors"`:
-
-  embedding_dropout  0.1: noise on the frozen stream while queries train
-  resize             "legacy": TensorFlow 1's bilinear resize
-  value_range        "imagenet": its mean and deviation, whatever the backbone
-  gelu, dtype        exact (erf) GELU, float32 products, whatever the backbone
-  schedule           "epoch" (also the default): the first epoch has rate 0
-"""
+"""Resolution of a config: its preset, recipe, and defaults of the task."""
 
 from collections.abc import Mapping
 import copy
@@ -20,39 +8,27 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from vqt_jax import errors
+from vqt_jax.config import config_dict
 from vqt_jax.config import fields
-from vqt_jax.config import validate as validate_lib
+from vqt_jax.config import validate
 from vqt_jax.data import vtab
+from vqt_jax.models import editors
+from vqt_jax.models import methods as methods_lib
 from vqt_jax.models import readers
-from vqt_jax.models import tuner as tuner_lib
 
-# What the authors' program does otherwise than the defaults above, and the
-# fields in which the defaults are already theirs.
-AUTHORS = {
+# Differences of the authors' program from the defaults: noise on the frozen
+# stream while queries train (it trains other methods without), TensorFlow 1's
+# bilinear resize, and ImageNet's mean and deviation, exact GELU and float32
+# whatever the backbone was trained with.
+_AUTHORS = {
   "resize": "legacy",
   "value_range": "imagenet",
   "gelu": "exact",
   "dtype": "float32",
   "embedding_dropout": 0.1,
 }
-AUTHORS_KEEP = 0.7  # Of the features, on VTAB tasks with one query per block.
-# Of the features; the Head2Toe authors' commands have 0.01 and 0.2, but of more
-# features, see docs/methods.md.
-HEAD2TOE_KEEP = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-# Optimiser and peak rates. Readers alone: the VQT authors', and those of
-# Head2Toe; their rates are of a head, so editors beside such readers move at a
-# fraction of them (`EDITOR_RATE`). Prompts, and all else: the searches of the
-# VPT paper (docs/methods.md).
-READERS_RECIPE = ("adam", (1.0, 0.5, 0.25, 0.1, 0.05))
-HEAD2TOE_RECIPE = ("adam", (0.2, 0.02))  # Theirs: 0.1 and 0.01, batch 128.
-PROMPTS_RECIPE = (
-  "sgd",
-  (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05),
-)
-EDITORS_RECIPE = ("adamw", (5e-3, 1e-3, 5e-4, 1e-4))
-EDITOR_RATE = 0.01
-SETTINGS_DECAY = 1e-4  # Of a search of so many settings.
-AUTHORS_TOO = (
+# Fields whose defaults are the authors' values.
+_AUTHORS_DEFAULTS = (
   "query_dropout",
   "combine",
   "normalize",
@@ -64,80 +40,87 @@ AUTHORS_TOO = (
   "lr",
   "reader_lr",
   "weight_decay",
-  "search_seed",
   "seeds",
   "protocol",
   "keep_fraction",
 )
 
+# Fraction of the features, on VTAB tasks with one query per block.
+AUTHORS_KEEP = 0.7
+# The Head2Toe authors' commands have 0.01 and 0.2, but of more features, see
+# docs/methods.md.
+HEAD2TOE_KEEP = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+
+# Optimiser and peak learning rates per 256 images: of readers those of the VQT
+# and Head2Toe authors (0.1 and 0.01 at batch 128); of prompts, and of all other
+# editors, those searched in the VPT paper (docs/methods.md).
+_READER_RECIPE = ("adam", (1.0, 0.5, 0.25, 0.1, 0.05))
+_HEAD2TOE_RECIPE = ("adam", (0.2, 0.02))
+_PROMPT_RECIPE = (
+  "sgd",
+  (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05),
+)
+_EDITOR_RECIPE = ("adamw", (5e-3, 1e-3, 5e-4, 1e-4))
+# Beside vqt and head2toe an editor has this fraction of their rates, which are
+# those of a head.
+_EDITOR_RATE = 0.01
+# The only weight decay that is tried if `settings` is given.
+_SETTINGS_DECAY = 1e-4
+
 
 def resolve(
   config: Mapping[str, Any] | ConfigDict, keep: tuple[str, ...] = ()
-) -> fields.Config:
-  """The config with its preset written out, checked.
+) -> config_dict.Config:
+  """Return a checked config in which all that was left open is written out.
 
-  A preset is an abbreviation: its fields are set, whatever they were, and
-  `preset` is cleared, so that what comes back says all and can be resolved
-  again. To depart from a preset, change fields after this call. The same goes
-  for `settings` and `reader_lr`. (With `task="all"`, what the authors choose by
-  the task is left to `config_for`, and with `methods` all that depends on the
-  method; `method` is empty then.)
+  The result is complete and can be resolved again. A preset is an abbreviation:
+  its fields are set, whatever they were, and `preset` is cleared; to depart
+  from it, change fields after this call. `settings` and `reader_lr` are cleared
+  likewise. With `task="all"`, fields that depend on the task are left to
+  `config_for`; with `methods`, all that depend on the method, and `method` is
+  empty.
 
   Args:
-    config: a changed `default_config()`, which is left as it is; or a dict of
-      what to change in it, such as `config.json` of a run.
-    keep: fields that the preset must leave alone (`main.py` names those given
-      on the command line).
+    config: a changed `default_config()`, which is not modified; or a dict of
+      the changes, such as `config.json` of a run.
+    keep: fields that a preset must not change (those given on the command
+      line).
 
   Raises:
-    UserError: an unknown name, or a value that makes no sense.
+    UserError: an unknown name, or an invalid value.
   """
-  config = _own(config)
-  validate(config)
+  config = _copy(config)
+  validate.check(config)
   if config.preset == "authors":
-    for name, value in _authors(config.method).items():
-      if name not in keep:
-        config[name] = value
-    config.preset = ""
+    _apply_authors_preset(config, keep)
   if config.warmup_epochs < 0:
     config.warmup_epochs = config.epochs // 10
-  if config.methods:  # The rest is each method's own.
+  if config.methods:
     if "method" in keep:
       raise errors.UserError(
         f"config.method={config.method} and config.methods={config.methods}:"
         " give one of them."
       )
-    config.methods = ",".join(tuner_lib.parse_list(config.methods))
+    config.methods = ",".join(methods_lib.split_list(config.methods))
     config.method = ""
     return config
-  _follow_recipe(config)
+  method = methods_lib.parse(config.method)
+  _fill_recipe(config, method)
   if config.settings:
-    _follow_budget(config)
-  if config.task != vtab.ALL:  # Else each task's own.
-    _follow_authors(config)
-  validate(config)
+    _limit_settings(config)
+  if config.task != vtab.ALL:
+    _fill_task_defaults(config, method)
+  validate.check(config)
   return config
 
 
-def _own(config: Mapping[str, Any] | ConfigDict) -> fields.Config:
-  """A copy, as a Config."""
-  if isinstance(config, fields.Config):
-    return copy.deepcopy(config)
-  if not hasattr(config, "items"):
-    raise errors.UserError(
-      "config: expected default_config() with changes, or a dict of these,"
-      f" found {config!r}."
-    )
-  own = fields.default_config()
-  own.update(config)
-  return own
-
-
-def config_for(config: fields.Config, **changes: str) -> fields.Config:
-  """What a resolved config of several runs means for one of them, resolved.
+def config_for(
+  config: config_dict.Config, **changes: str
+) -> config_dict.Config:
+  """Return the resolved config of one run out of several.
 
   Args:
-    config: of `task="all"`, or of `methods`.
+    config: resolved, of `task="all"` or of `methods`.
     **changes: `task`, or `method`.
   """
   config = copy.deepcopy(config)
@@ -147,78 +130,95 @@ def config_for(config: fields.Config, **changes: str) -> fields.Config:
   return resolve(config)
 
 
-def recipe(method: str) -> dict[str, Any]:
-  """Optimiser, rates, and the editor's rate, as published for a method."""
-  reader, editor = tuner_lib.parse(method)
-  if not editor or reader != "linear":
-    alike = reader == "head2toe"
-    optimizer, lr = HEAD2TOE_RECIPE if alike else READERS_RECIPE
-    rate = EDITOR_RATE if editor else 1.0
+def recipe(method: methods_lib.Method) -> dict[str, Any]:
+  """Return a method's published optimizer, lr and editor_rate."""
+  rate = 1.0
+  if method.reader == "linear" and method.editor:
+    prompts = editors.EDITORS[method.editor].has_prompts
+    optimizer, lr = _PROMPT_RECIPE if prompts else _EDITOR_RECIPE
   else:
-    prompts = editor.startswith("vpt_")
-    optimizer, lr = PROMPTS_RECIPE if prompts else EDITORS_RECIPE
-    rate = 1.0
+    head2toe = method.reader == "head2toe"
+    optimizer, lr = _HEAD2TOE_RECIPE if head2toe else _READER_RECIPE
+    rate = _EDITOR_RATE if method.editor else 1.0
   return {"optimizer": optimizer, "lr": lr, "editor_rate": rate}
 
 
-def _follow_recipe(config: fields.Config) -> None:
-  """Writes out what is empty because it is as published for the method."""
-  if config.lr == (0.0,) and config.method in readers.READERS:
-    config.lr = config.reader_lr[config.method]
-  for name in readers.READERS:
-    config.reader_lr[name] = (0.0,)
-  for name, value in recipe(config.method).items():
-    if config[name] in ("", (0.0,), 0.0):
-      config[name] = value
+def choose_rates(rates: tuple[float, ...], count: int) -> tuple[float, ...]:
+  """Choose a number of rates, evenly from the first to the last.
 
-
-def _follow_budget(config: fields.Config) -> None:
-  """Writes out which rates and weight decay `settings` stands for."""
-  config.lr = spread(config.lr, config.settings)
-  if len(config.weight_decay) > 1:
-    config.weight_decay = (SETTINGS_DECAY,)
-  config.settings = 0
-
-
-def spread(rates: tuple[float, ...], count: int) -> tuple[float, ...]:
-  """So many of some rates, evenly, with the first and the last.
-
-  One is the middle one. Where more are wanted than there are, they lie between
-  these, at even steps of the logarithm from each to the next.
+  One rate is the middle one. If there are too few rates, others between them
+  are added, evenly on a logarithmic scale.
   """
-  places = np.linspace(0, len(rates) - 1, count)
+  positions = np.linspace(0, len(rates) - 1, count)
   if count == 1:
-    places = np.array([(len(rates) - 1) / 2])
+    positions = np.array([(len(rates) - 1) / 2])
   if count <= len(rates):
-    return tuple(rates[i] for i in np.rint(places).astype(int))
-  logs = np.interp(places, range(len(rates)), np.log(rates))
+    return tuple(rates[i] for i in np.rint(positions).astype(int))
+  logs = np.interp(positions, range(len(rates)), np.log(rates))
   return tuple(float(f"{rate:.3g}") for rate in np.exp(logs))
 
 
-def _follow_authors(config: fields.Config) -> None:
-  """Writes out what is 0 because the authors choose it by the task."""
+def _copy(config: Mapping[str, Any] | ConfigDict) -> config_dict.Config:
+  if isinstance(config, config_dict.Config):
+    return copy.deepcopy(config)
+  if not hasattr(config, "items"):
+    raise errors.UserError(
+      "config: expected default_config() with changes, or a dict of these,"
+      f" found {config!r}."
+    )
+  copied = config_dict.default_config()
+  copied.update(config_dict.drop_retired(config))
+  return copied
+
+
+def _apply_authors_preset(
+  config: config_dict.Config, keep: tuple[str, ...]
+) -> None:
+  defaults = config_dict.default_config()
+  values = {name: defaults[name] for name in _AUTHORS_DEFAULTS} | _AUTHORS
+  if methods_lib.parse(config.method) != methods_lib.Method("vqt"):
+    values["embedding_dropout"] = 0.0
+  for name, value in values.items():
+    if name not in keep:
+      config[name] = value
+  config.preset = ""
+
+
+def _fill_recipe(
+  config: config_dict.Config, method: methods_lib.Method
+) -> None:
+  """Set the fields of the method's recipe that still have their defaults."""
+  if _is_default(config, "lr") and not method.editor:
+    config.lr = config.reader_lr[method.reader]
+  for name in readers.READERS:
+    config.reader_lr[name] = fields.FIELDS[f"reader_lr.{name}"].default
+  for name, value in recipe(method).items():
+    if _is_default(config, name):
+      config[name] = value
+
+
+def _limit_settings(config: config_dict.Config) -> None:
+  """Set the rates and the weight decay of as many settings as are wanted."""
+  config.lr = choose_rates(config.lr, config.settings)
+  if len(config.weight_decay) > 1:
+    config.weight_decay = (_SETTINGS_DECAY,)
+  config.settings = 0
+
+
+def _fill_task_defaults(
+  config: config_dict.Config, method: methods_lib.Method
+) -> None:
+  """Set the fields that the authors choose by the task, if they are 0."""
   task = vtab.find(config.task)
-  if not config.num_queries:
+  if _is_default(config, "num_queries"):
     config.num_queries = vtab.NUM_QUERIES.get(task.name, 1) if task else 1
-  if config.keep_fraction == (0.0,):
-    selects = config.method == "vqt" and config.num_queries == 1
-    config.keep_fraction = (AUTHORS_KEEP if selects and task else 1.0,)
-    if tuner_lib.parse(config.method)[0] == "head2toe":
+  if _is_default(config, "keep_fraction"):
+    is_vqt = method == methods_lib.Method("vqt")
+    selects = is_vqt and config.num_queries == 1 and task
+    config.keep_fraction = (AUTHORS_KEEP if selects else 1.0,)
+    if method.reader == "head2toe":
       config.keep_fraction = HEAD2TOE_KEEP
 
 
-def _authors(method: str) -> dict[str, Any]:
-  defaults = fields.default_config()
-  values = {name: defaults[name] for name in AUTHORS_TOO} | AUTHORS
-  if method != "vqt":  # All other methods they train without noise.
-    values["embedding_dropout"] = 0.0
-  return values
-
-
-def validate(config: fields.Config) -> None:
-  """Checks all that can be known without files and devices.
-
-  Raises:
-    UserError: with the field, what was expected and what was found.
-  """
-  validate_lib.check(config, fields.default_config())
+def _is_default(config: config_dict.Config, name: str) -> bool:
+  return config[name] == fields.FIELDS[name].default

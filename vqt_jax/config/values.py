@@ -1,95 +1,66 @@
-"""Values of fields: names, types, and conversion."""
+"""Values of fields: their types, in words, and their conversion."""
 
 from collections.abc import Sequence
 import os
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from vqt_jax import errors
 
-_TYPE_NAMES = {
+_SINGULAR = {
   bool: "true or false",
   int: "a whole number",
   float: "a number",
   str: "text",
 }
+_PLURAL = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
-def check_field(name: str, defaults: ConfigDict) -> Any:
-  """The default of a field, e.g. "num_queries" or "splits.train".
+def describe_type(default: Any) -> str:
+  """Name the type of a value in words, e.g. "a whole number".
 
-  Raises:
-    UserError: no such field, with the nearest ones.
+  Args:
+    default: a value of this type; a tuple stands for one element or more, and
+      its own elements for theirs.
   """
-  fields = flatten(defaults)
-  inside = [f"config.{f}" for f in fields if f.startswith(f"{name}.")]
-  if inside:
-    raise errors.UserError(
-      f"config.{name} is a group of fields; set {', '.join(inside)}."
-    )
-  if name not in fields:
-    alike = [field for field in fields if "." in name or "." not in field]
-    raise errors.unknown("config field", name, alike)
-  return fields[name]
-
-
-def expected(default: Any) -> str:
-  """What a field with this default takes, in words."""
   if isinstance(default, tuple):
-    kind = {bool: "true or false", int: "whole numbers", float: "numbers"}
-    kind = kind[type(default[0])]
-    if len(default) == 1:
-      return f"{kind} separated by commas"
-    return f"{kind} separated by commas, e.g. {default[0]},{default[1]}"
-  return _TYPE_NAMES[type(default)]
+    return f"{_PLURAL[type(default[0])]} separated by commas"
+  return _SINGULAR[type(default)]
 
 
-def flatten(config: ConfigDict | dict) -> dict[str, Any]:
-  """Field -> value, with names such as "splits.train"."""
-  flat = {}
-  for name, value in config.items():
-    if hasattr(value, "items"):
-      flat |= {f"{name}.{k}": v for k, v in flatten(value).items()}
-    else:
-      flat[name] = value
-  return flat
-
-
-def convert(name: str, value: Any, like: Any) -> Any:
-  """A value as its field holds it.
+def convert(name: str, value: Any, default: Any) -> Any:
+  """Convert a value to the type of its field.
 
   Args:
     name: of the field.
-    value: of the field's type, or what stands for it: a scalar or array of
+    value: of this type, or a value that stands for one: a scalar or an array of
       NumPy or JAX, a whole number for a number, a path for text; for a tuple
-      any sequence, or one element.
-    like: a value of the field.
+      any sequence, or a single element.
+    default: a value of this type.
 
   Raises:
-    UserError: it is of another type.
+    UserError: it cannot be converted.
   """
   found = value
   if hasattr(value, "tolist"):
     value = value.tolist()
-  if not isinstance(like, tuple):
-    converted = _scalar(value, type(like))
-    fine = converted is not None
-  else:
+  if isinstance(default, tuple):
     if isinstance(value, str) or not isinstance(value, Sequence):
       value = (value,)
-    converted = tuple(_scalar(x, type(like[0])) for x in value)
-    fine = converted and None not in converted
-  if not fine:
+    converted = tuple(_convert_scalar(x, type(default[0])) for x in value)
+    valid = converted and None not in converted
+  else:
+    converted = _convert_scalar(value, type(default))
+    valid = converted is not None
+  if not valid:
     found = " ".join(repr(found).split())
     raise errors.UserError(
-      f"config.{name}: expected {expected(like)}, found {found}."
+      f"config.{name}: expected {describe_type(default)}, found {found}."
     )
   return converted
 
 
-def _scalar(value: Any, kind: type) -> Any:
-  """A value as a bool, int, float or str; None where it is none."""
+def _convert_scalar(value: Any, kind: type) -> Any:
+  """Return a value as a bool, int, float or str; None if it is no such."""
   if kind is str and isinstance(value, os.PathLike):
     value = os.fspath(value)
   if kind is float and type(value) is int:

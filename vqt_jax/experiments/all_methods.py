@@ -6,9 +6,9 @@ from typing import Any
 import ml_collections
 
 from vqt_jax import results
-from vqt_jax.config import recipes
+from vqt_jax.config import resolve
 from vqt_jax.experiments import run_many
-from vqt_jax.models import tuner
+from vqt_jax.models import methods as methods_lib
 from vqt_jax.reports import compare
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import files
@@ -43,8 +43,8 @@ def _look(
 ) -> tuple[run_many.Configs, str]:
   """The config of each method."""
   del workdir
-  methods = tuner.parse_list(config.methods)
-  return {name: recipes.config_for(config, method=name) for name in methods}, ""
+  methods = methods_lib.split_list(config.methods)
+  return {name: resolve.config_for(config, method=name) for name in methods}, ""
 
 
 def _sum_up(

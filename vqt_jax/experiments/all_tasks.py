@@ -8,7 +8,7 @@ import ml_collections
 from vqt_jax import data
 from vqt_jax import errors
 from vqt_jax import results
-from vqt_jax.config import recipes
+from vqt_jax.config import resolve
 from vqt_jax.data import vtab
 from vqt_jax.experiments import run_many
 from vqt_jax.reports import vtab_figure
@@ -66,7 +66,7 @@ def _look(
   if missing == set(vtab.VTAB):
     raise errors.UserError(told)
   there = [name for name in vtab.VTAB if name not in missing]
-  return {name: recipes.config_for(config, task=name) for name in there}, told
+  return {name: resolve.config_for(config, task=name) for name in there}, told
 
 
 def _not_prepared(

@@ -4,7 +4,7 @@ from typing import Any
 
 import ml_collections
 
-from vqt_jax.config import recipes
+from vqt_jax.config import resolve
 from vqt_jax.data import vtab
 from vqt_jax.experiments import all_methods
 from vqt_jax.experiments import all_tasks
@@ -40,7 +40,7 @@ def train(
     UserError: something the user can mend.
     Stopped: asked to stop by a signal; everything is saved.
   """
-  config = recipes.resolve(config)
+  config = resolve.resolve(config)
   workdir = files.path(workdir)
   console = console or console_lib.of_process()
   if config.task == vtab.ALL:

@@ -155,14 +155,16 @@ def _wide(
       if i not in known["diverged"]
     }
   tried = [trial_lib.Trial(**trial) for trial in known["runs"]] if known else []
-  wide = (c.best.query_dropout, c.best.normalize)
+  wide = (c.best.query_dropout, (True, False))
   counts = sorted({context.tuner.num_queries, *c.best.num_queries})
   if not context.tuner.has_queries:
     wide, counts = ((0.0,), (c.normalize,)), [context.tuner.num_queries]
   for num_queries in counts:
     tuner = dataclasses.replace(context.tuner, num_queries=num_queries)
     trials = tuple(
-      trial_lib.Trial(lr * c.batch_size / 256, decay, c.search_seed, *rest)
+      trial_lib.Trial(
+        lr * c.batch_size / 256, decay, trial_lib.SEARCH_SEED, *rest
+      )
       for lr, decay, *rest in itertools.product(c.lr, c.weight_decay, *wide)
     )
     if tuner == context.tuner:

@@ -1,4 +1,4 @@
-"""Starts a run: joins other processes, opens the workdir and the log."""
+"""The start of a run: joining other processes, opening workdir and log."""
 
 from collections.abc import Iterator
 import contextlib

@@ -152,7 +152,7 @@ def search_stage(
     trial_lib.Trial(
       lr * config.batch_size / 256,
       decay,
-      config.search_seed,
+      trial_lib.SEARCH_SEED,
       config.query_dropout if tuner.has_queries else 0.0,
       config.normalize,
     )

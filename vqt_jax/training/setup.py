@@ -88,7 +88,7 @@ def find_mesh(
   devices: Sequence[jax.Device] | None = None,
 ) -> jax.sharding.Mesh:
   """Return the mesh of a config over devices (None: all of all processes)."""
-  mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.model, devices)
+  mesh = mesh_lib.make_mesh(model=config.mesh.model, devices=devices)
   mesh_lib.check_heads(mesh, vit_config.num_heads)
   return mesh
 

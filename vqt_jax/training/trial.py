@@ -2,6 +2,8 @@
 
 import dataclasses
 
+SEARCH_SEED = 100  # The seed of all trials of a search, as the authors'.
+
 
 @dataclasses.dataclass(frozen=True)
 class Trial:

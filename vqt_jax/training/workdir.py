@@ -14,7 +14,9 @@ import contextlib
 from typing import Any
 
 from vqt_jax import errors
+from vqt_jax.config import config_dict
 from vqt_jax.config import fields
+from vqt_jax.models import methods
 from vqt_jax.runtime import files
 from vqt_jax.runtime import locks
 from vqt_jax.runtime.files import PathLike
@@ -54,7 +56,7 @@ def open_workdir(config: Any, workdir: PathLike) -> Iterator[bool]:
       touched then.
   """
   workdir = files.path(workdir)
-  now = fields.to_json(config)
+  now = config_dict.to_json(config)
   _config_of(workdir)  # Somebody else's does not even get a lock.
   with locks.alone_in(workdir):
     old, begun = _config_of(workdir), _begun(workdir)
@@ -109,12 +111,11 @@ def _begun(workdir: files.Path) -> bool:
 def _check_same_run(
   old: dict[str, Any], now: dict[str, Any], workdir: files.Path
 ) -> None:
-  # A field that was not there yet has done what its default does.
-  old = fields.to_json(fields.default_config()) | old
+  method = methods.parse(now["method"]) if now["method"] else None
   changed = [
     f"{name} was {before!r}, is now {after!r}"
-    for name, (before, after) in fields.differences(old, now).items()
-    if name not in fields.RESUMABLE and fields.uses(now["method"], name)
+    for name, (before, after) in config_dict.differences(old, now).items()
+    if not fields.may_change(name, method)
   ]
   if changed:
     more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
