@@ -35,12 +35,12 @@ from rich import table as rich_table
 import vqt_jax
 from vqt_jax import accuracy
 from vqt_jax import cli
-from vqt_jax.config import recipes
-from vqt_jax.features import memory_budget
+from vqt_jax.config import resolve
 from vqt_jax.features import store
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.training import stages
 from vqt_jax.training import step
+from vqt_jax.training import trial_memory
 
 TRAINING = ("search", "seeds", "scores", "selected")
 
@@ -128,17 +128,17 @@ def instrumented(clock: Clock, alone: bool) -> Iterator[None]:
     # It would compile once more what is compiled ahead here.
     replace(step, "step_bytes", lambda *args: None)
     replace(step, "eval_steps", clock.timed(step.eval_steps, 1))
-    replace(store, "runner", extract(store.runner))
+    replace(store, "extractor", extract(store.extractor))
     replace(store, "_writer", extract(store._writer))
     if alone:
-      replace(memory_budget, "runs_at_once", lambda *args: 1)
+      replace(trial_memory, "trials_at_once", lambda *args: 1)
     yield
 
 
 def measure(config: ConfigDict, live: bool) -> tuple[Clock, dict[str, Any]]:
   """One run of the program; its clock and results."""
   clock = Clock()
-  config = recipes.resolve(config)
+  config = resolve.resolve(config)
   config.features = "live" if live else "device"
   config.data = "device" if live else ""
   quiet = console_lib.Console(io.StringIO())
@@ -167,7 +167,7 @@ def main() -> None:
   parser.add_argument("--no_live", action="store_true", help="stored alone")
   options, rest = parser.parse_known_args()
   argv = ["main.py", "--workdir=unused", *rest]
-  config = recipes.resolve(cli.parse(argv).config)
+  config = resolve.resolve(cli.parse(argv).config)
   settings, seeds = len(config.lr) * len(config.weight_decay), len(config.seeds)
 
   stored = cut(config, options.epochs)

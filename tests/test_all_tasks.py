@@ -9,7 +9,7 @@ import pytest
 import main
 from tests import runs
 from vqt_jax import data
-from vqt_jax.config import fields
+from vqt_jax.config import config_dict
 from vqt_jax.data import labels
 from vqt_jax.data import vtab
 from vqt_jax.reports import run_figure
@@ -160,7 +160,7 @@ def test_none_is_prepared(start, table, tmp_path):
 
 def test_the_folder_of_a_task_holds_another_run(start, tmp_path):
   """Said before anything is trained."""
-  folder, config = tmp_path / "kitti", fields.default_config()
+  folder, config = tmp_path / "kitti", config_dict.default_config()
   config.task = "dtd"
   with workdir_lib.open_workdir(config, folder):
     (folder / "results.json").write_text("{}")

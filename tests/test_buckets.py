@@ -245,7 +245,7 @@ def test_metrics(server, tmp_path, monkeypatch):
 def test_comparing(server, alone, capsys):
   for name, content in runs.files(alone["device"], "tuned/*/*").items():
     files.write(files.path(f"{WORKDIR}/{name}"), content)
-  _, info = tuned.load_tuned(f"{WORKDIR}/tuned/seed_7")
+  _, info = tuned.read(f"{WORKDIR}/tuned/seed_7")
   assert info["seed"] == 7
   summary = runs.results(alone["device"]) | {"method": "linear"}  # No queries.
   files.write_json(f"{WORKDIR}/results.json", summary)

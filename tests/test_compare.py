@@ -17,8 +17,8 @@ from tests import test_all_tasks
 from vqt_jax import compare as compare_compare
 from vqt_jax import data
 from vqt_jax import errors
-from vqt_jax.config import recipes
-from vqt_jax.models import tuner
+from vqt_jax.config import resolve
+from vqt_jax.models import methods
 from vqt_jax.reports import compare
 from vqt_jax.reports import compare_figure
 from vqt_jax.reports import style
@@ -178,32 +178,32 @@ def test_what_does_not_go_with_methods(changes, words):
   config = compare_config.get_config("methods=vqt,lora")
   config.update(changes)
   with pytest.raises(errors.UserError, match=words):
-    recipes.resolve(config, keep=tuple(changes))
+    resolve.resolve(config, keep=tuple(changes))
 
 
 def test_a_comparison_has_the_configs_of_single_runs():
   arg = "methods=linear,vqt, lora,task=digits,settings=3"
-  config = recipes.resolve(compare_config.get_config(arg))
+  config = resolve.resolve(compare_config.get_config(arg))
   assert config.methods == "linear,vqt,lora"
-  assert recipes.resolve(config) == config
+  assert resolve.resolve(config) == config
   for method, rates in {
     "linear": (2.0, 0.5, 0.1),
     "lora": (5e-3, 5e-4, 1e-4),
   }.items():
     alone = digits.get_config(f"method={method}")
     alone.settings = 3
-    alone = recipes.resolve(alone)
-    assert recipes.config_for(config, method=method) == alone
+    alone = resolve.resolve(alone)
+    assert resolve.config_for(config, method=method) == alone
     assert (alone.lr, alone.weight_decay) == (rates, (1e-4,))
   assert alone.image_size == 28
 
 
 def test_all_methods():
   config = compare_config.get_config("task=dtd,variant=S/16")
-  config = recipes.resolve(config)
+  config = resolve.resolve(config)
   assert config.init == "howto-i21k-S/16" and config.task == "dtd"
   names = config.methods.split(",")
-  assert {*tuner.METHODS, "vqt+vpt_deep", "vqt+adaptformer"} == set(names)
+  assert set(methods.NAMES + methods.PAIRS) == set(names)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_all_methods():
   ],
 )
 def test_settings_are_spread_evenly(count, rates):
-  assert recipes.spread((100.0, 10.0, 1.0, 0.1, 0.01), count) == rates
+  assert resolve.choose_rates((100.0, 10.0, 1.0, 0.1, 0.01), count) == rates
 
 
 def test_peak_memory():
@@ -348,12 +348,12 @@ def test_runs_that_are_called_alike_get_longer_names(
 
 @pytest.mark.parametrize("count", [1, 20])
 def test_picture(tmp_path, count):
-  methods = [*tuner.METHODS, "vqt+lora", *tuner.METHODS]
+  names = [*methods.NAMES, "vqt+lora", *methods.NAMES]
   outcomes = {
     f"{i} {name}": outcome(name, 0.8 + i / 200, (2**28) * (1 + i % 5))
-    for i, name in enumerate(methods[:count])
+    for i, name in enumerate(names[:count])
   }
-  outcomes[f"{count - 1} {methods[count - 1]}"]["memory"] = None
+  outcomes[f"{count - 1} {names[count - 1]}"]["memory"] = None
   path = tmp_path / "compare.png"
   summary = compare.summarize(outcomes)
   assert compare_figure._backbones(summary) == "ViT-64x4/4 tiny.npz"

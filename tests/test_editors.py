@@ -16,14 +16,15 @@ from tests import runs
 import vqt_jax
 from vqt_jax import tuned
 from vqt_jax.config import fields
-from vqt_jax.features import memory_budget
 from vqt_jax.models import editors
 from vqt_jax.models import head
+from vqt_jax.models import methods
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.models import vit
 from vqt_jax.models import vit_config
 from vqt_jax.training import optim
 from vqt_jax.training import step as step_lib
+from vqt_jax.training import trial_memory
 
 # What is inserted before anything is trained, for B/16 and 100 classes: the
 # formula in depth L, width D, MLP M, and the numbers of the papers' tables.
@@ -228,7 +229,7 @@ def run_of(tree, run):
 
 
 def test_methods_listed_are_methods_tested():
-  assert set(tuner_lib.METHODS) == {m for m in INSERTED if "+" not in m}
+  assert set(methods.NAMES) == {m for m in INSERTED if "+" not in m}
 
 
 @pytest.mark.parametrize("method", INSERTED)
@@ -239,7 +240,7 @@ def test_sizes_for_vit_b_are_the_papers(method):
   shapes = vqt_jax.make_tuner(method, config, 100).shapes()
   size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
   assert size(shapes["tuner"]) == INSERTED[method]
-  reader, _ = tuner_lib.parse(method)
+  reader = methods.parse(method).reader
   features = D * (1 + L * PER_BLOCK.get(reader, 0))
   assert size(shapes["head"]) == (features + 1) * 100
 
@@ -305,7 +306,9 @@ def test_of_a_leaf_in_part_only_the_last_rows_train():
     jax.tree.leaves(copies["encoderblock"]), jax.tree.leaves(blocks)
   ):
     assert copy[0].shape == (1, *leaf.shape[1:])
-  params = editors.replaced(backbone.params, run_of(end["tuner"]["editor"], 0))
+  params = editors.apply_copies(
+    backbone.params, run_of(end["tuner"]["editor"], 0)
+  )
   for new, old in zip(
     jax.tree.leaves(params["Transformer"]["encoderblock"]),
     jax.tree.leaves(blocks),
@@ -352,7 +355,7 @@ def test_what_is_shipped_does_what_was_trained(method, tmp_path):
   loaded = tuned.load(tmp_path / "tuned")
   assert loaded.tuner == tuner
   np.testing.assert_array_equal(loaded(images).logits, logits)
-  if tuner.editor and not editors.folds(tuner.editor):
+  if tuner.editor and not editors.can_fold(tuner.editor):
     with pytest.raises(vqt_jax.UserError, match="a plain ViT"):
       loaded.folded()
     return
@@ -362,7 +365,7 @@ def test_what_is_shipped_does_what_was_trained(method, tmp_path):
     tmp_path / "folded.npz", image_size=backbone.config.image_size
   )
   assert not folded.tuner.editor
-  assert folded.tuner.method == tuner_lib.parse(method)[0]
+  assert folded.tuner.method == methods.parse(method).reader
   out = vqt_jax.apply(again, folded.tuner, folded.variables, images)
   helpers.assert_close(out.logits, logits, 1e-5)
 
@@ -418,9 +421,9 @@ def test_memory_of_a_run_is_foreseen(remat):
   )
   compiled = case.function.lower(*case.shapes()).compile()
   needed = compiled.memory_analysis().temp_size_in_bytes + held
-  foreseen = memory_budget.bytes_per_trial(tuner, 32, remat)
+  foreseen = trial_memory.bytes_per_trial(tuner, 32, remat)
   assert 1 < foreseen / needed < 2
-  kept = memory_budget.bytes_per_trial(tuner, 32)
+  kept = trial_memory.bytes_per_trial(tuner, 32)
   assert not remat or 4 * needed < kept
 
 

@@ -7,8 +7,8 @@ import types
 import pytest
 
 from tests import helpers
-from vqt_jax.config import fields
-from vqt_jax.config import recipes
+from vqt_jax.config import config_dict
+from vqt_jax.config import resolve
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.training import forecast as forecast_lib
@@ -20,7 +20,7 @@ COUNTS = {"train": 800, "val": 200, "trainval": 1000, "test": 5000}
 
 def start(method, extracted=None, **changes):
   """A forecast, the planned stages, and what will be said."""
-  config = fields.default_config()
+  config = config_dict.default_config()
   config.update(
     {
       "method": method,
@@ -33,7 +33,7 @@ def start(method, extracted=None, **changes):
       **changes,
     }
   )
-  config, stream = recipes.resolve(config), io.StringIO()
+  config, stream = resolve.resolve(config), io.StringIO()
   tuner = tuner_lib.make_tuner(method, helpers.tiny_config(), 5)
   console = console_lib.Console(stream)
   job = types.SimpleNamespace(config=config, tuner=tuner, console=console)

@@ -118,9 +118,9 @@ def test_a_step_with_it(cudnn, monkeypatch):
 def test_what_it_leaves_to_others(cudnn, shape, keys, dtype):
   q, k = jnp.ones(shape, dtype), jnp.ones(keys, dtype)
   with _mesh(2, 2):
-    assert not fused_attention.takes(q, k)
+    assert not fused_attention.is_supported(q, k)
     good = jnp.ones((8, 6, 2, 8), "bfloat16")
-    assert fused_attention.takes(good, good)
+    assert fused_attention.is_supported(good, good)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from tests import helpers
 from tests import runs
 import vqt_jax
 from vqt_jax import tuned
-from vqt_jax.config import fields
+from vqt_jax.config import config_dict
 from vqt_jax.features import disk
 from vqt_jax.features import store
 from vqt_jax.models import editors
@@ -118,7 +118,7 @@ def test_only_means_are_kept_in_their_own_file(tmp_path):
     mesh = mesh_lib.make_mesh()
     layout = store.Layout(config, True, "float32", mesh, window)
     sizes.append(layout.bytes_per_image)
-    files.append(disk.File(tmp_path, "x", {}, layout, 4))
+    files.append(disk.FeatureFile(tmp_path, "x", {}, layout, 4))
   assert sizes == [4 * 16 * (3 * 10 + 1), 4 * 16 * (3 * 3 + 1)]
   assert files[0].path != files[1].path
 
@@ -149,7 +149,7 @@ def test_val_picks_the_fraction(material, tmp_path):
       right = 32 * row["accuracy"]
       assert right == pytest.approx(round(right))
   tuner = vqt_jax.make_tuner("head2toe", helpers.tiny_config(), runs.CLASSES)
-  config = fields.default_config()
+  config = config_dict.default_config()
   config.keep_fraction = (0.02, 0.3, 0.6)
   planned = [stage.name for stage in protocol.planned(config, tuner)]
   assert list(dict.fromkeys(row["phase"] for row in rows)) == planned

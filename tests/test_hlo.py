@@ -7,6 +7,7 @@ import pytest
 from benchmarks import cases
 from tests import helpers
 import vqt_jax
+from vqt_jax.features import images
 from vqt_jax.features import store
 from vqt_jax.models import vit
 from vqt_jax.planning import cost
@@ -188,7 +189,7 @@ def test_gradients_are_summed_once_a_step_in_float32(method, stored):
 def test_a_batch_of_images_is_exchanged_and_not_summed(size):
   """Whatever the number of devices cuts: rows, columns, or neither."""
   mesh = mesh_lib.make_mesh()
-  data = store.resident_shapes(24, size, mesh, "float32")
+  data = images.image_shapes(24, size, mesh, "float32")
   index = jax.ShapeDtypeStruct((16,), jnp.int32)
   done = cost.compile_for(mesh, jax.jit(step_lib.take), data, index)
   found = {each.kind for each in hlo.collectives(done.as_text())}
@@ -206,7 +207,7 @@ def test_extraction_exchanges_features_once():
   images = jax.ShapeDtypeStruct(
     (16, 16, 16, 3), jnp.float32, sharding=mesh_lib.batch_sharding(mesh)
   )
-  done = cost.compile_for(mesh, store.runner(layout), params, images)
+  done = cost.compile_for(mesh, store.extractor(layout), params, images)
   found = hlo.collectives(done.as_text())
   assert sorted(each.kind for each in found) == ["all-gather", "all-to-all"]
   assert all(each.loops == 0 for each in found)

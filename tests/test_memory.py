@@ -10,10 +10,10 @@ import jax
 import pytest
 
 from benchmarks import cases
-from vqt_jax.features import memory_budget
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.models import vit_config
 from vqt_jax.planning import cost
+from vqt_jax.training import trial_memory
 
 BATCH = 32
 CONFIG = vit_config.ViTConfig(
@@ -111,7 +111,7 @@ def test_memory_of_a_run_is_foreseen(num_queries, runs):
   )
   more = temporary_bytes(case(2 * runs)) - temporary_bytes(case(runs))
   needed = more / runs + held
-  assert 1 < memory_budget.bytes_per_trial(tuner, BATCH) / needed < 2
+  assert 1 < trial_memory.bytes_per_trial(tuner, BATCH) / needed < 2
 
 
 def test_count_of_full_fine_tuning():

@@ -12,9 +12,9 @@ import pytest
 
 from tests import helpers
 import vqt_jax
-from vqt_jax.config import fields
+from vqt_jax.config import config_dict
 from vqt_jax.experiments import single
-from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.models import methods
 from vqt_jax.training import preemption
 
 
@@ -45,7 +45,7 @@ def test_a_run_in_another_thread_and_with_other_options(monkeypatch, tmp_path):
 
   def unusually():
     with unusual():
-      return vqt_jax.train(fields.default_config(), tmp_path)
+      return vqt_jax.train(config_dict.default_config(), tmp_path)
 
   monkeypatch.setattr(single, "train", fake)
   expected = jax.random.uniform(jax.random.key(7), (3,))
@@ -54,7 +54,7 @@ def test_a_run_in_another_thread_and_with_other_options(monkeypatch, tmp_path):
   assert found.dtype == jnp.float32 and (found == expected).all()
 
 
-@pytest.mark.parametrize("method", tuner_lib.METHODS)
+@pytest.mark.parametrize("method", methods.NAMES)
 def test_models_are_float32(method):
   backbone = helpers.tiny_backbone()
   images = jnp.zeros((2, *backbone.config.image_size, 3), jnp.float32)

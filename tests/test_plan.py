@@ -11,8 +11,8 @@ import main
 from tests import runs
 import vqt_jax
 from vqt_jax import cli
-from vqt_jax.config import fields
-from vqt_jax.config import recipes
+from vqt_jax.config import config_dict
+from vqt_jax.config import resolve
 from vqt_jax.features import store
 from vqt_jax.planning import plan
 from vqt_jax.planning import programs
@@ -32,7 +32,7 @@ def said(capfd, argv):
 def planned(material, tmp_path, where="here", **changes):
   """What the command line of a run would plan."""
   values = cli.parse(runs.command(material, tmp_path, **changes))
-  config = recipes.resolve(values.config)
+  config = resolve.resolve(values.config)
   return config, plan.make_context(config, where)
 
 
@@ -63,9 +63,7 @@ def test_what_does_not_fit_exits_with_3(material, tmp_path, capfd, monkeypatch):
 def test_weights_count_as_far_as_a_device_holds_them(material, tmp_path):
   parts = []
   for model in (1, 2):
-    _, job = planned(
-      material, tmp_path, mesh__data=8 // model, mesh__model=model
-    )
+    _, job = planned(material, tmp_path, mesh__model=model)
     parts.append(plan.measure(programs.extraction(job), job.mesh).memory)
   assert parts[1]["weights"] < 0.7 * parts[0]["weights"]
 
@@ -114,13 +112,13 @@ def test_planned_is_called(material, tmp_path, monkeypatch, changes):
   phases = {2: "search", 3: "seeds"}  # By the number of runs.
   watch(step_lib, "train_steps", lambda args: phases[len(args[2].key)])
   watch(step_lib, "eval_steps", lambda args: "test")
-  runner = store.runner(job.layout)
+  runner = store.extractor(job.layout)
 
   def extract(*args):
     called["extraction"].append(signature(args))
     return runner(*args)
 
-  monkeypatch.setattr(store, "runner", lambda layout: extract)
+  monkeypatch.setattr(store, "extractor", lambda layout: extract)
   vqt_jax.train(config, tmp_path / "run")
   monkeypatch.undo()
   for program in programs.all_programs(job):
@@ -188,16 +186,16 @@ def test_slices_that_are_not(material, tmp_path, capfd, where, words):
 )
 def test_what_a_run_refuses_has_no_plan(material, tmp_path, changes, words):
   argv = runs.command(material, tmp_path, **changes)
-  config = recipes.resolve(cli.parse(argv).config)
+  config = resolve.resolve(cli.parse(argv).config)
   with pytest.raises(ValueError, match=words):
     plan.make_context(config, "here")
 
 
 def test_all_tasks_have_no_plan():
-  config = fields.default_config()
+  config = config_dict.default_config()
   config.task = "all"
   with pytest.raises(ValueError, match="A plan is for one task"):
-    plan.make_context(recipes.resolve(config), "here")
+    plan.make_context(resolve.resolve(config), "here")
 
 
 def test_what_bounds_a_step(material, tmp_path):

@@ -90,8 +90,8 @@ def assert_same_outcome(
   if ours["search"]:
     assert ours["search"]["val_accuracy"] == theirs["search"]["val_accuracy"]
   for tuned in sorted((alone / "tuned").iterdir()):
-    a, _ = tuned_lib.load_tuned(workdir / "tuned" / tuned.name)
-    b, _ = tuned_lib.load_tuned(tuned)
+    a, _ = tuned_lib.read(workdir / "tuned" / tuned.name)
+    b, _ = tuned_lib.read(tuned)
     for name, value in runs.flat(a).items():
       np.testing.assert_allclose(
         value, runs.flat(b)[name], rtol=0, atol=atol, err_msg=name
@@ -309,7 +309,7 @@ def test_a_flag_that_jax_dies_of(material, tmp_path):
 
 def test_streamed_to_a_backbone_in_two_halves(material, alone, tmp_path):
   """And started by Slurm, as far as they can tell."""
-  changes = {"data": "stream", "mesh__data": 2, "mesh__model": 2}
+  changes = {"data": "stream", "mesh__model": 2}
   assert group(material, tmp_path, slurm=True, **changes)[0] == [0, 0]
   # Sums over the halves round otherwise; how much depends on the processor.
   assert_same_outcome(tmp_path, alone["stream"], atol=1e-5)

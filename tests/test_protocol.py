@@ -9,13 +9,13 @@ import main
 from tests import runs
 from vqt_jax import data
 from vqt_jax import errors
-from vqt_jax.features import memory_budget
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.training import cross_validation
 from vqt_jax.training import protocol
 from vqt_jax.training import stage as stage_lib
 from vqt_jax.training import step as step_lib
 from vqt_jax.training import trial
+from vqt_jax.training import trial_memory
 
 TOO_HIGH = 3e38 * 256 / 12  # As a peak rate: the largest float32.
 # Everything a protocol can do, as small as it gets.
@@ -77,8 +77,8 @@ def test_packs_give_what_all_together_give(
   found = []
   for pack in (size, 100):
     at_once = lambda *args, pack=pack: pack
-    monkeypatch.setattr(memory_budget, "trials_at_once", at_once)
-    monkeypatch.setattr(memory_budget, "weights_at_once", at_once)
+    monkeypatch.setattr(trial_memory, "trials_at_once", at_once)
+    monkeypatch.setattr(trial_memory, "weights_at_once", at_once)
     workdir = tmp_path / str(pack)
     assert main.main(runs.command(material, workdir, **changes)) == 0
     found.append(runs.results(workdir))
@@ -114,7 +114,7 @@ def test_the_last_pack_is_what_is_left():
 def test_if_all_packs_diverge_it_is_said(
   material, tmp_path, monkeypatch, capfd
 ):
-  monkeypatch.setattr(memory_budget, "trials_at_once", lambda *args: 1)
+  monkeypatch.setattr(trial_memory, "trials_at_once", lambda *args: 1)
   changes = {"method": "linear", "lr": f"{TOO_HIGH},{TOO_HIGH / 2}"}
   assert main.main(runs.command(material, tmp_path, **changes)) == 2
   error = capfd.readouterr().err.splitlines()[-1]

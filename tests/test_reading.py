@@ -202,7 +202,7 @@ def test_reading_in_bfloat16(how):
 
 @pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_a_batch_read_by_parts_is_the_same(monkeypatch, dropout, projected):
+def test_a_batch_read_in_chunks_is_the_same(monkeypatch, dropout, projected):
   """Also under a gradient and with several runs at once."""
   backbone = helpers.tiny_backbone()
   depth = backbone.config.depth
@@ -227,11 +227,11 @@ def test_a_batch_read_by_parts_is_the_same(monkeypatch, dropout, projected):
     block = functools.partial(apply, method="project")
     tokens = jax.vmap(lambda p, x: block({"params": p}, x))(blocks, tokens)
   asked = []
-  by_parts = readers.chunked_attention.by_parts
+  attend = readers.chunked_attention.attend
   monkeypatch.setattr(
     readers.chunked_attention,
-    "by_parts",
-    lambda *args: asked.append(args[2].shape) or by_parts(*args),
+    "attend",
+    lambda *args: asked.append(args[2].shape) or attend(*args),
   )
   size = tokens[0, :8].nbytes // (2 if projected else 1)
   monkeypatch.setattr(readers, "CACHE_BYTES", size)
@@ -297,7 +297,9 @@ def test_attention_weights_are_those_of_reading():
   tokens = rng.standard_normal((2, 10, 16)).astype(np.float32)
   queries = rng.standard_normal((3, 16)).astype(np.float32)
   block = vit.Block(backbone.config)
-  weights = block.apply({"params": params}, tokens, queries, method="attention")
+  weights = block.apply(
+    {"params": params}, tokens, queries, method="attention_weights"
+  )
   assert weights.shape == (2, 2, 3, 10)
   np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
 

@@ -15,7 +15,7 @@ from tensorboard.compat.tensorflow_stub import pywrap_tensorflow
 from tests import runs
 from vqt_jax import errors
 from vqt_jax import tuned
-from vqt_jax.config import fields
+from vqt_jax.config import config_dict
 from vqt_jax.runtime import files
 from vqt_jax.runtime import locks
 from vqt_jax.training import metrics
@@ -190,13 +190,13 @@ def test_a_full_disk_is_told_with_the_path(tmp_path):
 def test_an_unwritable_place_is_told_and_left_alone(tmp_path):
   (tmp_path / "file").write_text("mine")
   with pytest.raises(errors.UserError, match="Cannot write .*file"):
-    opened(fields.default_config(), tmp_path / "file" / "workdir")
+    opened(config_dict.default_config(), tmp_path / "file" / "workdir")
   assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_workdir_is_made_and_recognised(tmp_path):
   workdir = tmp_path / "a" / "b"
-  config = fields.default_config()
+  config = config_dict.default_config()
   assert not opened(config, workdir)
   metrics.MetricsWriter(workdir).epochs("search", [])
   assert not opened(config, workdir)
@@ -214,7 +214,7 @@ def test_a_workdir_is_made_and_recognised(tmp_path):
 
 
 def test_a_config_may_be_mended_before_anything_is_trained(tmp_path):
-  config = fields.default_config()
+  config = config_dict.default_config()
   opened(config, tmp_path)
   config.init = "right.npz"
   assert not opened(config, tmp_path)
@@ -222,7 +222,7 @@ def test_a_config_may_be_mended_before_anything_is_trained(tmp_path):
 
 
 def test_a_workdir_of_another_config_is_refused_and_untouched(tmp_path):
-  config = fields.default_config()
+  config = config_dict.default_config()
   opened(config, tmp_path)
   (tmp_path / "metrics.jsonl").write_text(ROW)
   before = (tmp_path / "config.json").read_bytes()
@@ -251,7 +251,7 @@ def test_a_workdir_of_another_config_is_refused_and_untouched(tmp_path):
 )
 def test_a_folder_of_another_program_is_refused(tmp_path, name, content, begun):
   """Also one where a run of this program was begun, but never trained."""
-  config = fields.default_config()
+  config = config_dict.default_config()
   if begun:
     opened(config, tmp_path)
   (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -298,7 +298,7 @@ def elsewhere(call, *args):
 
 
 def test_two_runs_in_one_workdir(tmp_path, monkeypatch):
-  config = fields.default_config()
+  config = config_dict.default_config()
   workdir = tmp_path / "run"
   workdir.mkdir()
   (workdir / locks.LOCK).write_text("of a process that was killed")
@@ -344,7 +344,7 @@ def test_paths_that_people_write(tmp_path, monkeypatch):
   [
     ("linear", "num_queries", "epochs"),
     ("vqt", "rank", "num_queries"),
-    ("lora", "best.normalize", "rank"),
+    ("lora", "best.num_queries", "rank"),
     ("vqt+lora", "target_size", "query_dropout"),
     ("", "num_prompts", "keep_fraction"),  # Of several methods.
   ],
@@ -352,12 +352,12 @@ def test_paths_that_people_write(tmp_path, monkeypatch):
 def test_fields_that_a_method_does_not_use_may_change(
   method, ignored, decides, tmp_path
 ):
-  config = fields.default_config()
+  config = config_dict.default_config()
   config.method = method
   opened(config, tmp_path)
   (tmp_path / "metrics.jsonl").write_text(ROW)
   changes = {
-    "best.normalize": (True,),
+    "best.num_queries": (3,),
     "query_dropout": 0.5,
     "keep_fraction": (0.5,),
   }
@@ -371,7 +371,7 @@ def test_fields_that_a_method_does_not_use_may_change(
 
 
 def test_a_workdir_of_all_tasks_is_begun_with_one_of_them(tmp_path):
-  config = fields.default_config()
+  config = config_dict.default_config()
   opened(config, tmp_path)
   opened(config, tmp_path / "dtd")
   assert not opened(config, tmp_path)
@@ -390,8 +390,8 @@ def test_tuned_weights_make_the_round_trip(tmp_path):
     "head": {"kernel": np.ones((3, 2), np.float32), "bias": np.zeros(2)},
   }
   for _ in range(2):  # The second replaces the first.
-    tuned.save_tuned(tmp_path / "tuned", variables, {"method": "vqt"})
-  loaded, info = tuned.load_tuned(tmp_path / "tuned")
+    tuned.write(tmp_path / "tuned", variables, {"method": "vqt"})
+  loaded, info = tuned.read(tmp_path / "tuned")
   assert info == {"method": "vqt"}
   np.testing.assert_array_equal(
     loaded["tuner"]["queries"], variables["tuner"]["queries"]
@@ -405,7 +405,7 @@ def test_tuned_weights_replace_nothing_else(tmp_path, monkeypatch):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
   before = runs.files(tmp_path)
-  save = lambda name: tuned.save_tuned(name, {}, {})
+  save = lambda name: tuned.write(name, {}, {})
   for name, what in (("a", "other things .notes.txt"), ("c", "Not a direct")):
     with pytest.raises(errors.UserError, match=what):
       save(tmp_path / name)
@@ -417,9 +417,9 @@ def test_tuned_weights_replace_nothing_else(tmp_path, monkeypatch):
 
 def test_damaged_tuned_weights_are_told(tmp_path):
   with pytest.raises(errors.UserError, match="There is no .*info.json"):
-    tuned.load_tuned(tmp_path)
-  tuned.save_tuned(tmp_path / "tuned", {"head": {"bias": np.ones(9)}}, {})
+    tuned.read(tmp_path)
+  tuned.write(tmp_path / "tuned", {"head": {"bias": np.ones(9)}}, {})
   path = tmp_path / "tuned" / "variables.safetensors"
   path.write_bytes(path.read_bytes()[:-8])
   with pytest.raises(errors.UserError, match="Cannot read .*safetensors"):
-    tuned.load_tuned(tmp_path / "tuned")
+    tuned.read(tmp_path / "tuned")

@@ -15,8 +15,8 @@ import vqt_jax
 from vqt_jax import cli
 from vqt_jax import data
 from vqt_jax import tuned
-from vqt_jax.config import fields
-from vqt_jax.config import recipes
+from vqt_jax.config import config_dict
+from vqt_jax.config import resolve
 from vqt_jax.features import batches as batches_lib
 from vqt_jax.runtime import locks
 from vqt_jax.training import optim
@@ -82,7 +82,7 @@ def test_what_a_run_leaves_behind(run, material):
   assert (workdir / "report.png").read_bytes().startswith(PNG)
   assert len(list((workdir / "tensorboard").glob("*/*/events*"))) == 2 + 2
   values = cli.parse(runs.command(material, workdir))
-  resolved = fields.to_json(recipes.resolve(values.config))
+  resolved = config_dict.to_json(resolve.resolve(values.config))
   assert runs.read_json(workdir / "config.json") == resolved
 
   rows = runs.metrics(workdir)
@@ -179,7 +179,7 @@ def test_of_selected_features_only_the_rows_in_use_are_shipped(run):
   assert everything["test_accuracy"] == runs.results(run())["test_accuracy"]
   kept = set()
   for seed in SEEDS:
-    variables, _ = tuned.load_tuned(workdir / "tuned" / f"seed_{seed}")
+    variables, _ = tuned.read(workdir / "tuned" / f"seed_{seed}")
     rows = variables["head"]["features"]
     assert len(variables["head"]["kernel"]) == len(set(rows)) == features // 2
     kept.add(tuple(rows))
@@ -230,13 +230,13 @@ def test_streaming_shows_every_example_once_an_epoch(
   material, task, tmp_path, monkeypatch
 ):
   seen = []
-  on_devices = batches_lib.on_devices
+  on_devices = batches_lib.chunk_of_batch
 
   def watch(batch, mesh):
     seen.append(batch)
     return on_devices(batch, mesh)
 
-  monkeypatch.setattr(batches_lib, "on_devices", watch)
+  monkeypatch.setattr(batches_lib, "chunk_of_batch", watch)
   changes = dict(data="stream", batch_size=16, lr=0.1)
   assert main.main(runs.command(material, tmp_path, **changes)) == 0
   size = {"image_size": 8, "value_range": "-1..1"}

@@ -159,7 +159,7 @@ def test_group_lasso_of_the_official_program(coefficient):
   lasso = float(coefficient)
   head = Head(golden, "sgd", lasso)
   (loss,), moved, moved_bias = head.train(kernel, bias, 1.0, 0.0, [1.0])
-  penalty = head_lib.scores({"kernel": kernel}).sum()
+  penalty = head_lib.feature_scores({"kernel": kernel}).sum()
   helpers.assert_close(penalty, golden["lrp_norm"])
   expected = lambda name: golden[f"coef_{coefficient}/{name}"]
   helpers.assert_close(loss + lasso * penalty, expected("loss"))
@@ -187,17 +187,19 @@ def test_scores_of_the_official_program():
   # Theirs hold the penalty of the head as it was before each update.
   before = [golden["compress/init/head/kernel"]]
   before += [*golden["compress/head_kernel_per_step"][:-1]]
-  penalty = [head_lib.scores({"kernel": kernel}).sum() for kernel in before]
+  penalty = [
+    head_lib.feature_scores({"kernel": kernel}).sum() for kernel in before
+  ]
   helpers.assert_close(
     losses + feature_selection.LASSO * np.array(penalty),
     golden["compress/loss_per_epoch"],
   )
   helpers.assert_close(kernel, golden["compress/head_kernel_per_step"][-1])
   helpers.assert_close(bias, golden["compress/head_bias_per_step"][-1])
-  scores = np.asarray(head_lib.scores({"kernel": kernel}))
+  scores = np.asarray(head_lib.feature_scores({"kernel": kernel}))
   helpers.assert_close(scores, golden["scores"])
   for ours in (scores, golden["scores"]):
-    kept = head_lib.best(ours, float(golden["hparam/keep_frac"]))
+    kept = head_lib.feature_mask(ours, float(golden["hparam/keep_frac"]))
     np.testing.assert_array_equal(
       np.flatnonzero(kept), golden["kept_indices_sorted"]
     )
@@ -211,7 +213,9 @@ def test_selected_features_of_the_official_program(left_out):
   small, *rest = _start(golden, "select")
   kernel = np.full((int(golden["feat_dim_full"]), 7), left_out, np.float32)
   kernel[rows] = small
-  kept = head_lib.best(golden["scores"], float(golden["hparam/keep_frac"]))
+  kept = head_lib.feature_mask(
+    golden["scores"], float(golden["hparam/keep_frac"])
+  )
   head = Head(golden, "adam", 0.0)
   losses, kernel, bias = head.train(kernel, *rest, kept)
   helpers.assert_close(losses, golden["select/loss_per_epoch"])
@@ -225,10 +229,10 @@ def test_numbers_of_features_of_the_official_program():
     numbers = re.fullmatch(r"D(\d+)_L(\d+)_T(\d+)_keep(.+)", name).groups()
     width, depth, queries = map(int, numbers[:3])
     features = width * (1 + depth * queries)
-    kept = head_lib.best(np.zeros(features), float(numbers[3]))
+    kept = head_lib.feature_mask(np.zeros(features), float(numbers[3]))
     assert kept.sum() == count, name
     assert kept[:count].all()  # Of equal ones the first.
 
 
 def test_at_least_one_feature_is_kept():
-  assert head_lib.best(np.arange(3.0), 0.01).tolist() == [0, 0, 1]
+  assert head_lib.feature_mask(np.arange(3.0), 0.01).tolist() == [0, 0, 1]

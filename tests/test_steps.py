@@ -12,6 +12,7 @@ import pytest
 from tests import helpers
 import vqt_jax
 from vqt_jax.features import batches as batches_lib
+from vqt_jax.features import images as images_lib
 from vqt_jax.features import store
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.runtime import mesh as mesh_lib
@@ -49,7 +50,7 @@ def test_trajectories_of_the_official_trainer(name, optimizer, prefix):
   epochs = int(get("hparam/epochs"))
   factor = optim.schedule(epochs, int(get("hparam/warmup_epochs")))
   batch_size = 6 if "minibatch" in name else 16
-  order, mask = store.order(np.arange(16), batch_size, 1)
+  order, mask = batches_lib.batch_order(np.arange(16), batch_size, 1)
   if "minibatch" in name:
     assert mask.sum(1).tolist() == golden["batch_sizes"].tolist()
   for epoch in range(epochs):
@@ -116,24 +117,24 @@ class Case:
     """
     rows = np.arange(21)
     if how == "live":
-      held = store.resident(self.examples, self.mesh, "float32")
-      return batches_lib.Resident(held, rows, 8, 0, self.mesh)
+      held = images_lib.images_on_devices(self.examples, self.mesh, "float32")
+      return batches_lib.ResidentBatches(held, rows, 8, 0, self.mesh)
     reads = self.tuner.reads_blocks
     layout = store.Layout(
       self.tuner.config, reads, "float32", self.mesh, self.tuner.window
     )
     images = np.pad(self.examples["image"], [(0, 3)] + 3 * [(0, 0)])
     batches = [{"image": images[i : i + 8]} for i in range(0, 24, 8)]
-    parts = store.stream(layout, self.params, batches)
+    parts = store.extract(layout, self.params, batches)
     label = self.examples["label"]
     if how == "host":
-      kept = store.on_host(layout, parts, 21)
-      return batches_lib.Stored(kept, label, rows, 8, 0)
+      kept = store.store_on_host(layout, parts, 21)
+      return batches_lib.HostBatches(kept, label, rows, 8, 0)
     if how == "projected":
       layout = dataclasses.replace(layout, projected=True)
       parts = store.project(layout, self.params, parts)
-    held = store.on_devices(layout, parts, label)
-    return batches_lib.Resident(held, rows, 8, 0, self.mesh)
+    held = store.store_on_devices(layout, parts, label)
+    return batches_lib.ResidentBatches(held, rows, 8, 0, self.mesh)
 
   def train(
     self,
@@ -390,13 +391,13 @@ def test_one_compilation_serves_all_epochs(devices):
 @pytest.mark.parametrize("batch_size", [1, 7, 8, 30])
 def test_order_holds_every_row_once(shards, batch_size):
   rows = np.arange(5, 26)
-  order, mask = store.order(rows, batch_size, shards, (0, 3))
+  order, mask = batches_lib.batch_order(rows, batch_size, shards, (0, 3))
   assert sorted(order[mask > 0].tolist()) == rows.tolist()
   assert order.shape[1] % shards == 0
   steps = -(-21 // batch_size)
   assert len(order) == steps
   assert mask.sum(1).max() <= batch_size
-  again = store.order(rows, batch_size, shards, (0, 3))[0]
+  again = batches_lib.batch_order(rows, batch_size, shards, (0, 3))[0]
   np.testing.assert_array_equal(order, again)
-  other = store.order(rows, batch_size, shards, (0, 4))[0]
+  other = batches_lib.batch_order(rows, batch_size, shards, (0, 4))[0]
   assert (order != other).any()

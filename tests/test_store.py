@@ -16,24 +16,24 @@ import pytest
 import main
 from tests import helpers
 from tests import runs
+import vqt_jax
 from vqt_jax import checkpoints
 from vqt_jax import cli
 from vqt_jax import data
 from vqt_jax import errors
-from vqt_jax.config import fields
-from vqt_jax.config import recipes
+from vqt_jax.config import config_dict
+from vqt_jax.config import resolve
 from vqt_jax.features import batches as batches_lib
 from vqt_jax.features import disk
 from vqt_jax.features import examples as examples_lib
-from vqt_jax.features import memory_budget
+from vqt_jax.features import storage
 from vqt_jax.features import store
-from vqt_jax.models import tuner
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import mesh as mesh_lib
 from vqt_jax.training import setup
 
 COUNT, BATCH = 21, 8
-RECORDS = "vqt_jax.features.store:rows_of"
+RECORDS = "vqt_jax.features.store:host_rows"
 MADE_FROM = {"weights": "abc"}
 
 
@@ -54,12 +54,14 @@ class Case:
     batches = (
       {"image": self.images[i : i + BATCH]} for i in range(start, stop, BATCH)
     )
-    yield from store.stream(self.layout, self.params, batches)
+    yield from store.extract(self.layout, self.params, batches)
     if stop < 24:
       raise KeyboardInterrupt
 
   def file(self, folder, **changes):
-    return disk.File(folder, "x", MADE_FROM | changes, self.layout, COUNT)
+    return disk.FeatureFile(
+      folder, "x", MADE_FROM | changes, self.layout, COUNT
+    )
 
 
 def assert_same(a, b):
@@ -77,9 +79,9 @@ def test_file_host_and_devices_hold_the_same(tmp_path, dtype, data, model):
   assert file.open() is None
   file.write(case.stream, BATCH)
   kept = file.open()
-  assert_same(kept, store.on_host(case.layout, case.stream(), COUNT))
+  assert_same(kept, store.store_on_host(case.layout, case.stream(), COUNT))
   label = np.arange(COUNT, dtype=np.int32)
-  held = store.on_devices(case.layout, case.stream(), label)
+  held = store.store_on_devices(case.layout, case.stream(), label)
   rows = np.array([20, 3, 3, 0, 7, 8, 19, 1])
   sent = kept.send(rows)
   for name, axis in (("tokens", 1), ("final", 0)):
@@ -128,10 +130,10 @@ def test_a_damaged_file_is_told(tmp_path, what):
   else:
     other = case.file(tmp_path, weights="abd")
     if what == "other shape":
-      other = disk.File(tmp_path, "x", MADE_FROM, case.layout, COUNT - 1)
+      other = disk.FeatureFile(tmp_path, "x", MADE_FROM, case.layout, COUNT - 1)
     other.write(case.stream, BATCH)
     shutil.copy(other.path, file.path)
-  with pytest.raises(disk.Damaged):
+  with pytest.raises(disk.DamagedFile):
     file.open()
 
 
@@ -238,21 +240,25 @@ def test_a_file_that_is_there_needs_no_more_room(material, tmp_path):
       console_lib.Console(io.StringIO()),
       task,
       backbone,
-      tuner.make_tuner(method, backbone.config, 3),
+      vqt_jax.make_tuner(method, backbone.config, 3),
       params,
       mesh,
     )
-    made._room = {"device": 0, "host": 0, "disk": room}
+    made._available = {"device": 0, "host": 0, "disk": room}
     return made
 
   first = examples("vqt", 10**6)
-  assert isinstance(first.source("train"), batches_lib.Stored)
+  assert isinstance(first.training_batches("train"), batches_lib.HostBatches)
   (path,) = (tmp_path / "store").iterdir()
-  assert isinstance(examples("vqt", 0).source("train"), batches_lib.Stored)
-  linear = examples("linear", 0).source("train")
+  assert isinstance(
+    examples("vqt", 0).training_batches("train"), batches_lib.HostBatches
+  )
+  linear = examples("linear", 0).training_batches("train")
   assert linear.features.tokens is None  # Not read either.
   path.unlink()
-  assert isinstance(examples("vqt", 0).source("train"), batches_lib.Streamed)
+  assert isinstance(
+    examples("vqt", 0).training_batches("train"), batches_lib.StreamedBatches
+  )
 
 
 def test_keys_and_values_where_a_cpu_has_room(material, tmp_path):
@@ -280,12 +286,12 @@ def test_keys_and_values_where_a_cpu_has_room(material, tmp_path):
       console_lib.Console(said),
       task,
       backbone,
-      tuner.make_tuner(method, backbone.config, 3),
+      vqt_jax.make_tuner(method, backbone.config, 3),
       mesh_lib.place_backbone(backbone.params, mesh, "float32"),
       mesh,
     )
-    made._room = {"device": room, "host": 0, "disk": 10**9}
-    tokens = made.source("train").data.get("tokens")
+    made._available = {"device": room, "host": 0, "disk": 10**9}
+    tokens = made.training_batches("train").data.get("tokens")
     projected = tokens is not None and tokens.ndim == 6
     assert projected == ("as keys and values" in said.getvalue())
     return projected, said.getvalue()
@@ -342,7 +348,7 @@ def test_classes_are_compared(material, tmp_path, monkeypatch, where):
   argv = runs.command(material, tmp_path, data=where, batch_size=16)
   config, said = cli.parse(argv).config, io.StringIO()
   job = setup.prepare(
-    recipes.resolve(config), tmp_path, console_lib.Console(io.StringIO())
+    resolve.resolve(config), tmp_path, console_lib.Console(io.StringIO())
   )
 
   def check():
@@ -377,7 +383,7 @@ def test_other_inputs_have_other_features(material, tmp_path):
 
   def path(**changes):
     argv = runs.command(material, tmp_path, store_dir=tmp_path, **changes)
-    config = recipes.resolve(cli.parse(argv).config)
+    config = resolve.resolve(cli.parse(argv).config)
     job = setup.prepare(config, tmp_path / "run", quiet)
     examples = examples_lib.Examples(
       config, quiet, job.task, job.backbone, job.tuner, job.params, job.mesh
@@ -429,10 +435,10 @@ def test_a_folder_that_is_not_for_us_has_no_room(
     raise error
 
   mesh = mesh_lib.make_mesh()
-  assert memory_budget.room(f"{tmp_path}/not/there", mesh)["disk"] > 0
+  assert storage.available_bytes(f"{tmp_path}/not/there", mesh)["disk"] > 0
   monkeypatch.delenv("VQT_JAX_CACHE", raising=False)
   monkeypatch.setattr(disk.pathlib.Path, call, refused)
-  room = memory_budget.room("", mesh)
+  room = storage.available_bytes("", mesh)
   assert room["disk"] == 0 and room["device"] > 0
   if call == "expanduser":
     with pytest.raises(errors.UserError, match="no home.* Set VQT_JAX_CACHE"):
@@ -483,10 +489,12 @@ ROOM = {"device": 100, "host": 1000, "disk": 10_000}
   ],
 )
 def test_the_place_is_chosen_by_size(changes, stored, backend, place, why):
-  config = fields.default_config()
+  config = config_dict.default_config()
   config.update(changes)
-  chosen, said = memory_budget.choose(config, stored, 100, ROOM, backend)
+  tuner = vqt_jax.make_tuner("vqt", helpers.tiny_config(), 3)
+  choose = functools.partial(storage.choose, config, tuner, stored)
+  chosen, said = choose(100, ROOM, backend)
   assert chosen == place and why in said
   if chosen == "images":
-    chosen, _ = memory_budget.choose(config, stored, 101, ROOM, backend)
+    chosen, _ = choose(101, ROOM, backend)
     assert chosen == "stream"

@@ -1,16 +1,15 @@
-"""Puts finished runs side by side: a table, compare.csv and compare.png.
+"""Compare finished runs: a table, compare.csv and compare.png.
 
-A run of `--config configs/compare.py` does it with its methods. For any others:
+A run of `--config configs/compare.py` compares its methods. For any others:
 
   python -m vqt_jax.compare runs/linear runs/vqt --output runs/comparison
 
-and, where it was installed with pip, `vqt-jax compare` with the same arguments.
+and, after an installation with pip, `vqt-jax compare` with the same arguments.
 
---output FOLDER  where they are written; default: the current folder
+--output FOLDER  for the files; default: the current folder
 
-It says in what the runs differ beside their methods: images, backbone, data.
-Of each VQT run it also draws what the queries attend to,
-`attention_<run>.png`.
+Differences of the runs beside their methods (images, backbone, data) are noted.
+For each VQT run the attention of its queries is drawn, `attention_<run>.png`.
 """
 
 from collections.abc import Sequence
@@ -21,13 +20,14 @@ from typing import Any
 from absl import flags
 
 from vqt_jax import errors
+from vqt_jax import results as results_lib
 from vqt_jax.reports import compare
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import files
 
 
 def main(argv: Sequence[str]) -> int:
-  """Compares the runs named on a command line; returns the exit status."""
+  """Compare the runs named on a command line; return the exit status."""
   values = flags.FlagValues()
   flags.DEFINE_string("output", ".", "", flag_values=values)
   flags.DEFINE_boolean("help", False, "", short_name="h", flag_values=values)
@@ -42,8 +42,8 @@ def main(argv: Sequence[str]) -> int:
         " more)."
       )
     workdirs = workdir_names(paths)
-    outcomes = {name: read_runs(path) for name, path in workdirs.items()}
-    summary = compare.summarize(outcomes)
+    results = {name: read_results(path) for name, path in workdirs.items()}
+    summary = compare.summarize(results)
     output = files.path(values.output)
     compare.write(console_lib.Console(), summary, workdirs, output)
   except (errors.UserError, flags.Error) as e:
@@ -53,9 +53,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def workdir_names(paths: Sequence[files.Path]) -> dict[str, files.Path]:
-  """Workdirs by their last part, or by more of it if these are not enough."""
-  local = lambda path: files.path(os.path.abspath(path))  # `.` has no name.
-  whole = [p if files.in_bucket(p) else local(p) for p in paths]
+  """Name each workdir by the last parts of its path, as few as are unique.
+
+  Raises:
+    UserError: a workdir is given twice.
+  """
+  absolute = lambda path: files.path(os.path.abspath(path))  # "." has no name.
+  whole = [p if files.in_bucket(p) else absolute(p) for p in paths]
   for parts in range(1, max(len(path.parts) for path in whole) + 1):
     names = ["_".join(path.parts[-parts:]) for path in whole]
     if len(set(names)) == len(paths):
@@ -63,13 +67,18 @@ def workdir_names(paths: Sequence[files.Path]) -> dict[str, files.Path]:
   raise errors.UserError("The same run is given twice.")
 
 
-def read_runs(workdir: files.Path) -> dict[str, Any]:
-  results = files.read_json(workdir / "results.json")
-  for of_all in ("tasks", "runs"):
-    if of_all in results:
+def read_results(workdir: files.Path) -> dict[str, Any]:
+  """Read the results of a single run.
+
+  Raises:
+    UserError: they cannot be read, or are a summary of several runs.
+  """
+  results = files.read_json(workdir / results_lib.RESULTS)
+  for key in ("tasks", "runs"):
+    if key in results:
       raise errors.UserError(
-        f"{workdir} holds all of several runs; name the folder of one in it,"
-        f" e.g. {workdir / next(iter(results[of_all]))}."
+        f"{workdir} summarizes several runs; name the folder of one in it, e.g."
+        f" {workdir / next(iter(results[key]))}."
       )
   return results
 

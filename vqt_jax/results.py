@@ -1,4 +1,4 @@
-"""Reads the results of a finished run."""
+"""The results file of a finished run."""
 
 from typing import Any
 
@@ -9,19 +9,19 @@ RESULTS = "results.json"
 
 
 def read(workdir: files.Path) -> dict[str, Any]:
-  """What `write` left of a finished run.
+  """Read the results of a finished run.
 
   Raises:
-    UserError: it is damaged, or something else.
+    UserError: the file is damaged, or is none of results.
   """
   path = workdir / RESULTS
-  again = "the same command does the run again."
+  advice = "the same command runs it again."
   try:
     results = files.read_json(path)
   except errors.UserError as e:
-    raise errors.UserError(f"{e} Delete it, and {again}") from e
+    raise errors.UserError(f"{e} Delete it, and {advice}") from e
   if not isinstance(results, dict) or "tested" not in results:
     raise errors.UserError(
-      f"{path} does not hold results of a run. Move it elsewhere, and {again}"
+      f"{path} does not hold results of a run. Move it elsewhere, and {advice}"
     )
   return results

@@ -1,12 +1,17 @@
-"""What was trained, as one ships it, and how to use it.
+"""Trained weights as a folder, and their use.
 
-Queries, an editor's weights (copies of the backbone leaves that trained, and of
-no others) and the head.
+A folder holds two files and nothing of the frozen backbone:
+
+  variables.safetensors  queries, weights of the editor (with its copies of
+                         backbone leaves, if it trains these), and the head; if
+                         features were selected, the head's rows of these and
+                         their numbers
+  info.json              the tuner's options, the backbone's source, settings
+                         and digest, and the results of training
 """
 
 from collections.abc import Mapping
 import dataclasses
-import os
 from typing import Any
 
 import flax.traverse_util
@@ -19,60 +24,19 @@ from vqt_jax import checkpoints
 from vqt_jax import errors
 from vqt_jax.models import backbone as backbone_lib
 from vqt_jax.models import editors
+from vqt_jax.models import methods
 from vqt_jax.models import readers
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.runtime import files
 from vqt_jax.runtime.files import PathLike
 
 
-def save_tuned(
-  directory: PathLike, variables: Mapping[str, Any], info: Mapping[str, Any]
-) -> int:
-  """Writes what was trained, as a folder that appears at once.
-
-  Args:
-    directory: the folder; an older one of this kind is replaced.
-    variables: nested dict of arrays.
-    info: what one must know to use them; JSON-able.
-
-  Returns:
-    Bytes of its files.
-
-  Raises:
-    UserError: it cannot be written, or holds other files.
-  """
-  flat = flax.traverse_util.flatten_dict(variables, sep="/")
-  arrays = {k: np.ascontiguousarray(v) for k, v in flat.items()}
-  contents = {
-    "variables.safetensors": safetensors.numpy.save(arrays),
-    "info.json": files.json_bytes(info),
-  }
-  files.write_folder(files.path(directory), contents)
-  return sum(map(len, contents.values()))
-
-
-def load_tuned(directory: PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Reads what `save_tuned` wrote: (variables, info).
-
-  Raises:
-    UserError: it is missing or damaged.
-  """
-  directory = files.path(directory)
-  info = files.read_json(directory / "info.json")
-  path = directory / "variables.safetensors"
-  try:
-    flat = safetensors.numpy.load(files.read(path))
-  except (OSError, safetensors.SafetensorError) as e:
-    raise errors.UserError(f"Cannot read {path}: {e}.") from e
-  return flax.traverse_util.unflatten_dict(flat, sep="/"), info
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tuned:
-  """A backbone and what was trained on it; `apply` takes the first three.
+  """A backbone and weights trained on it; `apply` takes the first three.
 
   Attributes:
-    backbone: the frozen ViT, loaded from where training loaded it.
+    backbone: the frozen ViT.
     tuner: the method.
     variables: {"tuner", "head"}.
     info: contents of `info.json`.
@@ -84,53 +48,56 @@ class Tuned:
   info: dict[str, Any]
 
   def __repr__(self) -> str:
-    of = f"{self.tuner.method}, {self.tuner.num_classes} classes"
-    return f"Tuned({of}, {self.backbone})"
+    tuner = f"{self.tuner.method}, {self.tuner.num_classes} classes"
+    return f"Tuned({tuner}, {self.backbone})"
 
   def __call__(self, images: jax.Array) -> tuner_lib.Output:
-    """Images (B, height, width, 3), scaled as the backbone wants.
+    """Classify images (B, height, width, 3), scaled as the backbone expects.
 
     Raises:
-      UserError: as `Backbone.checked`.
+      UserError: the images do not fit, see `Backbone.checked`.
     """
     return tuner_lib.apply(self.backbone, self.tuner, self.variables, images)
 
   def attention(self, images: jax.Array) -> np.ndarray:
-    """What queries attend to: (L, B, H, T, N), sums to 1 over the tokens.
+    """Attention weights of the queries, (L, B, H, T, N), sum to 1 over tokens.
 
     Raises:
-      UserError: the method has no queries, or as `Backbone.checked`.
+      UserError: the method has no queries, or the images do not fit, see
+        `Backbone.checked`.
     """
     if not self.tuner.has_queries:
-      raise errors.UserError(f"{self.tuner.method} has no queries that look.")
-    everything = {**self.variables, "backbone": self.backbone.params}
+      raise errors.UserError(
+        f"{self.tuner.method} has no queries, so there is no attention of"
+        " queries to return."
+      )
+    variables = {**self.variables, "backbone": self.backbone.params}
     images = self.backbone.checked(images)
-    tokens = self.tuner.stream(everything, images).tokens
+    tokens = self.tuner.stream(variables, images).tokens
     queries = self.variables["tuner"]["queries"]
     return np.asarray(
-      self.tuner.read(readers.attention_step, everything, queries, tokens)
+      self.tuner.read(readers.attention_step, variables, queries, tokens)
     )
 
   def folded(self) -> "Tuned":
-    """The same without its editor, on a backbone of its own.
+    """Fold the editor into the backbone, which is a plain ViT then.
 
-    That backbone is a plain ViT: `save_npz` writes it for Big Vision.
+    `save_npz` writes that backbone for Big Vision.
 
     Raises:
-      UserError: what the editor does is not the work of any plain ViT.
+      UserError: no plain ViT computes what the editor does.
     """
     if not self.tuner.editor:
       return self
     variables = {**self.variables, "tuner": dict(self.variables["tuner"])}
-    own = variables["tuner"].pop("editor")
-    params = editors.folded(
-      self.tuner.editor, self.tuner.options, self.backbone.params, own
+    weights = variables["tuner"].pop("editor")
+    params = editors.fold(
+      self.tuner.editor, self.tuner.options, self.backbone.params, weights
     )
-    reader, _ = tuner_lib.parse(self.tuner.method)
+    params = jax.tree.map(np.asarray, params)
+    reader = methods.parse(self.tuner.method).reader
     return Tuned(
-      dataclasses.replace(
-        self.backbone, params=jax.tree.map(np.asarray, params)
-      ),
+      dataclasses.replace(self.backbone, params=params),
       dataclasses.replace(self.tuner, method=reader),
       variables,
       {**self.info, "method": reader},
@@ -138,37 +105,39 @@ class Tuned:
 
 
 def save(
-  directory: str | os.PathLike[str],
+  directory: PathLike,
   init: str,
   backbone: backbone_lib.Backbone,
   tuner: tuner_lib.Tuner,
-  variables: dict[str, Any],
-  info: dict[str, Any],
-  kept: np.ndarray | None = None,
+  variables: Mapping[str, Any],
+  info: Mapping[str, Any],
+  feature_mask: np.ndarray | None = None,
 ) -> int:
-  """Writes a folder with safetensors and `info.json`, nothing of the backbone.
+  """Write a folder that `load` reads.
 
   Args:
-    directory: appears at once; an older one of this kind is replaced at once,
-      any other one a `UserError`.
-    init: where the backbone came from, as `load_backbone` takes it.
-    backbone: its settings are noted down.
-    tuner: the same.
+    directory: appears at once, and replaces an older one of this kind.
+    init: source of the backbone, as `load_backbone` takes it.
+    backbone: its settings are written, not its weights.
+    tuner: likewise.
     variables: {"tuner", "head"}.
-    info: what else one may want to know, json-able.
-    kept: (F,), not 0 for the features in use, if not all are: the head's rows
-      of others are not written.
+    info: further contents of `info.json`.
+    feature_mask: (F,), 0 for features that are not used: the head's rows of
+      these are not written. None: all are used.
 
   Returns:
     Bytes of its files.
+
+  Raises:
+    UserError: it cannot be written, or holds other files.
   """
   c = backbone.config
   variables = {name: dict(variables[name]) for name in ("tuner", "head")}
-  if kept is not None:
-    rows = np.flatnonzero(kept).astype(np.int32)
+  if feature_mask is not None:
+    rows = np.flatnonzero(feature_mask).astype(np.int32)
     kernel = np.asarray(variables["head"]["kernel"])[rows]
     variables["head"] |= {"kernel": kernel, "features": rows}
-  return save_tuned(
+  return write(
     directory,
     variables,
     {
@@ -195,33 +164,33 @@ def save(
   )
 
 
-def load(directory: str | os.PathLike[str], source: str | None = None) -> Tuned:
-  """Reads what `save` wrote, and loads its backbone again.
+def load(directory: PathLike, source: str | None = None) -> Tuned:
+  """Read a folder that `save` wrote, and load its backbone.
 
   Args:
     directory: a folder, or `gs://BUCKET/FOLDER`.
-    source: where the backbone is now, as `load_backbone` takes it; None: where
-      training loaded it, from whatever folder.
+    source: the backbone, as `load_backbone` takes it; None: the file or name
+      that training loaded it from.
 
   Raises:
     UserError: a file is missing or damaged or holds NaN, or the backbone is
-      gone, or has other weights by now.
+      gone, or has other weights now.
   """
-  variables, info = load_tuned(directory)
+  variables, info = read(directory)
   flat = flax.traverse_util.flatten_dict(variables, sep="/")
   checkpoints.check_finite(flat, f"{directory}/variables.safetensors")
-  variables = {"tuner": {}, **variables}  # An empty one leaves no trace.
+  variables = {"tuner": {}, **variables}  # Empty dicts are not written.
   try:
-    given = dict(info["backbone"])
-    given.pop("variant")
-    trained_on = given.pop("sha256", None)
-    backbone = _load_backbone(given, directory, source)
-    options = ("method", "num_classes", "num_queries", "normalize", "combine")
-    later = [name for name in ("target_size",) if name in info]
+    settings = dict(info["backbone"])
+    settings.pop("variant")
+    trained_on = settings.pop("sha256", None)
+    backbone = _load_backbone(settings, directory, source)
+    names = ["method", "num_classes", "num_queries", "normalize", "combine"]
+    names += ["target_size"] * ("target_size" in info)  # Not in old files.
     tuner = tuner_lib.make_tuner(
       backbone=backbone,
       options=editors.Options(**info.get("options", {})),
-      **{name: info[name] for name in (*options, *later)},
+      **{name: info[name] for name in names},
     )
   except (KeyError, TypeError) as e:
     raise errors.UserError(
@@ -240,35 +209,76 @@ def load(directory: str | os.PathLike[str], source: str | None = None) -> Tuned:
     if len(rows) == len(features) and features.max() < len(kernel):
       kernel[features] = rows
     variables["head"]["kernel"] = kernel
-  wanted = tuner.shapes()
-  shapes = lambda tree: jax.tree.map(np.shape, tree)
-  if shapes(variables) != shapes(wanted):
+  expected, found = (
+    jax.tree.map(np.shape, tree) for tree in (tuner.shapes(), variables)
+  )
+  if found != expected:
     raise errors.UserError(
       f"{directory} does not fit {tuner.method} on {info['backbone']}:"
-      f" expected {shapes(wanted)}, found {shapes(variables)}."
+      f" expected {expected}, found {found}."
     )
   return Tuned(backbone, tuner, variables, info)
 
 
 def _load_backbone(
-  given: dict[str, Any],
-  directory: str | os.PathLike[str],
-  source: str | None,
+  settings: dict[str, Any], directory: PathLike, source: str | None
 ) -> backbone_lib.Backbone:
-  """The backbone from where it is now, or from where training loaded it.
+  """Load the backbone from `source`, or from where training loaded it.
 
-  Of the latter the absolute path counts first (old files have none), so that
-  the same words mean the same file in any folder.
+  Of the latter the absolute path comes first (old files have none): the name in
+  the config may be relative to another folder.
   """
-  path = given.pop("path", None)
+  path = settings.pop("path", None)
   if source:
-    return checkpoints.load_backbone(**given | {"source": source})
+    return checkpoints.load_backbone(**settings | {"source": source})
   if path and checkpoints.local_path(path):
-    given["source"] = path
+    settings["source"] = path
   try:
-    return checkpoints.load_backbone(**given)
+    return checkpoints.load_backbone(**settings)
   except errors.UserError as e:
     raise errors.UserError(
       f"{directory} needs the backbone that it was trained on; if that is"
       f" elsewhere now, name it: load(directory, source=...). {e}"
     ) from e
+
+
+def write(
+  directory: PathLike, variables: Mapping[str, Any], info: Mapping[str, Any]
+) -> int:
+  """Write the two files of a folder, which appears at once.
+
+  Args:
+    directory: the folder; an older one of this kind is replaced.
+    variables: nested dict of arrays.
+    info: JSON-able.
+
+  Returns:
+    Bytes of the files.
+
+  Raises:
+    UserError: it cannot be written, or holds other files.
+  """
+  flat = flax.traverse_util.flatten_dict(variables, sep="/")
+  arrays = {k: np.ascontiguousarray(v) for k, v in flat.items()}
+  contents = {
+    "variables.safetensors": safetensors.numpy.save(arrays),
+    "info.json": files.json_bytes(info),
+  }
+  files.write_folder(files.path(directory), contents)
+  return sum(map(len, contents.values()))
+
+
+def read(directory: PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Read the two files of a folder: (variables, info).
+
+  Raises:
+    UserError: one is missing or damaged.
+  """
+  directory = files.path(directory)
+  info = files.read_json(directory / "info.json")
+  path = directory / "variables.safetensors"
+  try:
+    flat = safetensors.numpy.load(files.read(path))
+  except (OSError, safetensors.SafetensorError) as e:
+    raise errors.UserError(f"Cannot read {path}: {e}.") from e
+  return flax.traverse_util.unflatten_dict(flat, sep="/"), info

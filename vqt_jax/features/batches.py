@@ -1,4 +1,4 @@
-"""Where a step's examples come from: the devices, the host, or the data set."""
+"""Batches to train on: of data on the devices, on the host, or streamed."""
 
 import collections
 from collections.abc import Callable, Iterable, Iterator
@@ -13,20 +13,23 @@ import numpy as np
 from vqt_jax.features import store
 from vqt_jax.runtime import mesh as mesh_lib
 
+# Input of a call that takes S steps on batches of B examples: data on the
+# devices, rows of it (S, B) int32, and a mask (S, B) float32 that is 0 where a
+# row only fills up a batch.
 Chunk = tuple[dict[str, jax.Array], np.ndarray, jax.Array | np.ndarray]
 T = TypeVar("T")
-AHEAD = 2  # Batches on their way to the devices while one is used.
+PREFETCH = 2  # Batches on their way to the devices while one is used.
 
 
 @dataclasses.dataclass(frozen=True)
-class Resident:
-  """Rows of data that sit on the devices; an epoch is one chunk.
+class ResidentBatches:
+  """Batches of data on the devices; an epoch is one chunk.
 
   Attributes:
-    data: as `store.on_devices` or `store.resident` give it.
+    data: from `store.store_on_devices` or `images.images_on_devices`.
     rows: (n,) rows of `data` to train on.
     batch_size: examples in a step, over all devices.
-    seed: with the epoch decides the order.
+    seed: decides the order, together with the epoch.
     mesh: batches are filled up to a multiple of its `data` axis.
   """
 
@@ -46,28 +49,28 @@ class Resident:
     return -(-len(self.rows) // self.batch_size)
 
   def epoch(self, epoch: int, start: int) -> Iterator[Chunk]:
-    """An epoch as data, order, mask, its step `start` first.
+    """Yield an epoch that begins with step `start`, if there is such a step.
 
-    The steps before it come last: of an epoch begun anywhere the shapes, and so
-    the compiled program, are the same.
+    The steps before it come last: so shapes, and the compiled program, do not
+    depend on `start`.
     """
     if start < self.steps:
       shards = self.mesh.shape["data"]
       shuffle = (self.seed, epoch)
-      index, mask = store.order(self.rows, self.batch_size, shards, shuffle)
+      index, mask = batch_order(self.rows, self.batch_size, shards, shuffle)
       yield self.data, np.roll(index, -start, 0), np.roll(mask, -start, 0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
-  """Rows of features that lie on the host; batches are sent ahead of use.
+class HostBatches:
+  """Batches of features on the host, sent ahead of use; a chunk is a step.
 
   Attributes:
     features: in memory, or in a file.
     label: (n,) int32, of all rows of `features`.
-    rows: those to train on.
+    rows: rows to train on.
     batch_size: examples in a step, over all devices.
-    seed: with the epoch decides the order.
+    seed: decides the order, together with the epoch.
   """
 
   features: store.HostStore
@@ -82,19 +85,23 @@ class Stored:
 
   @property
   def steps(self) -> int:
+    """Steps in an epoch."""
     return -(-len(self.rows) // self.batch_size)
 
   def epoch(self, epoch: int, start: int) -> Iterator[Chunk]:
+    """Yield an epoch from step `start` on."""
     return self.chunks((self.seed, epoch), start)
 
-  def chunks(self, shuffle: tuple | None = None, start: int = 0):
-    """A chunk a step; without `shuffle` in stored order."""
+  def chunks(
+    self, shuffle: tuple | None = None, start: int = 0
+  ) -> Iterator[Chunk]:
+    """Yield all batches from `start` on; without `shuffle` in stored order."""
     mesh = self.features.layout.mesh
-    index, mask = store.order(
+    index, mask = batch_order(
       self.rows, self.batch_size, mesh.shape["data"], shuffle
     )
     batches = zip(index[start:], mask[start:])
-    return ahead(lambda batch: self._chunk(*batch), batches)
+    return prefetch(lambda batch: self._chunk(*batch), batches)
 
   def _chunk(self, rows: np.ndarray, mask: np.ndarray) -> Chunk:
     mesh = self.features.layout.mesh
@@ -103,10 +110,78 @@ class Stored:
     return data, np.arange(len(rows), dtype=np.int32)[None], mask[None]
 
 
-def ahead(
-  function: Callable[..., T], items: Iterable, count: int = AHEAD
+@dataclasses.dataclass(frozen=True)
+class StreamedBatches:
+  """Batches read and decoded anew in every epoch; a chunk is a step.
+
+  Attributes:
+    read: (epoch, first step) -> this process's part of each batch.
+    num_examples: in an epoch.
+    batch_size: examples in a step, over all devices and processes.
+    mesh: batches are sharded over its `data` axis.
+  """
+
+  read: Callable[[int, int], Iterator[dict[str, np.ndarray]]]
+  num_examples: int
+  batch_size: int
+  mesh: jax.sharding.Mesh
+
+  @property
+  def steps(self) -> int:
+    """Steps in an epoch."""
+    return -(-self.num_examples // self.batch_size)
+
+  def epoch(self, epoch: int, start: int) -> Iterator[Chunk]:
+    """Yield an epoch from step `start` on."""
+    for batch in self.read(epoch, start):
+      yield chunk_of_batch(batch, self.mesh)
+
+
+Batches = ResidentBatches | HostBatches | StreamedBatches
+
+
+def chunk_of_batch(
+  batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh
+) -> Chunk:
+  """Place a batch of {"image", "label", "mask"} on the devices, as one step."""
+  data = mesh_lib.from_local(batch, mesh)
+  mask = data.pop("mask")
+  order = np.arange(len(mask), dtype=np.int32)[None]
+  return data, order, jnp.reshape(mask, (1, -1))
+
+
+def batch_order(
+  rows: np.ndarray, batch_size: int, shards: int, shuffle: tuple | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+  """Divide rows into batches, every row exactly once.
+
+  Args:
+    rows: (n,) indices into the data.
+    batch_size: examples in a batch; the last one may hold fewer.
+    shards: each batch is filled up to a multiple of this.
+    shuffle: (seed, epoch) of the order; None keeps it.
+
+  Returns:
+    (S, B) int32 rows and (S, B) float32 mask, 0 where a row only fills up.
+  """
+  if shuffle is not None:
+    rows = np.random.default_rng(shuffle).permutation(rows)
+  batch_size = min(batch_size, len(rows))
+  steps = -(-len(rows) // batch_size)
+  width = -(-batch_size // shards) * shards
+  index = np.full((steps, width), rows[0], np.int32)
+  mask = np.zeros((steps, width), np.float32)
+  for step in range(steps):
+    part = rows[step * batch_size : (step + 1) * batch_size]
+    index[step, : len(part)] = part
+    mask[step, : len(part)] = 1
+  return index, mask
+
+
+def prefetch(
+  function: Callable[..., T], items: Iterable, count: int = PREFETCH
 ) -> Iterator[T]:
-  """Maps in another thread, `count` items ahead of what is taken."""
+  """Map in another thread, `count` items ahead of the one that is taken."""
   with futures.ThreadPoolExecutor(1) as pool:
     queue = collections.deque()
     for item in items:
@@ -117,47 +192,14 @@ def ahead(
       yield queue.popleft().result()
 
 
-def behind(items: Iterable[T]) -> Iterator[T]:
-  """Gives each item when the next is there: started, on the devices."""
+def delay_by_one(items: Iterable[T]) -> Iterator[T]:
+  """Yield each item after the next one is started.
+
+  So the devices compute an item while the one before it is looked at.
+  """
   queue = collections.deque()
   for item in items:
     queue.append(item)
     if len(queue) > 1:
       yield queue.popleft()
   yield from queue
-
-
-@dataclasses.dataclass(frozen=True)
-class Streamed:
-  """Batches read and decoded again every epoch, one step a call.
-
-  Attributes:
-    read: (epoch, first step) -> this process's part of each batch.
-    num_examples: in an epoch.
-    batch_size: examples in a step, over all devices and processes.
-    mesh: batches are spread over its `data` axis.
-  """
-
-  read: Callable[[int, int], Iterator[dict[str, np.ndarray]]]
-  num_examples: int
-  batch_size: int
-  mesh: jax.sharding.Mesh
-
-  @property
-  def steps(self) -> int:
-    return -(-self.num_examples // self.batch_size)
-
-  def epoch(self, epoch: int, start: int) -> Iterator[Chunk]:
-    for batch in self.read(epoch, start):
-      yield on_devices(batch, self.mesh)
-
-
-Source = Resident | Stored | Streamed
-
-
-def on_devices(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> Chunk:
-  """One batch of {"image", "label", "mask"} as a chunk of one step."""
-  data = mesh_lib.from_local(batch, mesh)
-  mask = data.pop("mask")
-  order = np.arange(len(mask), dtype=np.int32)[None]
-  return data, order, jnp.reshape(mask, (1, -1))

@@ -1,10 +1,10 @@
-"""Features in a file: written row by row, found again by what they come from.
+"""Features in a file, written image by image and found by their inputs.
 
-A file is a NumPy array of n records, {"final": (D,), "tokens": (L, N, D)}, and
-behind it, as JSON, all that they were made from: weights, preprocessing, data.
-The same is in the file's name as a digest, so other inputs have another file.
-Until it is whole it is called `.part`, and an extraction that was interrupted
-goes on behind the last whole record.
+A file is a NumPy array of n records, {"final": (D,), "tokens": (L, N, D)},
+followed by JSON of all inputs that they depend on: weights, preprocessing,
+data. A digest of that JSON is part of the file's name, so other inputs have
+another file. Until it is complete it is called `.part`, and an interrupted
+extraction continues after the last complete record.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -28,48 +28,48 @@ from vqt_jax.runtime import files
 from vqt_jax.runtime import locks
 from vqt_jax.runtime import processes
 
-FORMAT = 1  # Changes when the same inputs give other numbers or files.
+FORMAT = 1  # Increases when the same inputs give other numbers or files.
 
 
-class Damaged(Exception):
-  """A file that is not what its name says."""
+class DamagedFile(Exception):
+  """A file whose content does not match its name."""
 
 
-def folder(given: str) -> pathlib.Path:
-  """Where features are kept: `config.store_dir`, or our own place.
+def folder(store_dir: str) -> pathlib.Path:
+  """Return the folder of feature files: `store_dir`, or one in the cache.
 
   Raises:
-    UserError: there is no place of our own.
+    UserError: there is no cache folder.
   """
-  if given:
-    return files.path(given)
+  if store_dir:
+    return files.path(store_dir)
   return files.cache() / "features"
 
 
-class File:
-  """The features of n images, of this process's devices; may not be there."""
+class FeatureFile:
+  """A file of features for this process's devices, which need not exist."""
 
   def __init__(
     self,
     folder: pathlib.Path,
     name: str,
-    made_from: dict[str, Any],
+    inputs: dict[str, Any],
     layout: store_lib.Layout,
     count: int,
   ):
-    """Touches nothing.
+    """Compute the file's name, without touching the file system.
 
     Args:
-      folder: where files of features lie.
-      name: for people, part of the file's name.
-      made_from: all that decides the numbers in it, json-able.
-      layout: of the batches.
-      count: images n.
+      folder: of feature files.
+      name: readable part of the file's name.
+      inputs: all that the numbers depend on, JSON-able.
+      layout: of the features.
+      count: number of images n.
     """
     self._layout, self._count = layout, count
     footer = {
       "format": FORMAT,
-      **made_from,
+      **inputs,
       "images": count,
       "dtype": layout.dtype,
       "tokens": layout.tokens,
@@ -85,17 +85,17 @@ class File:
 
   @property
   def size(self) -> int:
-    """Bytes of it that are on the disk, whole or in part."""
+    """Bytes of it that are on the disk; 0 if there is no such file."""
     for path in (self.path, self._part):
       with contextlib.suppress(OSError):
         return path.stat().st_size
     return 0
 
   def open(self) -> store_lib.HostStore | None:
-    """The features, mapped from the file; None if there is none.
+    """Map the features from the file; return None if it does not exist.
 
     Raises:
-      Damaged: it is cut off, or another file.
+      DamagedFile: it is truncated, or another file.
       UserError: it cannot be read.
     """
     try:
@@ -105,7 +105,7 @@ class File:
         file.seek(end)
         footer = file.read()
       if (header, footer) != (self._header, self._footer):
-        raise Damaged("it is cut off, or of other features")
+        raise DamagedFile("it is truncated, or of other features")
       rows = np.load(self.path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
       return None
@@ -121,34 +121,36 @@ class File:
 
   def write(
     self,
-    stream: Callable[[int], Iterable[store_lib.Part]],
+    extract: Callable[[int], Iterable[store_lib.FeatureBatch]],
     batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
   ) -> None:
-    """Extracts what is not there yet; all processes write together.
+    """Extract and write the features that are missing.
+
+    All processes must call it together.
 
     Args:
-      stream: images to leave out -> the stream of the others, in batches.
+      extract: number of images to skip -> features of the others, in batches.
       batch_size: images in a batch.
-      progress: told how many images are done.
+      progress: called with the number of images that are done.
 
     Raises:
-      UserError: it cannot be written; nothing half-written stays then. Or the
-        stream's own; what is written is gone on with the next time.
+      UserError: the file cannot be written, and is removed. Or an error of
+        `extract`; what is written then is used the next time.
     """
     part = self._part
     with self._locked(part) as file:
       if not processes.any_process(not self.path.exists()):
-        part.unlink(missing_ok=True)  # Another run was faster.
+        part.unlink(missing_ok=True)  # Another run has finished it.
         return
       with _writing(part):
-        done = self._whole_records(file)
-      # In batches, since processes tell each other float32.
+        done = self._complete_records(file)
+      # Counted in batches, as processes exchange numbers in float32.
       done = batch_size * int(processes.all_reduce_min(done // batch_size))
       with _writing(part):
-        self._cut(file, done)
-      for rows in stream(done) if done < self._count else ():
-        records = self._records(rows, self._count - done)
+        self._truncate(file, done)
+      for batch in extract(done) if done < self._count else ():
+        records = self._records(batch, self._count - done)
         with _writing(part):
           file.write(records.data)
         done += len(records)
@@ -161,18 +163,18 @@ class File:
 
   @contextlib.contextmanager
   def _locked(self, part: pathlib.Path) -> Iterator[BinaryIO]:
-    """The unfinished file; one run at a time."""
+    """Open the unfinished file, for one run at a time."""
     while True:
       with processes.raise_on_all(), files.writing(part):
         part.parent.mkdir(parents=True, exist_ok=True)
         file = open(part, "ab")
       with file:
-        # All processes or none: of two runs each might lock what the other
+        # All processes or none: two runs might each hold a lock that the other
         # waits for.
         while processes.any_process(not locks.lock(file)):
           fcntl.flock(file, fcntl.LOCK_UN)
           time.sleep(random.uniform(0.5, 1.5))
-        # Whoever had it may have made the whole file of it, or given up.
+        # The run that held it may have finished the file, or removed it.
         if processes.any_process(not locks.is_at(file, part)):
           continue
         yield file
@@ -180,7 +182,7 @@ class File:
 
   @property
   def _record(self) -> np.dtype:
-    """Of one image; NumPy's files know bfloat16 as two bytes."""
+    """Dtype of an image's record; NumPy files store bfloat16 as two bytes."""
     depth, tokens, width = self._layout.row
     fields = [("final", np.float32, (width,))]
     if self._layout.tokens:
@@ -201,23 +203,23 @@ class File:
     )
     return header.getvalue()
 
-  def _whole_records(self, file: BinaryIO) -> int:
-    """How many there are; 0 in a file that begins with something else."""
-    with open(file.name, "rb") as begun:
-      if begun.read(len(self._header)) != self._header:
+  def _complete_records(self, file: BinaryIO) -> int:
+    """Number of complete records; 0 if the file has another header."""
+    with open(file.name, "rb") as reader:
+      if reader.read(len(self._header)) != self._header:
         return 0
     size = os.fstat(file.fileno()).st_size - len(self._header)
     return min(size // self._record.itemsize, self._count)
 
-  def _cut(self, file: BinaryIO, records: int) -> None:
-    """Leaves the header and some records."""
+  def _truncate(self, file: BinaryIO, records: int) -> None:
+    """Leave the header and a number of records in the file."""
     file.truncate(len(self._header) + records * self._record.itemsize)
     if not records:
       file.truncate(0)
       file.write(self._header)
 
-  def _records(self, part: store_lib.Part, most: int) -> np.ndarray:
-    rows = store_lib.rows_of(part, most)
+  def _records(self, batch: store_lib.FeatureBatch, most: int) -> np.ndarray:
+    rows = store_lib.host_rows(batch, most)
     records = np.empty(len(rows["final"]), self._record)
     for name, values in rows.items():
       records[name] = values.view(self._record[name].base)
@@ -226,7 +228,7 @@ class File:
 
 @contextlib.contextmanager
 def _writing(path: pathlib.Path) -> Iterator[None]:
-  """What cannot be written on one process is an error on all, and goes away."""
+  """If a process cannot write, remove its file and raise on all processes."""
   try:
     with processes.raise_on_all(), files.writing(path):
       yield

@@ -1,4 +1,4 @@
-"""Where the examples of each split live, decided from their size."""
+"""Examples of a task's splits, in the storage that their size asks for."""
 
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
@@ -14,15 +14,17 @@ from vqt_jax import data
 from vqt_jax import errors
 from vqt_jax.features import batches as batches_lib
 from vqt_jax.features import disk
-from vqt_jax.features import memory_budget
+from vqt_jax.features import images as images_lib
+from vqt_jax.features import storage as storage_lib
 from vqt_jax.features import store
 from vqt_jax.models import backbone as backbone_lib
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import files
 from vqt_jax.runtime import processes
+from vqt_jax.runtime import units
 
-# A dataset of this size is read for its labels alone: a second or two.
+# A dataset of up to this size is read for its labels alone: a second or two.
 LABEL_BYTES = 2**28
 
 
@@ -30,16 +32,19 @@ LABEL_BYTES = 2**28
 class Examples:
   """Serves the splits of a task to training and evaluation.
 
+  One split is loaded at a time. Where "trainval" consists of "train" and "val",
+  it is loaded for all three.
+
   Attributes:
     config: of the run.
-    console: hears what was decided.
-    task: whose splits are served.
-    backbone: tells image size, value range, and what features come from.
-    tuner: tells what must be stored.
+    console: shows what is stored, where and why.
+    task: its splits are served.
+    backbone: of the features; its image size and value range are used.
+    tuner: reads the features.
     params: the backbone's, on the devices.
-    mesh: examples are spread over its `data` axis.
-    extracted: seconds before the first images were through the backbone, and
-      of each after them; None until features were extracted.
+    mesh: examples are sharded over its `data` axis.
+    extraction_seconds: time before the first images had passed through the
+      backbone, and time of each image after them; None before any extraction.
   """
 
   config: ml_collections.ConfigDict
@@ -49,37 +54,41 @@ class Examples:
   tuner: tuner_lib.Tuner
   params: Any
   mesh: jax.sharding.Mesh
-  extracted: tuple[float, float] | None = None
-  _held: tuple[str, Any] | None = None
-  _bases: dict[str, str] = dataclasses.field(default_factory=dict)
+  extraction_seconds: tuple[float, float] | None = None
+  _loaded: tuple[str, Any] | None = None
+  _loaded_splits: dict[str, str] = dataclasses.field(default_factory=dict)
   _counts: dict[str, int] = dataclasses.field(default_factory=dict)
-  _places: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
-  _known: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  _storages: dict[str, tuple[str, str]] = dataclasses.field(
+    default_factory=dict
+  )
+  _label_arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
   def count(self, split: str) -> int:
-    """Examples in a split."""
+    """Number of examples in a split."""
     if split not in self._counts:
       self._counts[split] = data.num_examples(self.task, split)
     return self._counts[split]
 
-  def source(
-    self, split: str, some: np.ndarray | None = None
-  ) -> batches_lib.Source:
-    """The examples of a split, or some rows of it, to train on.
+  def training_batches(
+    self, split: str, rows: np.ndarray | None = None
+  ) -> batches_lib.Batches:
+    """Return batches of a split, or of some rows of it, to train on.
 
     Raises:
-      UserError: rows of a split that is read anew every epoch.
+      UserError: rows of a split that is streamed.
     """
     c = self.config
-    if self._place(split)[0] != "stream":
-      held, rows = self._resident(split)
-      rows = rows if some is None else rows[some]
-      if isinstance(held, batches_lib.Stored):
-        return dataclasses.replace(held, rows=rows)
-      return batches_lib.Resident(held, rows, c.batch_size, c.seed, self.mesh)
-    if some is not None:
+    if self._storage(split) != "stream":
+      loaded, all_rows = self._load_split(split)
+      rows = all_rows if rows is None else all_rows[rows]
+      if isinstance(loaded, batches_lib.HostBatches):
+        return dataclasses.replace(loaded, rows=rows)
+      return batches_lib.ResidentBatches(
+        loaded, rows, c.batch_size, c.seed, self.mesh
+      )
+    if rows is not None:
       self.check_rows(split)
-    check_batch(c.batch_size, self.mesh)
+    check_batch_size(c.batch_size, self.mesh)
     read = functools.partial(
       data.train_batches,
       self.task,
@@ -88,7 +97,7 @@ class Examples:
       seed=c.seed,
       **self._reading,
     )
-    return batches_lib.Streamed(
+    return batches_lib.StreamedBatches(
       lambda epoch, start: processes.in_step(
         read(epoch=epoch, start_step=start)
       ),
@@ -97,28 +106,30 @@ class Examples:
       self.mesh,
     )
 
-  def evaluation(
-    self, split: str, some: np.ndarray | None = None
+  def evaluation_chunks(
+    self, split: str, rows: np.ndarray | None = None
   ) -> Iterator[batches_lib.Chunk]:
-    """A split, or some rows of it, in order, each example exactly once.
+    """Return chunks of a split, or of some rows of it, each example once.
 
-    What is to be held of it is there when this returns.
+    When this returns, a split that is stored is loaded.
     """
-    if split == "test" or self._place(split)[0] == "stream":
-      batches = self._batches(split)
-      return (batches_lib.on_devices(batch, self.mesh) for batch in batches)
-    held, rows = self._resident(split)
-    rows = rows if some is None else rows[some]
-    if isinstance(held, batches_lib.Stored):
-      held = dataclasses.replace(held, rows=rows, batch_size=self._batch_size)
-      return held.chunks()
+    if split == "test" or self._storage(split) == "stream":
+      batches = self._read_batches(split)
+      return (batches_lib.chunk_of_batch(x, self.mesh) for x in batches)
+    loaded, all_rows = self._load_split(split)
+    rows = all_rows if rows is None else all_rows[rows]
+    if isinstance(loaded, batches_lib.HostBatches):
+      loaded = dataclasses.replace(
+        loaded, rows=rows, batch_size=self._eval_batch_size
+      )
+      return loaded.chunks()
     shards = self.mesh.shape["data"]
-    order, mask = store.order(rows, self._batch_size, shards)
-    return ((held, *batch) for batch in zip(order[:, None], mask[:, None]))
+    order, mask = batches_lib.batch_order(rows, self._eval_batch_size, shards)
+    return ((loaded, *batch) for batch in zip(order[:, None], mask[:, None]))
 
   def check_rows(self, split: str) -> None:
-    """Raises a `UserError` if some rows of a split cannot be had."""
-    if self._place(split)[0] == "stream":
+    """Raise a `UserError` if a split is streamed: it has no rows to pick."""
+    if self._storage(split) == "stream":
       raise errors.UserError(
         f"config.protocol=best trains on parts of {split}, but it is read"
         " anew every epoch: keep its features (config.features=disk) or"
@@ -126,29 +137,29 @@ class Examples:
       )
 
   def is_live(self, split: str) -> bool:
-    """Whether its images go through the backbone in every step."""
-    return self._place(split)[0] in ("images", "stream")
+    """Return whether a split passes through the backbone in every step."""
+    return self._storage(split) in ("images", "stream")
 
   def check_classes(self) -> None:
-    """Notes classes that are not trained on; see `data.check_classes`.
+    """Note classes that are not trained on; see `data.check_classes`.
 
-    Nobody can choose the splits of VTAB. Of what is read anew every epoch
-    labels are only read if all of it is small. Those of the test set wait for
-    the test.
+    Splits of VTAB are fixed, so nothing is noted. Labels of a split that is
+    streamed are only read if all of it is small. Labels of the test set are not
+    read before the test.
     """
     if self.task.group:
       return
     checked = []
     for split in ("train", "val", "trainval"):
-      base = self._base(split)
-      if self._place(base)[0] == "stream":
+      loaded_split = self._loaded_split(split)
+      if self._storage(loaded_split) == "stream":
         with processes.raise_on_all():
-          if data.num_bytes(self.task, base) > LABEL_BYTES:
+          if data.num_bytes(self.task, loaded_split) > LABEL_BYTES:
             continue
       checked.append(split)
     with processes.raise_on_all():
       labels = {
-        split: self._labels(self._base(split))[self._rows_of(split)]
+        split: self._labels(self._loaded_split(split))[self._rows_of(split)]
         for split in checked
       }
       note = data.check_classes(self.task, labels)
@@ -165,7 +176,7 @@ class Examples:
 
   @property
   def _reading(self) -> dict[str, Any]:
-    """Of this process's part of each batch."""
+    """Options to read this process's part of each batch."""
     return {
       "process_index": jax.process_index(),
       "process_count": jax.process_count(),
@@ -173,201 +184,212 @@ class Examples:
     }
 
   @property
-  def _batch_size(self) -> int:
-    """To run the backbone on: a multiple of the devices that share it."""
+  def _eval_batch_size(self) -> int:
+    """Batch size of extraction and evaluation, a multiple of the devices."""
     shards = self.mesh.shape["data"]
     return -(-self.config.eval_batch_size // shards) * shards
 
   @property
   def _layout(self) -> store.Layout:
-    return store.layout_of(self.config, self.tuner, self.mesh)
+    return store.make_layout(self.config, self.tuner, self.mesh)
 
   @property
   def _folder(self) -> pathlib.Path:
     return disk.folder(self.config.store_dir)
 
-  def _batches(self, split: str, start: int = 0) -> Iterator[Any]:
+  def _read_batches(self, split: str, start: int = 0) -> Iterator[Any]:
     return processes.in_step(
       data.batches(
         self.task,
         split,
-        batch_size=self._batch_size,
+        batch_size=self._eval_batch_size,
         start=start,
         **self._reading,
       )
     )
 
-  def _base(self, split: str) -> str:
-    if split not in self._bases:
-      self._bases[split] = base_of(self.task, split)
-    return self._bases[split]
+  def _loaded_split(self, split: str) -> str:
+    if split not in self._loaded_splits:
+      self._loaded_splits[split] = loaded_split(self.task, split)
+    return self._loaded_splits[split]
 
   @functools.cached_property
-  def _room(self) -> dict[str, int]:
-    return memory_budget.room(self.config.store_dir, self.mesh)
+  def _available(self) -> dict[str, int]:
+    return storage_lib.available_bytes(self.config.store_dir, self.mesh)
 
-  def _place(self, split: str) -> tuple[str, str]:
-    """Where a split's examples live, and why; see `places.choose`."""
-    base = self._base(split)
-    if base not in self._places:
-      self._places[base] = self._choose(base)
-    return self._places[base]
+  def _storage(self, split: str) -> str:
+    return self._storage_and_reason(split)[0]
 
-  def _choose(self, base: str) -> tuple[str, str]:
-    count, room = self.count(base), dict(self._room)
-    stored = count * self._layout.bytes_per_image
-    images = count * 12 * int(np.prod(self.backbone.config.image_size))
-    if stored > room["device"]:  # A file that is there needs no more room.
-      there = max(file.size for file in self._files(base))
-      room["disk"] += int(processes.all_reduce_min(there))
-    backend = jax.default_backend()
-    return memory_budget.choose(self.config, stored, images, room, backend)
+  def _storage_and_reason(self, split: str) -> tuple[str, str]:
+    """Storage of a split, and the reason; see `storage.choose`."""
+    split = self._loaded_split(split)
+    if split not in self._storages:
+      count, available = self.count(split), dict(self._available)
+      feature_bytes = count * self._layout.bytes_per_image
+      pixels = int(np.prod(self.backbone.config.image_size))
+      if feature_bytes > available["device"]:
+        # A file that exists already needs no more space.
+        existing = max(file.size for file in self._files(split))
+        available["disk"] += int(processes.all_reduce_min(existing))
+      self._storages[split] = storage_lib.choose(
+        self.config,
+        self.tuner,
+        feature_bytes,
+        count * 12 * pixels,
+        available,
+        jax.default_backend(),
+      )
+    return self._storages[split]
 
-  def _resident(self, split: str) -> tuple[Any, np.ndarray]:
-    """What is held of a split, and which of its rows are the split's."""
-    base = self._base(split)
-    if self._held is None or self._held[0] != base:
-      self._held = None  # Makes room before the next one comes.
-      self._held = (base, self._load(base, *self._place(split)))
-    return self._held[1], self._rows_of(split)
+  def _load_split(self, split: str) -> tuple[Any, np.ndarray]:
+    """Load a split; return what is loaded, and the split's rows in it."""
+    loaded_split = self._loaded_split(split)
+    if self._loaded is None or self._loaded[0] != loaded_split:
+      self._loaded = None  # Free memory before the next split is loaded.
+      self._loaded = (loaded_split, self._load(loaded_split))
+    return self._loaded[1], self._rows_of(split)
 
   def _rows_of(self, split: str) -> np.ndarray:
-    """Rows of a split in what is loaded for it."""
+    """Rows of a split in the split that is loaded for it."""
     first = 0
-    if self._base(split) != split and split == "val":
+    if self._loaded_split(split) != split and split == "val":
       first = self.count("train")
     return np.arange(first, first + self.count(split))
 
-  def _labels(self, base: str) -> np.ndarray:
-    if base not in self._known:
-      self._known[base] = data.load_labels(self.task, base)
-    return self._known[base]
+  def _labels(self, split: str) -> np.ndarray:
+    if split not in self._label_arrays:
+      self._label_arrays[split] = data.load_labels(self.task, split)
+    return self._label_arrays[split]
 
-  def _load(self, base: str, place: str, why: str) -> Any:
-    if place == "images":
-      return self._load_images(base, why)
-    count, layout = self.count(base), self._layout
-    if place == "device":
-      room = self._room["device"]
-      layout = store.device_layout(layout, self.tuner, count, room)
-    self.console.note(_plan(layout, count, place, why), "store")
+  def _load(self, split: str) -> Any:
+    storage, reason = self._storage_and_reason(split)
+    if storage == "images":
+      return self._load_images(split, reason)
+    count, layout = self.count(split), self._layout
+    if storage == "device":
+      available = self._available["device"]
+      layout = store.device_layout(layout, self.tuner, count, available)
+    self.console.note(_describe(layout, count, storage, reason), "store")
     with processes.raise_on_all():
-      label = self._labels(base)
-    if place == "disk" or self.config.store_dir:
-      return self._place_kept(self._on_disk(base), label, place, layout)
+      label = self._labels(split)
+    if storage == "disk" or self.config.store_dir:
+      return self._load_file(split, label, storage, layout)
     with self.console.phase("extract", count, "image") as line:
-      parts = self._stream(base)
-      if place == "host":
-        kept = store.on_host(layout, parts, count, line.update)
-        held = self._stored(kept, label)
+      features = self._extract(split)
+      if storage == "host":
+        host_store = store.store_on_host(layout, features, count, line.update)
+        loaded = self._host_batches(host_store, label)
       else:
-        held = self._on_devices(layout, parts, label, line.update)
-      self.extracted = line.measured()
-      return held
+        loaded = self._store_on_devices(layout, features, label, line.update)
+      self.extraction_seconds = line.measured()
+      return loaded
 
-  def _on_devices(
+  def _store_on_devices(
     self,
     layout: store.Layout,
-    parts: Iterable[store.Part],
+    features: Iterable[store.FeatureBatch],
     label: np.ndarray,
     progress: Callable[[int], None] = lambda done: None,
   ) -> dict[str, jax.Array]:
     if layout.projected:
-      parts = store.project(layout, self.params, parts)
-    held = store.on_devices(layout, parts, label, progress)
-    return jax.block_until_ready(held)
+      features = store.project(layout, self.params, features)
+    arrays = store.store_on_devices(layout, features, label, progress)
+    return jax.block_until_ready(arrays)
 
-  def _place_kept(
-    self,
-    kept: store.HostStore,
-    label: np.ndarray,
-    place: str,
-    layout: store.Layout,
+  def _load_file(
+    self, split: str, label: np.ndarray, storage: str, layout: store.Layout
   ) -> Any:
-    """Features from a file to where they are used, as `layout` there."""
-    if place == "device":
-      starts = range(0, len(label), self._batch_size)
-      rows = (_rows(s, self._batch_size, len(label)) for s in starts)
-      parts = batches_lib.ahead(kept.send, rows)
-      return self._on_devices(layout, parts, label)
-    if place == "host" and kept.tokens is not None:
-      kept = dataclasses.replace(kept, tokens=np.array(kept.tokens))
-    return self._stored(kept, label)
+    """Load a split's features from their file, extracting them if needed."""
+    host_store = self._open_or_extract(split)
+    if storage == "device":
+      starts = range(0, len(label), self._eval_batch_size)
+      rows = (_rows(s, self._eval_batch_size, len(label)) for s in starts)
+      features = batches_lib.prefetch(host_store.send, rows)
+      return self._store_on_devices(layout, features, label)
+    if storage == "host" and host_store.tokens is not None:
+      tokens = np.array(host_store.tokens)
+      host_store = dataclasses.replace(host_store, tokens=tokens)
+    return self._host_batches(host_store, label)
 
-  def _stream(self, base: str, start: int = 0) -> Iterator[store.Part]:
-    """The stream of a split's images from `start` on."""
-    return store.stream(self._layout, self.params, self._batches(base, start))
+  def _extract(
+    self, split: str, start: int = 0
+  ) -> Iterator[store.FeatureBatch]:
+    """Extract the features of a split's images from `start` on."""
+    batches = self._read_batches(split, start)
+    return store.extract(self._layout, self.params, batches)
 
-  def _stored(self, kept: store.HostStore, label: np.ndarray):
-    c = self.config
-    rows = np.arange(len(label))
-    return batches_lib.Stored(kept, label, rows, c.batch_size, c.seed)
+  def _host_batches(
+    self, host_store: store.HostStore, label: np.ndarray
+  ) -> batches_lib.HostBatches:
+    c, rows = self.config, np.arange(len(label))
+    return batches_lib.HostBatches(
+      host_store, label, rows, c.batch_size, c.seed
+    )
 
-  def _files(self, base: str) -> list[disk.File]:
-    """Files in which a split's features may be; the first is its own."""
-    name = f"{self.task.dataset.replace('/', '_')}-{base}"
-    made_from = self._made_from(base)
+  def _files(self, split: str) -> list[disk.FeatureFile]:
+    """Files that may hold a split's features; the first is its own."""
+    name = f"{self.task.dataset.replace('/', '_')}-{split}"
+    inputs = {
+      "weights": self.backbone.digest,
+      "vit": dataclasses.asdict(self.backbone.config),
+      "decoding": self._decoding,
+      "data": data.fingerprint(self.task, split),
+    }
     layouts = [self._layout]
-    if not self._layout.tokens:  # Those of a method that reads more will do.
+    if not self._layout.tokens:  # A file with tokens has the final feature too.
       layouts.append(dataclasses.replace(self._layout, tokens=True))
     return [
-      disk.File(self._folder, name, made_from, layout, self.count(base))
+      disk.FeatureFile(self._folder, name, inputs, layout, self.count(split))
       for layout in layouts
     ]
 
-  def _on_disk(self, base: str) -> store.HostStore:
-    """The features in their file, extracted if there is none."""
-    known = self._files(base)
+  def _open_or_extract(self, split: str) -> store.HostStore:
+    known = self._files(split)
     for file in known:
       with processes.raise_on_all():
-        kept = self._open(file)
-      if not processes.any_process(kept is None):
+        host_store = self._open(file)
+      if not processes.any_process(host_store is None):
         self.console.note(f"found in {file.path}", "extract")
-        tokens = kept.tokens if self._layout.tokens else None
-        return dataclasses.replace(kept, layout=self._layout, tokens=tokens)
+        tokens = host_store.tokens if self._layout.tokens else None
+        return dataclasses.replace(
+          host_store, layout=self._layout, tokens=tokens
+        )
     file = known[0]
-    with self.console.phase("extract", self.count(base), "image") as line:
-      stream = functools.partial(self._stream, base)
-      file.write(stream, self._batch_size, line.update)
-      self.extracted = line.measured()
+    with self.console.phase("extract", self.count(split), "image") as line:
+      extract = functools.partial(self._extract, split)
+      file.write(extract, self._eval_batch_size, line.update)
+      self.extraction_seconds = line.measured()
       line.summary = str(file.path)
     return file.open()
 
-  def _open(self, file: disk.File) -> store.HostStore | None:
+  def _open(self, file: disk.FeatureFile) -> store.HostStore | None:
+    """Open a file if it exists; remove it if it is damaged."""
     try:
       return file.open()
-    except disk.Damaged as e:
+    except disk.DamagedFile as e:
       self.console.note(f"{file.path} is damaged ({e}); it is made again")
       with files.writing(file.path):
         file.path.unlink(missing_ok=True)
 
-  def _made_from(self, base: str) -> dict[str, Any]:
-    """All that decides the features of a split."""
-    return {
-      "weights": self.backbone.digest,
-      "vit": dataclasses.asdict(self.backbone.config),
-      "decoding": self._decoding,
-      "data": data.fingerprint(self.task, base),
-    }
-
-  def _load_images(self, base: str, why: str) -> dict[str, jax.Array]:
-    count = self.count(base)
+  def _load_images(self, split: str, reason: str) -> dict[str, jax.Array]:
+    count = self.count(split)
     with self.console.phase("images", count, "image") as line:
       with processes.raise_on_all():
-        examples = data.load_arrays(self.task, base, **self._decoding)
-      held = jax.block_until_ready(
-        store.resident(examples, self.mesh, self.backbone.config.dtype)
+        examples = data.load_arrays(self.task, split, **self._decoding)
+      dtype = self.backbone.config.dtype
+      arrays = jax.block_until_ready(
+        images_lib.images_on_devices(examples, self.mesh, dtype)
       )
-      size = memory_budget.size(sum(x.nbytes for x in held.values()))
+      size = units.format_bytes(sum(x.nbytes for x in arrays.values()))
       line.summary = (
-        f"{size} on the devices, through the backbone every step, {why}"
+        f"{size} on the devices, through the backbone every step, {reason}"
       )
       line.update(count)
-    return held
+    return arrays
 
 
-def check_batch(batch_size: int, mesh: jax.sharding.Mesh) -> None:
-  """Raises a `UserError` if streamed batches cannot be shared by devices."""
+def check_batch_size(batch_size: int, mesh: jax.sharding.Mesh) -> None:
+  """Raise a `UserError` if streamed batches do not divide among the devices."""
   if batch_size % mesh.shape["data"]:
     raise errors.UserError(
       f"config.batch_size={batch_size} cannot be shared by"
@@ -376,8 +398,8 @@ def check_batch(batch_size: int, mesh: jax.sharding.Mesh) -> None:
     )
 
 
-def base_of(task: data.Task, split: str) -> str:
-  """The split that is loaded for another: "trainval" where it holds both."""
+def loaded_split(task: data.Task, split: str) -> str:
+  """Return the split to load for another: "trainval" if it holds both parts."""
   if split == "test":
     return split
   splits = task.splits
@@ -389,20 +411,22 @@ def base_of(task: data.Task, split: str) -> str:
   return "trainval"
 
 
-def _plan(layout: store.Layout, count: int, place: str, why: str) -> str:
-  """What will be kept, how large it is, where, and why there."""
-  size, each = memory_budget.size, layout.bytes_per_image
-  what = "of final features"
+def _describe(
+  layout: store.Layout, count: int, storage: str, reason: str
+) -> str:
+  """Describe what is stored, its size, the storage and the reason."""
+  size, each = units.format_bytes, layout.bytes_per_image
+  content = "of final features"
   if layout.tokens:
-    what = f"in {layout.dtype}"
+    content = f"in {layout.dtype}"
   if layout.projected:
-    what += " as keys and values"
+    content += " as keys and values"
   return (
-    f"{count:,} images x {size(each)} = {size(count * each)} {what}, kept"
-    f" {memory_budget.FEATURES[place]}, {why}"
+    f"{count:,} images x {size(each)} = {size(count * each)} {content}, kept"
+    f" {storage_lib.FEATURE_STORAGE[storage]}, {reason}"
   )
 
 
 def _rows(start: int, size: int, count: int) -> np.ndarray:
-  """Of a batch; the last one repeats its last row."""
+  """Rows of a batch; the last batch repeats the last row."""
   return np.minimum(np.arange(start, start + size), count - 1)

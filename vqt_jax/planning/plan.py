@@ -21,12 +21,13 @@ from vqt_jax import data
 from vqt_jax import errors
 from vqt_jax.data import vtab
 from vqt_jax.features import examples
-from vqt_jax.features import memory_budget
+from vqt_jax.features import storage
 from vqt_jax.planning import cost
 from vqt_jax.planning import hlo
 from vqt_jax.planning import programs
 from vqt_jax.planning import tpus
 from vqt_jax.runtime import console as console_lib
+from vqt_jax.runtime import units
 from vqt_jax.training import setup
 
 MIB = 2**20
@@ -107,31 +108,32 @@ def make_context(
     chip=chip,
     mesh=mesh,
     counts={x: data.expected_examples(task, x) for x in data.SPLITS},
-    base={x: examples.base_of(task, x) for x in data.SPLITS},
+    base={x: examples.loaded_split(task, x) for x in data.SPLITS},
     place="",
     why="",
     room=0,
   )
   room = _room(context, where)
   count = context.counts[context.base["trainval"]]
-  place, why = memory_budget.choose(
+  place, why = storage.choose(
     config,
+    tuner,
     count * context.layout.bytes_per_image,
     count * 12 * math.prod(vit_config.image_size),
     room,
     platform,
   )
   if place == "stream":
-    examples.check_batch(config.batch_size, mesh)
+    examples.check_batch_size(config.batch_size, mesh)
   return dataclasses.replace(context, place=place, why=why, room=room["device"])
 
 
 def _room(context: programs.PlanContext, where: str) -> dict[str, int]:
   """As `places.room`; the disk of a slice is large enough."""
   if where == tpus.HERE:
-    return memory_budget.room(context.config.store_dir, context.mesh)
-  each = context.chip.memory * memory_budget.DEVICE_SHARE
-  host = context.chip.host_memory * memory_budget.HOST_SHARE
+    return storage.available_bytes(context.config.store_dir, context.mesh)
+  each = context.chip.memory * storage.DEVICE_SHARE
+  host = context.chip.host_memory * storage.HOST_SHARE
   return {
     "device": int(each * context.mesh.shape["data"]),
     "host": int(host * context.mesh.size),
@@ -251,11 +253,11 @@ def _describe(context: programs.PlanContext, where: str) -> list[str]:
   count = context.counts[context.base["trainval"]]
   layout = context.on_device("trainval")
   each = layout.bytes_per_image
-  size = memory_budget.size
+  size = units.format_bytes
   kept = (
     f"{count:,} images x {size(each)} = {size(count * each)} of"
     f" {'keys and values' if layout.projected else 'features'}, kept"
-    f" {memory_budget.FEATURES[context.place]}"
+    f" {storage.FEATURE_STORAGE[context.place]}"
     if context.stored
     else f"{count:,} images, through the backbone every step"
   )
@@ -264,7 +266,7 @@ def _describe(context: programs.PlanContext, where: str) -> list[str]:
     f" {context.config.init}, {pixels} px, {c.dtype}",
     f"{where}: {context.mesh.size} x {context.chip.name}, data"
     f" {shape['data']} x model {shape['model']},"
-    f" {memory_budget.size(context.chip.memory)} each",
+    f" {units.format_bytes(context.chip.memory)} each",
     f"{kept}, {context.why}",
   ]
 

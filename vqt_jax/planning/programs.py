@@ -15,7 +15,8 @@ import ml_collections
 import numpy as np
 
 from vqt_jax.features import batches
-from vqt_jax.features import memory_budget
+from vqt_jax.features import images
+from vqt_jax.features import storage
 from vqt_jax.features import store
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.models import vit
@@ -25,6 +26,7 @@ from vqt_jax.training import protocol
 from vqt_jax.training import stage as stage_lib
 from vqt_jax.training import stages as stages_lib
 from vqt_jax.training import step as step_lib
+from vqt_jax.training import trial_memory
 
 Shapes = Any  # A tree of `jax.ShapeDtypeStruct` with shardings.
 
@@ -58,7 +60,7 @@ class PlanContext:
 
   @property
   def layout(self) -> store.Layout:
-    return store.layout_of(self.config, self.tuner, self.mesh)
+    return store.make_layout(self.config, self.tuner, self.mesh)
 
   def on_device(self, split: str) -> store.Layout:
     """Of the features of a split where they are used."""
@@ -69,7 +71,7 @@ class PlanContext:
 
   @property
   def stored(self) -> bool:
-    return self.place in memory_budget.FEATURES
+    return self.place in storage.FEATURE_STORAGE
 
   @property
   def selects(self) -> bool:
@@ -94,7 +96,7 @@ class PlanContext:
     )
 
   def trials_at_once(self, tuner: tuner_lib.Tuner) -> int:
-    return memory_budget.trials_at_once(
+    return trial_memory.trials_at_once(
       tuner,
       self.config.batch_size,
       self.mesh,
@@ -184,7 +186,7 @@ def extraction(context: PlanContext) -> Program:
   bases = {context.base[split] for split in ("train", "val", "trainval")}
   return Program(
     name="extraction",
-    function=store.runner(context.layout),
+    function=store.extractor(context.layout),
     args=(params, images),
     images=size,
     trials=1,
@@ -212,7 +214,7 @@ def training(context: PlanContext, stage: stage_lib.Stage) -> Program:
   state = context.replicated(jax.eval_shape(init, params, seeds))
   frozen = tuner_lib.partition(params, stage.tuner.shapes())[1]
   count = context.counts[stage.split]
-  index, mask = store.order(
+  index, mask = batches.batch_order(
     np.arange(count), context.config.batch_size, context.mesh.shape["data"]
   )
   in_epoch, on_device = len(index), _resident(context, stage.split)
@@ -220,7 +222,7 @@ def training(context: PlanContext, stage: stage_lib.Stage) -> Program:
   if one_step:  # A call a step.
     index, mask = index[:1], mask[:1]
     data = _batch(context, index.shape[1])
-    on_device = [data] * (batches.AHEAD + 1)
+    on_device = [data] * (batches.PREFETCH + 1)
   else:
     data = on_device
   settings, factor, index, count = context.replicated(
@@ -300,11 +302,11 @@ def _resident(context: PlanContext, split: str) -> Shapes | None:
   c, count = context.tuner.config, context.counts[context.base[split]]
   if context.place == "device":
     size = context.eval_batch_size
-    return store.device_shapes(
+    return store.store_shapes(
       context.on_device(split), -(-count // size) * size
     )
   if context.place == "images":
-    return store.resident_shapes(count, c.image_size, context.mesh, c.dtype)
+    return images.image_shapes(count, c.image_size, context.mesh, c.dtype)
   return None
 
 
@@ -329,5 +331,5 @@ def _batch(context: PlanContext, size: int) -> Shapes:
   shape = lambda name, x: jax.ShapeDtypeStruct(
     x.shape, x.dtype, sharding=layout.sharding(name)
   )
-  on_device = store.device_shapes(layout, size)
+  on_device = store.store_shapes(layout, size)
   return {name: shape(name, x) for name, x in on_device.items()}

@@ -7,11 +7,11 @@ from typing import Any
 
 from vqt_jax import accuracy as accuracy_lib
 from vqt_jax import data
-from vqt_jax.features import memory_budget
 from vqt_jax.reports import attention_figure
 from vqt_jax.reports import compare_figure
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import files
+from vqt_jax.runtime import units
 
 ABOUT = ("task", "backbone", "device")
 # What a comparison needs of a run; None of what an older program left out.
@@ -223,9 +223,9 @@ def show(console: console_lib.Console, summary: Mapping[str, Any]) -> None:
         f"{accuracy_lib.told(test)} %",
         accuracy_lib.told_bounds(test) or UNKNOWN,
         f"{run['trained_parameters']:,}",
-        _told(run["tuned_bytes"], memory_budget.size),
-        _told(run["peak_bytes"], memory_budget.size),
-        _told(run["step_bytes"], memory_budget.size),
+        _told(run["tuned_bytes"], units.format_bytes),
+        _told(run["peak_bytes"], units.format_bytes),
+        _told(run["step_bytes"], units.format_bytes),
         _told(run["side_by_side"], str),
         _told(run["epoch_seconds"], "{:.3g}".format),
       ]

@@ -132,10 +132,10 @@ def select(
   scoring, selection = selecting(prefix, tuner, trials, fractions, **examples)
   frozen_parts = {"tuner": variables["tuner"]}
   scored = stages.run(dataclasses.replace(scoring, frozen_parts=frozen_parts))
-  scores = np.asarray(head_lib.scores(scored.variables["head"]))
+  scores = np.asarray(head_lib.feature_scores(scored.variables["head"]))
   feature_mask = np.stack(
     [
-      head_lib.best(of_run, fraction)
+      head_lib.feature_mask(of_run, fraction)
       for of_run in scores
       for fraction in fractions
     ]

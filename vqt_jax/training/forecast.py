@@ -154,9 +154,9 @@ class Forecast:
     if self._live:
       last = [s for s in self._planned if s.name in ("seeds", "selected")]
       return count * self._image(sum(len(s.trials) for s in last), unit)
-    if self._examples.extracted is None:
+    if self._examples.extraction_seconds is None:
       return None
-    start, each = self._examples.extracted
+    start, each = self._examples.extraction_seconds
     return start + count * each
 
 

@@ -22,7 +22,7 @@ GROWTH = 4
 
 def train(
   stage: stage_lib.Stage,
-  source: batches.Source,
+  source: batches.Batches,
   schedule: optim.Schedule,
   static: step_lib.StaticSettings,
   settings: step_lib.Settings,
@@ -167,7 +167,7 @@ class CallLength:
 
 
 def _calls(
-  source: batches.Source,
+  source: batches.Batches,
   schedule: optim.Schedule,
   epoch: int,
   start: int,

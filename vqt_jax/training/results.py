@@ -133,7 +133,7 @@ def _write_tuned(context, candidate, results) -> int:
         "test_accuracy": accuracy,
         "test_interval": accuracy_lib.interval(accuracy, test["images"]),
       },
-      kept=None
+      feature_mask=None
       if candidate.feature_mask is None
       else candidate.feature_mask[i],
     )

@@ -17,7 +17,6 @@ import numpy as np
 from vqt_jax import errors
 from vqt_jax.features import batches
 from vqt_jax.features import examples as examples_lib
-from vqt_jax.features import memory_budget
 from vqt_jax.models import head as head_lib
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.runtime import files
@@ -33,6 +32,7 @@ from vqt_jax.training import preemption
 from vqt_jax.training import setup
 from vqt_jax.training import stage as stage_lib
 from vqt_jax.training import step as step_lib
+from vqt_jax.training import trial_memory
 
 
 class Stages:
@@ -87,7 +87,7 @@ class Stages:
 
   def run(self, stage: stage_lib.Stage) -> stage_lib.StageResult:
     """Does a stage, in as many packs of runs as memory asks for."""
-    self._size = memory_budget.trials_at_once(
+    self._size = trial_memory.trials_at_once(
       stage.tuner,
       self._context.config.batch_size,
       self._context.mesh,
@@ -173,7 +173,7 @@ class Stages:
     if progress.epoch == c.epochs:
       return state, progress
     with self._stop.at_once(), processes.raise_on_all():
-      source = self._examples.source(stage.split, stage.rows)
+      source = self._examples.training_batches(stage.split, stage.rows)
     stage = dataclasses.replace(
       stage,
       frozen_parts=mesh.replicate(stage.frozen_parts, context.mesh),
@@ -247,7 +247,7 @@ class Stages:
         the first.
       label: for people.
     """
-    size = min(memory_budget.weights_at_once(tuner) for tuner, _ in ready)
+    size = min(trial_memory.weights_at_once(tuner) for tuner, _ in ready)
     if sum(len(trials.normalize) for _, trials in ready) <= size:
       return self._pass(split, rows, ready, label)
     found = []
@@ -267,7 +267,7 @@ class Stages:
     right, count = None, 0
     total = self._examples.count(split) if rows is None else len(rows)
     with self._stop.at_once(), processes.raise_on_all():
-      chunks = self._examples.evaluation(split, rows)
+      chunks = self._examples.evaluation_chunks(split, rows)
     with context.console.phase(label, total, "image") as line:
       evaluate = functools.partial(
         step_lib.eval_steps, tuners, trials, context.params
@@ -276,7 +276,7 @@ class Stages:
         lambda: [self._stop.received]
       )
       done = ((evaluate(*chunk), chunk[2].sum(), ask()) for chunk in chunks)
-      for part, real, stopped in batches.behind(done):
+      for part, real, stopped in batches.delay_by_one(done):
         part = [x.astype(np.float64) for x in processes.to_host(part)]
         right = [a + b for a, b in zip(right, part)] if right else part
         count += int(real)
@@ -307,7 +307,9 @@ def _variables(state: step_lib.State, stage: stage_lib.Stage) -> Any:
     for name in tuner_lib.TRAINED
   }
   if stage.feature_mask is not None:
-    variables["head"] = head_lib.select(variables["head"], stage.feature_mask)
+    variables["head"] = head_lib.mask_features(
+      variables["head"], stage.feature_mask
+    )
   return variables
 
 

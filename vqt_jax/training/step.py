@@ -221,7 +221,9 @@ def run_step(
   def objective(trained, batch):
     variables = {**tuner_lib.merge(trained, frozen), **settings.frozen_parts}
     if settings.feature_mask is not None:
-      variables["head"] = head.select(variables["head"], settings.feature_mask)
+      variables["head"] = head.mask_features(
+        variables["head"], settings.feature_mask
+      )
     tokens, rows, final = (
       _stream(tuner, variables, batch, static.remat) if tuner.editor else seen
     )
@@ -236,7 +238,7 @@ def run_step(
     total, right = _score(logits, batch)
     loss = total / count
     if static.lasso:
-      scores = head.scores(variables["head"])
+      scores = head.feature_scores(variables["head"])
       loss += static.lasso * scores.sum() / devices
     return loss, (total, right)
 
