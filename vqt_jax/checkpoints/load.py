@@ -63,7 +63,7 @@ def load_backbone(
     cache_dir: where downloads are kept. Default: $VQT_JAX_CACHE, or
       ~/.cache/vqt_jax.
     trained_size: side, or (height, width), of the images it was trained on,
-      pixels; needed only if its positions lie on no square grid and
+      pixels; needed only if its positions do not form a square and
       `image_size` is another size.
     progress: called with (bytes so far, bytes in all or None) of a download.
 
@@ -71,8 +71,8 @@ def load_backbone(
     The backbone; its parameters are float32 NumPy arrays.
 
   Raises:
-    UserError: there is no such checkpoint, it is damaged or no plain ViT, it is
-      not of this variant, leaves are missing, unused or of another shape, or
+    UserError: there is no such checkpoint, it is damaged or not a plain ViT, it
+      is not of this variant, leaves are missing, unused or of another shape, or
       one holds NaN or infinity; or an argument makes no sense.
   """
   name, known, place, subtree = _parse_source(source, variant)
@@ -240,12 +240,12 @@ def _inspect(
   stored_shapes = containers.leaf_shapes(path, stored.values())
   shapes = {new: stored_shapes[old] for new, old in stored.items()}
   if reason := architecture.describe_foreign(shapes):
-    raise UserError(f"{source} is no plain ViT but {reason}.")
+    raise UserError(f"{source} is not a plain ViT but {reason}.")
   sizes = architecture.infer_sizes(shapes)
   if sizes is None:
     some = ", ".join(sorted(stored.values())[:4])
     raise UserError(
-      f"{source} is no ViT checkpoint: expected leaves such as"
+      f"{source} is not a ViT checkpoint: expected leaves such as"
       f" embedding/kernel and Transformer/encoderblock_0/..., found {some}"
       f"{', ...' if len(stored) > 4 else ''}."
     )
@@ -278,8 +278,8 @@ def _read(
   if wrong:
     some = ", ".join(f"{name} ({arrays[name].dtype})" for name in wrong[:3])
     raise UserError(
-      f"{source} is no ViT: {len(wrong)} of its leaves hold no floating-point"
-      f" numbers, such as {some}."
+      f"{source} is not a ViT: {len(wrong)} of its leaves hold no"
+      f" floating-point numbers, such as {some}."
     )
   return leaves
 
