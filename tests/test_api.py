@@ -244,7 +244,7 @@ def test_a_trained_size_is_kept_and_old_files_lack_it(tmp_path):
   info = json.loads(path.read_text())
   del info["backbone"]["trained_size"], info["backbone"]["path"]
   path.write_text(json.dumps(info))
-  with pytest.raises(vqt_jax.UserError, match="no square grid"):
+  with pytest.raises(vqt_jax.UserError, match="do not form a square"):
     tuned.load(tmp_path / "tuned")
   info["backbone"]["image_size"] = [8, 20]
   path.write_text(json.dumps(info))

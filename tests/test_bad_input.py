@@ -284,7 +284,7 @@ MISTAKES = (
   setting("config.task is empty", task=""),
   setting("Nearest names: 'squares'", task="sqares"),
   setting("has no version '9.9.9'. In ", task="squares:9.9.9"),
-  setting("is no dataset request", task="squares//"),
+  setting("is not a dataset request", task="squares//"),
   setting("is a dataset of another hub", task="huggingface:mnist"),
   setting("takes VTAB's tasks as they are", task="all"),
   setting("is a VTAB-1k task", task="dtd"),
@@ -316,7 +316,7 @@ MISTAKES = (
   file("vit.npz holds pickled Python objects", pickled, "material/vit.npz"),
   file("vit.npz is a Python pickle", a_pickle, "material/vit.npz"),
   file("vit.npz is a single NumPy array", an_array, "material/vit.npz"),
-  file("vit.npz is no ViT checkpoint", not_a_vit, "material/vit.npz"),
+  file("vit.npz is not a ViT checkpoint", not_a_vit, "material/vit.npz"),
   file("no floating-point numbers", of_integers, "material/vit.npz"),
   file("missing: ", without_a_leaf, "material/vit.npz"),
   file(

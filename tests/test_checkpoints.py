@@ -379,7 +379,7 @@ def test_class_row_of_a_non_square_grid(tmp_path):
 
 def test_class_row_is_never_taken_for_a_patch(tmp_path):
   name = "Transformer/posembed_input/pos_embedding"
-  with pytest.raises(UserError, match="15 positions are no square grid"):
+  with pytest.raises(UserError, match="15 positions do not form a square"):
     load_backbone(tall(tmp_path, 16, name)[0], image_size=32)
 
 
@@ -418,7 +418,7 @@ def test_positions_that_fit_two_grids(tmp_path):
 @pytest.mark.parametrize(
   "positions, options, message",
   [
-    (10, {}, r"10 positions are no square .* --config.trained_size=HEIGHT"),
+    (10, {}, r"10 positions do not form.* --config.trained_size=HEIGHT"),
     (10, {"image_size": 24}, r"one of \(16, 40\), \(40, 16\), \(8, 80\), "),
     (10, {"trained_size": 16}, r"10 positions, but .* 2x2 .* \(16, 40\)"),
     (360, {}, r"one of \(144, 160\), \(160, 144\), .*, \.\.\. \(height"),
@@ -434,7 +434,7 @@ def test_positions_that_cannot_be_placed(tmp_path, positions, options, message):
 
 @pytest.mark.parametrize(
   "trained_size, words",
-  [(None, "10 positions are no square"), ((8, 40), "have 1x5 patches")],
+  [(None, "10 positions do not form"), ((8, 40), "have 1x5 patches")],
 )
 def test_a_plan_of_positions_that_cannot_be_placed(
   tmp_path, trained_size, words
@@ -667,7 +667,7 @@ def test_empty_archive_and_foreign_archive(tmp_path):
 
 def test_random_arrays(tmp_path):
   path = write(tmp_path / "x.npz", {}, weight=np.ones((3, 4)), bias=np.ones(4))
-  bad(path, "is no ViT checkpoint: expected .* found bias, weight")
+  bad(path, "is not a ViT checkpoint: expected .* found bias, weight")
 
 
 def test_leaves_that_are_no_floats(tmp_path):
@@ -702,7 +702,7 @@ def test_no_plain_vit(tmp_path, names, kind):
   path = write(
     tmp_path / "x.npz", {name: np.ones(2, np.float32) for name in names}
   )
-  bad(path, f"is no plain ViT but .*{kind}")
+  bad(path, f"is not a plain ViT but .*{kind}")
 
 
 def test_naflex(tmp_path):

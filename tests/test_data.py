@@ -301,7 +301,7 @@ def test_formats_that_tensorflow_does_not_read(data_dir, tmp_path):
   info.write_text(text.replace('"tfrecord"', '"array_record"'))
   name = info.parent.parent.name
   task = tasks.make_task(name, data_dir=str(tmp_path / "data"))
-  with pytest.raises(errors.UserError, match="lies there as ArrayRecord"):
+  with pytest.raises(errors.UserError, match="is stored as ArrayRecord"):
     builders.check_prepared(task)
 
 

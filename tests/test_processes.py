@@ -295,7 +295,7 @@ def test_a_cluster_that_is_not_there(material, tmp_path):
   argv = runs.command(material, tmp_path / "run")
   process = runs.Process([*argv, "--coordinator=auto"])
   assert process.wait() == 2
-  assert "no cluster that tells" in process.said()
+  assert "No cluster tells" in process.said()
   assert not (tmp_path / "run").exists()
 
 

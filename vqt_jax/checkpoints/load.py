@@ -63,7 +63,7 @@ def load_backbone(
     cache_dir: where downloads are kept. Default: $VQT_JAX_CACHE, or
       ~/.cache/vqt_jax.
     trained_size: side, or (height, width), of the images it was trained on,
-      pixels; needed only if its positions lie on no square grid and
+      pixels; needed only if its positions do not form a square and
       `image_size` is another size.
     progress: called with (bytes so far, bytes in all or None) of a download.
 
@@ -71,12 +71,11 @@ def load_backbone(
     The backbone; its parameters are float32 NumPy arrays.
 
   Raises:
-    UserError: there is no such checkpoint, it is damaged or no plain ViT, it is
-      not of this variant, leaves are missing, unused or of another shape, or
+    UserError: there is no such checkpoint, it is damaged or not a plain ViT, it
+      is not of this variant, leaves are missing, unused or of another shape, or
       one holds NaN or infinity; or an argument makes no sense.
   """
-  name = _check_source(source)
-  known = _find_published(name)
+  name, known, place, subtree = _parse_source(source, variant)
   given = {"value_range": value_range, "pool_type": pool_type, "gelu": gelu}
   given = {
     field: value or getattr(known, field, "") for field, value in given.items()
@@ -85,12 +84,9 @@ def load_backbone(
   image_size = _as_pair(image_size, "image_size")
   trained_size = _as_pair(trained_size, "trained_size")
   if known:
-    _check_published(name, known, variant)
     variant = variant or known.variant
     trained_size = trained_size or positions_lib.as_pair(known.image_size)
   image_size = image_size or trained_size
-
-  place, subtree = containers.split_subtree(known.address if known else name)
   if "://" in place:
     path = download.fetch(place, cache_dir, progress)
   else:
@@ -146,12 +142,8 @@ def read_config(
   Raises:
     UserError: as `load_backbone`, or nothing tells the architecture.
   """
-  name = _check_source(source)
+  name, known, place, subtree = _parse_source(source, variant)
   image_size = positions_lib.as_pair(image_size)
-  known = _find_published(name)
-  if known:
-    _check_published(name, known, variant)
-  place, subtree = containers.split_subtree(known.address if known else name)
   path = None if "://" in place else containers.find(files.path(place))
   if path:
     config, shapes, stored = _inspect(path, subtree, variant, name)
@@ -185,12 +177,29 @@ def read_config(
   )
 
 
-def _check_source(source: str | os.PathLike[str]) -> str:
-  if isinstance(source, (str, os.PathLike)):
-    return os.fspath(source)
-  raise UserError(
-    f"source must be a path, an address or a public name, not {source!r}."
-  )
+def _parse_source(
+  source: str | os.PathLike[str], variant: str | None
+) -> tuple[str, public.PublicViT | None, str, str]:
+  """Look up a source, and refuse before any download what cannot be loaded.
+
+  Returns:
+    Its name; the public checkpoint that it names, if it is not a file; path or
+    address; sub-tree in what is there.
+  """
+  if not isinstance(source, (str, os.PathLike)):
+    raise UserError(
+      f"source must be a path, an address or a public name, not {source!r}."
+    )
+  name, known = os.fspath(source), None
+  if "://" not in name and not containers.find(files.path(name)):
+    known = public.PUBLIC.get(public.find_name(name))
+  if known and known.refused:
+    raise UserError(f"{name} is {known.refused}; choose another checkpoint.")
+  if known and variant:
+    sizes = architecture.decode_variant(known.variant)
+    architecture.check_variant(sizes, variant, name)
+  place, subtree = containers.split_subtree(known.address if known else name)
+  return name, known, place, subtree
 
 
 def _as_pair(
@@ -199,31 +208,12 @@ def _as_pair(
   return None if size is None else positions_lib.as_pair(size, name)
 
 
-def _find_published(name: str) -> public.PublicViT | None:
-  """The public checkpoint of a name that is not an existing file."""
-  if "://" in name or containers.find(files.path(name)):
-    return None
-  key = public.find_name(name)
-  return public.PUBLIC[key] if key else None
-
-
 def _check_choices(settings: Mapping[str, str | None]) -> None:
   for field, value in settings.items():
     if value and value not in _CHOICES[field]:
       raise UserError(
         f"{field} must be one of {', '.join(_CHOICES[field])}, not {value!r}."
       )
-
-
-def _check_published(
-  name: str, known: public.PublicViT, variant: str | None
-) -> None:
-  """Refuse, before any download, what cannot be loaded or is not meant."""
-  if known.refused:
-    raise UserError(f"{name} is {known.refused}; choose another checkpoint.")
-  if variant:
-    sizes = architecture.decode_variant(known.variant)
-    architecture.check_variant(sizes, variant, name)
 
 
 def _raise_not_found(place: str) -> pathlib.Path:
@@ -250,12 +240,12 @@ def _inspect(
   stored_shapes = containers.leaf_shapes(path, stored.values())
   shapes = {new: stored_shapes[old] for new, old in stored.items()}
   if reason := architecture.describe_foreign(shapes):
-    raise UserError(f"{source} is no plain ViT but {reason}.")
+    raise UserError(f"{source} is not a plain ViT but {reason}.")
   sizes = architecture.infer_sizes(shapes)
   if sizes is None:
     some = ", ".join(sorted(stored.values())[:4])
     raise UserError(
-      f"{source} is no ViT checkpoint: expected leaves such as"
+      f"{source} is not a ViT checkpoint: expected leaves such as"
       f" embedding/kernel and Transformer/encoderblock_0/..., found {some}"
       f"{', ...' if len(stored) > 4 else ''}."
     )
@@ -288,8 +278,8 @@ def _read(
   if wrong:
     some = ", ".join(f"{name} ({arrays[name].dtype})" for name in wrong[:3])
     raise UserError(
-      f"{source} is no ViT: {len(wrong)} of its leaves hold no floating-point"
-      f" numbers, such as {some}."
+      f"{source} is not a ViT: {len(wrong)} of its leaves hold no"
+      f" floating-point numbers, such as {some}."
     )
   return leaves
 

@@ -152,7 +152,7 @@ def find_grid(
   if math.prod(grid) == rows and not any(pixels % p for p in patch_size):
     return grid
   raise UserError(
-    f"The checkpoint's {rows} positions are no square grid; give the image"
+    f"The checkpoint's {rows} positions do not form a square; give the image"
     f" size it was trained on: trained_size=(height, width), or {_FLAGS}."
     f"{_list_possible_sizes(rows, patch_size)}"
   )

@@ -113,7 +113,7 @@ def open_builder(task: Task) -> Any:
     )
   if builder.info.file_format.value == "array_record":
     raise errors.UserError(
-      f"Dataset {task.dataset!r} in {os.fspath(builder.data_path)} lies there"
+      f"Dataset {task.dataset!r} in {os.fspath(builder.data_path)} is stored"
       " as ArrayRecord, which TFDS does not read with TensorFlow. Prepare it"
       " as TFRecord, in another data_dir."
     )

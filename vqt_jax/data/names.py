@@ -90,7 +90,7 @@ def parse_request(text: str, data_dir: str | None) -> Request:
   found = _REQUEST.fullmatch(text)
   if not found:
     raise errors.UserError(
-      f"{text!r} is no dataset request; expected name[/config][:version],"
+      f"{text!r} is not a dataset request; expected name[/config][:version],"
       " for example 'cifar10', 'eurosat/rgb' or 'svhn_cropped:3.0.0'."
     )
   name, config, version = found.groups()

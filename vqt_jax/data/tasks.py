@@ -82,8 +82,8 @@ def _tfds_task(
   info = builders.find_builder(request, data_dir).info
   if not isinstance(info.features, tfds.features.FeaturesDict):
     raise errors.UserError(
-      f"Dataset {name!r} has no named features, so it is no classification"
-      " dataset."
+      f"Dataset {name!r} has no named features, so it is not for"
+      " classification."
     )
   image_key, label_key = _keys(name, info, image_key, label_key)
   number = _num_classes(name, label_key, info, num_classes)

@@ -125,7 +125,7 @@ def connect(
       return False
     if no_cluster:
       raise errors.UserError(
-        "There is no cluster that tells the address of the first process."
+        "No cluster tells the address of the first process."
         " Give --coordinator=HOST:PORT, --num_processes and --process_id, or"
         " --coordinator=none to run alone."
       ) from e
