@@ -37,7 +37,9 @@ def start(method, extracted=None, **changes):
   tuner = tuner_lib.make_tuner(method, helpers.tiny_config(), 5)
   console = console_lib.Console(stream)
   job = types.SimpleNamespace(config=config, tuner=tuner, console=console)
-  examples = types.SimpleNamespace(count=COUNTS.get, extracted=extracted)
+  examples = types.SimpleNamespace(
+    count=COUNTS.get, extraction_seconds=extracted
+  )
   planned = protocol.planned(config, tuner)
   return forecast_lib.Forecast(job, examples, planned), planned, stream
 

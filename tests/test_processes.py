@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from tests import runs
-from vqt_jax import cli
 from vqt_jax import errors
 from vqt_jax import tuned as tuned_lib
 from vqt_jax.runtime import logfile
 from vqt_jax.runtime import processes as processes_lib
+from vqt_jax.training import launch
 
 TRAIN = "vqt_jax.training.step:train_steps"
 ROWS = "vqt_jax.training.stages:_rows"  # As a stage begins; after each epoch.
@@ -251,17 +251,10 @@ def test_who_waits_for_nobody_is_told(monkeypatch, capfd, coordinator):
     said.append(if_killed)
     yield sys.stderr
 
-  monkeypatch.setattr(cli, "LONG_SECONDS", 0)
+  monkeypatch.setattr(launch, "NOTICE_SECONDS", 0)
   monkeypatch.setattr(logfile, "redirect_output", redirect_output)
   monkeypatch.setattr(processes_lib, "connect", lambda *args: time.sleep(0.2))
-  cli._join(
-    types.SimpleNamespace(
-      coordinator=coordinator,
-      num_processes=None,
-      process_id=None,
-      lost_after=60,
-    )
-  )
+  launch._join(coordinator, None, None, 60)
   assert "start the same command on all" in said[0]
   assert ("--coordinator=none" in said[0]) == (coordinator is None)
   assert capfd.readouterr().err.startswith("Waiting for the other processes")

@@ -87,7 +87,7 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
 
 
 def drop_retired(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-  """Return `flatten` of a config without fields that no longer exist.
+  """Flatten a config and drop fields that no longer exist.
 
   Raises:
     UserError: such a field has a value whose effect is gone as well.

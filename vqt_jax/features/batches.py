@@ -1,4 +1,4 @@
-"""Batches to train on: of data on the devices, on the host, or streamed."""
+"""Batches of data on the devices, of data on the host, or streamed."""
 
 import collections
 from collections.abc import Callable, Iterable, Iterator

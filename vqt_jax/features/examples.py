@@ -1,4 +1,4 @@
-"""Examples of a task's splits, in the storage that their size asks for."""
+"""The examples of a task, stored where their size permits."""
 
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
@@ -30,7 +30,7 @@ LABEL_BYTES = 2**28
 
 @dataclasses.dataclass
 class Examples:
-  """Serves the splits of a task to training and evaluation.
+  """The splits of a task, loaded for training and evaluation.
 
   One split is loaded at a time. Where "trainval" consists of "train" and "val",
   it is loaded for all three.
@@ -38,8 +38,8 @@ class Examples:
   Attributes:
     config: of the run.
     console: shows what is stored, where and why.
-    task: its splits are served.
-    backbone: of the features; its image size and value range are used.
+    task: of the splits.
+    backbone: computes the features; images have its size and value range.
     tuner: reads the features.
     params: the backbone's, on the devices.
     mesh: examples are sharded over its `data` axis.

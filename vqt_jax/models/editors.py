@@ -1,4 +1,4 @@
-"""Editors: they change the stream.
+"""Editors, which change the stream.
 
 An editor has weights of its own and an `attention.Edit` that applies them, or
 it trains copies of backbone leaves. All that it trains is one tree:
@@ -34,7 +34,7 @@ Weights = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Sizes of the editors; each uses its own.
+  """Sizes of the editors; each editor uses its own.
 
   Attributes:
     num_prompts: P (vpt_shallow; vpt_deep: in each block).
@@ -149,7 +149,7 @@ def _vpt_deep(config, options):
 
 
 def _bottleneck_init(config, size, key):
-  """Draw down Kaiming-uniform (a = sqrt 5, as torch's linear layers), up 0."""
+  """Initialise bottlenecks: down as a linear layer of torch, up zero."""
   depth, width = config.depth, config.width
   down = _uniform(key, (depth, width, size), width**-0.5)
   down = {"kernel": down, "bias": _zeros((depth, size))}

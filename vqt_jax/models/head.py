@@ -20,7 +20,7 @@ def normalize(x: jax.Array) -> jax.Array:
 
 
 def init(num_features: int, num_classes: int, key: jax.Array) -> dict:
-  """Draw a head: Kaiming normal in fan-out mode, bias -log(99), as official."""
+  """Initialise as the official VQT head: Kaiming normal (fan-out), -log(99)."""
   scale = math.sqrt(2 / num_classes)
   shape = (num_features, num_classes)
   kernel = scale * jax.random.normal(key, shape, jnp.float32)

@@ -1,4 +1,4 @@
-"""Readers: they look at the stream and never change it.
+"""Readers, which look at the stream and never change it.
 
 A reader is one pure step per block,
 

@@ -322,7 +322,7 @@ _KINDS = {
 
 
 def _defaults(kind: type) -> dict[str, Any]:
-  """Return the fields of a dataclass that have a default, with these."""
+  """Return field -> default of a dataclass, for fields that have one."""
   return {
     field.name: field.default
     for field in dataclasses.fields(kind)

@@ -21,7 +21,7 @@ from vqt_jax.training import workdir as workdir_lib
 # There may be no checkpoint yet, and what crashed once may crash again.
 RESUMES = "the same command goes on from the last save, if there is one."
 
-_NOTICE_SECONDS = 10  # Of waiting, before it is mentioned.
+NOTICE_SECONDS = 10  # Waiting for longer is mentioned.
 
 
 @contextlib.contextmanager
@@ -105,7 +105,7 @@ def _join(
 @contextlib.contextmanager
 def _notice_if_slow(screen: TextIO, text: str) -> Iterator[None]:
   """Print a line if the body takes long."""
-  timer = threading.Timer(_NOTICE_SECONDS, print, [text], {"file": screen})
+  timer = threading.Timer(NOTICE_SECONDS, print, [text], {"file": screen})
   timer.start()
   try:
     yield
