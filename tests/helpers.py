@@ -11,8 +11,8 @@ from vqt_jax import checkpoints
 from vqt_jax.models import vit
 from vqt_jax.models import vit_config
 
-HERE = pathlib.Path(__file__).parent
-GOLDENS = HERE / "goldens"
+ROOT = pathlib.Path(__file__).parents[1]
+GOLDENS = ROOT / "tests" / "goldens"
 TOLERANCE = 2e-5
 
 

@@ -293,7 +293,7 @@ def test_digits(material, tmp_path, capfd):
     "seeds": "7",
   }
   argv = runs.command(material, tmp_path / "run", method="linear", **changes)
-  argv[1] = f"--config={helpers.HERE.parent / 'configs' / 'digits.py'}"
+  argv[1] = f"--config={helpers.ROOT / 'configs' / 'digits.py'}"
   assert main.main(argv) == 0
   assert runs.results(tmp_path / "run")["test_accuracy"]["images"] == 797
   said = capfd.readouterr()

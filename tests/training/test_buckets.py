@@ -12,7 +12,7 @@ import pytest
 import main
 from tests import bucket
 from tests import runs
-from tests import test_processes
+from tests.runtime import test_processes
 from vqt_jax import UserError
 from vqt_jax import compare
 from vqt_jax import tuned

@@ -1,6 +1,5 @@
 """Checkpoints of every generation against what their own programs compute."""
 
-import pathlib
 import re
 import shutil
 
@@ -20,7 +19,7 @@ from vqt_jax.checkpoints import read_config
 from vqt_jax.checkpoints import save_npz
 from vqt_jax.models import vit_config
 
-GOLDENS = pathlib.Path(__file__).parent / "goldens" / "bigvision"
+GOLDENS = helpers.GOLDENS / "bigvision"
 EXPECTED = sorted(
   p.name.removesuffix(".expected.npz") for p in GOLDENS.glob("*.expected.npz")
 )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests import helpers
-from tests import test_vtab_summary
+from tests.reports import test_vtab_summary
 from vqt_jax import accuracy as accuracy_lib
 from vqt_jax import errors
 from vqt_jax.data import vtab

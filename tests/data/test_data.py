@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import io
-import pathlib
 import re
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from tests import helpers
 from vqt_jax import data
 from vqt_jax import errors
 from vqt_jax.data import builders
@@ -22,8 +22,8 @@ from vqt_jax.data import pipeline
 from vqt_jax.data import preprocess
 from vqt_jax.data import tasks
 
-ROOT = pathlib.Path(__file__).parents[1]
-GOLDENS = ROOT / "tests" / "goldens" / "vqt"
+ROOT = helpers.ROOT
+GOLDENS = helpers.GOLDENS / "vqt"
 SIZES = {"train": 23, "test": 11}
 READ = {"image_size": (2, 3), "value_range": "0..1"}
 

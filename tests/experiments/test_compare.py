@@ -13,7 +13,7 @@ from configs import digits
 import main
 from tests import helpers
 from tests import runs
-from tests import test_all_tasks
+from tests.experiments import test_all_tasks
 from vqt_jax import compare as compare_compare
 from vqt_jax import data
 from vqt_jax import errors

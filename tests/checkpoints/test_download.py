@@ -6,13 +6,13 @@ import http.server
 import json
 import logging
 import os
-import pathlib
 import threading
 import urllib.parse
 
 import numpy as np
 import pytest
 
+from tests import helpers
 from vqt_jax import UserError
 from vqt_jax.checkpoints import containers
 from vqt_jax.checkpoints import download
@@ -21,7 +21,7 @@ from vqt_jax.checkpoints import public
 from vqt_jax.models import vit_config
 from vqt_jax.runtime import locks
 
-GOLDENS = pathlib.Path(__file__).parent / "goldens" / "bigvision"
+GOLDENS = helpers.GOLDENS / "bigvision"
 CONTENT = bytes(range(256)) * 200
 
 

@@ -26,7 +26,7 @@ from vqt_jax.models import readers
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.models import vit
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = helpers.ROOT
 
 
 @pytest.mark.parametrize(
