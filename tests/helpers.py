@@ -7,9 +7,11 @@ import matplotlib.image
 import numpy as np
 
 import vqt_jax
+from vqt_jax import accuracy
 from vqt_jax import checkpoints
 from vqt_jax.models import vit
 from vqt_jax.models import vit_config
+from vqt_jax.tuned import bundle
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDENS = ROOT / "tests" / "goldens"
@@ -45,6 +47,38 @@ def tiny_backbone(seed: int = 0, **changes) -> vqt_jax.Backbone:
     for leaf in leaves
   ]
   return vqt_jax.Backbone(config, jax.tree.unflatten(tree, arrays))
+
+
+def tuned_model(backbone, tuner, *seeds) -> vqt_jax.Model:
+  """A model of seeds, each with variables {"tuner", "head"}."""
+  c = backbone.config
+  info = {
+    "task": "squares",
+    "classes": [f"class {i}" for i in range(tuner.num_classes)],
+    "preprocessing": {
+      "image_size": list(c.image_size),
+      "value_range": backbone.value_range,
+      "resize": "bilinear",
+    },
+    "seeds": list(range(len(seeds))),
+    "results": {
+      "test_accuracy": accuracy.summary([0], [0.5], 10),
+      "chosen": {"lr": 0.1},
+    },
+  }
+  variables = jax.tree.map(lambda *leaves: np.stack(leaves), *seeds)
+  return vqt_jax.Model(backbone, tuner, variables, tuple(info["classes"]), info)
+
+
+def write_bundle(folder, source, model, **changes) -> None:
+  bundle.write(
+    folder,
+    str(source),
+    model.backbone,
+    model.tuner,
+    model.variables,
+    model.info | changes,
+  )
 
 
 def tiny_examples(backbone, count: int, classes: int, seed: int = 1):

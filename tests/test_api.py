@@ -1,8 +1,5 @@
 """What Python users call: what they may pass, and what they are told."""
 
-import json
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +7,6 @@ import pytest
 
 from tests import helpers
 import vqt_jax
-from vqt_jax import tuned
 from vqt_jax.models import editors
 
 CLASSES = 3
@@ -29,11 +25,7 @@ def make_model(method="linear", **changes):
   tuner = vqt_jax.make_tuner(method, backbone, CLASSES, target_size=48)
   variables = tuner.init(jax.random.key(0), backbone.params)
   images = helpers.tiny_examples(backbone, 3, CLASSES)["image"]
-  return tuned.Tuned(backbone, tuner, variables, {}), images
-
-
-def save(folder, init, model):
-  tuned.save(folder, init, model.backbone, model.tuner, model.variables, {})
+  return helpers.tuned_model(backbone, tuner, variables), images
 
 
 # Images.
@@ -91,10 +83,9 @@ def test_all_that_takes_images_checks_them():
   pixels = np.uint8(images)
   for take in (
     model,
-    model.attention,
     model.backbone,
     jax.jit(model),
-    lambda x: vqt_jax.apply(model.backbone, model.tuner, model.variables, x),
+    lambda x: vqt_jax.apply(model.backbone, model.tuner, {}, x),
   ):
     with pytest.raises(vqt_jax.UserError, match="found uint8"):
       take(pixels)
@@ -120,7 +111,7 @@ def test_any_number_of_images_is_exported_at_once(
   shape = jax.ShapeDtypeStruct((count, *images.shape[1:]), np.float32)
   exported = jax.export.export(jax.jit(lambda x: model(x).logits))(shape)
   for some in called_with:
-    expected = model(images).logits[:some]
+    expected = model(images)[:, :some]
     helpers.assert_close(exported.call(images[:some]), expected)
   exported = jax.export.export(jax.jit(lambda x: model.backbone(x).blocks))
   assert exported(shape).out_avals[0].shape[1] == count
@@ -136,8 +127,10 @@ def test_one_line_is_printed():
     " '')"
   )
   assert repr(model.backbone) == backbone
-  assert repr(model) == f"Tuned(lora, 3 classes, {backbone})"
-  assert repr(model(images)) == (
+  assert repr(model) == f"Model(lora, 3 classes, 1 seed, {backbone})"
+  variables = jax.tree.map(lambda x: x[0], model.variables)
+  out = vqt_jax.apply(model.backbone, model.tuner, variables, images)
+  assert repr(out) == (
     "Output(logits=float32[3, 3], features=float32[3, 16], queries=None)"
   )
   assert repr(model.backbone(images)).startswith(
@@ -200,65 +193,3 @@ def test_arguments_of_load_backbone(changes, words):
   given = dict(source=helpers.GOLDENS / "bigvision" / "bv_tok.npz")
   with pytest.raises(vqt_jax.UserError, match=words):
     vqt_jax.load_backbone(**given | changes)
-
-
-# What was trained, elsewhere.
-
-
-def test_a_relative_backbone_is_found_from_any_folder(tmp_path, monkeypatch):
-  model, images = make_model()
-  for folder in ("here", "there"):
-    (tmp_path / folder).mkdir()
-  monkeypatch.chdir(tmp_path / "here")
-  vqt_jax.save_npz("vit.npz", model.backbone)
-  save(tmp_path / "tuned", "vit.npz", model)
-  expected = model(images).logits
-  monkeypatch.chdir(tmp_path / "there")
-  np.testing.assert_array_equal(
-    tuned.load(tmp_path / "tuned")(images).logits, expected
-  )
-  # Both have moved: the path as it was given counts from where one is.
-  os.rename(tmp_path / "here" / "vit.npz", "vit.npz")
-  assert tuned.load(tmp_path / "tuned").backbone.source == "vit.npz"
-  monkeypatch.chdir(tmp_path / "here")
-  with pytest.raises(
-    vqt_jax.UserError, match=r"tuned needs .*load\(directory, source=\.\.\.\)"
-  ):
-    tuned.load(tmp_path / "tuned")
-  found = tuned.load(tmp_path / "tuned", source="../there/vit.npz")
-  np.testing.assert_array_equal(found(images).logits, expected)
-
-
-def test_a_trained_size_is_kept_and_old_files_lack_it(tmp_path):
-  model, _ = make_model(image_size=(8, 20))
-  vqt_jax.save_npz(tmp_path / "vit.npz", model.backbone)
-  backbone = vqt_jax.load_backbone(
-    tmp_path / "vit.npz", image_size=12, trained_size=(8, 20)
-  )
-  assert backbone.trained_size == (8, 20) and backbone.config.grid == (3, 3)
-  model = tuned.Tuned(backbone, model.tuner, model.variables, {})
-  save(tmp_path / "tuned", str(tmp_path / "vit.npz"), model)
-  again = tuned.load(tmp_path / "tuned")
-  assert again.backbone.digest == backbone.digest
-  path = tmp_path / "tuned" / "info.json"
-  info = json.loads(path.read_text())
-  del info["backbone"]["trained_size"], info["backbone"]["path"]
-  path.write_text(json.dumps(info))
-  with pytest.raises(vqt_jax.UserError, match="do not form a square"):
-    tuned.load(tmp_path / "tuned")
-  info["backbone"]["image_size"] = [8, 20]
-  path.write_text(json.dumps(info))
-  assert tuned.load(tmp_path / "tuned").backbone.config.grid == (2, 5)
-
-
-def test_trained_weights_that_are_not_finite(tmp_path):
-  model, _ = make_model()
-  vqt_jax.save_npz(tmp_path / "vit.npz", model.backbone)
-  bias = model.variables["head"]["bias"]
-  model.variables["head"]["bias"] = bias.at[1:].set(np.nan)
-  save(tmp_path / "tuned", str(tmp_path / "vit.npz"), model)
-  with pytest.raises(
-    vqt_jax.UserError,
-    match=r"variables.safetensors holds NaN .* head/bias \(2 of 3 numbers\)",
-  ):
-    tuned.load(tmp_path / "tuned")

@@ -11,7 +11,7 @@ import vqt_jax
 ROOT = pathlib.Path(vqt_jax.__file__).parent
 # Each room may import those below it.
 FLOORS = (
-  ("__init__", "__main__", "cli", "compare"),
+  ("__init__", "__main__", "cli", "compare", "predict"),
   ("experiments",),
   ("planning", "reports"),
   ("training",),
@@ -20,7 +20,7 @@ FLOORS = (
   ("data", "checkpoints"),
   ("models",),
   ("runtime",),
-  ("accuracy", "errors"),
+  ("accuracy", "errors", "version"),
 )
 
 

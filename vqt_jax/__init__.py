@@ -16,17 +16,23 @@ from vqt_jax.models.tuner import apply
 from vqt_jax.models.tuner import make_tuner
 from vqt_jax.models.vit import Stream
 from vqt_jax.models.vit_config import ViTConfig
-
-__version__ = "0.2.0"
+from vqt_jax.tuned.model import Model
+from vqt_jax.tuned.model import Models
+from vqt_jax.tuned.model import load
+from vqt_jax.version import __version__
 
 __all__ = [
   "Backbone",
+  "Model",
+  "Models",
   "Output",
   "Stream",
   "Tuner",
   "UserError",
   "ViTConfig",
+  "__version__",
   "apply",
+  "load",
   "load_backbone",
   "make_tuner",
   "save_npz",

@@ -14,7 +14,6 @@ from benchmarks import cases
 from tests import helpers
 from tests import runs
 import vqt_jax
-from vqt_jax import tuned
 from vqt_jax.config import fields
 from vqt_jax.models import editors
 from vqt_jax.models import head
@@ -344,17 +343,11 @@ def test_what_is_shipped_does_what_was_trained(method, tmp_path):
   variables = run_of(end, 1)
   images = helpers.tiny_examples(backbone, 3, CLASSES)["image"]
   logits = vqt_jax.apply(backbone, tuner, variables, images).logits
-  tuned.save(
-    tmp_path / "tuned",
-    str(tmp_path / "vit.npz"),
-    backbone,
-    tuner,
-    variables,
-    {},
-  )
-  loaded = tuned.load(tmp_path / "tuned")
+  model = helpers.tuned_model(backbone, tuner, variables)
+  helpers.write_bundle(tmp_path / "tuned", tmp_path / "vit.npz", model)
+  loaded = vqt_jax.load(tmp_path / "tuned")
   assert loaded.tuner == tuner
-  np.testing.assert_array_equal(loaded(images).logits, logits)
+  helpers.assert_close(loaded(images)[0], logits, 1e-6)
   if tuner.editor and not editors.can_fold(tuner.editor):
     with pytest.raises(vqt_jax.UserError, match="a plain ViT"):
       loaded.folded()
@@ -366,8 +359,8 @@ def test_what_is_shipped_does_what_was_trained(method, tmp_path):
   )
   assert not folded.tuner.editor
   assert folded.tuner.method == methods.parse(method).reader
-  out = vqt_jax.apply(again, folded.tuner, folded.variables, images)
-  helpers.assert_close(out.logits, logits, 1e-5)
+  again = dataclasses.replace(folded, backbone=again)
+  helpers.assert_close(again(images)[0], logits, 1e-5)
 
 
 @pytest.mark.parametrize("pool_type", ["gap", "mae", "map", "0"])
@@ -392,7 +385,7 @@ def test_prompts_are_not_pooled(pool_type):
 
 def test_attention_of_edited_keys_sums_to_one():
   backbone, tuner, _, end = trained("vqt+ssf")
-  model = tuned.Tuned(backbone, tuner, run_of(end, 0), {})
+  model = helpers.tuned_model(backbone, tuner, run_of(end, 0))
   images = helpers.tiny_examples(backbone, 2, CLASSES)["image"]
   folded = model.folded().attention(images)
   helpers.assert_close(model.attention(images), folded, 1e-5)

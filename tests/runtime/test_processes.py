@@ -15,10 +15,10 @@ import pytest
 
 from tests import runs
 from vqt_jax import errors
-from vqt_jax import tuned as tuned_lib
 from vqt_jax.runtime import logfile
 from vqt_jax.runtime import processes as processes_lib
 from vqt_jax.training import launch
+from vqt_jax.tuned import bundle
 
 TRAIN = "vqt_jax.training.step:train_steps"
 ROWS = "vqt_jax.training.stages:_rows"  # As a stage begins; after each epoch.
@@ -89,13 +89,11 @@ def assert_same_outcome(
   assert ours["chosen"] == theirs["chosen"]
   if ours["search"]:
     assert ours["search"]["val_accuracy"] == theirs["search"]["val_accuracy"]
-  for tuned in sorted((alone / "tuned").iterdir()):
-    a, _ = tuned_lib.read(workdir / "tuned" / tuned.name)
-    b, _ = tuned_lib.read(tuned)
-    for name, value in runs.flat(a).items():
-      np.testing.assert_allclose(
-        value, runs.flat(b)[name], rtol=0, atol=atol, err_msg=name
-      )
+  a, b = (bundle.read(w / "tuned") for w in (workdir, alone))
+  for name, value in runs.flat(a.variables).items():
+    np.testing.assert_allclose(
+      value, runs.flat(b.variables)[name], rtol=0, atol=atol, err_msg=name
+    )
   ours, theirs = runs.metrics(workdir), runs.metrics(alone)
   assert len(ours) == len(theirs)
   for a, b in zip(ours, theirs):

@@ -15,11 +15,11 @@ from tests import runs
 from tests.runtime import test_processes
 from vqt_jax import UserError
 from vqt_jax import compare
-from vqt_jax import tuned
 from vqt_jax.runtime import files
 from vqt_jax.runtime import mirror as mirror_lib
 from vqt_jax.training import metrics
 from vqt_jax.training import preemption
+from vqt_jax.tuned import bundle
 
 WORKDIR = "gs://bucket/runs/a"
 SMALL = dict(method="linear", lr=0.1, epochs=2, seeds=7)
@@ -243,10 +243,9 @@ def test_metrics(server, tmp_path, monkeypatch):
 
 
 def test_comparing(server, alone, capsys):
-  for name, content in runs.files(alone["device"], "tuned/*/*").items():
+  for name, content in runs.files(alone["device"], "tuned/*").items():
     files.write(files.path(f"{WORKDIR}/{name}"), content)
-  _, info = tuned.read(f"{WORKDIR}/tuned/seed_7")
-  assert info["seed"] == 7
+  assert bundle.read(f"{WORKDIR}/tuned").info["seeds"] == [7, 8]
   summary = runs.results(alone["device"]) | {"method": "linear"}  # No queries.
   files.write_json(f"{WORKDIR}/results.json", summary)
   assert compare.main(["compare", WORKDIR, "--output=gs://bucket/out"]) == 0

@@ -14,12 +14,12 @@ from tests import runs
 import vqt_jax
 from vqt_jax import cli
 from vqt_jax import data
-from vqt_jax import tuned
 from vqt_jax.config import config_dict
 from vqt_jax.config import resolve
 from vqt_jax.features import batches as batches_lib
 from vqt_jax.runtime import locks
 from vqt_jax.training import optim
+from vqt_jax.tuned import bundle
 
 SEEDS = (7, 8)
 EPOCHS = 3
@@ -51,18 +51,15 @@ def task(material):
 def recount(workdir, task):
   """Test accuracies from the shipped weights and NumPy."""
   accuracies = {}
-  for seed in SEEDS:
-    model = tuned.load(workdir / "tuned" / f"seed_{seed}")
-    examples = data.load_arrays(
-      task,
-      "test",
-      image_size=model.backbone.config.image_size,
-      value_range=model.backbone.value_range,
-    )
-    out = vqt_jax.apply(
-      model.backbone, model.tuner, model.variables, examples["image"]
-    )
-    right = np.argmax(np.asarray(out.logits), -1) == examples["label"]
+  model = vqt_jax.load(workdir)
+  examples = data.load_arrays(
+    task,
+    "test",
+    image_size=model.backbone.config.image_size,
+    value_range=model.backbone.value_range,
+  )
+  for seed, logits in zip(SEEDS, model.logits(examples["image"])):
+    right = np.argmax(logits, -1) == examples["label"]
     accuracies[str(seed)] = right.mean()
   return accuracies
 
@@ -152,12 +149,11 @@ def test_weights_that_have_changed_are_not_taken_for_the_same(
   assert main.main(argv) == 0
   assert "resume " in capfd.readouterr().err
 
-  folder = workdir / "tuned" / "seed_7"
-  model = tuned.load(folder)
+  model = vqt_jax.load(workdir)
   np.savez(init, **weights | {name: 2 * weights[name]})
-  with pytest.raises(vqt_jax.UserError, match="other weights than .*source="):
-    tuned.load(folder)
-  again = tuned.load(folder, source=str(material / "vit.npz"))
+  with pytest.raises(vqt_jax.UserError, match="other weights than .*backbone="):
+    vqt_jax.load(workdir)
+  again = vqt_jax.load(workdir, backbone=material / "vit.npz")
   assert again.backbone.identity == model.backbone.identity
 
 
@@ -178,10 +174,9 @@ def test_of_selected_features_only_the_rows_in_use_are_shipped(run):
   assert len(selected["kept_share"]) == 1 + c.depth
   assert everything["test_accuracy"] == runs.results(run())["test_accuracy"]
   kept = set()
-  for seed in SEEDS:
-    variables, _ = tuned.read(workdir / "tuned" / f"seed_{seed}")
-    rows = variables["head"]["features"]
-    assert len(variables["head"]["kernel"]) == len(set(rows)) == features // 2
+  head = bundle.read(workdir / "tuned").variables["head"]
+  for rows, kernel in zip(head["features"], head["kernel"], strict=True):
+    assert len(kernel) == len(set(rows)) == features // 2
     kept.add(tuple(rows))
   assert len(kept) == 2  # Each seed has its own.
 
@@ -220,10 +215,9 @@ def test_stored_and_live_features_give_the_same(run):
   a, b = runs.results(stored), runs.results(live)
   assert a["test_accuracy"] == b["test_accuracy"]
   assert a["search"]["val_accuracy"] == b["search"]["val_accuracy"]
-  for seed in SEEDS:
-    a, b = (tuned.load(w / "tuned" / f"seed_{seed}") for w in (stored, live))
-    for x, y in zip(jax.tree.leaves(a.variables), jax.tree.leaves(b.variables)):
-      helpers.assert_close(x, y, 1e-5)
+  a, b = (bundle.read(w / "tuned").variables for w in (stored, live))
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    helpers.assert_close(x, y, 1e-5)
 
 
 def test_streaming_shows_every_example_once_an_epoch(

@@ -14,7 +14,6 @@ from tensorboard.compat.tensorflow_stub import pywrap_tensorflow
 
 from tests import runs
 from vqt_jax import errors
-from vqt_jax import tuned
 from vqt_jax.config import config_dict
 from vqt_jax.runtime import files
 from vqt_jax.runtime import locks
@@ -382,44 +381,3 @@ def test_a_workdir_of_all_tasks_is_begun_with_one_of_them(tmp_path):
     opened(config, tmp_path)
   (tmp_path / "config.json").unlink()  # A folder that merely holds workdirs.
   assert not opened(config, tmp_path)
-
-
-def test_tuned_weights_make_the_round_trip(tmp_path):
-  variables = {
-    "tuner": {"queries": np.arange(6, dtype=np.float32).reshape(1, 2, 3).T},
-    "head": {"kernel": np.ones((3, 2), np.float32), "bias": np.zeros(2)},
-  }
-  for _ in range(2):  # The second replaces the first.
-    tuned.write(tmp_path / "tuned", variables, {"method": "vqt"})
-  loaded, info = tuned.read(tmp_path / "tuned")
-  assert info == {"method": "vqt"}
-  np.testing.assert_array_equal(
-    loaded["tuner"]["queries"], variables["tuner"]["queries"]
-  )
-  np.testing.assert_array_equal(loaded["head"]["kernel"], np.ones((3, 2)))
-  assert os.listdir(tmp_path) == ["tuned"]
-
-
-def test_tuned_weights_replace_nothing_else(tmp_path, monkeypatch):
-  for name in ("a/notes.txt", "b.old/info.json", "b.new/info.json", "c"):
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text("mine")
-  before = runs.files(tmp_path)
-  save = lambda name: tuned.write(name, {}, {})
-  for name, what in (("a", "other things .notes.txt"), ("c", "Not a direct")):
-    with pytest.raises(errors.UserError, match=what):
-      save(tmp_path / name)
-  save(tmp_path / "b")
-  monkeypatch.chdir(tmp_path / "b")
-  save(".")
-  assert before.items() <= runs.files(tmp_path).items()
-
-
-def test_damaged_tuned_weights_are_told(tmp_path):
-  with pytest.raises(errors.UserError, match="There is no .*info.json"):
-    tuned.read(tmp_path)
-  tuned.write(tmp_path / "tuned", {"head": {"bias": np.ones(9)}}, {})
-  path = tmp_path / "tuned" / "variables.safetensors"
-  path.write_bytes(path.read_bytes()[:-8])
-  with pytest.raises(errors.UserError, match="Cannot read .*safetensors"):
-    tuned.read(tmp_path / "tuned")

@@ -8,11 +8,13 @@ from vqt_jax.checkpoints.load import read_config
 from vqt_jax.checkpoints.positions import check_image_size
 from vqt_jax.checkpoints.positions import size_from_fields
 from vqt_jax.checkpoints.public import PUBLIC
+from vqt_jax.checkpoints.public import find_name
 
 __all__ = [
   "PUBLIC",
   "check_finite",
   "check_image_size",
+  "find_name",
   "load_backbone",
   "local_path",
   "read_config",

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from vqt_jax import data
-from vqt_jax import tuned as tuned_lib
 from vqt_jax.config import fields
 from vqt_jax.models.backbone import VALUE_RANGES
 from vqt_jax.reports import figures
 from vqt_jax.reports import style
 from vqt_jax.runtime import files
+from vqt_jax.tuned import model as model_lib
 
 
 def attention(
@@ -88,30 +88,29 @@ def draw(workdir: files.Path, path: files.Path) -> None:
 
   Attention is averaged over heads and queries; the class token is left out.
   """
-  results = files.read_json(workdir / "results.json")
   config = files.read_json(workdir / "config.json")
-  seed = next(iter(results["test_accuracy"]["per_seed"]))
-  tuned = tuned_lib.load(workdir / "tuned" / f"seed_{seed}")
+  model = model_lib.load(workdir)
+  model = model.of_seed(model.info["seeds"][0])
   task = data.make_task(
     config["task"], **{k: config[k] for k in fields.TASK_FIELDS}
   )
-  c = tuned.backbone.config
+  c = model.backbone.config
   batch = next(
     data.batches(
       task,
       "test",
       batch_size=IMAGES,
       image_size=c.image_size,
-      value_range=tuned.backbone.value_range,
+      value_range=model.backbone.value_range,
       resize=config["resize"],
     )
   )
-  weights = tuned.attention(batch["image"]).mean(axis=(2, 3))
+  weights = model.attention(batch["image"])[0].mean(axis=(2, 3))
   if c.has_class_token:
     weights = weights[..., 1:]
   maps = np.moveaxis(weights, 0, 1).reshape(len(weights[0]), -1, *c.grid)
-  predicted = np.argmax(tuned(batch["image"]).logits, axis=-1)
-  mean, std = VALUE_RANGES[tuned.backbone.value_range]
+  predicted = model.logits(batch["image"])[0].argmax(axis=-1)
+  mean, std = VALUE_RANGES[model.backbone.value_range]
   images = np.clip(batch["image"] * np.array(std) + np.array(mean), 0, 1)
   labels = [f"{a}, said {b}" for a, b in zip(batch["label"], predicted)]
   attention(images, maps, labels, path)

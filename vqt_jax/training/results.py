@@ -11,12 +11,12 @@ import jax
 from vqt_jax import accuracy as accuracy_lib
 from vqt_jax import data
 from vqt_jax import results as results_lib
-from vqt_jax import tuned
 from vqt_jax.runtime import files
 from vqt_jax.runtime import memory
 from vqt_jax.runtime import processes
 from vqt_jax.training import protocol
 from vqt_jax.training import setup
+from vqt_jax.tuned import bundle
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets")
 
@@ -111,27 +111,29 @@ def _results(context, found, candidates, test, seconds, peak) -> dict[str, Any]:
 
 
 def _write_tuned(context, candidate, results) -> int:
-  """Write `tuned/seed_<seed>/` of every seed; return bytes of the first."""
-  test, sizes = results["test_accuracy"], []
-  for i, trial in enumerate(candidate.trials):
-    accuracy = test["per_seed"][str(trial.seed)]
-    size = tuned.save(
-      context.workdir / "tuned" / f"seed_{trial.seed}",
-      context.config.init,
-      context.backbone,
-      dataclasses.replace(candidate.tuner, normalize=trial.normalize),
-      jax.tree.map(lambda x, i=i: x[i], candidate.variables),
-      {
-        "task": results["task"],
+  """Write the bundle of all seeds; return the bytes of one seed's weights."""
+  task, trials = context.task, candidate.trials
+  size = bundle.write(
+    context.workdir / "tuned",
+    context.config.init,
+    context.backbone,
+    dataclasses.replace(candidate.tuner, normalize=trials[0].normalize),
+    candidate.variables,
+    {
+      "task": task.name,
+      "classes": task.class_names or [str(i) for i in range(task.num_classes)],
+      "preprocessing": {
+        "image_size": results["image_size"],
+        "value_range": results["value_range"],
         "resize": results["resize"],
-        "chosen": results["chosen"],
-        "seed": trial.seed,
-        "test_accuracy": accuracy,
-        "test_interval": accuracy_lib.interval(accuracy, test["images"]),
       },
-      feature_mask=None
-      if candidate.feature_mask is None
-      else candidate.feature_mask[i],
-    )
-    sizes.append(size)
-  return sizes[0]
+      "seeds": [trial.seed for trial in trials],
+      "results": {
+        "test_accuracy": results["test_accuracy"],
+        "chosen": results["chosen"],
+      },
+      "versions": results["versions"],
+    },
+    candidate.feature_mask,
+  )
+  return size // len(trials)

@@ -1,0 +1,1 @@
+"""Tuned models: bundles, and models that classify images with them."""

@@ -1,0 +1,240 @@
+"""Bundles: what training ships of a run, as a folder that explains itself.
+
+  model.safetensors  queries, weights of the editor (with its copies of backbone
+                     leaves, if it trains these) and the head, leaves (R, ...)
+                     of R seeds; if features were selected, the head's rows of
+                     these and their numbers
+  bundle.json        all that is needed to use them, and the results
+  README.md          the same in words
+
+Nothing of the frozen backbone is in it but its name and hash, and no path of
+the machine that trained it.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import hashlib
+from typing import Any
+
+import flax.traverse_util
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from vqt_jax import errors
+from vqt_jax import version
+from vqt_jax.checkpoints import local_path
+from vqt_jax.models import backbone as backbone_lib
+from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.runtime import files
+from vqt_jax.runtime.files import PathLike
+from vqt_jax.tuned import card
+
+FORMAT = 1
+WEIGHTS, INFO, CARD = "model.safetensors", "bundle.json", "README.md"
+# Files of one seed, as versions before 0.3 wrote them, in `tuned/seed_SEED`.
+_OLD_WEIGHTS, _OLD_INFO = "variables.safetensors", "info.json"
+
+# Fields of a tuner that `bundle.json` keeps; with `options`.
+_TUNER_FIELDS = (
+  "method",
+  "num_queries",
+  "normalize",
+  "combine",
+  "target_size",
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bundle:
+  """Contents of a bundle.
+
+  Attributes:
+    variables: {"tuner", "head"}, leaves (R, ...) of R seeds; of selected
+      features the head's rows, (R, rows, C), and their numbers
+      `head/features`, (R, rows).
+    info: contents of `bundle.json`.
+  """
+
+  variables: dict[str, Any]
+  info: dict[str, Any]
+
+
+def write(
+  directory: PathLike,
+  source: str,
+  backbone: backbone_lib.Backbone,
+  tuner: tuner_lib.Tuner,
+  variables: Mapping[str, Any],
+  info: Mapping[str, Any],
+  feature_mask: np.ndarray | None = None,
+) -> int:
+  """Write a bundle.
+
+  Args:
+    directory: appears at once, and replaces an older bundle.
+    source: of the backbone, as `load_backbone` takes it.
+    backbone: its settings are written, not its weights.
+    tuner: likewise.
+    variables: {"tuner", "head"}, leaves (R, ...).
+    info: further contents of `bundle.json`: "task", "classes", "preprocessing",
+      "seeds", "results".
+    feature_mask: (R, F), 0 for features that are not used: the head's rows of
+      these are not written. None: all are used.
+
+  Returns:
+    Bytes of the weights.
+
+  Raises:
+    UserError: it cannot be written, or holds other files.
+  """
+  variables = {name: dict(variables[name]) for name in ("tuner", "head")}
+  if feature_mask is not None:
+    rows = np.stack([np.flatnonzero(mask) for mask in feature_mask])
+    kernel = np.asarray(variables["head"]["kernel"])
+    kernel = np.take_along_axis(kernel, rows[..., None], axis=1)
+    variables["head"] |= {"kernel": kernel, "features": rows.astype(np.int32)}
+  flat = flax.traverse_util.flatten_dict(variables, sep="/")
+  arrays = {k: np.ascontiguousarray(v) for k, v in flat.items()}
+  weights = safetensors.numpy.save(arrays)
+  c, path = backbone.config, local_path(source)
+  info = {
+    "format": FORMAT,
+    "program": f"vqt_jax {version.__version__}",
+    "tuner": {name: getattr(tuner, name) for name in _TUNER_FIELDS}
+    | {"options": dataclasses.asdict(tuner.options)},
+    "backbone": {
+      "source": files.path(path).name if path else source,
+      "sha256": backbone.identity,
+      "variant": c.variant,
+      "trained_size": backbone.trained_size,
+      "pool_type": c.pool_type,
+      "gelu": c.gelu,
+      "dtype": c.dtype,
+    },
+    "weights_sha256": hashlib.sha256(weights).hexdigest(),
+    **info,
+  }
+  contents = {
+    WEIGHTS: weights,
+    CARD: card.model_card(info).encode(),
+    INFO: files.json_bytes(info),
+  }
+  files.write_folder(files.path(directory), contents)
+  return len(weights)
+
+
+def find(place: PathLike) -> files.Path:
+  """Return the folder of a bundle: `place`, or `tuned/` in a workdir.
+
+  Raises:
+    UserError: there is none.
+  """
+  place = files.path(place)
+  for folder in (place, place / "tuned"):
+    if files.exists(folder / INFO) or _old_seeds(folder):
+      return folder
+  reason = f"it has no {INFO}, and no tuned/"
+  if files.exists(place / "config.json"):
+    reason = "its run is not finished, or is one of several in folders there"
+  elif not files.exists(place):
+    reason = "there is no such folder"
+  raise errors.UserError(
+    f"{place} holds no tuned model: {reason}. Name the workdir of a finished"
+    " run, or a bundle (its tuned/)."
+  )
+
+
+def read(directory: PathLike) -> Bundle:
+  """Read a bundle, or folders of earlier versions.
+
+  Raises:
+    UserError: a file is missing or damaged, or of a later format.
+  """
+  directory = files.path(directory)
+  if not files.exists(directory / INFO):
+    return _read_old(_old_seeds(directory))
+  info = files.read_json(directory / INFO)
+  if not isinstance(info, dict) or not isinstance(info.get("format"), int):
+    raise errors.UserError(f"{directory / INFO} does not describe a bundle.")
+  if info["format"] > FORMAT:
+    raise errors.UserError(
+      f"{directory} has format {info['format']}, written by"
+      f" {info.get('program')}; this is a version that knows formats up to"
+      f" {FORMAT}. Install a newer vqt_jax."
+    )
+  content = _read_file(directory / WEIGHTS)
+  if hashlib.sha256(content).hexdigest() != info.get("weights_sha256"):
+    raise errors.UserError(
+      f"{directory / WEIGHTS} is damaged, or of another bundle: its SHA-256 is"
+      f" not the one in {INFO}. Copy the whole folder again."
+    )
+  return Bundle(_parse(content, directory / WEIGHTS), info)
+
+
+def _read_file(path: files.Path) -> bytes:
+  try:
+    return files.read(path)
+  except OSError as e:
+    raise errors.UserError(f"There is no {path}.") from e
+
+
+def _parse(content: bytes, path: files.Path) -> dict[str, Any]:
+  """Parse weights into a nested dict."""
+  try:
+    flat = safetensors.numpy.load(content)
+  except safetensors.SafetensorError as e:
+    raise errors.UserError(f"Cannot read {path}: {e}.") from e
+  return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _old_seeds(folder: files.Path) -> list[files.Path]:
+  """Return the folders of seeds that earlier versions wrote: it, or in it."""
+  if files.exists(folder / _OLD_INFO):
+    return [folder]
+  names = [n for n in files.list_names(folder) if n.startswith("seed_")]
+  inside = [folder / name for name in names]
+  return [each for each in inside if files.exists(each / _OLD_INFO)]
+
+
+def _read_old(folders: list[files.Path]) -> Bundle:
+  """Read folders of single seeds as one bundle."""
+  seeds, trees = [], []
+  for folder in folders:
+    info = files.read_json(folder / _OLD_INFO)
+    path = folder / _OLD_WEIGHTS
+    trees.append(_parse(_read_file(path), path))
+    seeds.append(info.get("seed"))
+  try:
+    flat = [flax.traverse_util.flatten_dict(tree, sep="/") for tree in trees]
+    stacked = {
+      name: np.stack([each[name] for each in flat]) for name in flat[0]
+    }
+    settings = info["backbone"]
+    info = {
+      "format": 0,
+      "task": info.get("task", ""),
+      "classes": [str(i) for i in range(info["num_classes"])],
+      "preprocessing": {
+        "image_size": settings["image_size"],
+        "value_range": settings["value_range"],
+        "resize": info.get("resize", "bilinear"),
+      },
+      "seeds": seeds,
+      "results": {"chosen": info.get("chosen", {})},
+      "tuner": {name: info[name] for name in _TUNER_FIELDS if name in info}
+      | {"options": info.get("options", {})},
+      "backbone": {
+        "source": settings["source"],
+        **{
+          name: settings[name]
+          for name in ("sha256", "variant", "trained_size", "pool_type", "gelu")
+          if name in settings
+        },
+      },
+    }
+  except (KeyError, TypeError, ValueError) as e:
+    raise errors.UserError(
+      f"{folders[-1]} does not describe a tuned model: {e!r}."
+    ) from e
+  return Bundle(flax.traverse_util.unflatten_dict(stacked, sep="/"), info)

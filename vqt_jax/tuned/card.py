@@ -1,0 +1,88 @@
+"""The model card of a bundle, README.md."""
+
+from collections.abc import Mapping
+import re
+from typing import Any
+
+from vqt_jax import accuracy
+
+_MOST_CLASSES = 100
+
+_CARD = """---
+library_name: vqt_jax
+pipeline_tag: image-classification
+tags: [visual-query-tuning, vision-transformer]
+---
+
+# {title}
+
+A classifier of images into {count} classes, trained on a frozen Vision
+Transformer with {program}. This folder holds what was trained, of {seeds}.
+It needs the backbone `{source}`, which is not in here.
+
+```python
+import vqt_jax
+
+model = vqt_jax.load("this/folder", backbone="{source}")
+model.predict(["image.jpg"])
+```
+
+| | |
+| --- | --- |
+| test accuracy, % | {accuracy} |
+| setting | {setting} |
+| images | {images} |
+| backbone | ViT-{variant} `{source}`, SHA-256 of its weights {sha256} |
+| classes | {classes} |
+"""
+
+
+def model_card(info: Mapping[str, Any]) -> str:
+  """Return the model card of a bundle in Markdown.
+
+  Args:
+    info: contents of its `bundle.json`.
+  """
+  backbone, preprocessing = info["backbone"], info["preprocessing"]
+  classes, seeds = info["classes"], info["seeds"]
+  listed = ", ".join(classes[:_MOST_CLASSES])
+  if len(classes) > _MOST_CLASSES:
+    listed += f" and {len(classes) - _MOST_CLASSES} more"
+  size = "x".join(map(str, preprocessing["image_size"]))
+  how = preprocessing.get("fit") or preprocessing.get("resize")
+  return _CARD.format(
+    title=_cell(
+      f"{info['task']}: {info['tuner']['method']} on ViT-{backbone['variant']}"
+    ),
+    count=len(classes),
+    program=info["program"],
+    seeds=f"{len(seeds)} seed{'s' * (len(seeds) > 1)}",
+    source=_cell(backbone["source"]),
+    accuracy=_accuracy(info["results"]["test_accuracy"]),
+    setting=_setting(info["results"]["chosen"]),
+    images=f"{size} px ({how}), scaled to {preprocessing['value_range']}",
+    variant=backbone["variant"],
+    sha256=backbone["sha256"],
+    classes=_cell(listed),
+  )
+
+
+def _accuracy(test: Mapping[str, Any]) -> str:
+  return (
+    f"{accuracy.format_mean(test, sign='±')} ({accuracy.over_seeds([test])});"
+    f" {test['images']:,} images, 95 % interval"
+    f" {accuracy.format_interval(test)}"
+  )
+
+
+def _setting(chosen: Mapping[str, Any]) -> str:
+  return ", ".join(
+    f"{name.replace('_', ' ')} {value:g}"
+    for name, value in chosen.items()
+    if isinstance(value, int | float)
+  )
+
+
+def _cell(text: str) -> str:
+  """Escape text from elsewhere for one line of Markdown."""
+  return re.sub(r"([\\|`<>\[\]*_#])", r"\\\1", " ".join(text.split()))

@@ -1,0 +1,135 @@
+"""Images as people have them, prepared in batches for a backbone."""
+
+from collections.abc import Callable, Iterable, Iterator
+import concurrent.futures
+import itertools
+import os
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from vqt_jax import data
+from vqt_jax import errors
+from vqt_jax.data import decoding
+from vqt_jax.models import backbone as backbone_lib
+
+# From one image to the backbone's input, (height, width, 3) float32.
+Prepare = Callable[[Any], np.ndarray]
+
+BATCH = 32  # Images in a pass, if there are as many.
+_THREADS = min(8, os.cpu_count() or 1)
+_EXPECTED = (
+  "images: expected paths, PIL images, or uint8 arrays (height, width) or"
+  " (height, width, 3 or 4)"
+)
+
+
+def make_prepare(
+  image_size: Any, value_range: str, resize: str = "", fit: str = ""
+) -> Prepare:
+  """Make the function that prepares one image as training did.
+
+  Args:
+    image_size: (height, width), pixels.
+    value_range: key of `backbone.VALUE_RANGES`.
+    resize: of a TFDS dataset, see `data.make_preprocess`.
+    fit: of image files, see `decoding.fit`; else "".
+
+  Raises:
+    UserError: a name is unknown, or the size is impossible.
+  """
+  if not fit:
+    preprocess = data.make_preprocess(tuple(image_size), value_range, resize)
+    return lambda image: np.asarray(preprocess(decoding.decode(_file(image))))
+  return lambda image: decoding.scale(
+    decoding.read(_file(image), image_size, fit), value_range
+  )
+
+
+def _file(image: Any) -> Any:
+  """Return an image as `decoding` takes it: an array as an image of Pillow."""
+  if not hasattr(image, "__array__") or isinstance(image, PIL.Image.Image):
+    return image
+  image = np.asarray(image)
+  if image.ndim == 3 and image.shape[-1] == 1:
+    image = image[..., 0]
+  if image.dtype != np.uint8 or not (
+    image.ndim == 2 or image.ndim == 3 and image.shape[-1] in (3, 4)
+  ):
+    raise errors.UserError(f"{_EXPECTED}, found {image.dtype} {image.shape}.")
+  return PIL.Image.fromarray(image)
+
+
+def batches(
+  x: Any, prepare: Prepare, backbone: backbone_lib.Backbone
+) -> Iterator[tuple[np.ndarray, int]]:
+  """Prepare images in threads, ahead of what the backbone does.
+
+  Args:
+    x: one image or many, see `Model`.
+    prepare: of one image; floats are prepared already.
+    backbone: what they are for.
+
+  Yields:
+    (B, height, width, 3) float32, and how many of them are images; the rest are
+    0. B is `BATCH`, or for fewer images the next power of two.
+
+  Raises:
+    UserError: an image cannot be read, or does not fit.
+  """
+  if hasattr(x, "__array__") and np.asarray(x).dtype.kind == "f":
+    images = np.asarray(backbone.checked(x), np.float32)
+    for start in range(0, len(images), BATCH):
+      some = images[start : start + BATCH]
+      yield pad(list(some)), len(some)
+    return
+  for results in prepared(x, prepare):
+    for result in results:
+      if isinstance(result, errors.UserError):
+        raise result
+    yield pad(results), len(results)
+
+
+def prepared(
+  x: Any, prepare: Prepare
+) -> Iterator[list[np.ndarray | errors.UserError]]:
+  """Yield up to `BATCH` images at a time, prepared, or why one cannot be."""
+
+  def attempt(image):
+    try:
+      return prepare(image)
+    except errors.UserError as e:
+      return e
+
+  images = iter(split(x))
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
+    start = lambda: [
+      threads.submit(attempt, image)
+      for image in itertools.islice(images, BATCH)
+    ]
+    now, ahead = start(), start()
+    while now:
+      yield [future.result() for future in now]
+      now, ahead = ahead, start()
+
+
+def pad(images: list[np.ndarray]) -> np.ndarray:
+  """Stack images, and fill up to a size for which programs are compiled."""
+  count = len(images)
+  size = BATCH if count > BATCH // 2 else 1 << (count - 1).bit_length()
+  return np.concatenate(
+    [np.stack(images), np.zeros((size - count, *images[0].shape), np.float32)]
+  )
+
+
+def split(x: Any) -> Iterable[Any]:
+  """Split what was given into single images."""
+  if isinstance(x, str | bytes | os.PathLike | PIL.Image.Image):
+    return [x]
+  if hasattr(x, "__array__"):
+    x = np.asarray(x)
+    return x if x.ndim == 4 or x.dtype.kind in "OU" else [x]
+  if isinstance(x, Iterable):
+    return x
+  raise errors.UserError(f"{_EXPECTED}, found {type(x).__name__}.")

@@ -1,0 +1,367 @@
+"""Models that classify images with what a run has trained."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vqt_jax import checkpoints
+from vqt_jax import errors
+from vqt_jax.models import backbone as backbone_lib
+from vqt_jax.models import editors
+from vqt_jax.models import methods
+from vqt_jax.models import readers
+from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.runtime.files import PathLike
+from vqt_jax.tuned import bundle as bundle_lib
+from vqt_jax.tuned import find_backbone
+from vqt_jax.tuned import inputs
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+  """A backbone, and what R seeds of a run have trained on it.
+
+  Methods that take `x` take images as people have them, one or many: paths,
+  encoded files (bytes), PIL images, uint8 arrays (height, width[, channels])
+  of any size, an array (n, height, width, channels), or an iterable of these.
+  They are prepared as in training, decoded in several threads, and answered in
+  order; n is their number. Arrays of floats (n, height, width, 3) are taken as
+  prepared already.
+
+  Attributes:
+    backbone: the frozen ViT.
+    tuner: the method.
+    variables: {"tuner", "head"}, leaves (R, ...).
+    classes: names of the C classes.
+    info: contents of the bundle's `bundle.json`.
+  """
+
+  backbone: backbone_lib.Backbone
+  tuner: tuner_lib.Tuner
+  variables: dict[str, Any]
+  classes: tuple[str, ...]
+  info: dict[str, Any]
+
+  def __repr__(self) -> str:
+    return (
+      f"Model({self.tuner.method}, {len(self.classes)} classes,"
+      f" {self.num_seeds} seed{'s' * (self.num_seeds > 1)}, {self.backbone})"
+    )
+
+  @property
+  def num_seeds(self) -> int:
+    return len(self.variables["head"]["bias"])
+
+  def __call__(self, images: jax.Array) -> jax.Array:
+    """Logits (R, B, C) of images that are prepared already.
+
+    It can be compiled into other programs, and exported.
+
+    Args:
+      images: (B, height, width, 3), scaled as the backbone expects.
+
+    Raises:
+      UserError: the images do not fit, see `Backbone.checked`.
+    """
+    images = self.backbone.checked(images)
+    return classify(
+      (self.tuner,), (self.variables,), self.backbone.params, images
+    )[0]
+
+  def logits(self, x: Any) -> np.ndarray:
+    """Logits of images, (R, n, C) float32."""
+    (found,) = _run((self,), x)
+    return found
+
+  def predict_proba(self, x: Any) -> np.ndarray:
+    """Probabilities of the classes, (n, C) float32: mean over the seeds."""
+    return probabilities(self.logits(x))
+
+  def predict(self, x: Any) -> np.ndarray:
+    """Names of the most probable classes, (n,)."""
+    return np.array(self.classes)[self.predict_proba(x).argmax(axis=-1)]
+
+  def attention(self, x: Any) -> np.ndarray:
+    """Attention weights of the queries, (R, L, n, H, T, N); sum to 1 over N.
+
+    Raises:
+      UserError: the method has no queries.
+    """
+    if not self.tuner.has_queries:
+      raise errors.UserError(
+        f"{self.tuner.method} has no queries, so there is no attention of"
+        " queries to return."
+      )
+    run = functools.partial(
+      _attention, self.tuner, self.variables, self.backbone.params
+    )
+    parts = [
+      np.asarray(run(images))[:, :, :count]
+      for images, count in self._batches(x)
+    ]
+    return np.concatenate(parts, axis=2)
+
+  def _batches(self, x: Any) -> Iterator[tuple[np.ndarray, int]]:
+    return inputs.batches(x, self.prepare, self.backbone)
+
+  @functools.cached_property
+  def prepare(self) -> inputs.Prepare:
+    """The function from one image to the backbone's input, as in training."""
+    return inputs.make_prepare(**self.info["preprocessing"])
+
+  def of_seed(self, seed: int) -> "Model":
+    """The model of one seed.
+
+    Raises:
+      UserError: there is no such seed.
+    """
+    seeds = self.info["seeds"]
+    if seed not in seeds:
+      raise errors.unknown_name("seed", str(seed), map(str, seeds))
+    i = seeds.index(seed)
+    return dataclasses.replace(
+      self,
+      variables=jax.tree.map(lambda leaf: leaf[i : i + 1], self.variables),
+      info={**self.info, "seeds": [seed]},
+    )
+
+  def folded(self) -> "Model":
+    """Fold the editor into the backbone, which is a plain ViT then.
+
+    `save_npz` writes that backbone for Big Vision.
+
+    Raises:
+      UserError: no plain ViT computes what the editor does, or there are
+        several seeds, each with a backbone of its own.
+    """
+    if not self.tuner.editor:
+      return self
+    if self.num_seeds > 1:
+      raise errors.UserError(
+        f"Each of the {self.num_seeds} seeds has changed the backbone in its"
+        f" own way; choose one: model.of_seed({self.info['seeds'][0]}).folded()"
+      )
+    tuner = {k: v for k, v in self.variables["tuner"].items() if k != "editor"}
+    weights = jax.tree.map(lambda x: x[0], self.variables["tuner"]["editor"])
+    params = editors.fold(
+      self.tuner.editor, self.tuner.options, self.backbone.params, weights
+    )
+    params = jax.tree.map(np.asarray, params)
+    reader = methods.parse(self.tuner.method).reader
+    return dataclasses.replace(
+      self,
+      backbone=dataclasses.replace(self.backbone, params=params),
+      tuner=dataclasses.replace(self.tuner, method=reader),
+      variables={**self.variables, "tuner": tuner},
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Models:
+  """Several models on one backbone, answered in one pass of it.
+
+  Attributes:
+    models: by the path that each was loaded from.
+  """
+
+  models: Mapping[str, Model]
+
+  def logits(self, x: Any) -> dict[str, np.ndarray]:
+    """Logits of every model, see `Model.logits`."""
+    return dict(zip(self.models, _run(tuple(self.models.values()), x)))
+
+  def predict_proba(self, x: Any) -> dict[str, np.ndarray]:
+    """Probabilities of every model, see `Model.predict_proba`."""
+    return {name: probabilities(z) for name, z in self.logits(x).items()}
+
+  def predict(self, x: Any) -> dict[str, np.ndarray]:
+    """Names of the most probable classes of every model."""
+    return {
+      name: np.array(self.models[name].classes)[p.argmax(axis=-1)]
+      for name, p in self.predict_proba(x).items()
+    }
+
+
+def load(
+  path: PathLike | Sequence[PathLike],
+  backbone: PathLike | backbone_lib.Backbone | None = None,
+) -> Model | Models:
+  """Load what a run has trained, and the backbone that it was trained on.
+
+  Args:
+    path: the workdir of a finished run, its `tuned/`, or a copy of that; local
+      or `gs://BUCKET/FOLDER`. A list of them on one backbone makes `Models`.
+    backbone: a `Backbone`, or what `load_backbone` takes. Default: where the
+      run had it, a public name, or a file of its name beside the bundle.
+
+  Raises:
+    UserError: a file is missing or damaged or holds NaN; the backbone is not
+      found or has other weights; several models differ in it.
+  """
+  if isinstance(path, str) or not isinstance(path, Iterable):
+    return _load(path, backbone)
+  models = {}
+  for each in path:
+    models[str(each)] = found = _load(each, backbone)
+    backbone = backbone or found.backbone
+    check_same_inputs(models)
+  if not models:
+    raise errors.UserError("load: expected at least one path, found none.")
+  return Models(models)
+
+
+def check_same_inputs(models: Mapping[str, Model]) -> None:
+  """Raise a `UserError` if models do not share backbone and preprocessing."""
+  (first, model), *others = models.items()
+  for name, other in others:
+    for what, a, b in (
+      ("backbone", model.backbone.digest, other.backbone.digest),
+      ("architecture", model.backbone.config, other.backbone.config),
+      ("preprocessing", *(m.info["preprocessing"] for m in (model, other))),
+    ):
+      if a != b:
+        raise errors.UserError(
+          f"{name} cannot be answered together with {first}: their {what}"
+          f" differs ({b}, {a}). Load it alone."
+        )
+
+
+def _load(place: PathLike, given: Any) -> Model:
+  folder = bundle_lib.find(place)
+  bundle = bundle_lib.read(folder)
+  info = bundle.info
+  try:
+    backbone = find_backbone.find(folder, info, given)
+    tuner = tuner_lib.make_tuner(
+      backbone=backbone,
+      num_classes=len(info["classes"]),
+      **info["tuner"]
+      | {"options": editors.Options(**info["tuner"]["options"])},
+    )
+  except (KeyError, TypeError, AttributeError) as e:
+    raise errors.UserError(
+      f"{folder} does not describe a tuned model: {e!r}. Was it written by"
+      " this program?"
+    ) from e
+  variables = {"tuner": {}, **bundle.variables}  # Empty dicts are not written.
+  variables["head"] = _all_features(variables["head"], tuner, folder)
+  expected = jax.tree.map(np.shape, tuner.shapes())
+  found = jax.tree.map(lambda leaf: leaf.shape[1:], variables)
+  if found != expected:
+    raise errors.UserError(
+      f"{folder} does not fit {tuner.method} on {backbone}: expected"
+      f" {expected}, found {found}."
+    )
+  flat = flax.traverse_util.flatten_dict(variables, sep="/")
+  checkpoints.check_finite(flat, str(folder))
+  return Model(backbone, tuner, variables, tuple(info["classes"]), info)
+
+
+def _all_features(
+  head: Mapping[str, np.ndarray], tuner: tuner_lib.Tuner, folder: PathLike
+) -> dict[str, np.ndarray]:
+  """Give a head of selected features rows of 0 for the others."""
+  head = dict(head)
+  chosen = head.pop("features", None)
+  if chosen is None:
+    return head
+  rows = head["kernel"]
+  whole = chosen.shape == rows.shape[:2] and chosen.dtype == np.int32
+  if (
+    not whole
+    or chosen.size
+    and not (
+      chosen.min() >= 0
+      and chosen.max() < tuner.num_features
+      and (np.diff(chosen, axis=-1) > 0).all()
+    )
+  ):
+    raise errors.UserError(
+      f"{folder}: head/features: expected the numbers of {rows.shape[1]}"
+      f" features in order, each below {tuner.num_features}."
+    )
+  kernel = np.zeros((len(rows), tuner.num_features, rows.shape[2]), rows.dtype)
+  np.put_along_axis(kernel, chosen[..., None], rows, axis=1)
+  return head | {"kernel": kernel}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def classify(
+  tuners: tuple[tuner_lib.Tuner, ...],
+  variables: tuple[Any, ...],
+  params: Any,
+  images: jax.Array,
+) -> tuple[jax.Array, ...]:
+  """Return the logits (R, B, C) of all seeds of several tuners.
+
+  The frozen backbone sees the images once; editors take a pass for each seed.
+
+  Args:
+    tuners: on one backbone.
+    variables: {"tuner", "head"} of each, leaves (R, ...).
+    params: of the backbone.
+    images: (B, height, width, 3).
+  """
+  frozen = [tuner for tuner in tuners if not tuner.editor]
+  if frozen:
+    reads = any(tuner.reads_blocks for tuner in frozen)
+    seen = tuner_lib.run_backbone(frozen[0].config, reads, params, images)
+
+  def one(tuner, own):
+    own = {**own, "backbone": params}
+    if tuner.editor:
+      stream = tuner.stream(own, images)
+      return tuner(own, stream.tokens, stream.final).logits
+    tokens = seen.tokens if tuner.reads_blocks else None
+    if tuner.window > 1:
+      tokens = readers.pool(tuner.config, tokens, tuner.window)
+    return tuner(own, tokens, seen.final).logits
+
+  def every(tuner, own):
+    run = functools.partial(one, tuner)
+    return jax.lax.map(run, own) if tuner.editor else jax.vmap(run)(own)
+
+  return tuple(map(every, tuners, variables))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _attention(tuner, variables, params, images):
+  def one(own):
+    own = {**own, "backbone": params}
+    tokens = tuner.stream(own, images).tokens
+    queries = own["tuner"]["queries"]
+    return tuner.read(readers.attention_step, own, queries, tokens)
+
+  return jax.lax.map(one, variables)
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+  """Mean over the seeds of the softmax of logits (R, n, C): (n, C)."""
+  return np.asarray(jax.nn.softmax(jnp.asarray(logits), axis=-1).mean(axis=0))
+
+
+def _run(models: tuple[Model, ...], x: Any) -> list[np.ndarray]:
+  """Return the logits (R, n, C) of models on one backbone."""
+  first = models[0]
+  run = functools.partial(
+    classify,
+    tuple(model.tuner for model in models),
+    tuple(model.variables for model in models),
+    jax.device_put(first.backbone.params),
+  )
+  parts = [
+    [np.asarray(logits)[:, :count] for logits in run(images)]
+    for images, count in first._batches(x)
+  ]
+  if not parts:
+    return [
+      np.zeros((model.num_seeds, 0, len(model.classes)), np.float32)
+      for model in models
+    ]
+  return [np.concatenate(each, axis=1) for each in zip(*parts)]
