@@ -1,0 +1,233 @@
+"""Image files to arrays with Pillow, for images that are not in TFDS.
+
+Whatever an image is (format, mode, orientation, size), it comes out as RGB with
+8 bits, upright, and of the size that is asked for.
+"""
+
+from collections.abc import Sequence
+import io
+import os
+import stat
+from typing import Any
+import warnings
+
+import numpy as np
+import PIL.Image
+
+from vqt_jax import errors
+from vqt_jax.models import backbone
+
+# Ways to make an image of any shape fit: stretch it; scale its short side and
+# cut out the middle; scale its long side and fill up with grey.
+FITS = ("squash", "crop", "pad")
+
+# Files that decode to more are refused: a small one can fill the memory. It is
+# Pillow's own limit, at which Pillow only warns.
+MOST_PIXELS = 89_478_485
+
+PAD_COLOUR = (128, 128, 128)
+
+Source = str | os.PathLike | bytes | PIL.Image.Image
+
+_ORIENTATION = 0x0112  # Tag of EXIF -> what sets an image upright.
+_UPRIGHT = {
+  2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+  3: PIL.Image.Transpose.ROTATE_180,
+  4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+  5: PIL.Image.Transpose.TRANSPOSE,
+  6: PIL.Image.Transpose.ROTATE_270,
+  7: PIL.Image.Transpose.TRANSVERSE,
+  8: PIL.Image.Transpose.ROTATE_90,
+}
+
+# `decode` refuses such images itself, with the name of the file.
+warnings.filterwarnings(
+  "ignore", category=PIL.Image.DecompressionBombWarning, module="PIL.Image"
+)
+
+
+class BadImage(errors.UserError):
+  """An image that cannot be used; `reason` is the message without its name."""
+
+  def __init__(self, name: str, reason: str):
+    super().__init__(f"Cannot use image {name}: {reason}.")
+    self.reason = reason
+
+
+def decode(source: Source, enough: int | None = None) -> np.ndarray:
+  """Decode an image: upright, RGB, 8 bits, its first frame.
+
+  Alpha is laid over white, grey repeated; of 16 bits the upper 8 are taken.
+
+  Args:
+    source: a file, the contents of one, or an image of Pillow.
+    enough: a JPEG whose sides stay at least this long may be decoded at 1/2,
+      1/4 or 1/8 of its size, which is quicker; None: at its full size.
+
+  Returns:
+    uint8 (h, w, 3).
+
+  Raises:
+    BadImage: it is missing, no file (a folder, a pipe), empty, truncated, of an
+      unknown kind, or of more than `MOST_PIXELS` pixels.
+  """
+  name = f"of {type(source).__name__}"
+  try:
+    if isinstance(source, PIL.Image.Image):
+      return _to_rgb(source)
+    if isinstance(source, (str, os.PathLike)):
+      name = os.fspath(source)
+      source = _read(source)
+    if not source:
+      raise ValueError("it is empty, 0 bytes")
+    with PIL.Image.open(io.BytesIO(source)) as image:
+      width, height = image.size
+      if width * height > MOST_PIXELS:
+        raise PIL.Image.DecompressionBombError
+      if enough:
+        image.draft(None, (enough, enough))
+      return _to_rgb(image)
+  except BadImage:
+    raise
+  except Exception as e:  # Each of Pillow's decoders has its own.
+    raise BadImage(name, _reason(e)) from e
+
+
+def fit(image: np.ndarray, size: Sequence[int], how: str) -> np.ndarray:
+  """Make an image fit, with antialiasing where it gets smaller.
+
+  Args:
+    image: uint8 (h, w, 3).
+    size: (height, width), pixels.
+    how: one of `FITS`.
+
+  Returns:
+    uint8 (height, width, 3).
+  """
+  height, width = size
+  old_height, old_width, _ = image.shape
+  if how not in FITS:
+    raise errors.unknown_name("fit", how, FITS)
+  x_scale, y_scale = width / old_width, height / old_height
+  box = (0, 0, old_width, old_height)
+  target = (width, height)
+  if how == "crop":
+    scale = max(x_scale, y_scale)
+    left = (old_width - width / scale) / 2
+    top = (old_height - height / scale) / 2
+    box = (left, top, old_width - left, old_height - top)
+  elif how == "pad":
+    scale = min(x_scale, y_scale)
+    target = tuple(
+      max(1, round(scale * side)) for side in (old_width, old_height)
+    )
+  if image.shape[:2] != target[::-1] or box != (0, 0, old_width, old_height):
+    resized = PIL.Image.fromarray(image).resize(
+      target, PIL.Image.Resampling.BILINEAR, box
+    )
+    image = np.asarray(resized)
+  if how == "pad":
+    padded = np.full((height, width, 3), PAD_COLOUR, np.uint8)
+    top, left = (height - target[1]) // 2, (width - target[0]) // 2
+    padded[top : top + target[1], left : left + target[0]] = image
+    return padded
+  return image
+
+
+def read(source: Source, size: Sequence[int], how: str) -> np.ndarray:
+  """Decode an image and make it fit, as training and prediction do.
+
+  A JPEG of more than twice the size is decoded at a fraction of its own.
+
+  Args:
+    source: as of `decode`.
+    size: (height, width), pixels.
+    how: one of `FITS`.
+
+  Returns:
+    uint8 (height, width, 3).
+
+  Raises:
+    BadImage: see `decode`.
+  """
+  return fit(decode(source, enough=2 * max(size)), size, how)
+
+
+def scale(images: np.ndarray, value_range: str) -> np.ndarray:
+  """Scale pixels to a backbone's range.
+
+  Args:
+    images: uint8 (..., 3).
+    value_range: key of `backbone.VALUE_RANGES`.
+
+  Returns:
+    float32 (..., 3).
+  """
+  mean, std = backbone.VALUE_RANGES[value_range]
+  mean, std = np.float32(mean), np.float32(std)
+  return (images.astype(np.float32) / np.float32(255) - mean) / std
+
+
+def find_fault(file: str | os.PathLike) -> str | None:
+  """Return why an image file cannot be used, or None: all of it is decoded."""
+  try:
+    decode(file, enough=1)
+  except BadImage as e:
+    return e.reason
+  return None
+
+
+def _read(file: str | os.PathLike) -> bytes:
+  """Read a file; a pipe would wait for ever, a device never end."""
+  mode = os.stat(file).st_mode
+  if not stat.S_ISREG(mode):
+    kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
+    raise ValueError(f"it is {kind}, not a file")
+  with open(file, "rb") as opened:
+    return opened.read()
+
+
+def _to_rgb(image: Any) -> np.ndarray:
+  """Convert an image of Pillow to uint8 (h, w, 3), upright."""
+  image.load()
+  orientation = _orientation(image)
+  if image.mode.startswith("I;16"):
+    image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+  elif image.mode in ("I", "F"):
+    raise ValueError("its pixels have 32 bits; 8 and 16 are read")
+  elif image.has_transparency_data:
+    image = image.convert("RGBA")
+    white = PIL.Image.new("RGBA", image.size, "white")
+    image = PIL.Image.alpha_composite(white, image)
+  image = image.convert("RGB")
+  if orientation in _UPRIGHT:
+    image = image.transpose(_UPRIGHT[orientation])
+  return np.asarray(image)
+
+
+def _orientation(image: Any) -> int | None:
+  """Orientation in an image's EXIF data; None if these are damaged."""
+  try:
+    return image.getexif().get(_ORIENTATION)
+  except Exception:  # They are free text, which anything may have written.
+    return None
+
+
+def _reason(error: Exception) -> str:
+  """Say in a few words what is wrong with an image."""
+  match error:
+    case FileNotFoundError():
+      return "there is no such file"
+    case PIL.UnidentifiedImageError():
+      return "it is not an image of a kind that Pillow reads"
+    case (
+      PIL.Image.DecompressionBombError() | PIL.Image.DecompressionBombWarning()
+    ):
+      return (
+        f"it has more than {MOST_PIXELS:,} pixels, which is taken for a"
+        " decompression bomb; make it smaller"
+      )
+    case OSError() if error.strerror:
+      return error.strerror
+  lines = str(error).strip().splitlines() or [type(error).__name__]
+  return lines[0].rstrip(".")
