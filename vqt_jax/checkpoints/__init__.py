@@ -1,6 +1,7 @@
 """Pre-trained ViTs in and out: Big Vision and vision_transformer files."""
 
 from vqt_jax.checkpoints.architecture import check_finite
+from vqt_jax.checkpoints.architecture import check_floats
 from vqt_jax.checkpoints.containers import local_path
 from vqt_jax.checkpoints.containers import save_npz
 from vqt_jax.checkpoints.load import load_backbone
@@ -12,6 +13,7 @@ from vqt_jax.checkpoints.public import PUBLIC
 __all__ = [
   "PUBLIC",
   "check_finite",
+  "check_floats",
   "check_image_size",
   "load_backbone",
   "local_path",

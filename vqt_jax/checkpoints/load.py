@@ -273,15 +273,8 @@ def _read(
 ) -> dict[str, np.ndarray]:
   """Read leaves as float32, by present-day name."""
   arrays = containers.read_leaves(path, stored.values())
-  leaves = {name: names.as_float32(arrays[old]) for name, old in stored.items()}
-  wrong = [stored[name] for name, leaf in leaves.items() if leaf is None]
-  if wrong:
-    some = ", ".join(f"{name} ({arrays[name].dtype})" for name in wrong[:3])
-    raise UserError(
-      f"{source} is not a ViT: {len(wrong)} of its leaves hold no"
-      f" floating-point numbers, such as {some}."
-    )
-  return leaves
+  architecture.check_floats(arrays, source)
+  return {name: names.as_float32(arrays[old]) for name, old in stored.items()}
 
 
 def _fit_positions(
