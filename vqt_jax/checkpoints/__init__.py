@@ -4,6 +4,7 @@ from vqt_jax.checkpoints.architecture import check_finite
 from vqt_jax.checkpoints.architecture import check_floats
 from vqt_jax.checkpoints.containers import local_path
 from vqt_jax.checkpoints.containers import save_npz
+from vqt_jax.checkpoints.download import without_secrets
 from vqt_jax.checkpoints.load import load_backbone
 from vqt_jax.checkpoints.load import read_config
 from vqt_jax.checkpoints.positions import check_image_size
@@ -20,4 +21,5 @@ __all__ = [
   "read_config",
   "save_npz",
   "size_from_fields",
+  "without_secrets",
 ]

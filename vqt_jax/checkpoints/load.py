@@ -190,15 +190,16 @@ def _parse_source(
     raise UserError(
       f"source must be a path, an address or a public name, not {source!r}."
     )
-  name, known = os.fspath(source), None
-  if "://" not in name and not containers.find(files.path(name)):
-    known = public.PUBLIC.get(public.find_name(name))
+  source, known = os.fspath(source), None
+  if "://" not in source and not containers.find(files.path(source)):
+    known = public.PUBLIC.get(public.find_name(source))
+  name = download.without_secrets(source)
   if known and known.refused:
     raise UserError(f"{name} is {known.refused}; choose another checkpoint.")
   if known and variant:
     sizes = architecture.decode_variant(known.variant)
     architecture.check_variant(sizes, variant, name)
-  place, subtree = containers.split_subtree(known.address if known else name)
+  place, subtree = containers.split_subtree(known.address if known else source)
   return name, known, place, subtree
 
 

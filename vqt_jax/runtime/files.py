@@ -215,6 +215,23 @@ def local_copy(file: Path) -> Iterator[pathlib.Path]:
     yield pathlib.Path(copy.name)
 
 
+def refuse_link(file: PathLike, flags: int) -> int:
+  """Open a file as an `opener` of `open`, unless it is a link or a pipe.
+
+  Whoever can make a file where this program writes could otherwise have it
+  write to any file of the user.
+  """
+  try:
+    return os.open(file, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+  except OSError as e:
+    if e.errno != errno.ELOOP:
+      raise
+    raise errors.UserError(
+      f"Cannot write {file}: it is a link, so that another file would change."
+      " Replace it with a copy of that."
+    ) from e
+
+
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[IO[bytes]]:
   """Open a file that appears, or replaces the old one, when it is complete.
@@ -231,7 +248,7 @@ def replacing(file: Path) -> Iterator[IO[bytes]]:
     temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.new")
     file.parent.mkdir(parents=True, exist_ok=True)
     closing.callback(temporary.unlink, missing_ok=True)
-    with open(temporary, "wb") as out:
+    with open(temporary, "xb") as out:
       yield out
       out.flush()
       os.fsync(out.fileno())

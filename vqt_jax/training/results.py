@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from vqt_jax import accuracy as accuracy_lib
+from vqt_jax import checkpoints
 from vqt_jax import data
 from vqt_jax import results as results_lib
 from vqt_jax import tuned
@@ -116,8 +117,8 @@ def _write_tuned(context, candidate, results) -> int:
   for i, trial in enumerate(candidate.trials):
     accuracy = test["per_seed"][str(trial.seed)]
     size = tuned.save(
-      context.workdir / "tuned" / f"seed_{trial.seed}",
-      context.config.init,
+      files.below(context.workdir, f"tuned/seed_{trial.seed}"),
+      checkpoints.without_secrets(context.config.init),
       context.backbone,
       dataclasses.replace(candidate.tuner, normalize=trial.normalize),
       jax.tree.map(lambda x, i=i: x[i], candidate.variables),
