@@ -37,6 +37,8 @@ class Server(http.server.ThreadingHTTPServer):
     self.statuses = []  # Answers to the next requests for content.
     self.cut = []  # How many bytes to send of the next contents.
     self.log = []  # Ranges asked for.
+    self.credentials = set()  # That were sent, or None.
+    self.redirect = ""  # Where everything is.
     self.address = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -85,6 +87,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
   def _answer(self, content, send=True, plain=False):
     server, status = self.server, 200
+    server.credentials.add(self.headers.get("Authorization"))
+    if server.redirect:
+      self.send_response(302)
+      self.send_header("Location", server.redirect)
+      self.send_header("Content-Length", "0")
+      return self.end_headers()
     if send and not plain and server.statuses:
       status = server.statuses.pop(0)
     if content is None or status >= 400:
@@ -411,3 +419,161 @@ def test_colon_in_an_existing_name_is_no_subtree(tmp_path):
   path = tmp_path / "a:b"
   path.touch()
   assert containers.split_subtree(str(path)) == (str(path), "")
+
+
+@pytest.mark.parametrize(
+  "source, shown",
+  [
+    ("https://u:pw@h/x.npz?token=1", "https://h/x.npz"),
+    ("https://u:pw@h/x.npz:img?a=b:c", "https://h/x.npz"),
+    ("http://u@h:80/x", "http://h:80/x"),
+    ("HTTPS://h/x?pw", "HTTPS://h/x"),
+    ("ftp://u:pw@h/x", "ftp://h/x"),
+    ("https://u:p@w@h/x/y@z", "https://h/x/y@z"),
+    ("https://h?pw", "https://h"),
+    ("https://u:pw@[::1/x", "https://[::1/x"),
+  ],
+)
+def test_secrets_of_an_address_are_not_shown(source, shown):
+  found = download.without_secrets(source)
+  place, subtree = containers.split_subtree(found)
+  assert place[:-8] == f"{shown}#" and ("pw" not in found)
+  assert subtree == ("img" if ":img" in source else "")
+  assert download.without_secrets(found) == found
+
+
+@pytest.mark.parametrize(
+  "source",
+  [
+    "a/b.npz",
+    "gs://b/x?y@z",
+    "https://h/x.npz:img",
+    "https://h/x@y#z",
+    "howto-i21k-B/16",
+  ],
+)
+def test_other_sources_are_shown_as_they_are(source):
+  assert download.without_secrets(source) == source
+
+
+def test_a_hash_tells_addresses_apart():
+  shown = [
+    download.without_secrets(f"https://{user}h/x{query}")
+    for user in ("", "a:pw@", "b:pw@")
+    for query in ("", "?1", "?2")
+  ]
+  assert len(set(shown)) == 9
+  assert download.without_secrets("https://a:other@h/x") == shown[3]
+
+
+def test_secrets_are_neither_stored_nor_told(server, tmp_path):
+  root = server.address.replace("//", "//user:pw@")
+  told = []
+  for name in ("ckpt.npz", "gone.npz"):
+    with pytest.raises(UserError) as caught:
+      load_backbone(f"{root}/{name}?token=t0k", cache_dir=tmp_path)
+    told.append(str(caught.value))
+  server.files["/503.npz"] = CONTENT
+  server.statuses = [503] * 99
+  with pytest.raises(UserError, match="503") as caught:
+    load_backbone(f"{root}/503.npz?token=t0k", cache_dir=tmp_path)
+  told += [str(caught.value), repr(caught.value.__cause__)]
+  told += [path.name for path in tmp_path.rglob("*")]
+  assert len(told) > 4
+  assert not [text for text in told if "pw" in text or "t0k" in text]
+
+
+def test_http_and_https_share_no_file(server, tmp_path):
+  path = fetch(server, tmp_path)
+  other = tmp_path / path.relative_to(tmp_path).as_posix().replace(
+    "http%3A%2F%2F", ""
+  )
+  assert other != path
+  other.parent.mkdir()
+  other.write_bytes(b"from https")
+  address = server.address.replace("http", "https") + "/ckpt.npz"
+  assert download.fetch(address, tmp_path) == other
+
+
+def test_netrc_is_for_https_and_one_host(server, tmp_path, monkeypatch):
+  (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password pw")
+  monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+  fetch(server, tmp_path)
+  assert server.credentials == {None}
+  web = download._web("https://127.0.0.1:80/x?y")
+  basic = "Basic " + base64.b64encode(b"me:pw").decode()
+  assert web.kwargs["headers"]["Authorization"] == basic
+  for other in ("http://127.0.0.1/", "https://h/127.0.0.1", "https://u@h/"):
+    assert "Authorization" not in download._web(other).kwargs["headers"]
+
+
+def test_credentials_stay_with_their_host(server, tmp_path):
+  with Server() as other:
+    threading.Thread(
+      target=other.serve_forever, args=(0.01,), daemon=True
+    ).start()
+    server.redirect = f"{other.address}/ckpt.npz"
+    address = server.address.replace("//", "//me:pw@") + "/moved.npz"
+    assert download.fetch(address, tmp_path).read_bytes() == CONTENT
+    assert None not in server.credentials
+    assert other.credentials == {None}
+    other.shutdown()
+
+
+def test_proxies_are_heeded(server, tmp_path, monkeypatch):
+  monkeypatch.setenv("http_proxy", server.address.replace("//", "//me:pw@"))
+  for path in ("http://nowhere.test/x.npz", "/x.npz"):  # HEAD and GET.
+    server.files[path] = CONTENT
+  path = download.fetch("http://nowhere.test/x.npz", tmp_path)
+  assert path.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+  "name", ["../../../evil.pth", "..", "a\\b", "/evil", "a//b"]
+)
+def test_names_in_a_bucket_stay_in_the_cache(server, tmp_path, name):
+  server.files[f"/ck.bv-1/params~x/{name}"] = b"evil"
+  before = set(tmp_path.rglob("*"))
+  cache = tmp_path / "a" / "b" / "c" / "d"
+  with pytest.raises(UserError, match="stays in that folder"):
+    download.fetch("gs://bucket/ck.bv-1", cache)
+  new = set(tmp_path.rglob("*")) - before
+  assert all(p.is_relative_to(cache) or cache.is_relative_to(p) for p in new)
+
+
+@pytest.mark.parametrize("step", [b"../../1", b"1/..", b"\xff\n1", b"x" * 999])
+def test_a_pointer_stays_in_the_cache(server, tmp_path, step):
+  server.files["/ck.bv-LAST"] = step
+  with pytest.raises(UserError):
+    download.fetch("gs://bucket/ck.bv", tmp_path)
+
+
+def test_a_planted_link_is_not_followed(server, tmp_path):
+  server.statuses = [200] + [503] * download._ATTEMPTS
+  with pytest.raises(UserError):
+    fetch(server, tmp_path)
+  (part,) = tmp_path.rglob("*.part")
+  part.unlink()
+  part.symlink_to(tmp_path / "theirs")
+  (tmp_path / "theirs").write_bytes(b"")
+  with pytest.raises(UserError, match="is a link"):
+    fetch(server, tmp_path)
+  assert (tmp_path / "theirs").read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+  "headers",
+  [
+    {"Digest": "shake_128=AAAA"},
+    {"Digest": "=,=,md5"},
+    {"Content-MD5": "?"},
+    {"Content-Range": "x"},
+    {"ETag": "\x1b[2J"},
+  ],
+)
+def test_odd_headers(server, tmp_path, headers):
+  server.headers, server.length = headers, "Content-Range" not in headers
+  try:
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+  except UserError as e:
+    assert str(e).isprintable()

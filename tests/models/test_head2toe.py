@@ -12,6 +12,7 @@ from vqt_jax.config import config_dict
 from vqt_jax.features import disk
 from vqt_jax.features import store
 from vqt_jax.models import editors
+from vqt_jax.models import head
 from vqt_jax.models import readers
 from vqt_jax.models import vit_config
 from vqt_jax.runtime import mesh as mesh_lib
@@ -185,3 +186,14 @@ def test_the_best_protocol_tries_all_fractions(material, tmp_path):
   assert tried == [0.2, 0.5, 0.7, 1.0]
   assert found["best"]["searched"] == 1
   assert found["tested"][-1]["name"].startswith("best_")
+
+
+def test_rows_of_a_head_that_are_stored():
+  rows, kernel = np.array([1, 3], np.int32), np.ones((2, 4), np.float32)
+  whole = head.spread_rows(rows, kernel, 5)
+  np.testing.assert_array_equal(whole.sum(axis=1), [0, 4, 0, 4, 0])
+  for bad in ([1], [1, 1], [3, 1], [-1, 3], [1, 5], [[1, 3]], [1.0, 3.0]):
+    with pytest.raises(ValueError, match="expected increasing numbers"):
+      head.spread_rows(np.array(bad), kernel, 5)
+  with pytest.raises(ValueError, match="expected increasing numbers"):
+    head.spread_rows(np.array([1, 2**64 - 1], np.uint64), kernel, 5)

@@ -175,12 +175,11 @@ def test_metrics_lost_with_the_power_are_written_again(tmp_path):
   assert epochs_written(tmp_path) == [("search", e) for e in range(1, 5)]
 
 
-def test_a_full_disk_is_told_with_the_path(tmp_path):
+def test_a_full_disk_is_told_with_the_path(tmp_path, monkeypatch):
   writer = metrics.MetricsWriter(tmp_path)
   writer.epochs("search", rows(1, 1))
-  path = tmp_path / "metrics.jsonl"
-  path.unlink()
-  path.symlink_to("/dev/full")  # To be written only: reading it never ends.
+  full = lambda file, flags: os.open("/dev/full", flags)
+  monkeypatch.setattr(files, "refuse_link", full)
   with pytest.raises(errors.UserError, match="metrics.jsonl: No space left"):
     writer.epochs("search", rows(2, 2))
   writer.close()
@@ -381,3 +380,80 @@ def test_a_workdir_of_all_tasks_is_begun_with_one_of_them(tmp_path):
     opened(config, tmp_path)
   (tmp_path / "config.json").unlink()  # A folder that merely holds workdirs.
   assert not opened(config, tmp_path)
+
+
+def test_rows_of_other_types_end_the_metrics(tmp_path):
+  good = {"phase": "seeds", "epoch": 1, "run": 0, "lr": 0.1, "loss": 1.0}
+  for changes in (
+    {"phase": "../../evil"},
+    {"phase": ".."},
+    {"phase": ["a"]},
+    {"phase": ""},
+    {"epoch": 1.5},
+    {"epoch": 2**70},
+    {"run": [1]},
+    {"run": True},
+    {"run": -1},
+    {"lr": "0.1"},
+    {"seed": 10**400},
+    {"loss": "1"},
+    {"accuracy": 10**400},
+  ):
+    lines = [files.json_line(good), files.json_line(good | changes)]
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(lines))
+    assert metrics.read_metrics(tmp_path) == [good], changes
+  for line in (b"[" * 99_999, b"1\n", b"null\n", b'"phase"\n', b"\xff\n"):
+    (tmp_path / "metrics.jsonl").write_bytes(files.json_line(good) + line)
+    assert metrics.read_metrics(tmp_path) == [good], line[:9]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard/search"])
+def test_metrics_are_not_written_through_links(tmp_path, name):
+  theirs = tmp_path / "theirs"
+  theirs.mkdir()
+  link = tmp_path / "run" / name
+  link.parent.mkdir(parents=True)
+  if name == "metrics.jsonl":
+    (theirs / "file").write_text("kept")
+    link.symlink_to(theirs / "file")
+  else:
+    link.symlink_to(theirs)
+  before = runs.files(theirs)
+  writer = metrics.MetricsWriter(tmp_path / "run")
+  with pytest.raises(errors.UserError, match="link"):
+    writer.epochs("search", rows(1, 2))
+  assert runs.files(theirs) == before
+
+
+def test_links_in_a_workdir_make_no_endless_search(tmp_path):
+  for name in "abcdefgh":
+    (tmp_path / name).symlink_to(".")
+  config = config_dict.default_config()
+  for _ in range(2):
+    with workdir_lib.open_workdir(config, tmp_path) as begun:
+      assert not begun
+
+
+def test_secrets_of_an_address_are_not_in_a_workdir(tmp_path):
+  config = config_dict.default_config()
+  config.init = "https://me:pw@host/x.npz:img?token=t0k"
+  with workdir_lib.open_workdir(config, tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b"")
+  stored = (tmp_path / "config.json").read_text()
+  assert "https://host/x.npz#" in stored
+  assert "pw" not in stored and "t0k" not in stored
+  files.write_json(tmp_path / "results.json", {})  # It was begun.
+  for init in ("https://me:new@host/x.npz:img?token=t0k", config.init):
+    config.init = init
+    with workdir_lib.open_workdir(config, tmp_path) as begun:
+      assert begun
+  # Earlier versions stored all of it.
+  old = json.loads(stored) | {"init": config.init}
+  files.write_json(tmp_path / "config.json", old)
+  with workdir_lib.open_workdir(config, tmp_path) as begun:
+    assert begun
+  config.init = "https://me:pw@host/x.npz:img?token=other"
+  with pytest.raises(errors.UserError, match="init was") as caught:
+    with workdir_lib.open_workdir(config, tmp_path):
+      pass
+  assert "t0k" not in str(caught.value) and "other'" not in str(caught.value)

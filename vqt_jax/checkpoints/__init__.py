@@ -1,8 +1,10 @@
 """Pre-trained ViTs in and out: Big Vision and vision_transformer files."""
 
 from vqt_jax.checkpoints.architecture import check_finite
+from vqt_jax.checkpoints.architecture import check_floats
 from vqt_jax.checkpoints.containers import local_path
 from vqt_jax.checkpoints.containers import save_npz
+from vqt_jax.checkpoints.download import without_secrets
 from vqt_jax.checkpoints.load import load_backbone
 from vqt_jax.checkpoints.load import read_config
 from vqt_jax.checkpoints.positions import check_image_size
@@ -13,6 +15,7 @@ from vqt_jax.checkpoints.public import find_name
 __all__ = [
   "PUBLIC",
   "check_finite",
+  "check_floats",
   "check_image_size",
   "find_name",
   "load_backbone",
@@ -20,4 +23,5 @@ __all__ = [
   "read_config",
   "save_npz",
   "size_from_fields",
+  "without_secrets",
 ]

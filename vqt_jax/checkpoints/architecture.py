@@ -185,6 +185,22 @@ def check_leaves(
     )
 
 
+def check_floats(leaves: Mapping[str, np.ndarray], source: str) -> None:
+  """Raise a `UserError` if a leaf does not hold floating-point numbers.
+
+  Args:
+    leaves: name in the file -> numbers.
+    source: name of the file in the error.
+  """
+  wrong = [n for n, x in leaves.items() if not names_lib.holds_floats(x)]
+  if wrong:
+    some = ", ".join(f"{name} ({leaves[name].dtype})" for name in wrong[:3])
+    raise UserError(
+      f"{source} holds no floating-point numbers in {len(wrong)} of its"
+      f" {len(leaves)} leaves, such as {some}: these are not weights."
+    )
+
+
 def check_finite(leaves: Mapping[str, np.ndarray], source: str) -> None:
   """Raise a `UserError` if a leaf holds NaN or infinity.
 

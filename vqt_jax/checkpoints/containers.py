@@ -24,11 +24,17 @@ _AGAIN = "Copy or download it again."
 
 
 def split_subtree(source: str) -> tuple[str, str]:
-  """Split `PLACE:img` into (PLACE, "img"); other colons are left alone."""
-  if os.path.exists(os.path.expanduser(source)):
+  """Split `PLACE:img` into (PLACE, "img"); other colons are left alone.
+
+  The query of a web address may hold any: there `:img` comes before it.
+  """
+  if "://" not in source and os.path.exists(os.path.expanduser(source)):
     return source, ""
-  match = re.fullmatch(r"((?:\w+://[^/]+/|(?!\w+://)).+):(\w[\w/]*)", source)
-  return (match[1], match[2]) if match else (source, "")
+  place, query, rest = source, "", ""
+  if re.match("https?://", source):
+    place, query, rest = source.partition("?")
+  match = re.fullmatch(r"((?:\w+://[^/]+/|(?!\w+://)).+):(\w[\w/]*)", place)
+  return (match[1] + query + rest, match[2]) if match else (source, "")
 
 
 def local_path(source: str) -> str | None:

@@ -10,15 +10,18 @@ from collections.abc import Callable, Iterator
 import contextlib
 import glob
 import hashlib
+import netrc
 import os
 import pathlib
 import re
 import time
 from typing import Any
 import urllib.parse
+import urllib.request
 
 import fsspec
 
+from vqt_jax.checkpoints import containers
 from vqt_jax.errors import UserError
 from vqt_jax.runtime import files
 from vqt_jax.runtime import locks
@@ -52,46 +55,101 @@ def fetch(
     UserError: there is nothing at the address, it cannot be reached, or what
       came is not what the server announced.
   """
-  scheme, _, rest = address.replace(_GOOGLE, "gs://", 1).partition("://")
-  if scheme not in ("https", "http", "gs"):
+  if "?" not in address:  # Else it is signed for the web.
+    address = address.replace(_GOOGLE, "gs://", 1)
+  shown = without_secrets(address)
+  scheme, _, rest = shown.partition("://")
+  if scheme not in ("https", "http", "gs") or not address.isprintable():
     raise UserError(
-      f"Cannot read {address}: expected a path, a public name, or an https://"
+      f"Cannot read {shown!a}: expected a path, a public name, or an https://"
       " or gs:// address."
     )
   cache = files.path(cache_dir) if cache_dir else files.cache_folder()
-  host = "storage.googleapis.com/" if scheme == "gs" else ""
-  parts = [urllib.parse.quote(part, " ") for part in f"{host}{rest}".split("/")]
+  parts = rest.split("/")
+  if scheme == "gs":
+    parts.insert(0, "storage.googleapis.com")
+  elif scheme == "http":  # Anybody on the way may have changed what came.
+    parts[0] = f"http://{parts[0]}"
+  parts = [urllib.parse.quote(part, " ") for part in parts]
   target = cache.joinpath(*(p for p in parts if p not in ("", ".", "..")))
-  if target.exists():
+  if files.exists(target):
     return target
   try:
     if scheme == "gs":
       return _fetch_from_bucket(rest, target, progress)
-    _download(_web(scheme), address, target, progress)
+    _download(_web(address), address, target, progress)
     return target
   except (FileNotFoundError, PermissionError) as error:
     advice = "or sign in with `gcloud auth application-default login`"
     raise UserError(
-      f"There is no file {address}, or you may not read it; check the address"
+      f"There is no file {shown}, or you may not read it; check the address"
       f"{f', {advice}' if scheme == 'gs' else ''}."
     ) from error
   except ConnectionError as error:
     raise UserError(
-      f"{address} cannot be reached: {error}. Try again."
+      f"{shown} cannot be reached: {error}. Try again."
     ) from error
 
 
-def _web(scheme: str) -> fsspec.AbstractFileSystem:
-  """File system that heeds proxies and gives up on dead servers."""
+def without_secrets(source: str) -> str:
+  """Return a source as it may be shown and stored.
+
+  User, password and query of an address are left out; a few digits of a hash of
+  user and query tell addresses apart. What this returns it leaves as it is.
+
+  Args:
+    source: as `load_backbone` takes it.
+  """
+  place, subtree = containers.split_subtree(source)
+  match = re.fullmatch(
+    r"(?!gs:)([\w+.-]+://)([^/?#]*)([^?#]*)(.*)", place, re.S
+  )
+  user, at, host = match[2].rpartition("@") if match else ("", "", "")
+  if not (match and (at or "?" in match[4])):
+    return source
+  secret = f"{user.partition(':')[0]}{match[4]}"
+  digest = hashlib.sha256(secret.encode("utf-8", "replace")).hexdigest()[:8]
+  shown = f"{match[1]}{host}{match[3]}#{digest}"
+  return f"{shown}:{subtree}" if subtree else shown
+
+
+def _web(address: str) -> fsspec.AbstractFileSystem:
+  """File system that heeds proxies and gives up on dead servers.
+
+  aiohttp would send what ~/.netrc holds over http as well, and to wherever a
+  redirect leads; a header of ours it drops there.
+  """
   import aiohttp
 
-  timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
+  scheme, _, rest = address.partition("://")
+  host = re.sub(r"[/?#].*", "", rest, flags=re.S)
+  # Compressed transfers have neither a length nor ranges.
+  headers = {"Accept-Encoding": "identity"}
+  if scheme == "https" and "@" not in host:
+    headers |= _netrc_header(re.sub(r":\d*$", "", host))
+  proxy = urllib.request.getproxies().get(scheme)
   return fsspec.filesystem(
     scheme,
-    client_kwargs={"trust_env": True, "timeout": timeout},
-    # Compressed transfers have neither a length nor ranges.
-    headers={"Accept-Encoding": "identity"},
+    client_kwargs={
+      "timeout": aiohttp.ClientTimeout(
+        total=None, sock_connect=30, sock_read=60
+      )
+    },
+    headers=headers,
+    proxy=None if urllib.request.proxy_bypass(host) else proxy,
   )
+
+
+def _netrc_header(host: str) -> dict[str, str]:
+  """Header with the user's name and password in ~/.netrc, or $NETRC."""
+  try:
+    found = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
+  except (OSError, ValueError, netrc.NetrcParseError):
+    found = None
+  if not found:
+    return {}
+  token = base64.b64encode(f"{found[0]}:{found[2]}".encode()).decode()
+  return {"Authorization": f"Basic {token}"}
 
 
 def _fetch_from_bucket(
@@ -116,10 +174,11 @@ def _fetch_object(
   try:
     kind = _request(filesystem.info, path)["type"]
   except FileNotFoundError:
-    step = _request(filesystem.cat_file, f"{path}-LAST").decode().strip()
+    step = _request(filesystem.cat_file, f"{path}-LAST", start=0, end=100)
+    step = step.decode(errors="replace").strip()
+    target = files.below(target.parent, f"{target.name}-{step}")
     path, kind = f"{path}-{step}", "directory"
-    target = target.with_name(f"{target.name}-{step}")
-  if target.exists():
+  if files.exists(target):
     return target
   if kind == "file":
     _download(filesystem, path, target, progress)
@@ -129,7 +188,7 @@ def _fetch_object(
     name = file.removeprefix(f"{path}/")
     # Two thirds of a training checkpoint are the optimiser's.
     if not re.match(r"chrono~|opt~(?!target~)", name):
-      _download(filesystem, file, partial / name, progress)
+      _download(filesystem, file, files.below(partial, name), progress)
   if not partial.exists():
     raise FileNotFoundError(path)
   with contextlib.suppress(OSError):  # Another process was faster.
@@ -172,7 +231,8 @@ def _download(
       failures += 1
       if failures == _ATTEMPTS:
         raise UserError(
-          f"Downloading {path} failed: {error}. Try again; what has come so"
+          f"Downloading {without_secrets(path)} failed: {error}. Try again;"
+          " what has come so"
           " far is kept."
         ) from error
       time.sleep(_SECONDS * 2 ** (failures - 1))
@@ -242,7 +302,9 @@ def _chunks(
 ) -> Iterator[bytes]:
   """Yield the bytes of a remote file from `start` on."""
   if size is None:
-    yield _request(filesystem.cat_file, path)
+    with _request(filesystem.open, path, block_size=0) as stream:
+      while chunk := _request(lambda path: stream.read(_CHUNK), path):
+        yield chunk
     return
   while start < size:
     end = min(start + _CHUNK, size)
@@ -268,12 +330,14 @@ def _request(method: Callable[..., Any], path: str, **kwargs: Any) -> Any:
     # Over HTTP everything is "not found", with the reason as its cause.
     reason = error.__cause__ or error
     status = getattr(reason, "status", None) or getattr(reason, "code", None)
+    # Without its cause, which may show what is secret in an address.
     if status in (401, 403) or str(error).startswith("Forbidden"):
-      raise PermissionError(path) from error
+      raise PermissionError(without_secrets(path)) from None
     if status in (404, 410) or type(reason) is FileNotFoundError:
-      raise FileNotFoundError(path) from error
-    text = str(reason).rstrip(".") or type(reason).__name__
-    raise ConnectionError(text) from error
+      raise FileNotFoundError(without_secrets(path)) from None
+    text = files.first_line(reason).rstrip(".")
+    secret = lambda match: without_secrets(match[0])
+    raise ConnectionError(re.sub(r"https?://[^\s'\"]+", secret, text)) from None
 
 
 def _problem(
@@ -296,7 +360,7 @@ def _digest(path: pathlib.Path, algorithm: str) -> bytes | None:
     import google_crc32c  # Comes with gcsfs, as does what it checks.
 
     digest = google_crc32c.Checksum()
-  elif algorithm in hashlib.algorithms_guaranteed:
+  elif algorithm in ("md5", "sha256", "sha512"):
     digest = hashlib.new(algorithm)
   else:
     return None

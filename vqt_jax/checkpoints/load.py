@@ -190,15 +190,16 @@ def _parse_source(
     raise UserError(
       f"source must be a path, an address or a public name, not {source!r}."
     )
-  name, known = os.fspath(source), None
-  if "://" not in name and not containers.find(files.path(name)):
-    known = public.PUBLIC.get(public.find_name(name))
+  source, known = os.fspath(source), None
+  if "://" not in source and not containers.find(files.path(source)):
+    known = public.PUBLIC.get(public.find_name(source))
+  name = download.without_secrets(source)
   if known and known.refused:
     raise UserError(f"{name} is {known.refused}; choose another checkpoint.")
   if known and variant:
     sizes = architecture.decode_variant(known.variant)
     architecture.check_variant(sizes, variant, name)
-  place, subtree = containers.split_subtree(known.address if known else name)
+  place, subtree = containers.split_subtree(known.address if known else source)
   return name, known, place, subtree
 
 
@@ -273,15 +274,8 @@ def _read(
 ) -> dict[str, np.ndarray]:
   """Read leaves as float32, by present-day name."""
   arrays = containers.read_leaves(path, stored.values())
-  leaves = {name: names.as_float32(arrays[old]) for name, old in stored.items()}
-  wrong = [stored[name] for name, leaf in leaves.items() if leaf is None]
-  if wrong:
-    some = ", ".join(f"{name} ({arrays[name].dtype})" for name in wrong[:3])
-    raise UserError(
-      f"{source} is not a ViT: {len(wrong)} of its leaves hold no"
-      f" floating-point numbers, such as {some}."
-    )
-  return leaves
+  architecture.check_floats(arrays, source)
+  return {name: names.as_float32(arrays[old]) for name, old in stored.items()}
 
 
 def _fit_positions(

@@ -23,6 +23,7 @@ import re
 from typing import Any
 
 import flax.traverse_util
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -112,15 +113,15 @@ def is_pre_linen(names: Iterable[str]) -> bool:
   return any("/MlpBlock_3/" in name for name in names)
 
 
-def as_float32(array: np.ndarray) -> np.ndarray | None:
-  """Convert to float32; return None if the array does not hold floats.
+def holds_floats(array: np.ndarray) -> bool:
+  """Return whether an array holds floats; bfloat16 may be two void bytes."""
+  return jnp.issubdtype(array.dtype, np.floating) or array.dtype == "V2"
 
-  NumPy reads stored bfloat16 as two bytes of an unknown ("void") kind.
-  """
-  if array.dtype.kind == "V" and array.dtype.itemsize == 2:
+
+def as_float32(array: np.ndarray) -> np.ndarray:
+  """Convert floats; NumPy reads stored bfloat16 as two bytes ("void")."""
+  if array.dtype == "V2":
     array = array.view(ml_dtypes.bfloat16)
-  elif array.dtype.kind != "f":
-    return None
   return np.asarray(array, np.float32)
 
 

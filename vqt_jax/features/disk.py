@@ -167,7 +167,7 @@ class FeatureFile:
     while True:
       with processes.raise_on_all(), files.explain_write_errors(part):
         part.parent.mkdir(parents=True, exist_ok=True)
-        file = open(part, "ab")
+        file = open(part, "ab", opener=files.refuse_link)
       with file:
         # All processes or none: two runs might each hold a lock that the other
         # waits for.

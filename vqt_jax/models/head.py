@@ -67,3 +67,32 @@ def feature_mask(scores: np.ndarray, fraction: float) -> np.ndarray:
 def mask_features(params: dict, mask: jax.Array) -> dict:
   """Return the head with the rows of features outside of the mask set to 0."""
   return {**params, "kernel": params["kernel"] * mask[..., None]}
+
+
+def spread_rows(
+  rows: np.ndarray, kernel: np.ndarray, num_features: int
+) -> np.ndarray:
+  """Return the kernel (F, classes) of a head of which some rows are stored.
+
+  Args:
+    rows: numbers of the features in use, increasing; the other rows are 0.
+    kernel: the rows of these.
+    num_features: F.
+
+  Raises:
+    ValueError: `rows` are not such numbers, one for each row of `kernel`.
+  """
+  if not (
+    np.issubdtype(rows.dtype, np.integer)
+    and rows.shape == kernel.shape[:1]
+    and (np.diff(rows.astype(np.int64)) > 0).all()
+    and (rows >= 0).all()
+    and (rows < num_features).all()
+  ):
+    raise ValueError(
+      f"expected increasing numbers of features below {num_features}, one for"
+      " each row of the head"
+    )
+  whole = np.zeros((num_features, *kernel.shape[1:]), kernel.dtype)
+  whole[rows] = kernel
+  return whole

@@ -253,7 +253,8 @@ def _describe(context: programs.PlanContext, where: str) -> list[str]:
   )
   return [
     f"plan of {context.tuner.method} on {context.config.task}   ViT-{c.variant}"
-    f" {context.config.init}, {pixels} px, {c.dtype}",
+    f" {checkpoints.without_secrets(context.config.init)}, {pixels} px,"
+    f" {c.dtype}",
     f"{where}: {context.mesh.size} x {context.chip.name}, data"
     f" {shape['data']} x model {shape['model']},"
     f" {units.format_bytes(context.chip.memory)} each",

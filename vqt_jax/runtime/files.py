@@ -21,6 +21,8 @@ import re
 import shutil
 import sys
 import tempfile
+import types
+import typing
 from typing import IO, Any
 import uuid
 
@@ -38,6 +40,7 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 PathLike = str | os.PathLike
 # Returned by `path`; an `epath.Path` is a `PurePath` too.
 Path = pathlib.PurePath
+T = typing.TypeVar("T")
 
 # Failures of a bucket, by type, code and text of an exception: gcsfs, aiohttp,
 # google.auth, TensorStore and TensorFlow have no class in common.
@@ -158,22 +161,75 @@ def list_names(folder: Path) -> list[str]:
   return []
 
 
+def below(root: Path, name: str) -> Path:
+  """Return `root / name`, of a name that a file or a server has told.
+
+  Args:
+    root: folder that must hold it.
+    name: a name, or several joined with "/".
+
+  Raises:
+    UserError: it is not made of plain names, or a link leads out of the folder.
+  """
+  place = root / name
+  plain = name.isprintable() and "\\" not in name
+  if not plain or {"", ".", ".."}.intersection(name.split("/")):
+    raise errors.UserError(
+      f"Cannot use the name {name!a} in {root}: expected one that stays in that"
+      " folder. Is what names it from a source that you trust?"
+    )
+  if not in_bucket(root):
+    found = pathlib.Path(os.path.realpath(place))
+    if not found.is_relative_to(os.path.realpath(root)):
+      raise errors.UserError(
+        f"Cannot use {place}: a link there leads to {found}, out of that"
+        " folder. Replace the link with what it leads to."
+      )
+  return place
+
+
 def read(file: Path) -> bytes:
   """Read a file; raise `FileNotFoundError` if there is none."""
   with explain_read_errors(file):
+    _check_regular(file)
     return file.read_bytes()
+
+
+def _check_regular(file: Path) -> None:
+  """Raise a `UserError` for a pipe or a device, which may never end."""
+  if not in_bucket(file) and not (file.is_file() or file.is_dir()):
+    if file.exists():
+      raise errors.UserError(f"Cannot read {file}: it is not a regular file.")
 
 
 @contextlib.contextmanager
 def local_copy(file: Path) -> Iterator[pathlib.Path]:
   """Provide a file as a local one: itself, or a copy of one in a bucket."""
   if not in_bucket(file):
+    _check_regular(file)
     yield file
     return
   with tempfile.NamedTemporaryFile(prefix="vqt_jax_") as copy:
     copy.write(read(file))
     copy.flush()
     yield pathlib.Path(copy.name)
+
+
+def refuse_link(file: PathLike, flags: int) -> int:
+  """Open a file as an `opener` of `open`, unless it is a link or a pipe.
+
+  Whoever can make a file where this program writes could otherwise have it
+  write to any file of the user.
+  """
+  try:
+    return os.open(file, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+  except OSError as e:
+    if e.errno != errno.ELOOP:
+      raise
+    raise errors.UserError(
+      f"Cannot write {file}: it is a link, so that another file would change."
+      " Replace it with a copy of that."
+    ) from e
 
 
 @contextlib.contextmanager
@@ -192,7 +248,7 @@ def replacing(file: Path) -> Iterator[IO[bytes]]:
     temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.new")
     file.parent.mkdir(parents=True, exist_ok=True)
     closing.callback(temporary.unlink, missing_ok=True)
-    with open(temporary, "wb") as out:
+    with open(temporary, "xb") as out:
       yield out
       out.flush()
       os.fsync(out.fileno())
@@ -299,6 +355,27 @@ explain_read_errors = functools.partial(_explain_errors, "read")
 explain_write_errors = functools.partial(_explain_errors, "write")
 
 
+@contextlib.contextmanager
+def explain_damage(
+  file: PathLike, advice: str = "It is damaged, or of another program."
+) -> Iterator[None]:
+  """Turn whatever is raised while a file is parsed into a `UserError`.
+
+  Only a file that is missing stays a `FileNotFoundError`.
+  """
+  try:
+    yield
+  except (errors.UserError, FileNotFoundError):
+    raise
+  except OSError as e:
+    raise errors.UserError(f"Cannot read {file}: {e.strerror or e}.") from e
+  except Exception as e:  # Parsers of damaged files raise every kind.
+    reason = first_line(e)
+    if not isinstance(e, ValueError) or isinstance(e, UnicodeError):
+      reason = f"{type(e).__name__}: {reason}"
+    raise errors.UserError(f"Cannot read {file}: {reason} {advice}") from e
+
+
 def bucket_advice(error: BaseException | None) -> str | None:
   """Advice if a bucket denied access or could not be reached, else None."""
   while error:
@@ -315,8 +392,9 @@ def bucket_advice(error: BaseException | None) -> str | None:
 
 
 def first_line(error: Exception) -> str:
-  """First line of an exception's text, as a sentence."""
+  """First line of an exception's text, as a sentence without control codes."""
   line = str(error).strip().split("\n")[0][:200].rstrip(".")
+  line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
   return f"{line or type(error).__name__}."
 
 
@@ -328,13 +406,54 @@ def write_json(file: PathLike, value: Any) -> None:
 def read_json(file: PathLike) -> Any:
   """Read a JSON file; one that is missing or damaged is a `UserError`."""
   try:
-    content = read(path(file))
+    with explain_damage(file):
+      return parse_json(read(path(file)))
   except FileNotFoundError:
     raise errors.UserError(f"There is no {file}.") from None
-  try:
-    return json.loads(content)
-  except ValueError as e:
-    raise errors.UserError(f"Cannot read {file}: {e}: it is damaged.") from e
+
+
+def parse_json(content: bytes | str, kind: type = object) -> Any:
+  """Parse JSON; raise a `ValueError` if its value is not of a type."""
+  value = json.loads(content)
+  if not isinstance(value, kind):
+    raise ValueError(f"expected a {kind.__name__}")
+  return value
+
+
+def from_json(kind: type[T], value: Any) -> T:
+  """Return a dataclass made of its fields as JSON has them.
+
+  Raises:
+    ValueError: the value is not a dict of some of its fields, or one of these
+      is not of the type that the class declares.
+  """
+  if not isinstance(value, dict):
+    raise ValueError(f"expected a dict, found {type(value).__name__}")
+  declared = typing.get_type_hints(kind)
+  for name, given in value.items():
+    if name not in declared or not is_of(given, declared[name]):
+      raise ValueError(f"{name!a} is unknown or of another type")
+  return kind(**value)
+
+
+def is_of(value: Any, kind: Any) -> bool:
+  """Return whether a value of JSON has a type, e.g. `dict[str, list[float]]`.
+
+  A whole number is a `float` too, but truth values are no numbers.
+  """
+  outer, inner = typing.get_origin(kind), typing.get_args(kind)
+  if outer is types.UnionType:
+    return any(is_of(value, each) for each in inner)
+  if outer in (list, dict):
+    within = value.values() if isinstance(value, dict) else value
+    return isinstance(value, outer) and all(
+      is_of(each, inner[-1]) for each in within
+    )
+  if kind is Any:
+    return True
+  if isinstance(value, bool) and kind is not bool:
+    return False
+  return isinstance(value, (int, float) if kind is float else kind)
 
 
 def json_bytes(value: Any) -> bytes:

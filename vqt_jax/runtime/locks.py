@@ -54,10 +54,13 @@ def open_locked(path: pathlib.Path, wait: bool) -> IO[bytes] | None:
 
   Raises:
     OSError: the file cannot be opened, or the file system has no locks.
+    UserError: it is a link.
   """
   while True:
     with contextlib.ExitStack() as closing:
-      file = closing.enter_context(open(path, "ab", buffering=0))
+      file = closing.enter_context(
+        open(path, "ab", buffering=0, opener=files.refuse_link)
+      )
       if not try_lock(file, wait):
         return None
       if is_still_at(file, path):

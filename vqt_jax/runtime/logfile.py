@@ -11,6 +11,7 @@ import sys
 from typing import Any, TextIO
 
 from vqt_jax import errors
+from vqt_jax.runtime import files
 
 # The terminal, while `redirect_output` is in effect.
 _screen: TextIO | None = None
@@ -93,7 +94,7 @@ def redirect_output(
   """
   global _screen
   try:
-    file = open(path, "ab", buffering=0)
+    file = open(path, "ab", buffering=0, opener=files.refuse_link)
   except OSError as e:
     raise errors.UserError(
       f"Cannot write {path}: {e.strerror}. Choose another place."

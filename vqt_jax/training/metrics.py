@@ -6,8 +6,9 @@ import json
 import os
 import pathlib
 import re
+import sys
 import time
-from typing import Any
+from typing import Any, BinaryIO
 
 from etils import epy
 
@@ -68,7 +69,7 @@ class MetricsWriter:
     if phase not in self._begun:
       self._begun.add(phase)
       rows = self._resume(phase, rows)
-    with files.explain_write_errors(self._path), open(self._path, "ab") as file:
+    with files.explain_write_errors(self._path), self._open("ab") as file:
       file.write(b"".join(map(files.json_line, rows)))
       file.flush()
       os.fsync(file.fileno())
@@ -99,11 +100,12 @@ class MetricsWriter:
       same += 1
     self._rows = self._rows[: start + same]
     if self._path.exists():
-      with files.explain_write_errors(self._path):
-        os.truncate(
-          self._path, sum(len(files.json_line(row)) for row in self._rows)
-        )
+      with files.explain_write_errors(self._path), self._open("r+b") as file:
+        file.truncate(sum(len(files.json_line(row)) for row in self._rows))
     return rows[same:]
+
+  def _open(self, mode: str) -> BinaryIO:
+    return open(self._path, mode, opener=files.refuse_link)
 
 
 def read_metrics(workdir: PathLike) -> list[dict[str, Any]]:
@@ -112,16 +114,38 @@ def read_metrics(workdir: PathLike) -> list[dict[str, Any]]:
   for line in metrics_bytes(files.path(workdir)).splitlines(keepends=True):
     try:
       row = json.loads(line)
-      if files.json_line(row) != line or "phase" not in row:
+      if files.json_line(row) != line or not _is_row(row):
         break
-    except ValueError:
+    except (ValueError, RecursionError):
       break
     rows.append(row)
   return rows
 
 
+def _is_row(row: Any) -> bool:
+  """Return whether a value of JSON is a row: its phase names a folder."""
+  return (
+    isinstance(row, dict)
+    and files.is_of(row.get("phase"), str)
+    and re.fullmatch(r"\w[\w.-]*", row["phase"])
+    and all(
+      files.is_of(row.get(name), int) and 0 <= row[name] < 2**31
+      for name in ("epoch", "run")
+    )
+    and all(_is_number(row.get(name, 0)) for name in _SETTING)
+    and all(_is_number(row.get(name) or 0) for name in PLOTTED)
+  )
+
+
+def _is_number(value: Any) -> bool:
+  return files.is_of(value, float) and not abs(value) > sys.float_info.max
+
+
 # Quantities to plot; the other entries of a row name the trial.
 PLOTTED = ("loss", "accuracy", "val_loss", "val_accuracy")
+
+# What names a trial's folder.
+_SETTING = ("lr", "weight_decay", "seed")
 
 # Other programs have the name of the machine in place of "run".
 _OWN = re.compile(r"events\.out\.tfevents\.\d+\.run")
@@ -162,9 +186,10 @@ class Events:
   def _add(self, row: Mapping[str, Any], **what: Any) -> None:
     name = _run_name(row)
     if name not in self._writers:
-      folder = self._directory / name
+      folder = files.below(self._directory, name)
       folder.mkdir(parents=True, exist_ok=True)
-      file = open(folder / f"events.out.tfevents.{int(time.time())}.run", "wb")
+      path = folder / f"events.out.tfevents.{int(time.time())}.run"
+      file = open(path, "wb", opener=files.refuse_link)
       self._writers[name] = record_writer.RecordWriter(file)
       start = event_pb2.Event(
         wall_time=time.time(), file_version="brain.Event:2"
@@ -175,6 +200,6 @@ class Events:
 
 
 def _run_name(row: Mapping[str, Any]) -> str:
-  keys = [k for k in ("lr", "weight_decay", "seed") if k in row]
+  keys = [k for k in _SETTING if k in row]
   told = " ".join(f"{key}={row[key]:g}" for key in keys)
   return f"{row['phase']}/{row['run']:02d} {told}".strip()

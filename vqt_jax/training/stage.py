@@ -6,24 +6,21 @@ The result of a finished stage, with the weights that later ones need, lies in
 
 from collections.abc import Sequence
 import dataclasses
-import json
-import pathlib
 import statistics
 from typing import Any
 
 import flax.traverse_util
 import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from vqt_jax import errors
 from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.runtime import array_files
 from vqt_jax.runtime import files
 from vqt_jax.training import step as step_lib
 from vqt_jax.training import trial as trial_lib
 
 SUFFIX = ".safetensors"
+_HISTORY = ("loss", "accuracy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,53 +208,50 @@ def median_per_trial(seconds: Sequence[float], trials: int = 1) -> float | None:
 def write_result(path: files.Path, outcome: StageResult) -> None:
   flat = flax.traverse_util.flatten_dict(outcome.variables or {}, sep="/")
   info = dataclasses.asdict(dataclasses.replace(outcome, variables=None))
-  files.write(
-    path,
-    safetensors.numpy.save(
-      {name: np.ascontiguousarray(x) for name, x in flat.items()},
-      metadata={"outcome": json.dumps(info)},
-    ),
-  )
+  files.write(path, array_files.to_safetensors(flat, {"outcome": info}))
 
 
 def read_result(path: files.Path, stage: Stage) -> StageResult:
   """Read the file of a finished stage; raise a `UserError` if damaged."""
-  with files.local_copy(path) as local:
-    return _parse(path, local, stage)
-
-
-def _parse(path: files.Path, local: pathlib.Path, stage: Stage) -> StageResult:
-  """Parse `local`, a local copy of `path`."""
-  trials = len(stage.trials)
-  try:
-    with safetensors.safe_open(local, "numpy") as file:
-      outcome = StageResult(**json.loads((file.metadata() or {})["outcome"]))
-      flat = {name: file.get_tensor(name) for name in file.keys()}
-    if any(len(row["loss"]) != trials for row in outcome.history):
-      raise ValueError(f"expected {trials} trials")
-    if flat:  # An empty dict has no leaves to save.
-      variables = flax.traverse_util.unflatten_dict(flat, sep="/")
-      outcome.variables = {"tuner": {}, **variables}
-    _check_shapes(outcome.variables, stage)
-  except (
-    OSError,
-    KeyError,
-    TypeError,
-    ValueError,
-    safetensors.SafetensorError,
-  ) as e:
-    raise errors.UserError(
-      f"Cannot read {path}: {e!r}. Delete it to do this part again."
-    ) from e
+  with files.explain_damage(path, "Delete it to do this part again."):
+    flat, info = array_files.read_safetensors(
+      path, lambda shapes, info: _check_shapes(shapes, stage)
+    )
+    for name, array in flat.items():
+      if array.dtype != np.float32:
+        raise ValueError(f"{name} holds {array.dtype}, not float32")
+    told = info["outcome"]
+    if isinstance(told, str):  # Of files without a checksum.
+      told = files.parse_json(told)
+    outcome = files.from_json(StageResult, told)
+    _check_lengths(outcome, stage)
+  if flat:  # An empty dict has no leaves to save.
+    variables = flax.traverse_util.unflatten_dict(flat, sep="/")
+    outcome.variables = {"tuner": {}, **variables}
   return outcome
 
 
-def _check_shapes(variables: Any, stage: Stage) -> None:
+def _check_lengths(outcome: StageResult, stage: Stage) -> None:
+  """Raise a `ValueError` if a result is not one of the trials of a stage."""
+  trials = len(stage.trials)
+  lists = [row[name] for row in outcome.history for name in _HISTORY]
+  if (outcome.accuracy is None) != (stage.judge is None):
+    raise ValueError("expected accuracies exactly if the stage is judged")
+  if outcome.accuracy is not None:
+    lists.append(outcome.accuracy)
+  if any(len(each) != trials for each in lists) or not all(
+    0 <= i < trials for i in outcome.diverged
+  ):
+    raise ValueError(f"expected {trials} trials")
+
+
+def _check_shapes(shapes: array_files.Shapes, stage: Stage) -> None:
   """Raise a `ValueError` if these are not the variables of a stage."""
-  expected = None
+  expected = {}
   if stage.keeps_weights:
-    shape = lambda x: (len(stage.trials), *x.shape)
-    expected = jax.tree.map(shape, stage.tuner.shapes())
-  found = jax.tree.map(np.shape, variables)
-  if found != expected:
-    raise ValueError(f"expected weights {expected}, found {found}")
+    leaves = flax.traverse_util.flatten_dict(stage.tuner.shapes(), sep="/")
+    expected = {
+      name: (len(stage.trials), *leaf.shape) for name, leaf in leaves.items()
+    }
+  if shapes != expected:
+    raise ValueError(f"expected weights {expected}, found {shapes}")

@@ -51,7 +51,7 @@ class Stages:
     self._context, self._examples, self._saver = context, examples, saver
     self._metrics, self._stop, self._peak = metrics, stop, peak
     self._forecast, self._size = forecast, 1
-    self._folder = context.workdir / "stages"
+    self._folder = files.below(context.workdir, "stages")
     with processes.raise_on_all():
       names = files.list_names(self._folder)
       self._done = {

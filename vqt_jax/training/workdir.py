@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import contextlib
 from typing import Any
 
+from vqt_jax import checkpoints
 from vqt_jax import errors
 from vqt_jax.config import config_dict
 from vqt_jax.config import fields
@@ -58,6 +59,7 @@ def open_workdir(config: Any, workdir: PathLike) -> Iterator[bool]:
   """
   workdir = files.path(workdir)
   now = config_dict.to_json(config)
+  now["init"] = checkpoints.without_secrets(now["init"])
   _config_of(workdir)  # Not even a lock in the folder of another program.
   with locks.lock_folder(workdir):
     old, begun = _config_of(workdir), _begun(workdir)
@@ -101,11 +103,15 @@ def _begun(workdir: files.Path) -> bool:
   """Return whether anything was trained there or in a folder within."""
   if not files.exists(workdir / "config.json"):
     return False
-  return bool(
+  names = files.list_names(workdir)
+  return _trained(workdir) or any(_trained(workdir / name) for name in names)
+
+
+def _trained(workdir: files.Path) -> bool:
+  return files.exists(workdir / "config.json") and bool(
     files.exists(workdir / "results.json")
     or metrics.metrics_bytes(workdir)
     or files.list_names(workdir / "checkpoints")
-    or any(_begun(workdir / name) for name in files.list_names(workdir))
   )
 
 
@@ -113,6 +119,8 @@ def _check_same_run(
   old: dict[str, Any], now: dict[str, Any], workdir: files.Path
 ) -> None:
   method = methods.parse(now["method"]) if now["method"] else None
+  if isinstance(old["init"], str):  # Earlier versions stored all of it.
+    old = {**old, "init": checkpoints.without_secrets(old["init"])}
   changed = [
     f"{name} was {before!r}, is now {after!r}"
     for name, (before, after) in config_dict.differences(old, now).items()

@@ -17,13 +17,13 @@ import hashlib
 from typing import Any
 
 import flax.traverse_util
+import jax
 import numpy as np
-import safetensors
 import safetensors.numpy
 
+from vqt_jax import checkpoints
 from vqt_jax import errors
 from vqt_jax import version
-from vqt_jax.checkpoints import local_path
 from vqt_jax.models import backbone as backbone_lib
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.runtime import files
@@ -31,6 +31,17 @@ from vqt_jax.runtime.files import PathLike
 from vqt_jax.tuned import card
 
 FORMAT = 1
+# Fields of `bundle.json` -> types.
+_KINDS = {
+  "task": str,
+  "classes": list[str],
+  "seeds": list[int],
+  "preprocessing": dict[str, Any],
+  "tuner": dict[str, Any],
+  "backbone": dict[str, Any],
+  "results": dict[str, Any],
+  "weights_sha256": str,
+}
 WEIGHTS, INFO, CARD = "model.safetensors", "bundle.json", "README.md"
 # Files of one seed, as versions before 0.3 wrote them, in `tuned/seed_SEED`.
 _OLD_WEIGHTS, _OLD_INFO = "variables.safetensors", "info.json"
@@ -97,14 +108,16 @@ def write(
   flat = flax.traverse_util.flatten_dict(variables, sep="/")
   arrays = {k: np.ascontiguousarray(v) for k, v in flat.items()}
   weights = safetensors.numpy.save(arrays)
-  c, path = backbone.config, local_path(source)
+  c, path = backbone.config, checkpoints.local_path(source)
   info = {
     "format": FORMAT,
     "program": f"vqt_jax {version.__version__}",
     "tuner": {name: getattr(tuner, name) for name in _TUNER_FIELDS}
     | {"options": dataclasses.asdict(tuner.options)},
     "backbone": {
-      "source": files.path(path).name if path else source,
+      "source": files.path(path).name
+      if path
+      else checkpoints.without_secrets(source),
       "sha256": backbone.identity,
       "variant": c.variant,
       "trained_size": backbone.trained_size,
@@ -155,16 +168,18 @@ def read(directory: PathLike) -> Bundle:
   if not files.exists(directory / INFO):
     return _read_old(_old_seeds(directory))
   info = files.read_json(directory / INFO)
-  if not isinstance(info, dict) or not isinstance(info.get("format"), int):
-    raise errors.UserError(f"{directory / INFO} does not describe a bundle.")
-  if info["format"] > FORMAT:
-    raise errors.UserError(
-      f"{directory} has format {info['format']}, written by"
-      f" {info.get('program')}; this is a version that knows formats up to"
-      f" {FORMAT}. Install a newer vqt_jax."
-    )
+  with files.explain_damage(directory / INFO):
+    if info["format"] > FORMAT:
+      raise errors.UserError(
+        f"{directory} has format {info['format']}, written by"
+        f" {info.get('program')}; this version reads formats up to {FORMAT}."
+        " Install a newer vqt_jax."
+      )
+    for name, kind in _KINDS.items():
+      if not files.is_of(info[name], kind):
+        raise ValueError(f"{name}: expected {kind}")
   content = _read_file(directory / WEIGHTS)
-  if hashlib.sha256(content).hexdigest() != info.get("weights_sha256"):
+  if hashlib.sha256(content).hexdigest() != info["weights_sha256"]:
     raise errors.UserError(
       f"{directory / WEIGHTS} is damaged, or of another bundle: its SHA-256 is"
       f" not the one in {INFO}. Copy the whole folder again."
@@ -175,17 +190,18 @@ def read(directory: PathLike) -> Bundle:
 def _read_file(path: files.Path) -> bytes:
   try:
     return files.read(path)
-  except OSError as e:
+  except FileNotFoundError as e:
     raise errors.UserError(f"There is no {path}.") from e
 
 
 def _parse(content: bytes, path: files.Path) -> dict[str, Any]:
   """Parse weights into a nested dict."""
-  try:
+  with files.explain_damage(path):
     flat = safetensors.numpy.load(content)
-  except safetensors.SafetensorError as e:
-    raise errors.UserError(f"Cannot read {path}: {e}.") from e
-  return flax.traverse_util.unflatten_dict(flat, sep="/")
+    checkpoints.check_floats(
+      {n: x for n, x in flat.items() if n != "head/features"}, str(path)
+    )
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
 def _old_seeds(folder: files.Path) -> list[files.Path]:
@@ -199,42 +215,28 @@ def _old_seeds(folder: files.Path) -> list[files.Path]:
 
 def _read_old(folders: list[files.Path]) -> Bundle:
   """Read folders of single seeds as one bundle."""
-  seeds, trees = [], []
-  for folder in folders:
-    info = files.read_json(folder / _OLD_INFO)
-    path = folder / _OLD_WEIGHTS
-    trees.append(_parse(_read_file(path), path))
-    seeds.append(info.get("seed"))
-  try:
-    flat = [flax.traverse_util.flatten_dict(tree, sep="/") for tree in trees]
-    stacked = {
-      name: np.stack([each[name] for each in flat]) for name in flat[0]
-    }
-    settings = info["backbone"]
-    info = {
-      "format": 0,
-      "task": info.get("task", ""),
-      "classes": [str(i) for i in range(info["num_classes"])],
-      "preprocessing": {
-        "image_size": settings["image_size"],
-        "value_range": settings["value_range"],
-        "resize": info.get("resize", "bilinear"),
-      },
-      "seeds": seeds,
-      "results": {"chosen": info.get("chosen", {})},
-      "tuner": {name: info[name] for name in _TUNER_FIELDS if name in info}
-      | {"options": info.get("options", {})},
-      "backbone": {
-        "source": settings["source"],
-        **{
-          name: settings[name]
-          for name in ("sha256", "variant", "trained_size", "pool_type", "gelu")
-          if name in settings
+  infos = [files.read_json(folder / _OLD_INFO) for folder in folders]
+  trees = [
+    _parse(_read_file(folder / _OLD_WEIGHTS), folder / _OLD_WEIGHTS)
+    for folder in folders
+  ]
+  with files.explain_damage(folders[0] / _OLD_INFO):
+    info, backbone = infos[0], infos[0]["backbone"]
+    return Bundle(
+      jax.tree.map(lambda *leaves: np.stack(leaves), *trees),
+      {
+        "format": 0,
+        "task": info.get("task", ""),
+        "classes": [str(i) for i in range(info["num_classes"])],
+        "seeds": [int(each.get("seed", 0)) for each in infos],
+        "preprocessing": {
+          "image_size": backbone["image_size"],
+          "value_range": backbone["value_range"],
+          "resize": info.get("resize", "bilinear"),
         },
+        "tuner": {name: info[name] for name in _TUNER_FIELDS if name in info}
+        | {"options": info.get("options", {})},
+        "backbone": backbone,
+        "results": {"chosen": info.get("chosen", {})},
       },
-    }
-  except (KeyError, TypeError, ValueError) as e:
-    raise errors.UserError(
-      f"{folders[-1]} does not describe a tuned model: {e!r}."
-    ) from e
-  return Bundle(flax.traverse_util.unflatten_dict(stacked, sep="/"), info)
+    )

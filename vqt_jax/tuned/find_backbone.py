@@ -1,7 +1,6 @@
 """Finds the backbone that a bundle was trained on."""
 
 from collections.abc import Iterator, Mapping
-import os
 import pathlib
 from typing import Any
 
@@ -63,18 +62,16 @@ def _places(folder: files.Path, source: str) -> Iterator[str]:
   An address is followed only if the run's own config has it: a bundle from
   elsewhere cannot make this machine fetch what it likes.
   """
-  if not isinstance(source, str):
-    raise TypeError(source)
-  config = folder.parent / "config.json"
-  if files.exists(config):
-    init = files.read_json(config).get("init")
-    if isinstance(init, str):
-      yield init
+  for parent in (folder.parent, folder.parent.parent):
+    if files.exists(parent / "config.json"):
+      init = files.read_json(parent / "config.json").get("init")
+      if isinstance(init, str):
+        yield init
   if checkpoints.find_name(source):
     yield source
   elif "://" not in source:
     for place in (folder, folder.parent, _ASSETS):
-      path = os.fspath(place / os.path.basename(source))
+      path = str(files.below(place, source))
       if checkpoints.local_path(path):
         yield path
 
@@ -83,10 +80,17 @@ def _checked(
   backbone: backbone_lib.Backbone, folder: files.Path, info: Mapping[str, Any]
 ) -> backbone_lib.Backbone:
   """Return a backbone if it is the one that a bundle was trained on."""
-  if info["backbone"].get("sha256") not in (None, backbone.identity):
+  expected = info["backbone"].get("sha256")
+  if expected not in (None, backbone.identity):
     raise errors.UserError(
       f"{folder} was trained on other weights than {backbone.source} has. Name"
       " those it was trained on: vqt_jax.load(path, backbone=...), or"
       " --backbone on a command line."
+    )
+  size = tuple(info["preprocessing"]["image_size"])
+  if backbone.config.image_size != size:
+    raise errors.UserError(
+      f"{folder} was trained on images of {size}, and {backbone} is for others:"
+      f" expected load_backbone(..., image_size={size})."
     )
   return backbone

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from vqt_jax import data
 from vqt_jax import errors
 from vqt_jax.data import decoding
+from vqt_jax.data import preprocess as preprocess_lib
 from vqt_jax.models import backbone as backbone_lib
 
 # From one image to the backbone's input, (height, width, 3) float32.
@@ -19,6 +19,7 @@ Prepare = Callable[[Any], np.ndarray]
 
 BATCH = 32  # Images in a pass, if there are as many.
 _THREADS = min(8, os.cpu_count() or 1)
+_FILES = str | bytes | os.PathLike | PIL.Image.Image
 _EXPECTED = (
   "images: expected paths, PIL images, or uint8 arrays (height, width) or"
   " (height, width, 3 or 4)"
@@ -33,14 +34,16 @@ def make_prepare(
   Args:
     image_size: (height, width), pixels.
     value_range: key of `backbone.VALUE_RANGES`.
-    resize: of a TFDS dataset, see `data.make_preprocess`.
+    resize: of a TFDS dataset, see `preprocess_lib.make_preprocess`.
     fit: of image files, see `decoding.fit`; else "".
 
   Raises:
     UserError: a name is unknown, or the size is impossible.
   """
   if not fit:
-    preprocess = data.make_preprocess(tuple(image_size), value_range, resize)
+    preprocess = preprocess_lib.make_preprocess(
+      tuple(image_size), value_range, resize
+    )
     return lambda image: np.asarray(preprocess(decoding.decode(_file(image))))
   return lambda image: decoding.scale(
     decoding.read(_file(image), image_size, fit), value_range
@@ -49,7 +52,7 @@ def make_prepare(
 
 def _file(image: Any) -> Any:
   """Return an image as `decoding` takes it: an array as an image of Pillow."""
-  if not hasattr(image, "__array__") or isinstance(image, PIL.Image.Image):
+  if isinstance(image, _FILES) or not hasattr(image, "__array__"):
     return image
   image = np.asarray(image)
   if image.ndim == 3 and image.shape[-1] == 1:
@@ -125,7 +128,7 @@ def pad(images: list[np.ndarray]) -> np.ndarray:
 
 def split(x: Any) -> Iterable[Any]:
   """Split what was given into single images."""
-  if isinstance(x, str | bytes | os.PathLike | PIL.Image.Image):
+  if isinstance(x, _FILES):
     return [x]
   if hasattr(x, "__array__"):
     x = np.asarray(x)

@@ -14,9 +14,11 @@ from vqt_jax import checkpoints
 from vqt_jax import errors
 from vqt_jax.models import backbone as backbone_lib
 from vqt_jax.models import editors
+from vqt_jax.models import head as head_lib
 from vqt_jax.models import methods
 from vqt_jax.models import readers
 from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.runtime import files
 from vqt_jax.runtime.files import PathLike
 from vqt_jax.tuned import bundle as bundle_lib
 from vqt_jax.tuned import find_backbone
@@ -236,59 +238,30 @@ def _load(place: PathLike, given: Any) -> Model:
   folder = bundle_lib.find(place)
   bundle = bundle_lib.read(folder)
   info = bundle.info
-  try:
+  with files.explain_damage(folder / bundle_lib.INFO):
+    options = editors.Options(**info["tuner"]["options"])
     backbone = find_backbone.find(folder, info, given)
     tuner = tuner_lib.make_tuner(
       backbone=backbone,
       num_classes=len(info["classes"]),
-      **info["tuner"]
-      | {"options": editors.Options(**info["tuner"]["options"])},
+      **info["tuner"] | {"options": options},
     )
-  except (KeyError, TypeError, AttributeError) as e:
-    raise errors.UserError(
-      f"{folder} does not describe a tuned model: {e!r}. Was it written by"
-      " this program?"
-    ) from e
   variables = {"tuner": {}, **bundle.variables}  # Empty dicts are not written.
-  variables["head"] = _all_features(variables["head"], tuner, folder)
-  expected = jax.tree.map(np.shape, tuner.shapes())
-  found = jax.tree.map(lambda leaf: leaf.shape[1:], variables)
-  if found != expected:
-    raise errors.UserError(
-      f"{folder} does not fit {tuner.method} on {backbone}: expected"
-      f" {expected}, found {found}."
+  with files.explain_damage(folder / bundle_lib.WEIGHTS):
+    head = dict(variables["head"])
+    if "features" in head:
+      rows = zip(head.pop("features"), head["kernel"], strict=True)
+      spread = [head_lib.spread_rows(*x, tuner.num_features) for x in rows]
+      variables["head"] = head | {"kernel": np.stack(spread)}
+    expected = jax.tree.map(
+      lambda leaf: (len(info["seeds"]), *leaf.shape), tuner.shapes()
     )
+    found = jax.tree.map(np.shape, variables)
+    if found != expected:
+      raise ValueError(f"expected {expected}, found {found}")
   flat = flax.traverse_util.flatten_dict(variables, sep="/")
-  checkpoints.check_finite(flat, str(folder))
+  checkpoints.check_finite(flat, str(folder / bundle_lib.WEIGHTS))
   return Model(backbone, tuner, variables, tuple(info["classes"]), info)
-
-
-def _all_features(
-  head: Mapping[str, np.ndarray], tuner: tuner_lib.Tuner, folder: PathLike
-) -> dict[str, np.ndarray]:
-  """Give a head of selected features rows of 0 for the others."""
-  head = dict(head)
-  chosen = head.pop("features", None)
-  if chosen is None:
-    return head
-  rows = head["kernel"]
-  whole = chosen.shape == rows.shape[:2] and chosen.dtype == np.int32
-  if (
-    not whole
-    or chosen.size
-    and not (
-      chosen.min() >= 0
-      and chosen.max() < tuner.num_features
-      and (np.diff(chosen, axis=-1) > 0).all()
-    )
-  ):
-    raise errors.UserError(
-      f"{folder}: head/features: expected the numbers of {rows.shape[1]}"
-      f" features in order, each below {tuner.num_features}."
-    )
-  kernel = np.zeros((len(rows), tuner.num_features, rows.shape[2]), rows.dtype)
-  np.put_along_axis(kernel, chosen[..., None], rows, axis=1)
-  return head | {"kernel": kernel}
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,0 +1,80 @@
+"""Safetensors: any flipped bit is told, claims are judged before memory."""
+
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from vqt_jax import errors
+from vqt_jax.runtime import array_files
+from vqt_jax.runtime import files
+
+ARRAYS = {"a/b": np.arange(6, dtype=np.float32).reshape(2, 3), "c": np.ones(2)}
+INFO = {"history": [{"loss": [0.1, float("nan")]}], "seed": (1, 2)}
+
+
+def accept(shapes, info):
+  pass
+
+
+def read(path, check=accept):
+  with files.explain_damage(path):
+    return array_files.read_safetensors(path, check)
+
+
+def test_what_is_written_is_read(tmp_path):
+  path = tmp_path / "a.safetensors"
+  path.write_bytes(array_files.to_safetensors(ARRAYS, INFO))
+  seen = []
+  arrays, info = read(path, lambda *headers: seen.append(headers))
+  assert json.dumps(info) == json.dumps(INFO)
+  assert seen[0][0] == {"a/b": (2, 3), "c": (2,)} and seen[0][1] is info
+  for name, array in ARRAYS.items():
+    np.testing.assert_array_equal(arrays[name], array)
+    assert arrays[name].dtype == array.dtype
+  assert array_files.to_safetensors(ARRAYS, INFO) == path.read_bytes()
+
+
+def test_files_without_a_checksum_are_read(tmp_path):
+  path = tmp_path / "a.safetensors"
+  safetensors.numpy.save_file(ARRAYS, path, {"outcome": "x"})
+  arrays, info = read(path)
+  assert sorted(arrays) == sorted(ARRAYS) and info == {"outcome": "x"}
+
+
+def test_flipped_bits_are_told(tmp_path):
+  path = tmp_path / "a.safetensors"
+  content = array_files.to_safetensors(ARRAYS, {"seed": 1})
+  path.write_bytes(content)
+  right = read(path)
+  for place in range(len(content)):
+    flipped = bytearray(content)
+    flipped[place] ^= 1 << place % 8
+    path.write_bytes(flipped)
+    try:
+      arrays, info = read(path)
+    except errors.UserError:
+      continue
+    # The name of the checksum's entry: then this is one of another program.
+    assert info.keys() != right[1].keys()
+    assert all(np.array_equal(arrays[n], right[0][n]) for n in ARRAYS)
+
+
+def test_shapes_are_judged_before_memory_is_taken(tmp_path):
+  path = tmp_path / "a.safetensors"
+  header = json.dumps(
+    {"a": {"dtype": "U8", "shape": [2**42], "data_offsets": [0, 2**42]}}
+  ).encode()
+  with path.open("wb") as out:  # Sparse: it takes no room.
+    out.write(len(header).to_bytes(8, "little") + header)
+    out.truncate(8 + len(header) + 2**42)
+
+  def refuse(shapes, info):
+    raise ValueError(f"found {shapes}")
+
+  with pytest.raises(errors.UserError, match="found .*4398046511104"):
+    read(path, refuse)
+  path.write_bytes(len(header).to_bytes(8, "little") + header)
+  with pytest.raises(errors.UserError, match="Cannot read"):
+    read(path)
