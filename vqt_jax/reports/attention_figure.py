@@ -93,8 +93,11 @@ def draw(workdir: files.Path, path: files.Path) -> None:
   seed = next(iter(results["test_accuracy"]["per_seed"]))
   tuned = tuned_lib.load(workdir / "tuned" / f"seed_{seed}")
   task = data.make_task(
-    config["task"], **{k: config[k] for k in fields.TASK_FIELDS}
+    config["task"],
+    **{k: config[k] for k in fields.TASK_FIELDS if k in config},
   )
+  if config.get("skip_bad"):
+    task = data.leave_out(task, data.find_faults(task))
   c = tuned.backbone.config
   batch = next(
     data.batches(
