@@ -3,10 +3,14 @@
   vqt-jax prepare cifar100
   vqt-jax train --config vtab_cifar --workdir runs/cifar
   vqt-jax compare runs/linear runs/vqt
+  vqt-jax predict runs/photos new/
+  vqt-jax evaluate runs/photos holdout/
 
 prepare   download and prepare datasets
 train     train a method on a task and test it
 compare   compare finished runs
+predict   classify images with what a run has trained
+evaluate  judge what a run has trained on labelled images
 
 `vqt-jax COMMAND --help` tells more; `python -m vqt_jax` is the same as vqt-jax.
 """
@@ -21,6 +25,8 @@ COMMANDS = {
   "prepare": "vqt_jax.data.prepare",
   "train": "vqt_jax.cli",
   "compare": "vqt_jax.compare",
+  "predict": "vqt_jax.predict",
+  "evaluate": "vqt_jax.evaluate",
 }
 
 

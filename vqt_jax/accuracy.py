@@ -1,5 +1,8 @@
 """Accuracies with their uncertainty, as numbers and as text.
 
+They are computed from a tally, (3, C), numbers of examples of each class: right
+ones; those that are taken for it; those that are of it.
+
 An accuracy is a dict as in `results.json`:
 
   mean      of the seeds, 0..1
@@ -22,16 +25,43 @@ import numpy as np
 LEVEL = 0.95
 
 
+def accuracy(tally: np.ndarray) -> float:
+  """Share of the examples that are right."""
+  right, _, there = tally
+  return float(right.sum() / there.sum())
+
+
+def balanced(tally: np.ndarray) -> float:
+  """Mean accuracy of the classes that there are examples of."""
+  right, _, there = tally[:, tally[2] > 0]
+  return float(np.mean(right / there))
+
+
+def macro_f1(tally: np.ndarray) -> float:
+  """Mean F1 score of the classes that occur, as labels or predictions."""
+  right, taken, there = tally[:, tally[1] + tally[2] > 0]
+  return float(np.mean(2 * right / (taken + there)))
+
+
+def over(seeds: Sequence[int], values: Sequence[float]) -> dict[str, Any]:
+  """Summarise a number of several seeds: `mean`, `std` and `per_seed`."""
+  return {
+    "mean": float(np.mean(values)),
+    "std": float(np.std(values, ddof=1)) if len(seeds) > 1 else None,
+    "per_seed": dict(zip(map(str, seeds), values)),
+  }
+
+
 def summary(
   seeds: Sequence[int], accuracy: Sequence[float], images: int
 ) -> dict[str, Any]:
   """Summarise the accuracy of several seeds on the same images."""
-  mean = float(np.mean(accuracy))
+  found = over(seeds, accuracy)
   return {
-    "mean": mean,
-    "std": float(np.std(accuracy, ddof=1)) if len(seeds) > 1 else None,
-    "interval": list(interval(mean, images)),
-    "per_seed": dict(zip(map(str, seeds), accuracy)),
+    "mean": found["mean"],
+    "std": found["std"],
+    "interval": list(interval(found["mean"], images)),
+    "per_seed": found["per_seed"],
     "images": images,
   }
 

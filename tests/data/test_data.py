@@ -18,9 +18,9 @@ from tests import helpers
 from vqt_jax import data
 from vqt_jax import errors
 from vqt_jax.data import builders
-from vqt_jax.data import pipeline
 from vqt_jax.data import preprocess
 from vqt_jax.data import tasks
+from vqt_jax.data import tfds_source
 
 ROOT = helpers.ROOT
 GOLDENS = helpers.GOLDENS / "vqt"
@@ -181,9 +181,9 @@ def test_registered_datasets_are_known_without_files(tmp_path):
     ("huggingface:mnist", {}, "another hub.*TFDS has 'mnist'"),
     ("hf://datasets/mnist", {}, "another hub"),
     ("https://host/x.zip", {}, "another hub or site"),
-    ("/a/photos", {}, "is a path: .*data_dir to '/a' and task to 'photos'"),
-    ("./photos", {}, "is a path"),
-    ("gs://bucket/photos", {}, "is a path: .*data_dir to 'gs://bucket'"),
+    ("/a/photos", {}, "There is no folder or table /a/photos"),
+    ("./photos", {}, "There is no folder or table photos"),
+    ("gs://bucket/photos", {}, "is the path of .*data_dir to 'gs://bucket'"),
     ("clevr", {}, "is the label.*clevr_count, clevr_distance"),
     ("dsprites", {}, "is the label.*label_scale.*label_key"),
     ("imdb_reviews", {}, "No feature .* can be the image.*label: Class"),
@@ -247,27 +247,27 @@ def test_folders_may_have_any_name(data_dir, tmp_path, name):
     tasks.make_task(f"{name}:7.0.0", data_dir=str(tmp_path))
 
 
-def test_folder_of_images(tmp_path, monkeypatch):
-  """The message names a way, and the example of the docs goes it."""
-  for split in ("train", "test"):
-    for name, colour in (("dark", 10), ("light", 200)):
-      folder = tmp_path / "photos" / split / name
-      folder.mkdir(parents=True)
-      PIL.Image.new("L", (3, 2), colour).save(folder / "1.webp", lossless=True)
-  message = r"holds images \(test/dark/1.webp"
-  with pytest.raises(errors.UserError, match=message):
+def test_a_path_is_of_images_or_what_tfds_wrote(data_dir, tmp_path):
+  for name, colour in (("dark", 10), ("light", 200)):
+    for i in range(3):
+      place = tmp_path / "photos" / name / f"{i}.webp"
+      place.parent.mkdir(parents=True, exist_ok=True)
+      PIL.Image.new("L", (3, 2), colour + i).save(place, lossless=True)
+  message = r"holds images \(dark/0.webp, .*give their path as the task: (.*)"
+  with pytest.raises(errors.UserError, match=message) as caught:
     tasks.make_task("photos", data_dir=str(tmp_path))
-  with pytest.raises(errors.UserError, match="store_as_tfds_dataset"):
-    tasks.make_task(str(tmp_path / "photos"))
-  docs = (ROOT / "docs" / "data.md").read_text()
-  (example,) = re.findall("```python\n(.*?)```", docs, re.DOTALL)
-  monkeypatch.chdir(tmp_path)
-  exec(example, {})
-  task = tasks.make_task("photos", data_dir="DATA", splits={"train": "train"})
+  path = re.search(message, str(caught.value))[1]
+  task = tasks.make_task(path)
   assert task.class_names == ("dark", "light")
-  arrays = data.load_arrays(task, "train", **READ)
-  found = dict(zip(arrays["label"], arrays["image"][:, 0, 0, 0] * 255))
-  assert {k: round(v) for k, v in found.items()} == {0: 10, 1: 200}
+  for settings in ({"num_classes": 3}, {"splits": {"test": "test"}}):
+    with pytest.raises(errors.UserError, match="for a folder|a folder or"):
+      tasks.make_task(path, **settings)
+  for place in ("numbered", "numbered/1.2.0"):
+    with pytest.raises(errors.UserError, match="task to 'numbered'"):
+      tasks.make_task(f"{data_dir}/{place}")
+  for settings in ({"fit": "crop"}, {"split_key": "part"}):
+    with pytest.raises(errors.UserError, match="folder of that name: ./numb"):
+      tasks.make_task("numbered", data_dir=data_dir, **settings)
 
 
 def test_folder_without_metadata(tmp_path):
@@ -534,7 +534,7 @@ def test_training_order_depends_on_seed_and_epoch_only(task):
 
 @pytest.mark.parametrize("shuffle_bytes", [2**30, 500])
 def test_training_resumes_in_the_middle(task, monkeypatch, shuffle_bytes):
-  monkeypatch.setattr(pipeline, "SHUFFLE_BYTES", shuffle_bytes)
+  monkeypatch.setattr(tfds_source, "SHUFFLE_BYTES", shuffle_bytes)
   whole = epoch_of(task)
   assert sorted(sum(order_of(whole), [])) == list(range(23))
   for start in (1, 5, 6):
@@ -554,10 +554,10 @@ def test_training_batches_are_the_same_on_two_processes(task):
 
 def test_shuffle_buffer_is_the_split_or_what_fits(task, monkeypatch):
   builder = builders.open_builder(task)
-  assert pipeline._shuffle_buffer(builder, 23) == 23
+  assert tfds_source._shuffle_buffer(builder, 23) == 23
   average = sum(s.num_bytes for s in builder.info.splits.values()) // 34
-  monkeypatch.setattr(pipeline, "SHUFFLE_BYTES", 5 * average)
-  assert pipeline._shuffle_buffer(builder, 23) == 5
+  monkeypatch.setattr(tfds_source, "SHUFFLE_BYTES", 5 * average)
+  assert tfds_source._shuffle_buffer(builder, 23) == 5
 
 
 # Preprocessing.

@@ -31,7 +31,7 @@ DONE = {"caltech101", "kitti"}
 
 def squares(name, **changes):
   """The task of that name, if it were as small as our squares."""
-  return data.Task(
+  return data.TfdsTask(
     **{
       "name": name,
       "group": vtab.VTAB[name].group,

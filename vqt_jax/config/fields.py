@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from vqt_jax import errors
 from vqt_jax.config import values as values_lib
+from vqt_jax.data import decoding
 from vqt_jax.models import editors
 from vqt_jax.models import methods as methods_lib
 from vqt_jax.models import readers
@@ -94,28 +95,59 @@ SECTIONS = {
     "task": Field(
       "cifar100",
       'A VTAB-1k task, "digits", or NAME[/CONFIG][:VERSION] of a classification'
-      ' dataset in TensorFlow Datasets (TFDS). "all": each of the 19 VTAB-1k'
-      " tasks, in a folder of its own, and a table of their results.",
+      " dataset in TensorFlow Datasets (TFDS); or the path of images, ./FOLDER"
+      " with a folder per class, or ./TABLE.csv (.tsv, .jsonl) of files and"
+      ' labels. "all": each of the 19 VTAB-1k tasks, in a folder of its own,'
+      " and a table of their results.",
     ),
     "splits.train": Field(
       "",
       "TFDS split to train on in the search; empty: train[:800]. This and the"
-      " next six fields apply to datasets of TFDS that are no VTAB-1k task.",
+      " next six fields apply to tasks that are not of VTAB-1k.",
     ),
     "splits.val": Field(
-      "", "TFDS split to choose a setting by; empty: train[800:1000]."
+      "",
+      "TFDS split to choose a setting by; empty: train[800:1000]. Of a folder"
+      " or table that is not divided itself, a share; empty: 20%.",
     ),
     "splits.trainval": Field(
       "", "TFDS split to train on with every seed; empty: train and val."
     ),
-    "splits.test": Field("", "TFDS split to test on; empty: test."),
+    "splits.test": Field(
+      "",
+      "TFDS split to test on; empty: test. Of a folder or table a share, as"
+      " splits.val.",
+    ),
     "image_key": Field(
-      "", "Feature that holds the image; empty: as the dataset declares."
+      "",
+      "Feature that holds the image, or column of a table that holds its path;"
+      " empty: as the dataset declares, or a column with a usual name.",
     ),
     "label_key": Field(
-      "", "Feature that holds the label; empty: as the dataset declares."
+      "",
+      "Feature or column that holds the label; empty: as the dataset declares,"
+      " or a column with a usual name.",
     ),
     "num_classes": Field(0, "Classes; 0: as the dataset declares."),
+    "split_key": Field(
+      "",
+      "Column of a table that holds train, val or test; empty: split, if there"
+      " is such a column.",
+    ),
+    "split_seed": Field(
+      0,
+      "Seed of the division of a folder or table into train, val and test.",
+      most=2**32 - 1,
+    ),
+    "fit": Field(
+      "squash",
+      "How images of a folder or table are made to fit: stretched, cropped to"
+      " the middle, or padded with grey.",
+      choices=decoding.FITS,
+    ),
+    "skip_bad": Field(
+      False, "Go on without images of a folder or table that cannot be read."
+    ),
     "data_dir": Field(
       "",
       "Folder of prepared datasets; empty: ~/tensorflow_datasets.",
@@ -127,8 +159,8 @@ SECTIONS = {
     ),
     "resize": Field(
       "bilinear",
-      "Resizing as TensorFlow 2 does it, or as TensorFlow 1 (legacy, as in"
-      " VTAB).",
+      "Resizing of TFDS images as TensorFlow 2 does it, or as TensorFlow 1"
+      " (legacy, as in VTAB).",
       choices=("bilinear", "legacy"),
     ),
     "value_range": Field(
@@ -296,6 +328,12 @@ SECTIONS = {
     "weight_decay": Field(
       (1e-2, 1e-3, 1e-4, 0.0), "Weight decays to try, not applied to biases."
     ),
+    "class_weights": Field(
+      "",
+      "Weights of the images in the loss: all alike, or such that every class"
+      " weighs the same (balanced).",
+      choices=("", "balanced"),
+    ),
   },
   "Protocol": {
     "protocol": Field(
@@ -421,7 +459,16 @@ RETIRED = {
 }
 
 # Fields, and a group of fields, that `data.make_task` takes beside the name.
-TASK_FIELDS = ("data_dir", "splits", "image_key", "label_key", "num_classes")
+TASK_FIELDS = (
+  "data_dir",
+  "splits",
+  "image_key",
+  "label_key",
+  "num_classes",
+  "split_key",
+  "split_seed",
+  "fit",
+)
 
 
 def find(name: str) -> Field:

@@ -10,7 +10,13 @@ from vqt_jax.models import methods as methods_lib
 from vqt_jax.models import vit_config
 
 # Fields, and a group of fields, for datasets that are no VTAB task.
-_DATASET_FIELDS = ("splits.", "image_key", "label_key", "num_classes")
+_DATASET_FIELDS = (
+  "splits.",
+  "image_key",
+  "label_key",
+  "num_classes",
+  "split_key",
+)
 
 
 def check(config: ConfigDict) -> None:

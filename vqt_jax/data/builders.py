@@ -18,8 +18,9 @@ from google.protobuf import json_format
 
 from vqt_jax import errors
 from vqt_jax.data import names
+from vqt_jax.data import source
 from vqt_jax.data.task import SPLITS
-from vqt_jax.data.task import Task
+from vqt_jax.data.task import TfdsTask
 from vqt_jax.data.tensorflow_lazy import quiet
 from vqt_jax.data.tensorflow_lazy import tf
 from vqt_jax.data.tensorflow_lazy import tfds
@@ -86,19 +87,19 @@ def _find(wanted: names.Request) -> Any:
   return tfds.builder(str(wanted), data_dir=os.fspath(wanted.place.parent))
 
 
-def is_prepared(task: Task) -> bool:
+def is_prepared(task: TfdsTask) -> bool:
   """Return whether the task's dataset is there; raises as `find_builder`."""
   return _find_prepared(task)[1]
 
 
-def _find_prepared(task: Task) -> tuple[Any, bool]:
+def _find_prepared(task: TfdsTask) -> tuple[Any, bool]:
   """The builder of a task, and whether it is prepared."""
   builder = find_builder(task.builder, task.data_dir)
   with quiet(), _explain_bucket_errors(task.data_dir):
     return builder, builder.is_prepared()
 
 
-def open_builder(task: Task) -> Any:
+def open_builder(task: TfdsTask) -> Any:
   """Return the prepared builder of a task.
 
   Raises:
@@ -120,7 +121,7 @@ def open_builder(task: Task) -> Any:
   return builder
 
 
-def prepare_command(*tasks: Task) -> str:
+def prepare_command(*tasks: TfdsTask) -> str:
   """Return the shell command that prepares the datasets of tasks.
 
   Args:
@@ -153,24 +154,20 @@ def repair_advice(
   return f"Move {os.fspath(place)} away, and prepare it again with: {command}"
 
 
-def check_prepared(task: Task) -> None:
-  """Check that the splits of a task are there, without reading them.
-
-  Raises:
-    UserError: the dataset is not prepared, or lacks a split or examples in it.
-  """
+@source.check_prepared.register
+def check_prepared(task: TfdsTask) -> None:
   builder = open_builder(task)
   for split in SPLITS:
     split_size(builder, task, split)
 
 
-def num_examples(task: Task, split: str) -> int:
-  """Examples in one of the task's splits; raises as `check_prepared`."""
+@source.num_examples.register
+def num_examples(task: TfdsTask, split: str) -> int:
   return split_size(open_builder(task), task, split)
 
 
-def num_bytes(task: Task, split: str) -> int:
-  """Approximate size of a split on disk; raises as `check_prepared`."""
+@source.num_bytes.register
+def num_bytes(task: TfdsTask, split: str) -> int:
   builder = open_builder(task)
   return split_size(builder, task, split) * example_bytes(builder)
 
@@ -183,8 +180,8 @@ def example_bytes(builder: Any) -> int:
   return max(1, total // max(examples, 1))
 
 
-def expected_examples(task: Task, split: str) -> int:
-  """As `num_examples`, but without reading where the table knows the sizes."""
+@source.expected_examples.register
+def expected_examples(task: TfdsTask, split: str) -> int:
   if not task.sizes:
     return num_examples(task, split)
   # TFDS computes slices of files; it does not look for these.
@@ -201,7 +198,7 @@ def expected_examples(task: Task, split: str) -> int:
   return splits[task.splits[split]].num_examples
 
 
-def split_size(builder: Any, task: Task, split: str) -> int:
+def split_size(builder: Any, task: TfdsTask, split: str) -> int:
   """As `num_examples`, with an open builder."""
   slices = task.splits[split]
   found = ", ".join(
@@ -226,8 +223,8 @@ def split_size(builder: Any, task: Task, split: str) -> int:
   return count
 
 
-def is_concatenation(task: Task, parts: Iterable[str], whole: str) -> bool:
-  """Return whether a split has the rows of others, one after another."""
+@source.is_concatenation.register
+def is_concatenation(task: TfdsTask, parts: Iterable[str], whole: str) -> bool:
   splits = open_builder(task).info.splits
 
   def rows(names):
@@ -247,11 +244,8 @@ def is_concatenation(task: Task, parts: Iterable[str], whole: str) -> bool:
   return rows(parts) == rows([whole])
 
 
-def images_fingerprint(task: Task, split: str) -> dict[str, Any]:
-  """Describe what determines the images of a split: files, and rows of them.
-
-  Files are known by name, size and time of change; labels play no part.
-  """
+@source.images_fingerprint.register
+def images_fingerprint(task: TfdsTask, split: str) -> dict[str, Any]:
   builder = open_builder(task)
   parts = []
   for part in builder.info.splits[task.splits[split]].file_instructions:
@@ -268,14 +262,8 @@ def images_fingerprint(task: Task, split: str) -> dict[str, Any]:
   }
 
 
-def dataset_identity(task: Task) -> dict[str, Any]:
-  """Describe a task's dataset, wherever its copy is.
-
-  Returns:
-    `dataset` (its full name), `image_key`, `num_classes`, `splits` (of each its
-    `slices` and its number of `images`), and `sha256`, of the sizes of all that
-    the dataset holds.
-  """
+@source.dataset_identity.register
+def dataset_identity(task: TfdsTask) -> dict[str, Any]:
   builder = open_builder(task)
   sizes = {
     name: [info.num_bytes, *info.shard_lengths]
@@ -298,7 +286,7 @@ def dataset_identity(task: Task) -> dict[str, Any]:
   }
 
 
-def size_warning(task: Task) -> str | None:
+def size_warning(task: TfdsTask) -> str | None:
   """Return a sentence if the prepared dataset does not have VTAB's size.
 
   Its slices are then other images than those of published results.
@@ -315,6 +303,12 @@ def size_warning(task: Task) -> str | None:
     f"The prepared copy of {task.dataset!r} is not the one of VTAB:"
     f" {'; '.join(differences)}. Results may not compare with published ones."
   )
+
+
+@source.notes.register
+def _notes(task: TfdsTask) -> list[str]:
+  warning = size_warning(task)
+  return [warning] if warning else []
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 
 from vqt_jax import errors
 from vqt_jax.data import builders
-from vqt_jax.data.task import Task
+from vqt_jax.data.task import TfdsTask
 from vqt_jax.data.tensorflow_lazy import tf
 from vqt_jax.runtime import files
 
@@ -19,7 +19,7 @@ _BUCKET_ERRORS = (
 
 def explain(
   error: Any,
-  task: Task,
+  task: TfdsTask,
   builder: Any,
   split: str,
   order: Any,

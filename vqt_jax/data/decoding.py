@@ -163,7 +163,10 @@ def scale(images: np.ndarray, value_range: str) -> np.ndarray:
   Returns:
     float32 (..., 3).
   """
-  mean, std = backbone.VALUE_RANGES[value_range]
+  ranges = backbone.VALUE_RANGES
+  if value_range not in ranges:
+    raise errors.unknown_name("value_range", value_range, ranges)
+  mean, std = ranges[value_range]
   mean, std = np.float32(mean), np.float32(std)
   return (images.astype(np.float32) / np.float32(255) - mean) / std
 

@@ -144,8 +144,7 @@ def _list_folder(folder: pathlib.Path) -> list[Labelled]:
       f" {folder}/train/CLASS/IMAGE."
     )
   tops = {parts[0] for parts in names if len(parts) > 1}
-  has_splits = "train" in {SPLIT_NAMES.get(top.lower()) for top in tops}
-  has_splits &= all(top.lower() in SPLIT_NAMES for top in tops)
+  has_splits = bool(tops) and all(top.lower() in SPLIT_NAMES for top in tops)
   depth = 2 if has_splits else 1
   for path, parts in zip(images, names):
     if len(parts) <= depth:

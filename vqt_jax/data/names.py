@@ -10,12 +10,14 @@ import dataclasses
 import difflib
 import itertools
 import os
+import pathlib
 import re
 from typing import Any
 
 from etils import epath
 
 from vqt_jax import errors
+from vqt_jax.data import listing
 from vqt_jax.data import vtab
 from vqt_jax.data.tensorflow_lazy import tfds
 
@@ -28,15 +30,6 @@ _REQUEST = re.compile(r"([^/:\\]+)(?:/([^/:\\]+))?(?::(.*))?")
 _NUMBER = r"(0|[1-9]\d*|\*)"
 _VERSION = re.compile(rf"{_NUMBER}\.{_NUMBER}\.{_NUMBER}")
 _HUBS = ("hf", "huggingface", "kaggle", "openml", "torchvision")
-_HOW_TO_WRITE = (
-  "with tfds.dataset_builders.store_as_tfds_dataset (docs/data.md has an"
-  " example)."
-)
-
-# Of images that people keep in folders; Pillow reads more kinds.
-_SUFFIXES = set(
-  ".avif .bmp .gif .heic .jpeg .jpg .png .tif .tiff .webp".split()
-)
 _MOST_FOLDERS = 50  # are looked into.
 
 
@@ -80,12 +73,11 @@ def parse_request(text: str, data_dir: str | None) -> Request:
     last = re.split("[:/]", text.rstrip("/"))[-1]
     raise errors.UserError(
       f"{text!r} is a dataset of another hub or site, which is not read from"
-      " here: expected a VTAB-1k task, a name in TFDS, or a folder in"
-      " data_dir."
+      " here: expected a VTAB-1k task, a name in TFDS, a folder in data_dir, or"
+      " the path of a folder or table of images (docs/your_images.md)."
       + (f" TFDS has {last!r}." if is_tfds_name(last) else "")
-      + f" Another dataset can be written to data_dir {_HOW_TO_WRITE}"
     )
-  if hub == "gs" or text.startswith(("/", ".", "~")):
+  if hub == "gs" or is_path(text):
     raise errors.UserError(_explain_path(text))
   found = _REQUEST.fullmatch(text)
   if not found:
@@ -96,6 +88,20 @@ def parse_request(text: str, data_dir: str | None) -> Request:
   name, config, version = found.groups()
   version = NEWEST if version is None else version
   return Request(name, config or "", version, data_dir)
+
+
+def is_path(text: str) -> bool:
+  """Return whether a task is named by the path of its images."""
+  return text.startswith(("/", ".", "~"))
+
+
+def is_written_by_tfds(text: str) -> bool:
+  """Return whether a path is of a dataset of TFDS, or a version of one."""
+  path = pathlib.Path(os.path.expanduser(text))
+  if not path.exists():
+    return bool(_VERSION.fullmatch(path.name))
+  levels = ("", "*/", "*/*/")  # Of the version, the config, the dataset.
+  return any(any(path.glob(f"{x}dataset_info.json")) for x in levels)
 
 
 def find_version_folder(request: Request) -> epath.Path | None:
@@ -162,12 +168,10 @@ def explain_unusable(request: Request, error: Exception) -> str:
 
 def _explain_path(text: str) -> str:
   path = epath.Path(os.path.expanduser(text))
-  if image := _first_image(path):
-    return _explain_images(path, image)
   if tfds.core.Version.is_valid(path.name):
     path = path.parent
   return (
-    f"{text!r} is a path: expected a name. For a dataset that TFDS wrote"
+    f"{text!r} is the path of a dataset: expected its name. If TFDS wrote it"
     f" there, set data_dir to {os.fspath(path.parent)!r} and task to"
     f" {path.name!r}."
   )
@@ -185,7 +189,12 @@ def _explain_not_in_folder(request: Request) -> str:
       listed = ", ".join(f"{name}/{config}" for config in sorted(configs))
       return f"Dataset {request.dataset!r} is not in {place}. There: {listed}."
     if image := _first_image(place):
-      return _explain_images(place, image)
+      path = os.fspath(place)
+      return (
+        f"{place} holds images ({image.relative_to(place)}, ...), not a dataset"
+        " that TFDS wrote. To train on them, give their path as the task:"
+        f" {path if is_path(path) else f'./{path}'}"
+      )
   return (
     f"No dataset {str(request)!r} in {place}: expected"
     f" {name}/[config/]version/ with dataset_info.json and features.json, as"
@@ -252,13 +261,6 @@ def _first_image(folder: epath.Path) -> epath.Path | None:
   for place, folders, names in walk:
     folders.sort()
     for name in sorted(names):
-      if os.path.splitext(name)[1].lower() in _SUFFIXES:
+      if listing.is_image_name(name):
         return epath.Path(place) / name
   return None
-
-
-def _explain_images(folder: epath.Path, image: epath.Path) -> str:
-  return (
-    f"{folder} holds images ({image.relative_to(folder)}, ...), not a dataset"
-    f" that TFDS wrote: write them as one {_HOW_TO_WRITE}"
-  )

@@ -1,64 +1,23 @@
 """From a task's split to numpy: in memory, in batches, or shuffled.
 
-Examples are read in the order in which TFDS stores them (one file at a time, no
-shuffling of files), so that `train[:800]` is the same 800 images in the same
-order on every machine. Images are decoded only after a process has picked its
-rows of each batch.
+Examples come in the order in which they are stored, so that a split is the same
+images in the same order on every machine. Images are decoded only after a
+process has picked its rows of each batch.
 """
 
 from collections.abc import Iterator
-import dataclasses
-from typing import Any
 
 import numpy as np
 
 from vqt_jax import errors
-from vqt_jax.data import builders
-from vqt_jax.data import damage
 from vqt_jax.data import preprocess as preprocess_lib
+from vqt_jax.data import rows as rows_lib
+from vqt_jax.data import source
+from vqt_jax.data.rows import Batch
 from vqt_jax.data.task import Task
-from vqt_jax.data.tensorflow_lazy import quiet
-from vqt_jax.data.tensorflow_lazy import tf
-from vqt_jax.data.tensorflow_lazy import tfds
-
-Batch = dict[str, np.ndarray]
 
 # Examples decoded at a time when a whole split is read.
 LOAD_BATCH = 64
-
-# Undecoded examples held for shuffling. Splits up to this size are reshuffled
-# as a whole each epoch; of larger ones, a window this large slides over the
-# stored order, which is itself a random one.
-SHUFFLE_BYTES = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class ProcessRows:
-  """Rows of each global batch that one process reads.
-
-  Global batch k holds examples k*B .. k*B + B-1; process p of P has its rows
-  p*B/P .. (p+1)*B/P - 1.
-  """
-
-  batch_size: int
-  process_index: int
-  process_count: int
-
-  def __post_init__(self):
-    if self.batch_size < 1 or self.batch_size % self.process_count:
-      raise errors.UserError(
-        f"batch_size {self.batch_size} must be a positive multiple of the"
-        f" number of processes, {self.process_count}."
-      )
-
-  @property
-  def count(self) -> int:
-    """Rows of this process in each batch."""
-    return self.batch_size // self.process_count
-
-  def include(self, position: Any, _: Any) -> Any:
-    """Return whether the example at a position of the epoch is among them."""
-    return position % self.batch_size // self.count == self.process_index
 
 
 def load_arrays(
@@ -84,7 +43,7 @@ def load_arrays(
   Raises:
     UserError: not prepared, no such split, damaged, or labels out of range.
   """
-  count = builders.num_examples(task, split)
+  count = source.num_examples(task, split)
   arrays: Batch = {}
   for i, batch in enumerate(
     batches(
@@ -103,21 +62,6 @@ def load_arrays(
       start = i * len(rows)
       arrays[key][start : start + len(rows)] = rows[real]
   return arrays
-
-
-def load_labels(task: Task, split: str) -> np.ndarray:
-  """Load the labels of a split, (n,) int32, in stored order.
-
-  Decodes no image. Raises as `load_arrays`.
-  """
-  builder = builders.open_builder(task)
-  count = builders.split_size(builder, task, split)
-  decode = lambda example: {"label": _label(task, example)}
-  order = _stored_order(task, builder, split)
-  rows = ProcessRows(count, 0, 1)
-  return next(_read(task, builder, split, order, decode, rows, range(1)))[
-    "label"
-  ]
 
 
 def batches(
@@ -150,13 +94,19 @@ def batches(
   Raises:
     UserError: as `load_arrays`, or a batch size the processes cannot share.
   """
-  rows = ProcessRows(batch_size, process_index, process_count)
-  builder = builders.open_builder(task)
-  count = builders.split_size(builder, task, split)
-  decode = _decoder(task, builder, image_size, value_range, resize)
-  order = _stored_order(task, builder, split).skip(start)
-  steps = range(-(-(count - start) // batch_size))
-  return _read(task, builder, split, order, decode, rows, steps)
+  rows = rows_lib.ProcessRows(batch_size, process_index, process_count)
+  found = source.read(
+    task,
+    split,
+    rows,
+    start=start,
+    shuffle=None,
+    image_size=image_size,
+    value_range=value_range,
+    resize=resize,
+  )
+  left = source.num_examples(task, split) - start
+  return _complete(task, found, rows, -(-left // batch_size))
 
 
 def train_batches(
@@ -175,9 +125,10 @@ def train_batches(
 ) -> Iterator[Batch]:
   """Iterate over a split once, in random order.
 
-  The order depends on `seed` and `epoch` only (and on TensorFlow's global seed,
-  which this package never sets): not on the number of processes, and an epoch
-  begun at `start_step` continues as if it had not been interrupted.
+  The order depends on `seed` and `epoch` only (with TFDS also on TensorFlow's
+  global seed, which this package never sets): not on the number of processes,
+  and an epoch begun at `start_step` continues as if it had not been
+  interrupted.
 
   Args:
     task, split, image_size, value_range, resize: as in `load_arrays`.
@@ -192,29 +143,24 @@ def train_batches(
   Raises:
     UserError: as `batches`, or fewer examples than processes.
   """
-  rows = ProcessRows(batch_size, process_index, process_count)
-  builder = builders.open_builder(task)
-  count = builders.split_size(builder, task, split)
+  rows = rows_lib.ProcessRows(batch_size, process_index, process_count)
+  count = source.num_examples(task, split)
   if count < process_count:
     raise errors.UserError(
       f"{count} examples in {split} of {task.name!r} are too few for"
       f" {process_count} processes: each needs at least one to train on."
     )
-  decode = _decoder(task, builder, image_size, value_range, resize)
-  order = _stored_order(task, builder, split).shuffle(
-    _shuffle_buffer(builder, count),
-    seed=_shuffle_seed(seed, epoch),
-    reshuffle_each_iteration=False,
+  found = source.read(
+    task,
+    split,
+    rows,
+    start=start_step * batch_size,
+    shuffle=_shuffle_seed(seed, epoch),
+    image_size=image_size,
+    value_range=value_range,
+    resize=resize,
   )
-  steps = range(start_step, -(-count // batch_size))
-  order = order.skip(start_step * batch_size)
-  return _read(task, builder, split, order, decode, rows, steps)
-
-
-def _shuffle_buffer(builder: Any, count: int) -> int:
-  """Examples that fit in `SHUFFLE_BYTES`, by their average size on disk."""
-  fitting = SHUFFLE_BYTES // builders.example_bytes(builder)
-  return max(1, min(count, fitting))
+  return _complete(task, found, rows, -(-count // batch_size) - start_step)
 
 
 def _shuffle_seed(seed: int, epoch: int) -> int:
@@ -222,109 +168,13 @@ def _shuffle_seed(seed: int, epoch: int) -> int:
   return int(mixed[0])
 
 
-def _stored_order(task: Task, builder: Any, split: str) -> Any:
-  """A split in stored order as a `tf.data.Dataset`, no image decoded.
-
-  Its elements are pairs: number in the split, from 0, and example.
-  """
-  options = tf.data.Options()
-  options.deterministic = True
-  undecoded = {
-    key: tfds.decode.SkipDecoding()
-    for key, feature in builder.info.features.items()
-    if isinstance(feature, tfds.features.Image)
-  }
-  with quiet():
-    dataset = builder.as_dataset(
-      split=task.splits[split],
-      decoders=undecoded,
-      shuffle_files=False,
-      read_config=tfds.ReadConfig(
-        options=options,
-        interleave_cycle_length=1,
-        try_autocache=False,
-        skip_prefetch=True,
-      ),
-    )
-  return dataset.enumerate()
-
-
-def _decoder(
-  task: Task,
-  builder: Any,
-  image_size: preprocess_lib.ImageSize,
-  value_range: str,
-  resize: str,
-) -> Any:
-  """Make the map from an undecoded example to its image and label."""
-  stored = builder.info.features[task.image_key].shape[-1]
-  channels = 1 if stored == 1 else 3
-  preprocess = preprocess_lib.make_preprocess(
-    image_size, value_range, resize, task.pixel_scale
-  )
-
-  def decode(example: dict[str, Any]) -> dict[str, Any]:
-    image = preprocess_lib.decode(example[task.image_key], channels)
-    return {"image": preprocess(image), "label": _label(task, example)}
-
-  return decode
-
-
-def _label(task: Task, example: dict[str, Any]) -> Any:
-  return tf.cast(task.label(example), tf.int64)
-
-
-def _read(
-  task: Task,
-  builder: Any,
-  split: str,
-  order: Any,
-  decode: Any,
-  rows: ProcessRows,
-  steps: range,
+def _complete(
+  task: Task, found: Iterator[Batch], rows: rows_lib.ProcessRows, steps: int
 ) -> Iterator[Batch]:
-  """Yield this process's rows of the batches `steps`, padded and masked.
-
-  Args:
-    task: what is read.
-    builder: of its dataset.
-    split: of the task.
-    order: its numbered examples, those of the first batch first.
-    decode: from an undecoded example to a row.
-    rows: of this process.
-    steps: of the epoch, for which `order` has examples.
-
-  Raises:
-    UserError: an image, a record or a label is wrong.
-  """
-  mine = order.enumerate().filter(rows.include)
-  dataset = (
-    mine.map(
-      lambda _, numbered: decode(numbered[1]),
-      num_parallel_calls=tf.data.AUTOTUNE,
-      deterministic=True,
-    )
-    .batch(rows.count)
-    .prefetch(2)
-  )
-  empty = {
-    key: np.zeros((0, *spec.shape[1:]), spec.dtype.as_numpy_dtype)
-    for key, spec in dataset.element_spec.items()
-  }
-  done = 0  # Steps.
-  try:
-    iterator = dataset.as_numpy_iterator()
-    for _ in steps:
-      batch = next(iterator, empty)
-      _check_labels(task, batch["label"])
-      yield _pad(batch, rows.count)
-      done += 1
-  except tf.errors.OpError as error:
-    failed = mine.skip(done * rows.count).take(rows.count)
-    every = _stored_order(task, builder, split)
-    raise damage.explain(
-      error, task, builder, split, every, failed, decode
-    ) from error
+  """Yield so many batches, checked, padded and masked."""
+  for _, batch in zip(range(steps), found):
+    _check_labels(task, batch["label"])
+    yield rows_lib.pad(batch, rows.count)
 
 
 def _check_labels(task: Task, labels: np.ndarray) -> None:
@@ -335,17 +185,3 @@ def _check_labels(task: Task, labels: np.ndarray) -> None:
       f" classes, 0..{task.num_classes - 1}. Check the dataset, or"
       " num_classes and label_key."
     )
-
-
-def _pad(batch: Batch, rows: int) -> Batch:
-  count = len(batch["label"])
-  if count < rows:
-    batch = {
-      key: np.pad(value, [(0, rows - count)] + [(0, 0)] * (value.ndim - 1))
-      for key, value in batch.items()
-    }
-  return {
-    **batch,
-    "label": batch["label"].astype(np.int32),
-    "mask": (np.arange(rows) < count).astype(np.float32),
-  }

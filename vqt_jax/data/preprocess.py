@@ -94,7 +94,7 @@ def make_preprocess(
   Raises:
     UserError: a name is not in the tables, or the size is impossible.
   """
-  size = _size(image_size)
+  size = checked_size(image_size)
   ranges = backbone.VALUE_RANGES
   if resize not in RESIZES:
     raise errors.unknown_name("resize", resize, RESIZES)
@@ -112,7 +112,8 @@ def make_preprocess(
   return preprocess
 
 
-def _size(image_size: ImageSize) -> tuple[int, int]:
+def checked_size(image_size: ImageSize) -> tuple[int, int]:
+  """Return (height, width); an impossible one is a `UserError`."""
   sides = (image_size,) * 2 if isinstance(image_size, int) else image_size
   if len(sides) != 2 or min(sides) < 1:
     raise errors.UserError(

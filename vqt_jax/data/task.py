@@ -2,14 +2,35 @@
 
 from collections.abc import Mapping
 import dataclasses
+from typing import Protocol
 
 from vqt_jax.data import labels
 
 SPLITS = ("train", "val", "trainval", "test")
 
 
+class Task(Protocol):
+  """What all kinds of classification tasks have; see `source` for the rest.
+
+  Attributes:
+    name: for people.
+    dataset: name of the dataset.
+    num_classes: labels are 0..num_classes-1.
+    class_names: a name for each class; empty if they have none.
+    splits: "train", "val", "trainval", "test" -> what is taken, for people.
+    group: "natural", "specialized" or "structured" in VTAB, else "".
+  """
+
+  name: str
+  dataset: str
+  num_classes: int
+  class_names: tuple[str, ...]
+  splits: Mapping[str, str]
+  group: str
+
+
 @dataclasses.dataclass(frozen=True)
-class Task:
+class TfdsTask:
   """A classification task on a TFDS dataset.
 
   Attributes:

@@ -2,17 +2,20 @@
 
 from collections.abc import Mapping
 import dataclasses
+import re
 from typing import Any
 
 import numpy as np
 
 from vqt_jax import errors
 from vqt_jax.data import builders
+from vqt_jax.data import image_files
 from vqt_jax.data import labels
 from vqt_jax.data import names
 from vqt_jax.data import vtab
 from vqt_jax.data.task import SPLITS
 from vqt_jax.data.task import Task
+from vqt_jax.data.task import TfdsTask
 from vqt_jax.data.tensorflow_lazy import tfds
 
 # VTAB-1k's sizes, for datasets with TFDS's usual two splits.
@@ -31,21 +34,30 @@ def make_task(
   image_key: str | None = None,
   label_key: str | None = None,
   num_classes: int | None = None,
+  split_key: str = "",
+  split_seed: int = 0,
+  fit: str = "squash",
 ) -> Task:
-  """Return the task with a name. Reads no data, and for VTAB's no file.
+  """Return the task with a name. Decodes no image, and for VTAB reads no file.
 
   Args:
     name: one of VTAB's 19 (`VTAB`, or its official name), or any classification
       dataset of TFDS, or in `data_dir`, as `name[/config][:version]`. With a
-      version a name of VTAB means the TFDS dataset: `cifar100:*.*.*`.
+      version a name of VTAB means the TFDS dataset: `cifar100:*.*.*`. Or the
+      path of a folder or table of images, which begins with `/`, `.` or `~`.
     data_dir: TFDS folder; empty or None is TFDS's own.
     splits: "train", "val", "trainval", "test" -> TFDS split strings. Default of
       those that are missing or empty: `train[:800]`, `train[800:1000]`, train
-      and val together, `test`.
+      and val together, `test`. For a folder or table, shares such as "20%" of
+      splits that are not given there; default 20 % for val and for test.
     image_key: name of the image feature. Default: the one the dataset names for
-      supervised learning, or the only one.
-    label_key: name of the label feature; default as for the image.
+      supervised learning, or the only one. For a table, the column of paths.
+    label_key: name of the label feature, or column; default as for the image.
     num_classes: default: that of the label feature.
+    split_key: column of the splits of a table.
+    split_seed: of the division of a folder or table.
+    fit: how the images of a folder or table are made to fit; see
+      `decoding.FITS`.
 
   Raises:
     UserError: a name or feature is unknown, several features may be meant, or a
@@ -56,6 +68,28 @@ def make_task(
   if unknown := sorted(set(given) - set(SPLITS)):
     raise errors.UserError(
       f"Unknown splits {unknown}; a task has: {', '.join(SPLITS)}."
+    )
+  if names.is_path(name) and not names.is_written_by_tfds(name):
+    if num_classes:
+      raise errors.UserError(
+        f"num_classes={num_classes}: a folder or table of images, such as"
+        f" {name}, tells its classes itself. Leave it out."
+      )
+    return image_files.make_task(
+      name,
+      image_key=image_key or "",
+      label_key=label_key or "",
+      split_key=split_key,
+      shares=_shares(given),
+      split_seed=split_seed,
+      fit=fit,
+    )
+  if split_key or fit != "squash":
+    setting = f"split_key={split_key}" if split_key else f"fit={fit}"
+    raise errors.UserError(
+      f"{setting} is for folders and tables of images, by their path; {name!r}"
+      " is a dataset of TFDS, whose images are resized as VTAB's are. For a"
+      f" folder of that name: ./{name}"
     )
   task = vtab.find_task(name)
   if task is None:
@@ -69,6 +103,31 @@ def make_task(
   return dataclasses.replace(task, data_dir=data_dir)
 
 
+def _shares(given: Mapping[str, str]) -> dict[str, float]:
+  """Parse shares such as "20%"; train has what val and test leave."""
+  shares = {
+    "val": image_files.SHARES["val"],
+    "test": image_files.SHARES["test"],
+  }
+  for split, text in given.items():
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", text.strip())
+    if not found or split not in image_files.SHARES:
+      raise errors.UserError(
+        f"splits.{split}={text!r}: for a folder or table of images expected the"
+        " share of val and of test, such as 20%; the splits of a dataset of"
+        " TFDS are not for it."
+      )
+    shares[split] = float(found[1]) / 100
+  shares = {"train": 1 - shares["val"] - shares["test"], **shares}
+  if abs(sum(shares.values()) - 1) > 1e-6 or min(shares.values()) <= 0:
+    listed = ", ".join(f"{key} {100 * x:g} %" for key, x in shares.items())
+    raise errors.UserError(
+      f"The shares of the splits, {listed}, are not all above 0 and 100 % in"
+      " all: give splits.val and splits.test."
+    )
+  return {split: shares[split] for split in image_files.SHARES}
+
+
 def _tfds_task(
   name: str,
   data_dir: str | None,
@@ -76,7 +135,7 @@ def _tfds_task(
   image_key: str | None,
   label_key: str | None,
   num_classes: int | None,
-) -> Task:
+) -> TfdsTask:
   """Make a task on any TFDS dataset, which tells its features itself."""
   request = str(names.parse_request(name, data_dir))
   info = builders.find_builder(request, data_dir).info
@@ -90,7 +149,7 @@ def _tfds_task(
   named = getattr(info.features[label_key], "names", None) or ()
   filled = DEFAULT_SPLITS | splits
   filled.setdefault("trainval", f"{filled['train']}+{filled['val']}")
-  return Task(
+  return TfdsTask(
     name=name,
     builder=request,
     num_classes=number,

@@ -9,7 +9,7 @@ odd slices below.
 """
 
 from vqt_jax.data import labels
-from vqt_jax.data.task import Task
+from vqt_jax.data.task import TfdsTask
 
 _TRAIN = "train[:800]"
 _VAL = "validation[:200]"
@@ -83,8 +83,8 @@ _LABELS = {
   "smallnorb_elevation": labels.feature("label_elevation"),
 }
 
-VTAB: dict[str, Task] = {
-  name: Task(
+VTAB: dict[str, TfdsTask] = {
+  name: TfdsTask(
     name=name,
     group=group,
     builder=f"{dataset}:*.*.*",
@@ -136,7 +136,7 @@ OFFICIAL_NAMES: dict[str, str] = {
 }
 
 
-def find_task(name: str) -> Task | None:
+def find_task(name: str) -> TfdsTask | None:
   """Return the task with a short or an official name, or None."""
   name = "".join(name.split()).removeprefix("vtab-").replace("'", '"')
   return VTAB.get(OFFICIAL_NAMES.get(name, name))

@@ -166,6 +166,21 @@ class Examples:
     if note:
       self.console.note(note, "classes")
 
+  def balanced_weights(
+    self, split: str, rows: np.ndarray | None = None
+  ) -> np.ndarray:
+    """Weights of classes, (C,) float32, with which all weigh the same.
+
+    They are 1 on average over the examples of a split, or some rows of it.
+    Classes without an example have 0.
+    """
+    with processes.raise_on_all():
+      labels = self._labels(self._loaded_split(split))[self._rows_of(split)]
+    labels = labels if rows is None else labels[rows]
+    count = np.bincount(labels, minlength=self.task.num_classes)
+    weights = len(labels) / (np.maximum(count, 1) * np.count_nonzero(count))
+    return np.where(count, weights, 0).astype(np.float32)
+
   @property
   def _decoding(self) -> dict[str, Any]:
     return {

@@ -92,8 +92,11 @@ def draw(workdir: files.Path, path: files.Path) -> None:
   model = model_lib.load(workdir)
   model = model.of_seed(model.info["seeds"][0])
   task = data.make_task(
-    config["task"], **{k: config[k] for k in fields.TASK_FIELDS}
+    config["task"],
+    **{k: config[k] for k in fields.TASK_FIELDS if k in config},
   )
+  if config.get("skip_bad"):
+    task = data.leave_out(task, data.find_faults(task))
   c = model.backbone.config
   batch = next(
     data.batches(

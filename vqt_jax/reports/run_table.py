@@ -14,6 +14,11 @@ def show(
 ) -> None:
   """Print the results of a run, and where they are."""
   rows = []
+  others = {  # Missing from the results of earlier versions.
+    "balanced": "test_balanced_accuracy",
+    "macro F1": "test_macro_f1",
+  }
+  others = {k: x for k, x in others.items() if x in results}
   for tested in results["tested"]:
     test = tested["test_accuracy"]
     each = [f"{s} {100 * a:.1f}" for s, a in test["per_seed"].items()]
@@ -22,6 +27,7 @@ def show(
         style.CANDIDATES[tested["name"]],
         f"{accuracy_lib.format_mean(test)} %",
         accuracy_lib.format_interval(test),
+        *(f"{100 * tested[x]['mean']:.2f}" for x in others.values()),
         ", ".join(each),
         f"{tested['trained_parameters']:,}",
         f"{tested['training_seconds']:.0f}",
@@ -32,6 +38,7 @@ def show(
       f"{results['method']} on {results['task']}",
       "test accuracy",
       "95 % interval",
+      *others,
       "of each seed",
       "trained",
       "seconds to train",

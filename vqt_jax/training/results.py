@@ -18,6 +18,12 @@ from vqt_jax.training import protocol
 from vqt_jax.training import setup
 from vqt_jax.tuned import bundle
 
+# Name -> function of a tally.
+SCORES = {
+  "test_accuracy": accuracy_lib.accuracy,
+  "test_balanced_accuracy": accuracy_lib.balanced,
+  "test_macro_f1": accuracy_lib.macro_f1,
+}
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets")
 
 
@@ -35,7 +41,7 @@ def write(
     context: of the run.
     found: what the protocol found on the way.
     candidates: tested settings; the last one is the result.
-    test: their accuracies on the test set, as of `run`.
+    test: their tallies on the test set, as of `run`.
     seconds: wall time of this process.
     peak: peak memory of this process.
 
@@ -57,13 +63,11 @@ def _results(context, found, candidates, test, seconds, peak) -> dict[str, Any]:
       "name": each.name,
       "setting": each.setting,
       "kept_share": each.kept_share,
-      "test_accuracy": accuracy_lib.summary(
-        [trial.seed for trial in each.trials], accuracy, test["images"]
-      ),
+      **_scores(each, tallies, test["images"]),
       "trained_parameters": each.num_trained,
       "training_seconds": each.seconds,
     }
-    for each, accuracy in zip(candidates, test["accuracy"])
+    for each, tallies in zip(candidates, test["tallies"])
   ]
   return {
     "task": context.task.name,
@@ -77,10 +81,11 @@ def _results(context, found, candidates, test, seconds, peak) -> dict[str, Any]:
     "image_size": list(c.image_size),
     "value_range": context.backbone.value_range,
     "resize": context.config.resize,
+    "fit": context.config.fit,
     "data": data.dataset_identity(context.task),
     "protocol": context.config.protocol,
     "batch_size": context.config.batch_size,  # config.lr is per 256 images.
-    "test_accuracy": tested[-1]["test_accuracy"],
+    **{name: tested[-1][name] for name in SCORES},
     "chosen": result.setting,
     "tested": tested,
     **found,
@@ -110,9 +115,24 @@ def _results(context, found, candidates, test, seconds, peak) -> dict[str, Any]:
   }
 
 
+def _scores(candidate, tallies, images: int) -> dict[str, Any]:
+  """Return the `SCORES` of all seeds of a candidate."""
+  seeds = [trial.seed for trial in candidate.trials]
+  values = {
+    name: [function(tally) for tally in tallies]
+    for name, function in SCORES.items()
+  }
+  found = {name: accuracy_lib.over(seeds, x) for name, x in values.items()}
+  accuracy = values["test_accuracy"]
+  return found | {
+    "test_accuracy": accuracy_lib.summary(seeds, accuracy, images)
+  }
+
+
 def _write_tuned(context, candidate, results) -> int:
   """Write the bundle of all seeds; return the bytes of one seed's weights."""
   task, trials = context.task, candidate.trials
+  how = "fit" if isinstance(task, data.FileTask) else "resize"
   size = bundle.write(
     context.workdir / "tuned",
     context.config.init,
@@ -125,11 +145,11 @@ def _write_tuned(context, candidate, results) -> int:
       "preprocessing": {
         "image_size": results["image_size"],
         "value_range": results["value_range"],
-        "resize": results["resize"],
+        how: results[how],
       },
       "seeds": [trial.seed for trial in trials],
       "results": {
-        "test_accuracy": results["test_accuracy"],
+        **{name: results[name] for name in SCORES},
         "chosen": results["chosen"],
       },
       "versions": results["versions"],

@@ -101,7 +101,7 @@ def _train(config, workdir, console) -> dict[str, Any]:
 def _test(context, stages, examples, candidates) -> dict[str, Any]:
   """Test all seeds of all candidates in one pass over the test set."""
   started = time.monotonic()
-  accuracy = stages.evaluate(
+  tallies = stages.evaluate(
     "test",
     None,
     [
@@ -116,7 +116,7 @@ def _test(context, stages, examples, candidates) -> dict[str, Any]:
     "test",
   )
   return {
-    "accuracy": accuracy,
+    "tallies": tallies,
     "images": examples.count("test"),
     "seconds": time.monotonic() - started,
   }

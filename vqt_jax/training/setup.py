@@ -11,6 +11,7 @@ import ml_collections
 
 from vqt_jax import checkpoints
 from vqt_jax import data
+from vqt_jax import errors
 from vqt_jax.config import fields
 from vqt_jax.models import backbone as backbone_lib
 from vqt_jax.models import sharding as sharding_lib
@@ -19,6 +20,8 @@ from vqt_jax.models import vit_config as vit_config_lib
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import files
 from vqt_jax.runtime import mesh as mesh_lib
+
+_MOST_CLASSES = 30  # are shown.
 
 
 @dataclasses.dataclass
@@ -97,18 +100,14 @@ def find_mesh(
 
 
 def prepare(config, workdir, console) -> RunContext:
-  task = find_task(config)
-  data.check_prepared(task)
-  if warning := data.size_warning(task):
-    console.note(warning)
-
+  task = check_data(config, find_task(config), console)
   options = backbone_options(config, jax.default_backend())
   with contextlib.ExitStack() as download:
     backbone = checkpoints.load_backbone(
       config.init,
       value_range=config.value_range,
       **options,
-      progress=_download_line(console, download),
+      progress=_late_line(console, download, "backbone", "MiB", 2**20),
     )
   tuner = find_tuner(config, backbone.config, task)
   mesh = find_mesh(config, backbone.config)
@@ -128,19 +127,80 @@ def prepare(config, workdir, console) -> RunContext:
   return context
 
 
-def _download_line(
-  console: console_lib.Console, until: contextlib.ExitStack
+def check_data(
+  config: ml_collections.ConfigDict,
+  task: data.Task,
+  console: console_lib.Console,
+) -> data.Task:
+  """Look at a task's data before any training, and tell what is there.
+
+  Returns:
+    The task, without images that cannot be used if `config.skip_bad`.
+
+  Raises:
+    UserError: something is missing, or images cannot be used.
+  """
+  data.check_prepared(task)
+  for note in data.notes(task):
+    console.note(note)
+  with contextlib.ExitStack() as until:
+    progress = _late_line(console, until, "check", "image")
+    faults = data.find_faults(task, progress)
+  for name, reason in faults.items():
+    console.note(f"{name}: {reason}", "bad")
+  if faults and not config.skip_bad:
+    name, reason = next(iter(faults.items()))
+    raise errors.UserError(
+      f"{len(faults)} images of {task.name} cannot be used, all listed above;"
+      f" the first one is {name}: {reason}. Mend or remove them, or go on"
+      " without them: --config.skip_bad=true"
+    )
+  if faults:
+    task = data.leave_out(task, faults)
+    console.note(f"{len(faults)} images are left out", "bad")
+  if isinstance(task, data.FileTask):
+    _show_classes(console, task)
+  return task
+
+
+def _show_classes(console: console_lib.Console, task: data.FileTask) -> None:
+  """Show how many images of each class are in each split."""
+  counts = task.counts()
+  rows = [
+    [name, *(int(count[i]) for count in counts.values())]
+    for i, name in enumerate(task.class_names)
+  ]
+  totals = [int(count.sum()) for count in counts.values()]
+  if len(rows) > _MOST_CLASSES:
+    left = len(rows) - _MOST_CLASSES
+    rest = [int(x[_MOST_CLASSES:].sum()) for x in counts.values()]
+    rows = [*rows[:_MOST_CLASSES], [f"{left} more", *rest]]
+  console.table([f"images of {task.name}", *counts], [*rows, ["all", *totals]])
+
+
+def _late_line(
+  console: console_lib.Console,
+  until: contextlib.ExitStack,
+  name: str,
+  unit: str,
+  scale: int = 1,
 ) -> Callable[[int, int | None], None]:
-  """Return a callback that shows a download, if there is one."""
+  """Return a callback that shows a progress line from its first call on.
+
+  Args:
+    console: shows it.
+    until: the line ends when this is closed.
+    name: label of the line.
+    unit: what is counted.
+    scale: the callback's numbers are divided by this.
+  """
   lines = []
 
   def progress(done: int, total: int | None) -> None:
     if not lines:
-      size = (total or done) // 2**20
-      lines.append(
-        until.enter_context(console.progress("backbone", size, "MiB"))
-      )
-    lines[0].update(done // 2**20)
+      line = console.progress(name, (total or done) // scale, unit)
+      lines.append(until.enter_context(line))
+    lines[0].update(done // scale)
 
   return progress
 

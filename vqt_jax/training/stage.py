@@ -65,8 +65,16 @@ class Stage:
     """Number of trials whose loss must stay finite."""
     return len(self.trials) if self.min_finite is None else self.min_finite
 
-  def settings(self) -> step_lib.Settings:
-    """Settings of all trials, as the compiled step takes them."""
+  def settings(
+    self, class_weights: np.ndarray | None = None
+  ) -> step_lib.Settings:
+    """Settings of all trials, as the compiled step takes them.
+
+    Args:
+      class_weights: (C,) float32, of the loss; None: all classes weigh 1.
+    """
+    if class_weights is not None:
+      class_weights = np.tile(class_weights, (len(self.trials), 1))
     of = lambda name: np.array([getattr(each, name) for each in self.trials])
     return step_lib.Settings(
       lr=of("lr").astype(np.float32),
@@ -75,6 +83,7 @@ class Stage:
       normalize=of("normalize"),
       frozen_parts=self.frozen_parts,
       feature_mask=self.feature_mask,
+      class_weights=class_weights,
     )
 
 

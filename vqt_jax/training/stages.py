@@ -9,6 +9,8 @@ import jax
 import ml_collections
 import numpy as np
 
+from vqt_jax import accuracy as accuracy_lib
+from vqt_jax import data
 from vqt_jax import errors
 from vqt_jax.features import batches
 from vqt_jax.features import examples as examples_lib
@@ -46,7 +48,7 @@ class Stages:
     """Find the stages that an earlier start has finished.
 
     Raises:
-      UserError: the run was begun with other weights of the backbone.
+      UserError: the run was begun with another backbone or other data.
     """
     self._context, self._examples, self._saver = context, examples, saver
     self._metrics, self._stop, self._peak = metrics, stop, peak
@@ -64,16 +66,27 @@ class Stages:
     )
     with processes.raise_on_all():
       if processes.is_first():
-        self._check_weights()
+        self._check_inputs()
 
-  def _check_weights(self) -> None:
-    """Record the backbone's hash, or compare it with the recorded one."""
+  def _check_inputs(self) -> None:
+    """Record hashes of backbone and data, or compare them with those there."""
     path = self._folder / "backbone.json"
-    found = {"sha256": self._context.backbone.identity}
+    found = {
+      "sha256": self._context.backbone.identity,
+      "data": data.dataset_identity(self._context.task)["sha256"],
+    }
     begun = (self._done or self._saved.stage) and files.exists(path)
     if not begun:
       files.write_json(path, found)
-    elif files.read_json(path) != found:
+      return
+    old = found | files.read_json(path)  # Earlier versions wrote no "data".
+    if old["data"] != found["data"]:
+      raise errors.UserError(
+        f"The run in {self._context.workdir} was begun with other data:"
+        f" {self._context.task.name} has changed since. Choose another"
+        " --workdir, or bring the old data back to resume."
+      )
+    if old != found:
       raise errors.UserError(
         f"The run in {self._context.workdir} was begun with other weights: what"
         " config.init names has changed since. Choose another --workdir, or"
@@ -125,7 +138,10 @@ class Stages:
       _variables(state, stage), np.array([r.normalize for r in stage.trials])
     )
     if stage.judge:
-      (accuracy,) = self.evaluate(*stage.judge, [(stage.tuner, ready)], "val")
+      (tallies,) = self.evaluate(*stage.judge, [(stage.tuner, ready)], "val")
+      balanced = self._context.config.class_weights == "balanced"
+      judge = accuracy_lib.balanced if balanced else accuracy_lib.accuracy
+      accuracy = [judge(tally) for tally in tallies]
       able = [i not in outcome.diverged for i in range(len(accuracy))]
       outcome.accuracy = [a if ok else 0.0 for a, ok in zip(accuracy, able)]
     if stage.keeps_weights:
@@ -205,7 +221,7 @@ class Stages:
         source,
         schedule,
         static,
-        stage.settings(),
+        stage.settings(self._class_weights(stage)),
         frozen,
         state,
         progress,
@@ -218,6 +234,11 @@ class Stages:
     save(state)
     return state, progress
 
+  def _class_weights(self, stage: stage_lib.Stage) -> np.ndarray | None:
+    if self._context.config.class_weights != "balanced":
+      return None
+    return self._examples.balanced_weights(stage.split, stage.rows)
+
   def _log(self, stage: stage_lib.Stage, rows: list[dict[str, Any]]) -> None:
     if processes.is_first():
       self._metrics.epochs(stage.name, rows)
@@ -228,8 +249,8 @@ class Stages:
     rows: np.ndarray | None,
     ready: Sequence[tuple[tuner_lib.Tuner, step_lib.TrainedTrials]],
     label: str,
-  ) -> list[list[float]]:
-    """Return the accuracy of every trial of several tuners.
+  ) -> list[np.ndarray]:
+    """Count right and wrong examples of every trial of several tuners.
 
     The backbone sees each image once, unless the devices cannot hold the
     trained variables of all trials at the same time.
@@ -240,25 +261,28 @@ class Stages:
       ready: tuners with their trained trials; if any of them reads the blocks,
         the first one does.
       label: name on the progress line.
+
+    Returns:
+      Of each tuner (R, 3, C), as `step.eval_steps` counts, in float64.
     """
     size = min(trial_memory.weights_at_once(tuner) for tuner, _ in ready)
     if sum(len(trials.normalize) for _, trials in ready) <= size:
       return self._pass(split, rows, ready, label)
     found = []
     for tuner, trials in ready:
-      accuracy = []
+      tallies = []
       for start in range(0, len(trials.normalize), size):
         some = jax.tree.map(lambda x, i=start: x[i : i + size], trials)
-        accuracy += self._pass(split, rows, [(tuner, some)], label)[0]
-      found.append(accuracy)
+        tallies += self._pass(split, rows, [(tuner, some)], label)
+      found.append(np.concatenate(tallies))
     return found
 
-  def _pass(self, split, rows, ready, label) -> list[list[float]]:
+  def _pass(self, split, rows, ready, label) -> list[np.ndarray]:
     """Do `evaluate` in one pass of the backbone."""
     context = self._context
     tuners, trials = zip(*ready)
     trials = mesh.replicate(trials, context.mesh)
-    right, count = None, 0
+    tallies, count = None, 0
     total = self._examples.count(split) if rows is None else len(rows)
     with self._stop.at_once(), processes.raise_on_all():
       chunks = self._examples.evaluation_chunks(split, rows)
@@ -272,12 +296,12 @@ class Stages:
       done = ((evaluate(*chunk), chunk[2].sum(), ask()) for chunk in chunks)
       for part, real, stopped in batches.delay_by_one(done):
         part = [x.astype(np.float64) for x in processes.to_host(part)]
-        right = [a + b for a, b in zip(right, part)] if right else part
+        tallies = [a + b for a, b in zip(tallies, part)] if tallies else part
         count += int(real)
         line.update(count)
         if stopped().any():
           raise preemption.Stopped
-    return [(x / count).tolist() for x in right]
+    return tallies
 
 
 def static_settings(config: ml_collections.ConfigDict, stage: stage_lib.Stage):

@@ -84,6 +84,7 @@ class Settings:
     normalize: (R,) bool, whether feature groups are divided by their norms.
     frozen_parts: those of "tuner" and "head" that do not train.
     feature_mask: (R, F) float32, 0 for features left out; None: all in use.
+    class_weights: (R, C) float32, of the loss; None: all classes weigh 1.
   """
 
   lr: jax.Array
@@ -92,6 +93,7 @@ class Settings:
   normalize: jax.Array | None = None
   frozen_parts: dict[str, Any] = flax.struct.field(default_factory=dict)
   feature_mask: jax.Array | None = None
+  class_weights: jax.Array | None = None
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -180,13 +182,32 @@ def _by_device(gradient):
   return summed
 
 
-def _score(logits, batch):
+def _score(logits, batch, class_weights):
   """Sum loss and correct predictions over the real examples of a batch."""
   losses = optax.softmax_cross_entropy_with_integer_labels(
     logits, batch["label"]
   )
+  if class_weights is not None:
+    losses *= class_weights[batch["label"]]
   right = jnp.argmax(logits, axis=-1) == batch["label"]
   return jnp.sum(losses * batch["mask"]), jnp.sum(right * batch["mask"])
+
+
+def _tally(logits, batch):
+  """Count the examples of a batch, (3, C), as of `eval_steps`."""
+  label, classes = batch["label"], logits.shape[-1]
+  predicted = jnp.argmax(logits, axis=-1)
+  count = lambda numbers, mask: jnp.sum(
+    jax.nn.one_hot(numbers, classes) * mask[:, None], axis=0
+  )
+  mask = batch["mask"]
+  return jnp.stack(
+    [
+      count(label, mask * (predicted == label)),
+      count(predicted, mask),
+      count(label, mask),
+    ]
+  )
 
 
 def run_step(
@@ -236,7 +257,7 @@ def run_step(
       settings.normalize,
       rows,
     ).logits
-    total, right = _score(logits, batch)
+    total, right = _score(logits, batch, settings.class_weights)
     loss = total / count
     if static.lasso:
       scores = head.feature_scores(variables["head"])
@@ -363,10 +384,11 @@ def eval_steps(
     mask: (S, B) float32.
 
   Returns:
-    Numbers of correct examples, (R,) float32 for each tuner.
+    Of each tuner (R, 3, C) float32, numbers of examples of each class: right
+    ones; those that are taken for it; those that are of it.
   """
 
-  def body(right, inputs):
+  def body(tally, inputs):
     index, mask = inputs
     batch = {**take(data, index), "mask": mesh_lib.constrain(mask, "data")}
     if not tuners[0].editor:
@@ -379,17 +401,20 @@ def eval_steps(
       logits = tuner(
         variables, tokens, final, None, ready.normalize, rows
       ).logits
-      return _score(logits, batch)[1]
+      return _tally(logits, batch)
 
     def every(tuner, trials):
       run = functools.partial(one, tuner)
       return jax.lax.map(run, trials) if tuner.editor else jax.vmap(run)(trials)
 
     return tuple(
-      before + every(*those) for before, *those in zip(right, tuners, ready)
+      before + every(*those) for before, *those in zip(tally, tuners, ready)
     ), None
 
   trials = [len(jax.tree.leaves(each.variables)[0]) for each in ready]
-  right = tuple(map(jnp.zeros, trials))
-  right = jax.lax.scan(body, right, (order, mask))[0]
-  return mesh_lib.constrain(right)  # Replicated.
+  tally = tuple(
+    jnp.zeros((count, 3, tuner.num_classes))
+    for count, tuner in zip(trials, tuners)
+  )
+  tally = jax.lax.scan(body, tally, (order, mask))[0]
+  return mesh_lib.constrain(tally)  # Replicated.

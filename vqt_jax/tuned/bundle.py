@@ -144,9 +144,8 @@ def find(place: PathLike) -> files.Path:
     UserError: there is none.
   """
   place = files.path(place)
-  for folder in (place, place / "tuned"):
-    if files.exists(folder / INFO) or _old_seeds(folder):
-      return folder
+  if folder := _find(place):
+    return folder
   reason = f"it has no {INFO}, and no tuned/"
   if files.exists(place / "config.json"):
     reason = "its run is not finished, or is one of several in folders there"
@@ -156,6 +155,18 @@ def find(place: PathLike) -> files.Path:
     f"{place} holds no tuned model: {reason}. Name the workdir of a finished"
     " run, or a bundle (its tuned/)."
   )
+
+
+def is_model(place: PathLike) -> bool:
+  """Return whether `find` finds a bundle there."""
+  return _find(files.path(place)) is not None
+
+
+def _find(place: files.Path) -> files.Path | None:
+  for folder in (place, place / "tuned"):
+    if files.exists(folder / INFO) or _old_seeds(folder):
+      return folder
+  return None
 
 
 def read(directory: PathLike) -> Bundle:

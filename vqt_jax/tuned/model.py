@@ -95,11 +95,7 @@ class Model:
     Raises:
       UserError: the method has no queries.
     """
-    if not self.tuner.has_queries:
-      raise errors.UserError(
-        f"{self.tuner.method} has no queries, so there is no attention of"
-        " queries to return."
-      )
+    self.check_has_queries()
     run = functools.partial(
       _attention, self.tuner, self.variables, self.backbone.params
     )
@@ -108,6 +104,14 @@ class Model:
       for images, count in self._batches(x)
     ]
     return np.concatenate(parts, axis=2)
+
+  def check_has_queries(self) -> None:
+    """Raise a `UserError` if the method has no queries."""
+    if not self.tuner.has_queries:
+      raise errors.UserError(
+        f"{self.tuner.method} has no queries, so there is no attention of"
+        " queries to show."
+      )
 
   def _batches(self, x: Any) -> Iterator[tuple[np.ndarray, int]]:
     return inputs.batches(x, self.prepare, self.backbone)
@@ -188,6 +192,28 @@ class Models:
       name: np.array(self.models[name].classes)[p.argmax(axis=-1)]
       for name, p in self.predict_proba(x).items()
     }
+
+  def stream(
+    self, x: Any
+  ) -> Iterator[list[dict[str, np.ndarray] | errors.UserError]]:
+    """Answer images batch by batch, and go on after those that are faulty.
+
+    Yields:
+      For each image of a batch, in order: the probabilities (C,) by model, or
+      why it cannot be read.
+    """
+    first, run = _compiled(tuple(self.models.values()))
+    for results in inputs.prepared(x, first.prepare):
+      images = [r for r in results if not isinstance(r, errors.UserError)]
+      answers = []
+      if images:
+        found = [z[:, : len(images)] for z in run(inputs.pad(images))]
+        each = zip(*map(probabilities, found))
+        answers = [dict(zip(self.models, answer)) for answer in each]
+      left = iter(answers)
+      yield [
+        r if isinstance(r, errors.UserError) else next(left) for r in results
+      ]
 
 
 def load(
@@ -321,13 +347,7 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 
 def _run(models: tuple[Model, ...], x: Any) -> list[np.ndarray]:
   """Return the logits (R, n, C) of models on one backbone."""
-  first = models[0]
-  run = functools.partial(
-    classify,
-    tuple(model.tuner for model in models),
-    tuple(model.variables for model in models),
-    jax.device_put(first.backbone.params),
-  )
+  first, run = _compiled(models)
   parts = [
     [np.asarray(logits)[:, :count] for logits in run(images)]
     for images, count in first._batches(x)
@@ -338,3 +358,14 @@ def _run(models: tuple[Model, ...], x: Any) -> list[np.ndarray]:
       for model in models
     ]
   return [np.concatenate(each, axis=1) for each in zip(*parts)]
+
+
+def _compiled(models: tuple[Model, ...]) -> tuple[Model, Any]:
+  """Return the first model, and the function from a batch to all logits."""
+  first = models[0]
+  return first, functools.partial(
+    classify,
+    tuple(model.tuner for model in models),
+    tuple(model.variables for model in models),
+    jax.device_put(first.backbone.params),
+  )
