@@ -11,7 +11,7 @@ import vqt_jax
 ROOT = pathlib.Path(vqt_jax.__file__).parent
 # Each room may import those below it.
 FLOORS = (
-  ("__init__", "__main__", "cli", "compare", "predict"),
+  ("__init__", "__main__", "cli", "compare", "evaluate", "predict"),
   ("experiments",),
   ("planning", "reports"),
   ("training",),

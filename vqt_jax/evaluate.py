@@ -1,0 +1,208 @@
+"""Judge what a run has trained on labelled images.
+
+  vqt-jax evaluate runs/photos holdout/ --output holdout_results
+
+and `python -m vqt_jax.evaluate` with the same arguments: the workdir of a
+finished run, or a bundle (its tuned/), and the images: a folder with a folder
+per class, a table (.csv, .tsv, .jsonl) of paths and labels, or a task, such as
+digits, of which the split "test" is taken.
+
+--split NAME     train, val or test, where the images are divided
+--output FOLDER  evaluation.json, per_class.csv, confusion.csv and .png,
+                 predictions.csv, calibration.png; default: prints tables only
+--backbone FILE  the backbone, if it is elsewhere than in training
+--data_dir DIR   folder of the prepared datasets of a task
+
+The seeds of the run answer together, by the mean of their probabilities.
+
+Exit status: 0, 1 if an image could not be read, 2 if there is something to
+correct.
+"""
+
+from collections.abc import Iterator, Sequence
+import itertools
+import os
+import sys
+from typing import Any
+
+from absl import flags
+import numpy as np
+
+from vqt_jax import data
+from vqt_jax import errors
+from vqt_jax.data import listing
+from vqt_jax.reports import evaluation
+from vqt_jax.runtime import console as console_lib
+from vqt_jax.runtime import files
+from vqt_jax.runtime import logfile
+from vqt_jax.runtime import numerics
+from vqt_jax.tuned import model as model_lib
+
+USAGE = (
+  "Usage: RUN IMAGES [--split NAME] [--output FOLDER] (--help tells more)."
+)
+_MOST_NAMED = 5
+
+
+def main(argv: Sequence[str]) -> int:
+  """Evaluate as a command line says; return the exit status."""
+  logfile.reopen_closed_streams()
+  values = flags.FlagValues()
+  flags.DEFINE_enum("split", None, data.SPLITS, "", flag_values=values)
+  for text in ("output", "backbone", "data_dir"):
+    flags.DEFINE_string(text, None, "", flag_values=values)
+  flags.DEFINE_boolean("help", False, "", short_name="h", flag_values=values)
+  try:
+    arguments = values(list(argv))[1:]
+    if values.help:
+      print(__doc__)
+      return 0
+    if len(arguments) != 2:
+      raise errors.UserError(
+        f"Expected a run and images, found {len(arguments)} arguments. {USAGE}"
+      )
+    with numerics.jax_defaults():
+      return evaluate(
+        *arguments,
+        values.split,
+        values.output,
+        values.backbone,
+        values.data_dir,
+      )
+  except (errors.UserError, flags.Error) as e:
+    print(f"error: {e}", file=sys.stderr)
+    return 2
+
+
+def evaluate(
+  run: str,
+  place: str,
+  split: str | None = None,
+  output: str | None = None,
+  backbone: str | None = None,
+  data_dir: str | None = None,
+) -> int:
+  """Judge a run, see the top of this file; return the exit status."""
+  console = console_lib.Console()
+  model = model_lib.load(run, backbone)
+  if os.path.exists(os.path.expanduser(place)):
+    answers, total = _of_files(model, place, split)
+  else:
+    answers, total = _of_task(model, place, split or "test", data_dir)
+  rows, found, labels, bad = [], [], [], 0
+  with console.progress("images", total, "image") as line:
+    for number, (name, label, answer) in enumerate(answers, 1):
+      line.update(number)
+      if isinstance(answer, errors.UserError):
+        console.note(str(answer), "bad")
+        bad += 1
+        continue
+      predicted = int(answer.argmax())
+      rows.append(
+        {
+          "image": name,
+          "label": model.classes[label],
+          "predicted": model.classes[predicted],
+          "probability": f"{answer[predicted]:.4f}",
+        }
+      )
+      found.append(answer)
+      labels.append(label)
+  if not found:
+    raise errors.UserError(f"None of the {total} images can be read.")
+  summary = evaluation.summarize(
+    np.stack(found), np.array(labels), model.classes
+  )
+  if bad:
+    console.note(f"{bad} of {total} images could not be read", "bad")
+  evaluation.show(console, summary)
+  if output:
+    evaluation.write(console, summary, rows, files.path(output))
+  return 1 if bad else 0
+
+
+Answers = Iterator[tuple[str, int, np.ndarray | errors.UserError]]
+
+
+def _of_files(
+  model: model_lib.Model, place: str, split: str | None
+) -> tuple[Answers, int]:
+  """Answer the images of a folder or table: (name, label, answer), number."""
+  found = listing.list_labelled(place)
+  if split:
+    found = [each for each in found if each.split == split]
+    if not found:
+      raise errors.UserError(f"{place} has no images of a split {split!r}.")
+  labels = _labels(model, [each.label for each in found], place)
+  models = model_lib.Models({"": model})
+  answers = itertools.chain.from_iterable(
+    models.stream([each.file for each in found])
+  )
+
+  def each():
+    for image, label, answer in zip(found, labels, answers):
+      yield image.name, label, answer if _failed(answer) else answer[""]
+
+  return each(), len(found)
+
+
+def _failed(answer: Any) -> bool:
+  return isinstance(answer, errors.UserError)
+
+
+def _of_task(
+  model: model_lib.Model, name: str, split: str, data_dir: str | None
+) -> tuple[Answers, int]:
+  """Answer the images of a split of a task: (number, label, answer), number."""
+  task = data.make_task(name, data_dir=data_dir or "")
+  data.check_prepared(task)
+  known = task.class_names or [str(i) for i in range(task.num_classes)]
+  labels = _labels(model, known, name)
+  settings = model.info["preprocessing"]
+
+  def each():
+    number = 0
+    for batch in data.batches(
+      task,
+      split,
+      batch_size=32,
+      image_size=tuple(settings["image_size"]),
+      value_range=settings["value_range"],
+      resize=settings.get("resize", "bilinear"),
+    ):
+      real = batch["mask"] > 0
+      answers = model.predict_proba(batch["image"])
+      for label, answer in zip(batch["label"][real], answers[real]):
+        yield str(number), labels[label], answer
+        number += 1
+
+  return each(), data.num_examples(task, split)
+
+
+def _labels(
+  model: model_lib.Model, names: Sequence[str], place: str
+) -> list[int]:
+  """Return the numbers that a model has for names of classes.
+
+  Raises:
+    UserError: it does not know one.
+  """
+  numbers = {name: i for i, name in enumerate(model.classes)}
+  if unknown := sorted({*names} - {*numbers}):
+    listed = lambda some: (
+      ", ".join(some[:_MOST_NAMED])
+      + (
+        f" and {len(some) - _MOST_NAMED} more"
+        if len(some) > _MOST_NAMED
+        else ""
+      )
+    )
+    raise errors.UserError(
+      f"{place} has classes that the model does not know: {listed(unknown)}."
+      f" Its classes are {listed(model.classes)}."
+    )
+  return [numbers[name] for name in names]
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv))
