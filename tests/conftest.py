@@ -1,5 +1,6 @@
 """Eight fake CPU devices and full float32 products for all tests."""
 
+import gc
 from importlib import metadata
 import os
 import tempfile
@@ -12,6 +13,8 @@ os.environ["XLA_FLAGS"] = (
 if metadata.version("jaxlib").startswith("0.10."):
   # Four times as fast; later versions have no others, and die at the flag.
   os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+  # Small programs are not worth cutting up for threads.
+  os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 if "PYTEST_XDIST_WORKER" not in os.environ:  # Else it has these already.
   _compiled = tempfile.TemporaryDirectory(prefix="vqt_jax_compiled_")
@@ -25,6 +28,13 @@ import jax
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
+gc.set_threshold(100_000, 50, 100)  # Tracing makes much, and little garbage.
+
+
+def pytest_collection_finish(session):
+  """Spares the garbage collector what was imported."""
+  del session
+  gc.freeze()
 
 
 @pytest.fixture(scope="session")
