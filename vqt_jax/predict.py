@@ -104,11 +104,7 @@ def predict(
         draw(number, name)
   seconds = time.monotonic() - started
   faults = f"; {bad} could not be read" if bad else ""
-  print(
-    f"{len(names):,} images in {seconds:.1f} s"
-    f" ({len(names) / seconds:.3g} images/s){faults}",
-    file=sys.stderr,
-  )
+  print(f"{len(names):,} images in {seconds:.1f} s{faults}", file=sys.stderr)
   return 1 if bad else 0
 
 

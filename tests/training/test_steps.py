@@ -185,7 +185,7 @@ class Case:
       )
     losses = np.concatenate(losses)
     return jax.tree.map(
-      np.asarray, {"trained": state.trained, "loss": losses, "eval": count}
+      np.asarray, {"trained": state.trained, "loss": losses, "eval": count[:-1]}
     )
 
 

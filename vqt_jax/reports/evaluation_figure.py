@@ -72,6 +72,7 @@ def calibration(found: Mapping[str, Any], path: str | os.PathLike) -> None:
     confidence,
     [b["accuracy"] for b in bins],
     "o-",
+    clip_on=False,
     color=style.COLOURS[0],
     label=f"error {100 * found['ece']:.1f} %",
   )

@@ -22,6 +22,8 @@ def show(
   for tested in results["tested"]:
     test = tested["test_accuracy"]
     each = [f"{s} {100 * a:.1f}" for s, a in test["per_seed"].items()]
+    if together := tested.get("test_ensemble_accuracy"):
+      each.append(f"together {100 * together['mean']:.1f}")
     rows.append(
       [
         style.CANDIDATES[tested["name"]],

@@ -7,6 +7,7 @@ import platform
 from typing import Any
 
 import jax
+import numpy as np
 
 from vqt_jax import accuracy as accuracy_lib
 from vqt_jax import data
@@ -24,6 +25,7 @@ SCORES = {
   "test_balanced_accuracy": accuracy_lib.balanced,
   "test_macro_f1": accuracy_lib.macro_f1,
 }
+ENSEMBLE = "test_ensemble_accuracy"  # Of all seeds, by mean probability.
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets")
 
 
@@ -85,7 +87,7 @@ def _results(context, found, candidates, test, seconds, peak) -> dict[str, Any]:
     "data": data.dataset_identity(context.task),
     "protocol": context.config.protocol,
     "batch_size": context.config.batch_size,  # config.lr is per 256 images.
-    **{name: tested[-1][name] for name in SCORES},
+    **{name: tested[-1][name] for name in (*SCORES, ENSEMBLE)},
     "chosen": result.setting,
     "tested": tested,
     **found,
@@ -116,17 +118,24 @@ def _results(context, found, candidates, test, seconds, peak) -> dict[str, Any]:
 
 
 def _scores(candidate, tallies, images: int) -> dict[str, Any]:
-  """Return the `SCORES` of all seeds of a candidate."""
+  """Return the `SCORES` of the seeds of a candidate, and of all together."""
   seeds = [trial.seed for trial in candidate.trials]
+  *tallies, together = tallies
   values = {
     name: [function(tally) for tally in tallies]
     for name, function in SCORES.items()
   }
   found = {name: accuracy_lib.over(seeds, x) for name, x in values.items()}
   accuracy = values["test_accuracy"]
-  return found | {
-    "test_accuracy": accuracy_lib.summary(seeds, accuracy, images)
-  }
+  found["test_accuracy"] = accuracy_lib.summary(seeds, accuracy, images)
+  found[ENSEMBLE] = None
+  if len(seeds) > 1 and np.isfinite(together).all():
+    share = accuracy_lib.accuracy(together)
+    found[ENSEMBLE] = {
+      "mean": share,
+      "interval": list(accuracy_lib.interval(share, images)),
+    }
+  return found
 
 
 def _write_tuned(context, candidate, results) -> int:
@@ -149,7 +158,7 @@ def _write_tuned(context, candidate, results) -> int:
       },
       "seeds": [trial.seed for trial in trials],
       "results": {
-        **{name: results[name] for name in SCORES},
+        **{name: results[name] for name in (*SCORES, ENSEMBLE)},
         "chosen": results["chosen"],
       },
       "versions": results["versions"],

@@ -141,7 +141,7 @@ class Stages:
       (tallies,) = self.evaluate(*stage.judge, [(stage.tuner, ready)], "val")
       balanced = self._context.config.class_weights == "balanced"
       judge = accuracy_lib.balanced if balanced else accuracy_lib.accuracy
-      accuracy = [judge(tally) for tally in tallies]
+      accuracy = [judge(tally) for tally in tallies[:-1]]
       able = [i not in outcome.diverged for i in range(len(accuracy))]
       outcome.accuracy = [a if ok else 0.0 for a, ok in zip(accuracy, able)]
     if stage.keeps_weights:
@@ -263,7 +263,8 @@ class Stages:
       label: name on the progress line.
 
     Returns:
-      Of each tuner (R, 3, C), as `step.eval_steps` counts, in float64.
+      Of each tuner (R + 1, 3, C), as `step.eval_steps` counts, in float64; the
+      last, of all trials together, is NaN if they were not evaluated together.
     """
     size = min(trial_memory.weights_at_once(tuner) for tuner, _ in ready)
     if sum(len(trials.normalize) for _, trials in ready) <= size:
@@ -273,8 +274,9 @@ class Stages:
       tallies = []
       for start in range(0, len(trials.normalize), size):
         some = jax.tree.map(lambda x, i=start: x[i : i + size], trials)
-        tallies += self._pass(split, rows, [(tuner, some)], label)
-      found.append(np.concatenate(tallies))
+        (part,) = self._pass(split, rows, [(tuner, some)], label)
+        tallies.append(part[:-1])
+      found.append(np.concatenate([*tallies, np.full_like(part[-1:], np.nan)]))
     return found
 
   def _pass(self, split, rows, ready, label) -> list[np.ndarray]:

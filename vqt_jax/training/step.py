@@ -384,8 +384,9 @@ def eval_steps(
     mask: (S, B) float32.
 
   Returns:
-    Of each tuner (R, 3, C) float32, numbers of examples of each class: right
-    ones; those that are taken for it; those that are of it.
+    Of each tuner (R + 1, 3, C) float32, numbers of examples of each class:
+    right ones; those that are taken for it; those that are of it. Counted for
+    each trial, and last for the mean of the trials' probabilities.
   """
 
   def body(tally, inputs):
@@ -398,14 +399,17 @@ def eval_steps(
       variables = {**ready.variables, "backbone": params}
       own = tuner.editor and _stream(tuner, variables, batch)
       tokens, rows, final = own or seen
-      logits = tuner(
-        variables, tokens, final, None, ready.normalize, rows
-      ).logits
-      return _tally(logits, batch)
+      return tuner(variables, tokens, final, None, ready.normalize, rows).logits
 
     def every(tuner, trials):
       run = functools.partial(one, tuner)
-      return jax.lax.map(run, trials) if tuner.editor else jax.vmap(run)(trials)
+      run = (
+        functools.partial(jax.lax.map, run) if tuner.editor else jax.vmap(run)
+      )
+      logits = run(trials)
+      together = jax.nn.softmax(logits).mean(axis=0, keepdims=True)
+      tally = functools.partial(_tally, batch=batch)
+      return jax.vmap(tally)(jnp.concatenate([logits, together]))
 
     return tuple(
       before + every(*those) for before, *those in zip(tally, tuners, ready)
@@ -413,7 +417,7 @@ def eval_steps(
 
   trials = [len(jax.tree.leaves(each.variables)[0]) for each in ready]
   tally = tuple(
-    jnp.zeros((count, 3, tuner.num_classes))
+    jnp.zeros((count + 1, 3, tuner.num_classes))
     for count, tuner in zip(trials, tuners)
   )
   tally = jax.lax.scan(body, tally, (order, mask))[0]

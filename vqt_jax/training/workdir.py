@@ -4,7 +4,7 @@
   metrics.jsonl   a line per epoch and trial
   tensorboard/    the same as TensorBoard events
   results.json    the results, written when all else is there
-  tuned/          what was trained: variables.safetensors and info.json
+  tuned/          what was trained, see `tuned.bundle`
   report.png      a picture of the results
 
 While a run lasts there is also `.vqt_jax.lock`, see `locks.lock_folder`.

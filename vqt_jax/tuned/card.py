@@ -1,6 +1,7 @@
 """The model card of a bundle, README.md."""
 
 from collections.abc import Mapping
+import json
 import re
 from typing import Any
 
@@ -23,7 +24,7 @@ It needs the backbone `{source}`, which is not in here.
 ```python
 import vqt_jax
 
-model = vqt_jax.load("this/folder", backbone="{source}")
+model = vqt_jax.load("this/folder", backbone={quoted})
 model.predict(["image.jpg"])
 ```
 
@@ -57,8 +58,9 @@ def model_card(info: Mapping[str, Any]) -> str:
     count=len(classes),
     program=info["program"],
     seeds=f"{len(seeds)} seed{'s' * (len(seeds) > 1)}",
-    source=_cell(backbone["source"]),
-    accuracy=_accuracy(info["results"]["test_accuracy"]),
+    source=" ".join(backbone["source"].replace("`", "'").split()),
+    quoted=json.dumps(backbone["source"]),
+    accuracy=_accuracy(info["results"]),
     setting=_setting(info["results"]["chosen"]),
     images=f"{size} px ({how}), scaled to {preprocessing['value_range']}",
     variant=backbone["variant"],
@@ -67,11 +69,14 @@ def model_card(info: Mapping[str, Any]) -> str:
   )
 
 
-def _accuracy(test: Mapping[str, Any]) -> str:
+def _accuracy(results: Mapping[str, Any]) -> str:
+  test, together = results["test_accuracy"], ""
+  if ensemble := results.get("test_ensemble_accuracy"):
+    together = f"; the seeds together {100 * ensemble['mean']:.2f}"
   return (
     f"{accuracy.format_mean(test, sign='±')} ({accuracy.over_seeds([test])});"
     f" {test['images']:,} images, 95 % interval"
-    f" {accuracy.format_interval(test)}"
+    f" {accuracy.format_interval(test)}{together}"
   )
 
 

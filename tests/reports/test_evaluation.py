@@ -1,0 +1,102 @@
+"""What answers are worth: the numbers of scikit-learn, and calibration."""
+
+import numpy as np
+import pytest
+import sklearn.metrics
+
+from tests import helpers
+from vqt_jax.reports import evaluation
+from vqt_jax.runtime import console as console_lib
+
+CLASSES = ("a", "b", "$c_1$", "never")
+
+
+@pytest.fixture(scope="module")
+def answers():
+  """Probabilities (n, C), of which the last class is never true or said."""
+  rng = np.random.default_rng(0)
+  labels = rng.integers(0, 3, 300)
+  logits = rng.normal(size=(300, 4))
+  logits[np.arange(300), labels] += 1.5
+  logits[:, 3] = -9
+  p = np.exp(logits)
+  return (p / p.sum(axis=1, keepdims=True)).astype(np.float32), labels
+
+
+def test_numbers_are_those_of_scikit_learn(answers):
+  p, labels = answers
+  found, said = evaluation.summarize(p, labels, CLASSES), p.argmax(axis=1)
+  metrics = sklearn.metrics
+  for name, expected in (
+    ("accuracy", metrics.accuracy_score(labels, said)),
+    ("balanced_accuracy", metrics.balanced_accuracy_score(labels, said)),
+    ("macro_f1", metrics.f1_score(labels, said, average="macro")),
+  ):
+    assert found[name] == pytest.approx(expected), name
+  np.testing.assert_array_equal(
+    found["confusion"][:3, :3], metrics.confusion_matrix(labels, said)
+  )
+  assert found["confusion"][3].sum() == found["confusion"][:, 3].sum() == 0
+  rows = found["per_class"]
+  precision = metrics.precision_score(labels, said, average=None)
+  np.testing.assert_allclose([r["precision"] for r in rows[:3]], precision)
+  assert np.isnan(rows[3]["precision"]) and rows[3]["images"] == 0
+  low, high = found["interval"]
+  assert 0 < low < found["accuracy"] < high < 1
+
+
+def test_calibration_error():
+  p = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.3, 0.7]])
+  found = evaluation.calibration(p, np.array([0, 1, 1, 0]))
+  # |0.9 - 1/2| of two images; 0.6 and 0.7 are in bins of their own.
+  assert found["ece"] == pytest.approx((2 * 0.4 + 0.4 + 0.7) / 4)
+  assert [b["images"] for b in found["bins"]] == [1, 1, 2]
+  sure = evaluation.calibration(np.eye(3), np.arange(3))
+  assert sure["ece"] == 0 and sure["bins"][0]["confidence"] == 1
+
+
+def test_a_temperature_is_found_again(answers):
+  """Of probabilities that were sharpened by a known one."""
+  p, labels = answers
+  p = p.astype(np.float64)
+  best = evaluation.temperature(p, labels)["value"]
+  for value in (0.5, 3.0):
+    sharpened = p ** (1 / value)
+    sharpened /= sharpened.sum(axis=1, keepdims=True)
+    found = evaluation.temperature(sharpened, labels)
+    assert found["value"] == pytest.approx(best / value, rel=0.01)
+    before = evaluation.calibration(sharpened, labels)["ece"]
+    assert found["ece"] < before / 2 or value == 3.0
+
+
+def test_one_image_is_enough():
+  found = evaluation.summarize(np.eye(2)[:1], np.array([0]), ("a", "b"))
+  assert found["accuracy"] == 1 and found["calibration"]["ece"] == 0
+
+
+def test_what_is_written(answers, tmp_path, capsys):
+  p, labels = answers
+  summary = evaluation.summarize(p, labels, CLASSES)
+  console = console_lib.Console()
+  evaluation.show(console, summary)
+  rows = [{"image": "x,y.png", "label": "a"}]
+  evaluation.write(console, summary, rows, tmp_path)
+  names = sorted(path.name for path in tmp_path.iterdir())
+  assert names == [
+    "calibration.png",
+    "confusion.csv",
+    "confusion.png",
+    "evaluation.json",
+    "per_class.csv",
+    "predictions.csv",
+  ]
+  for name in ("calibration.png", "confusion.png"):
+    assert helpers.colours(tmp_path / name) > 20
+  table = (tmp_path / "confusion.csv").read_text().splitlines()
+  assert table[0] == "true class,a,b,$c_1$,never"
+  assert table[4] == "never,0,0,0,0"
+  assert (tmp_path / "per_class.csv").read_text().splitlines()[
+    4
+  ] == "never,0,,,"
+  said = capsys.readouterr().err
+  assert f"{100 * summary['accuracy']:.1f} %" in said and "taken for" in said
