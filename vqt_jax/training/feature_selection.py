@@ -22,7 +22,7 @@ from vqt_jax.training import stages as stages_lib
 from vqt_jax.training import trial as trial_lib
 
 LASSO = 1e-4
-RATE = 0.5  # Factor of the first head's rate, for tuners with queries.
+RATE = 0.5  # Factor of the first head's rate, for readers that train.
 
 
 def compare(
@@ -174,7 +174,7 @@ def selecting(
     judge: (split, rows) whose accuracy is wanted, or None. If given, a head may
       diverge and is judged as 0.
   """
-  rate = RATE if tuner.has_queries else 1.0
+  rate = RATE if tuner.reader.init else 1.0
   trials = tuple(
     dataclasses.replace(trial, lr=trial.lr * rate) for trial in trials
   )

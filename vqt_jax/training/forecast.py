@@ -129,7 +129,7 @@ class Forecast:
     """Return the cost of a step, in units of what one trial adds to it."""
     tuner = stage.tuner
     only_head = "tuner" not in stage.trains
-    each = FORWARD if only_head and (tuner.has_queries or tuner.editor) else 1.0
+    each = FORWARD if only_head and (tuner.reader.init or tuner.editor) else 1.0
     return self._shared + each * len(stage.trials)
 
   @property

@@ -18,25 +18,19 @@ def bytes_per_trial(
 ) -> float:
   """Estimate the bytes that a training step holds for one trial, per device.
 
-  They are parameters, gradients and moments; features and their gradients; for
-  each block what the gradient of reading keeps (scores, the MLP's hidden units
-  and a few tokens), and what it needs temporarily. With an editor, the same of
-  the stream.
+  They are parameters, gradients and moments; features and their gradients; and
+  what the gradient of reading keeps or, with an editor, that of the stream.
 
   Args:
     tuner: of the trial.
     batch_size: images on a device.
     remat: only the blocks' inputs are kept of the stream.
   """
-  c = tuner.config
   trainable = tuner.shapes()
   numbers = 6 * sum(math.prod(x.shape) for x in jax.tree.leaves(trainable))
-  if tuner.has_queries or tuner.editor:  # Else all trials share features.
+  if tuner.reader.init or tuner.editor:  # Else all trials share features.
     numbers += 4 * batch_size * tuner.num_features
-  if tuner.has_queries:
-    kept = c.num_heads * c.num_tokens + c.mlp_dim + 4 * c.width
-    temporary = 2 * c.num_heads * c.width + 2 * c.mlp_dim
-    numbers += batch_size * tuner.num_queries * (c.depth * kept + temporary)
+  numbers += batch_size * tuner.reader.gradient_numbers(tuner)
   if tuner.editor:
     numbers += batch_size * _stream_numbers(tuner, remat)
   return 4 * numbers
