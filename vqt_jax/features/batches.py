@@ -49,10 +49,9 @@ class ResidentBatches:
     return -(-len(self.rows) // self.batch_size)
 
   def epoch(self, epoch: int, start: int) -> Iterator[Chunk]:
-    """Yield an epoch that begins with step `start`, if there is such a step.
+    """Yield the epoch as one chunk, rotated so that step `start` comes first.
 
-    The steps before it come last: so shapes, and the compiled program, do not
-    depend on `start`.
+    So shapes, and the compiled program, do not depend on `start`.
     """
     if start < self.steps:
       shards = self.mesh.shape["data"]

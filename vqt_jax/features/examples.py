@@ -185,9 +185,7 @@ class Examples:
 
   @property
   def _eval_batch_size(self) -> int:
-    """Batch size of extraction and evaluation, a multiple of the devices."""
-    shards = self.mesh.shape["data"]
-    return -(-self.config.eval_batch_size // shards) * shards
+    return eval_batch_size(self.config, self.mesh)
 
   @property
   def _layout(self) -> store.Layout:
@@ -226,7 +224,7 @@ class Examples:
     if split not in self._storages:
       count, available = self.count(split), dict(self._available)
       feature_bytes = count * self._layout.bytes_per_image
-      pixels = int(np.prod(self.backbone.config.image_size))
+      image_size = self.backbone.config.image_size
       if feature_bytes > available["device"]:
         # A file that exists already needs no more space.
         existing = max(file.size for file in self._files(split))
@@ -235,7 +233,7 @@ class Examples:
         self.config,
         self.tuner,
         feature_bytes,
-        count * 12 * pixels,
+        count * images_lib.bytes_per_image(image_size),
         available,
         jax.default_backend(),
       )
@@ -396,6 +394,14 @@ def check_batch_size(batch_size: int, mesh: jax.sharding.Mesh) -> None:
       f" {mesh.shape['data']} devices: streamed training needs a multiple of"
       " their number."
     )
+
+
+def eval_batch_size(
+  config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
+) -> int:
+  """Batch size of extraction and evaluation, a multiple of the devices."""
+  shards = mesh.shape["data"]
+  return -(-config.eval_batch_size // shards) * shards
 
 
 def loaded_split(task: data.Task, split: str) -> str:

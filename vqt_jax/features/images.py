@@ -1,6 +1,7 @@
 """Images on the devices, for training through the backbone."""
 
 from collections.abc import Sequence
+import math
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,11 @@ def images_on_devices(
     "image": relayout(mesh_lib.place_array(images, target.sharding)),
     "label": mesh_lib.place_array(label, shapes["label"].sharding),
   }
+
+
+def bytes_per_image(image_size: Sequence[int]) -> int:
+  """Bytes of an image (height, width) in float32."""
+  return 12 * math.prod(image_size)
 
 
 def image_shapes(

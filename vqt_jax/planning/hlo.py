@@ -219,7 +219,7 @@ class _Program:
     return min(operand.size, self._part(op, index, operand.size))
 
   def _part(self, op: _Operation, index: int, whole: int) -> int:
-    """Return the same, wherever the operand lies."""
+    """Return the bytes read of operand `index`, in any memory."""
     if index == 0 and op.kind in _SLICES:
       # What was started names what goes in first.
       return op.shapes[1 if op.kind == "slice-start" else 0].size

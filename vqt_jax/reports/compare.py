@@ -224,11 +224,11 @@ def show(console: console_lib.Console, summary: Mapping[str, Any]) -> None:
         f"{accuracy_lib.format_mean(test)} %",
         accuracy_lib.format_interval(test) or UNKNOWN,
         f"{run['trained_parameters']:,}",
-        _format_setting(run["tuned_bytes"], units.format_bytes),
-        _format_setting(run["peak_bytes"], units.format_bytes),
-        _format_setting(run["step_bytes"], units.format_bytes),
-        _format_setting(run["side_by_side"], str),
-        _format_setting(run["epoch_seconds"], "{:.3g}".format),
+        _or_unknown(run["tuned_bytes"], units.format_bytes),
+        _or_unknown(run["peak_bytes"], units.format_bytes),
+        _or_unknown(run["step_bytes"], units.format_bytes),
+        _or_unknown(run["side_by_side"], str),
+        _or_unknown(run["epoch_seconds"], "{:.3g}".format),
       ]
     )
   columns = [
@@ -239,15 +239,15 @@ def show(console: console_lib.Console, summary: Mapping[str, Any]) -> None:
     "tuned/",
     "peak memory",
     "of a step",
-    "of runs",
-    "s / epoch, run",
+    "trials at once",
+    "s / epoch, trial",
   ]
   console.table(columns, rows)
   if told := describe_differences(summary):
     console.note(told, "differ")
 
 
-def _format_setting(value: Any, write: Any) -> str:
+def _or_unknown(value: Any, write: Any) -> str:
   return UNKNOWN if value is None else write(value)
 
 

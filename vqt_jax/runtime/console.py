@@ -3,7 +3,7 @@
 On a terminal a progress line is live and ends as a plain line; on a pipe or in
 CI there are plain lines without control codes:
 
-  sweep    20 settings  ======  epoch  43/100  loss 0.412  accuracy 61.5 %  ...
+  search   20 settings  ======  epoch  43/100  loss 0.412  accuracy 61.5 %  ...
 """
 
 from collections.abc import Iterator, Sequence
@@ -67,7 +67,7 @@ class Console:
     """Show a progress line while the block runs.
 
     Args:
-      name: label of the line, e.g. "sweep".
+      name: label of the line, e.g. "search".
       total: number of `unit`s until the work is done.
       unit: what is counted, e.g. "epoch" or "image".
       detail: what the work is, e.g. "20 settings x 100 epochs".

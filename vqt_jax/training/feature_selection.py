@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from vqt_jax.features import examples as examples_lib
 from vqt_jax.models import head as head_lib
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.training import stage
@@ -34,7 +33,7 @@ def compare(
   fractions: Sequence[float],
   *,
   judge: tuple[str, np.ndarray | None],
-  **examples: examples_lib.Examples,
+  **source: Any,
 ) -> tuple[list[float], float]:
   """Train a trial, then new heads on several fractions of its features.
 
@@ -49,13 +48,13 @@ def compare(
     trial: trained first.
     fractions: of features to keep.
     judge: (split, rows) whose accuracy is wanted.
-    **examples: `split` and `rows` to train on, as of `select`.
+    **source: `split` and `rows` to train on, as of `select`.
 
   Returns:
     Accuracy of each fraction; seconds of training.
   """
   first, *_ = compared(
-    prefix, label, tuner, trial, fractions, judge=judge, **examples
+    prefix, label, tuner, trial, fractions, judge=judge, **source
   )
   out = stages.run(first)
   fewer = _fewer(fractions)
@@ -67,7 +66,7 @@ def compare(
     out.variables,
     fewer,
     judge=judge,
-    **examples,
+    **source,
   )
   accuracy = dict(zip(fewer, selected.accuracy))
   if out.accuracy:
@@ -83,7 +82,7 @@ def compared(
   fractions: Sequence[float],
   *,
   judge: tuple[str, np.ndarray | None],
-  **examples: examples_lib.Examples,
+  **source: Any,
 ) -> tuple[stage.Stage, ...]:
   """Return the stages of `compare`; arguments as there."""
   fewer = _fewer(fractions)
@@ -95,10 +94,10 @@ def compared(
     "setting",
     min_finite=0,
     judge=judge if len(fewer) < len(fractions) else None,
-    **examples,
+    **source,
   )
   return first, *selecting(
-    prefix, tuner, (trial,), fewer, judge=judge, **examples
+    prefix, tuner, (trial,), fewer, judge=judge, **source
   )
 
 
@@ -113,7 +112,7 @@ def select(
   trials: tuple[trial_lib.Trial, ...],
   variables: Any,
   fractions: Sequence[float],
-  **examples: examples_lib.Examples,
+  **source: Any,
 ) -> tuple[np.ndarray, stage.StageResult, float]:
   """Train new heads on fewer features.
 
@@ -124,13 +123,13 @@ def select(
     trials: R trials, as the queries were trained.
     variables: their {"tuner", "head"}, leaves (R, ...).
     fractions: K fractions of features to keep, each tried with each trial.
-    **examples: `split`, `rows` and `judge`, as of `selecting`.
+    **source: `split`, `rows` and `judge`, as of `selecting`.
 
   Returns:
     The feature mask (R * K, F) of 0 and 1, all fractions of the first trial
     first; the result of the new heads in that order; seconds of training.
   """
-  scoring, selection = selecting(prefix, tuner, trials, fractions, **examples)
+  scoring, selection = selecting(prefix, tuner, trials, fractions, **source)
   frozen_parts = {"tuner": variables["tuner"]}
   scored = stages.run(dataclasses.replace(scoring, frozen_parts=frozen_parts))
   scores = np.asarray(head_lib.feature_scores(scored.variables["head"]))

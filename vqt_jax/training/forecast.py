@@ -50,7 +50,7 @@ class Forecast:
   def begin(
     self, stage: stage_lib.Stage, size: int, done: set[str], live: bool
   ) -> None:
-    """Take in the pack of trials that trains next.
+    """Note which pack of trials trains next.
 
     Args:
       stage: the pack.
@@ -62,7 +62,7 @@ class Forecast:
     self._calls = []
 
   def add_call(self, left: int, steps: int, seconds: float) -> None:
-    """Take in a finished call; print the estimate when it can be relied on.
+    """Record a finished call; print the estimate when it can be relied on.
 
     Not a collective call: processes call it at different times.
 
@@ -110,9 +110,8 @@ class Forecast:
           took += left * step
         else:
           took += self._steps_of(pack) * unit * self._work(pack)
-          took += compiling * (
-            pack is packs[0]
-          )  # Other packs reuse the program.
+          if pack is packs[0]:  # The others reuse its program.
+            took += compiling
         seconds[pack.label] = seconds.get(pack.label, 0.0) + took
     test = self._test(unit)
     return seconds if test is None else seconds | {"test": test}

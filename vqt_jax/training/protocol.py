@@ -284,9 +284,8 @@ def _choice(found: dict[str, Any], batch_size: int) -> str:
   lost = f", {len(diverged)} diverged" if diverged else ""
   told = trial_lib.Trial(**trial).describe(batch_size)
   return (
-    f"{told} (val {100 * top:.1f} %; of"
-    f" {len(accuracy) - 1} others {near} within 0.5{lost}"
-    f"{_at_an_end(trial, found['runs'])})"
+    f"{told} (val {100 * top:.1f} %; {near} of {len(accuracy) - 1} others"
+    f" within 0.5 points{lost}{_at_an_end(trial, found['runs'])})"
   )
 
 

@@ -247,7 +247,8 @@ def _parse(path: files.Path, local: pathlib.Path, stage: Stage) -> StageResult:
     safetensors.SafetensorError,
   ) as e:
     raise errors.UserError(
-      f"Cannot read {path}: {e!r}. Delete it to do this part again."
+      f"Cannot read {path}: {e!r}. Delete it; the same command"
+      " repeats this stage."
     ) from e
   return outcome
 

@@ -18,6 +18,7 @@ from vqt_jax.runtime import files
 from vqt_jax.runtime import memory
 from vqt_jax.runtime import mesh
 from vqt_jax.runtime import processes
+from vqt_jax.runtime import units
 from vqt_jax.training import checkpoint
 from vqt_jax.training import forecast as forecast_lib
 from vqt_jax.training import loop
@@ -31,7 +32,7 @@ from vqt_jax.training import trial_memory
 
 
 class Stages:
-  """Trains and judges stages, or loads the results of an earlier start."""
+  """Trains and evaluates stages, or loads the results of an earlier start."""
 
   def __init__(
     self,
@@ -81,7 +82,7 @@ class Stages:
       )
 
   def run(self, stage: stage_lib.Stage) -> stage_lib.StageResult:
-    """Train and judge a stage, in packs of as many trials as memory holds."""
+    """Train and evaluate a stage, in packs of trials that memory holds."""
     self._size = trial_memory.trials_at_once(
       stage.tuner,
       self._context.config.batch_size,
@@ -175,8 +176,8 @@ class Stages:
     schedule = optim.Schedule(
       c.epochs, c.warmup_epochs, source.steps, c.schedule == "step"
     )
-    plural = "s" if len(trials) > 1 else ""
-    detail = f"{len(trials)} {stage.trial_noun}{plural} x {c.epochs} epochs"
+    trial_count = units.format_count(len(trials), stage.trial_noun)
+    detail = f"{trial_count} x {units.format_count(c.epochs, 'epoch')}"
     if stage.tuner != context.tuner:
       detail += f", {stage.tuner.num_queries} queries"
     with context.console.progress(stage.label, c.epochs, detail=detail) as line:
@@ -254,7 +255,7 @@ class Stages:
     return found
 
   def _pass(self, split, rows, ready, label) -> list[list[float]]:
-    """Do `evaluate` in one pass of the backbone."""
+    """Evaluate all tuners in one pass of the backbone."""
     context = self._context
     tuners, trials = zip(*ready)
     trials = mesh.replicate(trials, context.mesh)

@@ -61,7 +61,7 @@ class State:
   """State of training; leaves have the trial axis R in front.
 
   Attributes:
-    trained: variables, with None for frozen leaves.
+    trained: variables, with `optax.MaskedNode` for frozen leaves.
     opt_state: of the optimiser.
     key: (R,) typed keys.
     step: steps taken, () int32.
