@@ -23,7 +23,7 @@ class Config(ConfigDict):
   """
 
   def __init__(self, *args: Any, group: str = "", **kwargs: Any):
-    """Initialize like a ConfigDict.
+    """Initialise like a ConfigDict.
 
     Args:
       *args: of a ConfigDict.

@@ -62,11 +62,13 @@ def _look(
         missing.add(name)
   # Of several processes each may have data of its own.
   missing = {n for n in vtab.VTAB if processes.any_process(n in missing)}
-  told = _not_prepared(config, missing) if missing else ""
+  missing_note = _not_prepared(config, missing) if missing else ""
   if missing == set(vtab.VTAB):
-    raise errors.UserError(told)
+    raise errors.UserError(missing_note)
   there = [name for name in vtab.VTAB if name not in missing]
-  return {name: resolve.config_for(config, task=name) for name in there}, told
+  return {
+    name: resolve.config_for(config, task=name) for name in there
+  }, missing_note
 
 
 def _not_prepared(

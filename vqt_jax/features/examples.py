@@ -106,23 +106,23 @@ class Examples:
       self.mesh,
     )
 
-  def evaluation_chunks(
+  def evaluation_calls(
     self, split: str, rows: np.ndarray | None = None
-  ) -> Iterator[batches_lib.Chunk]:
-    """Return chunks of a split, or of some rows of it, each example once.
+  ) -> Iterator[batches_lib.Call]:
+    """Return calls over a split, or of some rows of it, each example once.
 
     When this returns, a split that is stored is loaded.
     """
     if split == "test" or self._storage(split) == "stream":
       batches = self._read_batches(split)
-      return (batches_lib.chunk_of_batch(x, self.mesh) for x in batches)
+      return (batches_lib.call_of_batch(x, self.mesh) for x in batches)
     loaded, all_rows = self._load_split(split)
     rows = all_rows if rows is None else all_rows[rows]
     if isinstance(loaded, batches_lib.HostBatches):
       loaded = dataclasses.replace(
         loaded, rows=rows, batch_size=self._eval_batch_size
       )
-      return loaded.chunks()
+      return loaded.calls()
     shards = self.mesh.shape["data"]
     order, mask = batches_lib.batch_order(rows, self._eval_batch_size, shards)
     return ((loaded, *batch) for batch in zip(order[:, None], mask[:, None]))

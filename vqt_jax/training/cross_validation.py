@@ -134,11 +134,11 @@ def search(
 def _format_setting(pair: Setting, batch_size: int) -> str:
   """Describe a setting."""
   tuner, trial = pair
-  told = trial.describe(batch_size)
+  text = trial.describe(batch_size)
   if not tuner.has_queries:
-    return told
+    return text
   norm = "" if trial.normalize else "not "
-  return f"queries {tuner.num_queries}, {told}, {norm}normalised"
+  return f"queries {tuner.num_queries}, {text}, {norm}normalised"
 
 
 def _wide(

@@ -282,9 +282,9 @@ def _choice(found: dict[str, Any], batch_size: int) -> str:
   near = [a for i, a in enumerate(accuracy) if i not in diverged]
   near = sum(a >= top - 0.005 for a in near) - 1
   lost = f", {len(diverged)} diverged" if diverged else ""
-  told = trial_lib.Trial(**trial).describe(batch_size)
+  text = trial_lib.Trial(**trial).describe(batch_size)
   return (
-    f"{told} (val {100 * top:.1f} %; {near} of {len(accuracy) - 1} others"
+    f"{text} (val {100 * top:.1f} %; {near} of {len(accuracy) - 1} others"
     f" within 0.5 points{lost}{_at_an_end(trial, found['runs'])})"
   )
 

@@ -208,9 +208,9 @@ def median_per_trial(seconds: Sequence[float], trials: int = 1) -> float | None:
   return statistics.median(seconds) / trials if seconds else None
 
 
-def write_result(path: files.Path, outcome: StageResult) -> None:
-  flat = flax.traverse_util.flatten_dict(outcome.variables or {}, sep="/")
-  info = dataclasses.asdict(dataclasses.replace(outcome, variables=None))
+def write_result(path: files.Path, result: StageResult) -> None:
+  flat = flax.traverse_util.flatten_dict(result.variables or {}, sep="/")
+  info = dataclasses.asdict(dataclasses.replace(result, variables=None))
   files.write(
     path,
     safetensors.numpy.save(
@@ -231,14 +231,14 @@ def _parse(path: files.Path, local: pathlib.Path, stage: Stage) -> StageResult:
   trials = len(stage.trials)
   try:
     with safetensors.safe_open(local, "numpy") as file:
-      outcome = StageResult(**json.loads((file.metadata() or {})["outcome"]))
+      result = StageResult(**json.loads((file.metadata() or {})["outcome"]))
       flat = {name: file.get_tensor(name) for name in file.keys()}
-    if any(len(row["loss"]) != trials for row in outcome.history):
+    if any(len(row["loss"]) != trials for row in result.history):
       raise ValueError(f"expected {trials} trials")
     if flat:  # An empty dict has no leaves to save.
       variables = flax.traverse_util.unflatten_dict(flat, sep="/")
-      outcome.variables = {"tuner": {}, **variables}
-    _check_shapes(outcome.variables, stage)
+      result.variables = {"tuner": {}, **variables}
+    _check_shapes(result.variables, stage)
   except (
     OSError,
     KeyError,
@@ -250,7 +250,7 @@ def _parse(path: files.Path, local: pathlib.Path, stage: Stage) -> StageResult:
       f"Cannot read {path}: {e!r}. Delete it; the same command"
       " repeats this stage."
     ) from e
-  return outcome
+  return result
 
 
 def _check_shapes(variables: Any, stage: Stage) -> None:

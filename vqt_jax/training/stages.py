@@ -106,12 +106,12 @@ class Stages:
     path = self._folder / f"{stage.name}{stage_lib.SUFFIX}"
     if processes.any_process(stage.name in self._done):
       with processes.raise_on_all():
-        outcome = stage_lib.read_result(path, stage)
-      self._peak.include(outcome.peak_bytes)
-      self._log(stage, _rows(stage, outcome.history))
-      return outcome
+        result = stage_lib.read_result(path, stage)
+      self._peak.include(result.peak_bytes)
+      self._log(stage, _rows(stage, result.history))
+      return result
     state, progress = self._train(stage)
-    outcome = stage_lib.StageResult(
+    result = stage_lib.StageResult(
       history=progress.history,
       seconds=progress.seconds,
       diverged=sorted(map(int, progress.diverged)),
@@ -127,15 +127,15 @@ class Stages:
     )
     if stage.judge:
       (accuracy,) = self.evaluate(*stage.judge, [(stage.tuner, ready)], "val")
-      able = [i not in outcome.diverged for i in range(len(accuracy))]
-      outcome.accuracy = [a if ok else 0.0 for a, ok in zip(accuracy, able)]
+      able = [i not in result.diverged for i in range(len(accuracy))]
+      result.accuracy = [a if ok else 0.0 for a, ok in zip(accuracy, able)]
     if stage.keeps_weights:
-      outcome.variables = jax.tree.map(processes.to_host, ready.variables)
-    outcome.peak_bytes = self._peak.bytes()
+      result.variables = jax.tree.map(processes.to_host, ready.variables)
+    result.peak_bytes = self._peak.bytes()
     with processes.raise_on_all():
       if processes.is_first():
-        stage_lib.write_result(path, outcome)
-    return outcome
+        stage_lib.write_result(path, result)
+    return result
 
   def _train(
     self, stage: stage_lib.Stage
@@ -262,7 +262,7 @@ class Stages:
     right, count = None, 0
     total = self._examples.count(split) if rows is None else len(rows)
     with self._stop.at_once(), processes.raise_on_all():
-      chunks = self._examples.evaluation_chunks(split, rows)
+      calls = self._examples.evaluation_calls(split, rows)
     with context.console.progress(label, total, "image") as line:
       evaluate = functools.partial(
         step_lib.eval_steps, tuners, trials, context.params
@@ -270,7 +270,7 @@ class Stages:
       ask = lambda: processes.all_reduce_max_async(
         lambda: [self._stop.received]
       )
-      done = ((evaluate(*chunk), chunk[2].sum(), ask()) for chunk in chunks)
+      done = ((evaluate(*call), call[2].sum(), ask()) for call in calls)
       for part, real, stopped in batches.delay_by_one(done):
         part = [x.astype(np.float64) for x in processes.to_host(part)]
         right = [a + b for a, b in zip(right, part)] if right else part
