@@ -25,19 +25,11 @@ def train(
 ) -> dict[str, Any]:
   """Run every task, then sum up; see `run_many.train`.
 
-  Tasks whose dataset is not prepared are left out.
-
-  Args:
-    config: with `task="all"`.
-    workdir: gets a folder per task, `results.json`, `vtab.csv` and `vtab.png`.
-    console: shows progress.
-
-  Returns:
-    The contents of `results.json`.
+  Tasks whose dataset is not prepared are left out. `workdir` gets `vtab.csv`
+  and `vtab.png`, too.
 
   Raises:
-    UserError: something that the user can correct; no task is prepared.
-    Stopped: asked to stop by a signal; everything is saved.
+    UserError: no task is prepared, or something else that can be corrected.
   """
   return run_many.train(config, workdir, console, "task", _look, _sum_up)
 

@@ -52,14 +52,7 @@ def bytes_per_image(image_size: Sequence[int]) -> int:
 def image_shapes(
   count: int, image_size: Sequence[int], mesh: jax.sharding.Mesh, dtype: str
 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes, dtypes and shardings of `images_on_devices`.
-
-  Args:
-    count: number of images.
-    image_size: (height, width).
-    mesh: of the devices.
-    dtype: of the images.
-  """
+  """Shapes, dtypes and shardings of `images_on_devices`."""
   shards, (height, width) = mesh.shape["data"], image_size
   shape = (-(-count // shards) * shards, height, 3 * width)
   if height % shards and shape[2] % shards and height * shape[2] % shards == 0:

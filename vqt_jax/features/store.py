@@ -126,12 +126,6 @@ def device_layout(
 
   On one CPU it is projected, if that fits in memory and features are stored in
   the backbone's own dtype.
-
-  Args:
-    layout: of the features that are extracted.
-    tuner: reads them.
-    count: number of images.
-    available: bytes for data.
   """
   projected = dataclasses.replace(layout, projected=True)
   if (

@@ -364,14 +364,6 @@ def run_backbone(
 ) -> vit.Stream:
   """Run the frozen backbone.
 
-  Args:
-    config: its architecture.
-    tokens: collect the blocks' tokens too.
-    params: its parameters.
-    images: (B, height, width, 3).
-    embedding_mask: see `vit.ViT`.
-    window: number of tokens in a mean, see `readers.pool`; 1: no means.
-
   Returns:
     The stream, without a gradient.
   """

@@ -71,12 +71,7 @@ class Collective:
 
 
 def collectives(text: str, trips: int = 1) -> list[Collective]:
-  """Find all communication of a compiled program.
-
-  Args:
-    text: of the program, from `as_text`.
-    trips: of a loop whose length is an argument.
-  """
+  """Find all communication of a compiled program."""
   program, found = _Program(text, trips), []
   for op, times, loops in program.executed(inside_fusions=True):
     kind = op.kind.removesuffix("-start")

@@ -77,10 +77,6 @@ def make_context(
 ) -> programs.PlanContext:
   """Look up what a config names, without reading weights or images.
 
-  Args:
-    config: resolved.
-    where: e.g. "v5e:4x4", or "here".
-
   Raises:
     UserError: something that the user can correct.
   """

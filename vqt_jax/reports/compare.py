@@ -261,12 +261,6 @@ def write(
 
   A picture of attention that exists is kept.
 
-  Args:
-    console: to print on.
-    summary: from `summarize`.
-    workdirs: name -> workdir of the run.
-    output: folder.
-
   Raises:
     UserError: a file cannot be written.
   """

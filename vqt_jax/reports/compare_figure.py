@@ -29,10 +29,6 @@ def draw(summary: Mapping[str, Any], path: str | os.PathLike) -> None:
   """Draw the accuracy of every run, best first, and against two costs.
 
   Runs are numbered; the points of the costs carry these numbers.
-
-  Args:
-    summary: from `compare.summarize`.
-    path: of the picture (PNG).
   """
   runs = list(summary["runs"].values())
   figure = style.figure_of(14, 2.2 + max(2.6, 0.36 * len(runs)))

@@ -136,14 +136,7 @@ class ProgressLine:
     accuracy: float | None = None,
     images_per_second: float | None = None,
   ) -> None:
-    """Set the number of units that are done, including those of earlier runs.
-
-    Args:
-      done: number of units.
-      loss: of the last epoch.
-      accuracy: of the last epoch, 0..1.
-      images_per_second: speed.
-    """
+    """Set the number of units that are done, earlier starts included."""
     now = time.monotonic()
     # The first step compiles; time left is judged by what follows it.
     self._first = self._first or (done, now)

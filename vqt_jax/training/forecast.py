@@ -36,13 +36,7 @@ class Forecast:
     examples: examples_lib.Examples,
     planned: Sequence[stage_lib.Stage],
   ):
-    """Count the images of each split.
-
-    Args:
-      context: of the run.
-      examples: of the task.
-      planned: stages of the protocol, or the first ones of it.
-    """
+    """Count the images of each split."""
     self._context, self._examples, self._planned = context, examples, planned
     self._count = {split: examples.count(split) for split in data.SPLITS}
     self._told = False
@@ -50,26 +44,15 @@ class Forecast:
   def begin(
     self, stage: stage_lib.Stage, size: int, done: set[str], live: bool
   ) -> None:
-    """Note which pack of trials trains next.
-
-    Args:
-      stage: the pack.
-      size: trials in a pack, of each stage.
-      done: names of the packs that an earlier start has finished.
-      live: whether the backbone runs in every step.
-    """
+    """Note that a pack of `size` trials trains next, after those `done`."""
     self._now, self._size, self._done, self._live = stage, size, done, live
     self._calls = []
 
   def add_call(self, left: int, steps: int, seconds: float) -> None:
     """Record a finished call; print the estimate when it can be relied on.
 
-    Not a collective call: processes call it at different times.
-
-    Args:
-      left: steps left of the pack that trains.
-      steps: steps of the call.
-      seconds: wall time of the call.
+    `left` are the steps that are left of the pack. Not a collective call:
+    processes call it at different times.
     """
     if self._told:
       return

@@ -35,15 +35,8 @@ def open_run(
 ) -> Iterator[tuple[files.Path, TextIO]]:
   """Join the other processes, if any, open the workdir, and open the log.
 
-  Inside, all that libraries print goes to the log.
-
-  Args:
-    config: resolved.
-    workdir: a folder, or a gs:// address.
-    coordinator: see `processes.connect`; "none": this process is alone.
-    num_processes: see `processes.connect`.
-    process_id: see `processes.connect`.
-    lost_after: see `processes.connect`.
+  Inside, all that libraries print goes to the log. The last four arguments are
+  those of `processes.connect`; coordinator "none": this process is alone.
 
   Yields:
     The log file of this process, and the screen.

@@ -18,13 +18,9 @@ def bytes_per_trial(
 ) -> float:
   """Estimate the bytes that a training step holds for one trial, per device.
 
-  They are parameters, gradients and moments; features and their gradients; and
-  what the gradient of reading keeps or, with an editor, that of the stream.
-
-  Args:
-    tuner: of the trial.
-    batch_size: images on a device.
-    remat: only the blocks' inputs are kept of the stream.
+  With `batch_size` images a device, they are parameters, gradients and moments;
+  features and their gradients; and what the gradient of reading keeps or, with
+  an editor, that of the stream.
   """
   trainable = tuner.shapes()
   numbers = 6 * sum(math.prod(x.shape) for x in jax.tree.leaves(trainable))
@@ -66,15 +62,10 @@ def trials_at_once(
 ) -> int:
   """Number of trials, at least one, that should train side by side.
 
+  A step has `batch_size` images over all devices of the mesh.
+
   On a CPU trials of an editor train one by one: they share nothing but the
   images, so together they would need more memory, and miss its caches.
-
-  Args:
-    tuner: of the trials.
-    batch_size: images in a step, over all devices.
-    mesh: devices to train on.
-    remat: see `bytes_per_trial`.
-    device_memory: bytes; None: of the devices of this machine.
   """
   if tuner.editor and mesh.devices.flat[0].platform == "cpu":
     return 1
