@@ -71,7 +71,7 @@ class Case:
     return taken
 
   def shapes(self, mesh: jax.sharding.Mesh | None = None) -> tuple[Any, ...]:
-    """All arguments as shapes; on a mesh, placed as `train.store` does."""
+    """All arguments as shapes; on a mesh, placed as `features.store` does."""
     dynamic = jax.eval_shape(self.build)
     if mesh is not None:
       dynamic = jax.tree_util.tree_map_with_path(

@@ -87,7 +87,7 @@ def row_of(found: dict[str, Any]) -> list[str]:
   memory, seconds = found["memory"] or {}, found["seconds"] or {"": 0.0}
   slowest = max(seconds, key=seconds.get)
   mib = units.format_mib
-  parts = ("weights", "data", "runs", "temporary")
+  parts = ("weights", "data", "trials", "temporary")
   return [
     f"{found['backbone']} {found['program']}",
     found["slice"],
@@ -130,7 +130,7 @@ def main() -> None:
     "chips",
     "weights",
     "data",
-    "runs",
+    "trials",
     "temporary",
     "of it",
     "gradients",

@@ -1,5 +1,6 @@
 """The command line; its mistakes are in `test_bad_input.py`."""
 
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from vqt_jax import cli
 from vqt_jax import errors
 from vqt_jax.config import config_dict
 from vqt_jax.config import fields
+from vqt_jax.runtime import console
 from vqt_jax.runtime import devices
 from vqt_jax.training import preemption
 
@@ -172,7 +174,7 @@ def test_a_run_gets_the_resolved_config_and_its_noise_the_log(
 ):
   seen = []
 
-  def fake(config, workdir):
+  def fake(config, workdir, console):
     print("library noise")
     seen.append((config, workdir))
 
@@ -190,7 +192,7 @@ def test_a_run_gets_the_resolved_config_and_its_noise_the_log(
 
 
 def test_a_workdir_of_another_config_stays_untouched(capsys, tmp_path, train):
-  train.train = lambda config, workdir: None
+  train.train = lambda config, workdir, console: None
   assert run(capsys, CONFIG, f"--workdir={tmp_path}")[0] == 0
   (tmp_path / "results.json").write_text("{}")
   before = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
@@ -206,7 +208,7 @@ def test_a_workdir_of_another_config_stays_untouched(capsys, tmp_path, train):
 def test_an_error_of_the_run_is_said_after_the_log_is_closed(
   capfd, tmp_path, train
 ):
-  def fake(config, workdir):
+  def fake(config, workdir, console):
     raise errors.UserError("The data is not prepared.")
 
   train.train = fake
@@ -215,7 +217,7 @@ def test_an_error_of_the_run_is_said_after_the_log_is_closed(
 
 
 def test_a_stopped_run_exits_well(capfd, tmp_path, train):
-  def fake(config, workdir):
+  def fake(config, workdir, console):
     raise preemption.Stopped
 
   train.train = fake
@@ -224,13 +226,13 @@ def test_a_stopped_run_exits_well(capfd, tmp_path, train):
 
 
 def test_an_interrupted_run_promises_no_save(capfd, tmp_path, train):
-  def fake(config, workdir):
+  def fake(config, workdir, console):
     raise KeyboardInterrupt
 
   train.train = fake
   assert main.main(["main.py", CONFIG, f"--workdir={tmp_path}"]) == 130
   said = capfd.readouterr().err
-  assert said.startswith("Interrupted; the same command goes on from the last")
+  assert said.startswith("Interrupted; the same command resumes from the last")
   assert "if there is one" in said
 
 
@@ -318,3 +320,35 @@ def test_the_command_itself():
   assert done.stderr == (
     "error: Unknown config field 'num_querys'. Did you mean num_queries?\n"
   )
+
+
+@pytest.mark.parametrize(
+  "changes, noted",
+  [
+    ({"method": "linear"}, ["num_queries is not used by linear"]),
+    ({"method": "vqt+lora"}, []),
+    ({"method": "", "methods": "linear,vqt"}, []),
+    (
+      {"method": "", "methods": "linear,lora"},
+      ["num_queries is not used by linear, lora"],
+    ),
+  ],
+)
+def test_flags_that_no_method_uses_are_noted(changes, noted):
+  config = config_dict.default_config()
+  config.update(changes)
+  screen = io.StringIO()
+  given = ("num_queries", "epochs")
+  cli.note_unused(console.Console(screen), config, given)
+  lines = screen.getvalue().splitlines()
+  assert lines == [f"note     {text}" for text in noted]
+
+
+def test_help_may_be_read_in_part():
+  """As by `head`, which closes its end of the pipe."""
+  read, write = os.pipe()
+  os.close(read)
+  command = [sys.executable, "-m", "vqt_jax", "--help"]
+  done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE)
+  os.close(write)
+  assert (done.returncode, done.stderr) == (0, b"")

@@ -20,6 +20,7 @@ import sys
 
 import vqt_jax
 from vqt_jax import errors
+from vqt_jax.runtime import logfile
 
 COMMANDS = {
   "prepare": "vqt_jax.data.prepare",
@@ -34,7 +35,7 @@ def main() -> int:
   """Run the command that the command line names; return the exit status."""
   name, *rest = sys.argv[1:] or ["--help"]
   if name in ("-h", "--help"):
-    print(__doc__)
+    logfile.print_to_stdout(__doc__)
     return 0
   if name == "--version":
     print(vqt_jax.__version__)

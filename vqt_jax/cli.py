@@ -20,12 +20,13 @@ the same command resumes), 2 if there is something to correct.
 
 On several machines run the same command on each; they share the workdir, which
 only the first one writes. Cloud TPUs, Slurm, Open MPI and Kubernetes tell the
-processes of each other; elsewhere add
+processes about each other; elsewhere add
 --coordinator=HOST:PORT         of the first one, the same everywhere ("none":
-                                each runs alone; "auto": the platform must tell)
+                                each runs alone; "auto": as the platform says)
 --num_processes=N               number of processes
 --process_id=I                  number of this process, from 0
---lost_after=SECONDS            without a sign of life from one, the others end
+--lost_after=SECONDS            end all processes if one gives no sign of life
+                                for so long (default: 60)
 """
 
 from collections.abc import Sequence
@@ -48,7 +49,9 @@ from vqt_jax.config import files as config_files
 from vqt_jax.config import resolve
 from vqt_jax.config import values as values_lib
 from vqt_jax.experiments import train
+from vqt_jax.models import methods as methods_lib
 from vqt_jax.planning import plan as plan_lib
+from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import devices
 from vqt_jax.runtime import logfile
 from vqt_jax.runtime import numerics
@@ -107,7 +110,9 @@ def _main(argv: Sequence[str]) -> int:
   try:
     values = parse(list(argv))
     if values.help:
-      print(f"{__doc__}\nFields of a config:\n\n{fields.describe()}")
+      logfile.print_to_stdout(
+        f"{__doc__}\nFields of a config:\n\n{fields.describe()}"
+      )
       return 0
     return run(values)
   except errors.UserError as e:
@@ -124,7 +129,7 @@ def _main(argv: Sequence[str]) -> int:
       processes.exit_now(2)
     return 2
   except KeyboardInterrupt:
-    logfile.print_to_stderr(f"Interrupted; {launch.RESUMES}")
+    logfile.print_to_stderr(f"Interrupted; the same command {launch.RESUMES}")
     return 130
 
 
@@ -202,7 +207,7 @@ def run(values: flags.FlagValues) -> int:
   given = tuple(values["config"].override_values)
   config = resolve.resolve(config, keep=given)
   if values.plan:
-    return plan(config, values.plan)
+    return plan(config, values.plan, given)
   if values.coordinator is None and not (
     values.num_processes is values.process_id is None
   ):
@@ -217,7 +222,9 @@ def run(values: flags.FlagValues) -> int:
     values.lost_after,
   ) as (log, screen):
     try:
-      train.train(config, values.workdir)
+      console = console_lib.for_process()
+      note_unused(console, config, given)
+      train.train(config, values.workdir, console)
     except preemption.Stopped:
       if processes.is_first():
         print("Stopped and saved; resume with the same command.", file=screen)
@@ -233,13 +240,26 @@ def run(values: flags.FlagValues) -> int:
   return status
 
 
-def plan(config: ConfigDict, where: str) -> int:
+def note_unused(
+  console: console_lib.Console, config: ConfigDict, given: Sequence[str]
+) -> None:
+  """Note which of the fields given as flags no method of a config uses."""
+  names = methods_lib.split_list(config.methods or config.method)
+  methods = [methods_lib.parse(name) for name in names]
+  for field in given:
+    if not any(fields.is_used(field, method) for method in methods):
+      console.note(f"{field} is not used by {', '.join(names)}", "note")
+
+
+def plan(config: ConfigDict, where: str, given: Sequence[str] = ()) -> int:
   """Print what a run would need; return the exit status."""
   with (
     logfile.redirect_output(os.devnull, launch.jax_crash_message()),
     numerics.jax_defaults(),
   ):
-    return 0 if plan_lib.run(config, where) else 3
+    console = console_lib.Console()
+    note_unused(console, config, given)
+    return 0 if plan_lib.run(config, where, console) else 3
 
 
 def _out_of_memory_message(error: BaseException) -> str | None:

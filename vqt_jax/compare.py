@@ -24,6 +24,7 @@ from vqt_jax import results as results_lib
 from vqt_jax.reports import compare
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import files
+from vqt_jax.runtime import logfile
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
   try:
     paths = [files.path(path) for path in values(list(argv))[1:]]
     if values.help:
-      print(__doc__)
+      logfile.print_to_stdout(__doc__)
       return 0
     if not paths:
       raise errors.UserError(
@@ -77,7 +78,7 @@ def read_results(workdir: files.Path) -> dict[str, Any]:
   for key in ("tasks", "runs"):
     if key in results:
       raise errors.UserError(
-        f"{workdir} summarizes several runs; name the folder of one in it, e.g."
+        f"{workdir} summarises several runs; name the folder of one in it, e.g."
         f" {workdir / next(iter(results[key]))}."
       )
   return results

@@ -72,7 +72,7 @@ def test_keys_and_values_of_one_cpu(material, tmp_path):
   """As the run itself would hold them."""
   _, job = planned(material, tmp_path)
   one = dataclasses.replace(job, mesh=mesh.make_mesh(1, 1, jax.devices()[:1]))
-  small = dataclasses.replace(one, room=9)
+  small = dataclasses.replace(one, available=9)
   for each, ndim in ((job, 4), (one, 6), (small, 4)):
     data = programs.search(each).data
     assert data["tokens"].ndim == ndim

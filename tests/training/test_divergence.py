@@ -23,7 +23,7 @@ def test_a_run_stops_with_epoch_step_and_setting(material, tmp_path, capfd):
     error = capfd.readouterr().err.splitlines()[-1]
     told = re.fullmatch(
       r"error: The loss became (nan|inf) in epoch 2, step (\d) of 4 \(lr"
-      r" 6\.4e\+39 \(3e\+38 used: batch 12\), weight decay 0.0001, seed 7,"
+      r" 6\.4e\+39 \(x 12/256 = 3e\+38\), weight decay 0.0001, seed 7,"
       r" stage seeds\)\. .*",
       error,
     )
@@ -41,7 +41,9 @@ def test_in_a_search_the_others_go_on(material, tmp_path, capfd):
   losses = [row["loss"] for row in runs.metrics(tmp_path / "a")]
   assert losses[:2] == [pytest.approx(losses[0]), losses[1]]
   assert losses[4] is None and losses[5] > 0
-  assert "of 1 others 0 within 0.5, 1 diverged)" in capfd.readouterr().err
+  assert (
+    "0 of 1 others within 0.5 points, 1 diverged)" in capfd.readouterr().err
+  )
   # And the runs beside it did not notice.
   assert main.main(command(material, tmp_path / "b", lr="0.1")) == 0
   alone = runs.results(tmp_path / "b")

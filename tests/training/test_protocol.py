@@ -253,11 +253,11 @@ def test_a_choice_at_an_end_of_the_grid_is_told(rates, chosen, end):
     "val_accuracy": [0.5] * len(rates),
     "diverged": [],
   }
-  assert protocol._choice(found, 256).endswith(f" within 0.5{end})")
+  assert protocol._choice(found, 256).endswith(f" within 0.5 points{end})")
 
 
 @pytest.mark.parametrize(
-  "batch_size, told", [(256, "0.25"), (128, "0.5 (0.25 used: batch 128)")]
+  "batch_size, told", [(256, "0.25"), (128, "0.5 (x 128/256 = 0.25)")]
 )
 def test_a_rate_is_told_as_it_was_asked_for(batch_size, told):
   run = trial.Trial(lr=0.25, weight_decay=1e-3, seed=1)

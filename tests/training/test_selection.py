@@ -75,16 +75,17 @@ def test_all_features_are_judged_with_the_head_that_is_shipped():
       )
 
   tuner = vqt_jax.make_tuner("vqt", helpers.tiny_config(), 2)
-  accuracy, _ = feature_selection.compare(
-    Stages(),
+  fractions = (1.0, 0.5, 0.25)
+  planned = feature_selection.comparison_stages(
     "keep_",
     "keep",
     tuner,
     trial.Trial(0.1, 0.0, 1),
-    (1.0, 0.5, 0.25),
+    fractions,
     judge=("val", None),
     split="train",
   )
+  accuracy, _ = feature_selection.compare(Stages(), planned, fractions)
   assert accuracy == [0.7, 0.6, 0.5]
   assert [stage.name for stage in asked] == [
     "keep_all",

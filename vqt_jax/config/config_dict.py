@@ -23,13 +23,7 @@ class Config(ConfigDict):
   """
 
   def __init__(self, *args: Any, group: str = "", **kwargs: Any):
-    """Initialize like a ConfigDict.
-
-    Args:
-      *args: of a ConfigDict.
-      group: prefix of the fields' names, with a dot, in a group of fields.
-      **kwargs: of a ConfigDict.
-    """
+    """Initialise like a ConfigDict."""
     object.__setattr__(self, "_group", group)
     super().__init__(*args, **kwargs)
 

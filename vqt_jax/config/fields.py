@@ -89,6 +89,7 @@ class Field:
 
 
 _ANY_EDITOR = tuple(editors.EDITORS)
+_BLOCK_READERS = tuple(k for k, v in readers.READERS.items() if v.read)
 
 SECTIONS = {
   "Data": {
@@ -240,7 +241,7 @@ SECTIONS = {
     "normalize": Field(
       True,
       "Divide the features of each block by their L2 norm.",
-      used_by=("vqt", "head2toe"),
+      used_by=_BLOCK_READERS,
       tuner_option=True,
     ),
     "target_size": Field(
@@ -380,7 +381,7 @@ SECTIONS = {
       " and 1.",
       least=0.01,
       most=0.99,
-      used_by=("vqt", "head2toe"),
+      used_by=_BLOCK_READERS,
     ),
     "best.finalists": Field(
       8,

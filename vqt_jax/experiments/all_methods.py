@@ -20,20 +20,10 @@ def train(
   workdir: files.Path,
   console: console_lib.Console,
 ) -> dict[str, Any]:
-  """Run every method, then compare them; see `run_many.train`.
+  """Run every method of `config.methods`, then compare them.
 
-  Args:
-    config: with `methods`.
-    workdir: gets a folder per method, `results.json`, `compare.csv`,
-      `compare.png`, and pictures of attention.
-    console: shows progress.
-
-  Returns:
-    The contents of `results.json`.
-
-  Raises:
-    UserError: something that the user can correct.
-    Stopped: asked to stop by a signal; everything is saved.
+  See `run_many.train`; `workdir` gets `compare.csv`, `compare.png` and pictures
+  of attention, too.
   """
   return run_many.train(config, workdir, console, "method", _look, _sum_up)
 

@@ -25,19 +25,11 @@ def train(
 ) -> dict[str, Any]:
   """Run every task, then sum up; see `run_many.train`.
 
-  Tasks whose dataset is not prepared are left out.
-
-  Args:
-    config: with `task="all"`.
-    workdir: gets a folder per task, `results.json`, `vtab.csv` and `vtab.png`.
-    console: shows progress.
-
-  Returns:
-    The contents of `results.json`.
+  Tasks whose dataset is not prepared are left out. `workdir` gets `vtab.csv`
+  and `vtab.png`, too.
 
   Raises:
-    UserError: something that the user can correct; no task is prepared.
-    Stopped: asked to stop by a signal; everything is saved.
+    UserError: no task is prepared, or something else that can be corrected.
   """
   return run_many.train(config, workdir, console, "task", _look, _sum_up)
 
@@ -62,11 +54,13 @@ def _look(
         missing.add(name)
   # Of several processes each may have data of its own.
   missing = {n for n in vtab.VTAB if processes.any_process(n in missing)}
-  told = _not_prepared(config, missing) if missing else ""
+  missing_note = _not_prepared(config, missing) if missing else ""
   if missing == set(vtab.VTAB):
-    raise errors.UserError(told)
+    raise errors.UserError(missing_note)
   there = [name for name in vtab.VTAB if name not in missing]
-  return {name: resolve.config_for(config, task=name) for name in there}, told
+  return {
+    name: resolve.config_for(config, task=name) for name in there
+  }, missing_note
 
 
 def _not_prepared(

@@ -49,7 +49,7 @@ def train(
   """
   with preemption.StopSignal() as stop, contextlib.ExitStack() as opened:
     with stop.at_once():
-      configs, told = look(config, workdir)
+      configs, missing = look(config, workdir)
       done = finished(workdir, configs)
       with processes.raise_on_all():
         if processes.is_first():
@@ -59,8 +59,8 @@ def train(
             opened.enter_context(
               workdir_lib.open_workdir(its_config, workdir / name)
             )
-    if told:
-      console.note(told, "missing")
+    if missing:
+      console.note(missing, "missing")
     for number, (name, its_config) in enumerate(configs.items(), start=1):
       place = f"{number} of {len(configs)}: {name}"
       if name in done:

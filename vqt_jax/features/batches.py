@@ -16,14 +16,14 @@ from vqt_jax.runtime import mesh as mesh_lib
 # Input of a call that takes S steps on batches of B examples: data on the
 # devices, rows of it (S, B) int32, and a mask (S, B) float32 that is 0 where a
 # row only fills up a batch.
-Chunk = tuple[dict[str, jax.Array], np.ndarray, jax.Array | np.ndarray]
+Call = tuple[dict[str, jax.Array], np.ndarray, jax.Array | np.ndarray]
 T = TypeVar("T")
 PREFETCH = 2  # Batches on their way to the devices while one is used.
 
 
 @dataclasses.dataclass(frozen=True)
 class ResidentBatches:
-  """Batches of data on the devices; an epoch is one chunk.
+  """Batches of data on the devices; an epoch is one call.
 
   Attributes:
     data: from `store.store_on_devices` or `images.images_on_devices`.
@@ -48,11 +48,10 @@ class ResidentBatches:
     """Steps in an epoch."""
     return -(-len(self.rows) // self.batch_size)
 
-  def epoch(self, epoch: int, start: int) -> Iterator[Chunk]:
-    """Yield an epoch that begins with step `start`, if there is such a step.
+  def epoch(self, epoch: int, start: int) -> Iterator[Call]:
+    """Yield the epoch as one call, rotated so that step `start` comes first.
 
-    The steps before it come last: so shapes, and the compiled program, do not
-    depend on `start`.
+    So shapes, and the compiled program, do not depend on `start`.
     """
     if start < self.steps:
       shards = self.mesh.shape["data"]
@@ -63,7 +62,7 @@ class ResidentBatches:
 
 @dataclasses.dataclass(frozen=True)
 class HostBatches:
-  """Batches of features on the host, sent ahead of use; a chunk is a step.
+  """Batches of features on the host, sent ahead of use; a call is a step.
 
   Attributes:
     features: in memory, or in a file.
@@ -88,22 +87,22 @@ class HostBatches:
     """Steps in an epoch."""
     return -(-len(self.rows) // self.batch_size)
 
-  def epoch(self, epoch: int, start: int) -> Iterator[Chunk]:
+  def epoch(self, epoch: int, start: int) -> Iterator[Call]:
     """Yield an epoch from step `start` on."""
-    return self.chunks((self.seed, epoch), start)
+    return self.calls((self.seed, epoch), start)
 
-  def chunks(
+  def calls(
     self, shuffle: tuple | None = None, start: int = 0
-  ) -> Iterator[Chunk]:
+  ) -> Iterator[Call]:
     """Yield all batches from `start` on; without `shuffle` in stored order."""
     mesh = self.features.layout.mesh
     index, mask = batch_order(
       self.rows, self.batch_size, mesh.shape["data"], shuffle
     )
     batches = zip(index[start:], mask[start:])
-    return prefetch(lambda batch: self._chunk(*batch), batches)
+    return prefetch(lambda batch: self._call(*batch), batches)
 
-  def _chunk(self, rows: np.ndarray, mask: np.ndarray) -> Chunk:
+  def _call(self, rows: np.ndarray, mask: np.ndarray) -> Call:
     mesh = self.features.layout.mesh
     label = mesh_lib.place_array(
       self.label[rows], mesh_lib.replicated_sharding(mesh)
@@ -114,7 +113,7 @@ class HostBatches:
 
 @dataclasses.dataclass(frozen=True)
 class StreamedBatches:
-  """Batches read and decoded anew in every epoch; a chunk is a step.
+  """Batches read and decoded anew in every epoch; a call is a step.
 
   Attributes:
     read: (epoch, first step) -> this process's part of each batch.
@@ -133,18 +132,18 @@ class StreamedBatches:
     """Steps in an epoch."""
     return -(-self.num_examples // self.batch_size)
 
-  def epoch(self, epoch: int, start: int) -> Iterator[Chunk]:
+  def epoch(self, epoch: int, start: int) -> Iterator[Call]:
     """Yield an epoch from step `start` on."""
     for batch in self.read(epoch, start):
-      yield chunk_of_batch(batch, self.mesh)
+      yield call_of_batch(batch, self.mesh)
 
 
 Batches = ResidentBatches | HostBatches | StreamedBatches
 
 
-def chunk_of_batch(
+def call_of_batch(
   batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh
-) -> Chunk:
+) -> Call:
   """Place a batch of {"image", "label", "mask"} on the devices, as one step."""
   data = mesh_lib.from_process_local(batch, mesh)
   mask = data.pop("mask")

@@ -106,23 +106,23 @@ class Examples:
       self.mesh,
     )
 
-  def evaluation_chunks(
+  def evaluation_calls(
     self, split: str, rows: np.ndarray | None = None
-  ) -> Iterator[batches_lib.Chunk]:
-    """Return chunks of a split, or of some rows of it, each example once.
+  ) -> Iterator[batches_lib.Call]:
+    """Return calls over a split, or of some rows of it, each example once.
 
     When this returns, a split that is stored is loaded.
     """
     if split == "test" or self._storage(split) == "stream":
       batches = self._read_batches(split)
-      return (batches_lib.chunk_of_batch(x, self.mesh) for x in batches)
+      return (batches_lib.call_of_batch(x, self.mesh) for x in batches)
     loaded, all_rows = self._load_split(split)
     rows = all_rows if rows is None else all_rows[rows]
     if isinstance(loaded, batches_lib.HostBatches):
       loaded = dataclasses.replace(
         loaded, rows=rows, batch_size=self._eval_batch_size
       )
-      return loaded.chunks()
+      return loaded.calls()
     shards = self.mesh.shape["data"]
     order, mask = batches_lib.batch_order(rows, self._eval_batch_size, shards)
     return ((loaded, *batch) for batch in zip(order[:, None], mask[:, None]))
@@ -200,9 +200,7 @@ class Examples:
 
   @property
   def _eval_batch_size(self) -> int:
-    """Batch size of extraction and evaluation, a multiple of the devices."""
-    shards = self.mesh.shape["data"]
-    return -(-self.config.eval_batch_size // shards) * shards
+    return eval_batch_size(self.config, self.mesh)
 
   @property
   def _layout(self) -> store.Layout:
@@ -241,7 +239,7 @@ class Examples:
     if split not in self._storages:
       count, available = self.count(split), dict(self._available)
       feature_bytes = count * self._layout.bytes_per_image
-      pixels = int(np.prod(self.backbone.config.image_size))
+      image_size = self.backbone.config.image_size
       if feature_bytes > available["device"]:
         # A file that exists already needs no more space.
         existing = max(file.size for file in self._files(split))
@@ -250,7 +248,7 @@ class Examples:
         self.config,
         self.tuner,
         feature_bytes,
-        count * 12 * pixels,
+        count * images_lib.bytes_per_image(image_size),
         available,
         jax.default_backend(),
       )
@@ -411,6 +409,14 @@ def check_batch_size(batch_size: int, mesh: jax.sharding.Mesh) -> None:
       f" {mesh.shape['data']} devices: streamed training needs a multiple of"
       " their number."
     )
+
+
+def eval_batch_size(
+  config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
+) -> int:
+  """Batch size of extraction and evaluation, a multiple of the devices."""
+  shards = mesh.shape["data"]
+  return -(-config.eval_batch_size // shards) * shards
 
 
 def loaded_split(task: data.Task, split: str) -> str:

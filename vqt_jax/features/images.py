@@ -1,6 +1,7 @@
 """Images on the devices, for training through the backbone."""
 
 from collections.abc import Sequence
+import math
 
 import jax
 import jax.numpy as jnp
@@ -43,17 +44,15 @@ def images_on_devices(
   }
 
 
+def bytes_per_image(image_size: Sequence[int]) -> int:
+  """Bytes of an image (height, width) in float32."""
+  return 12 * math.prod(image_size)
+
+
 def image_shapes(
   count: int, image_size: Sequence[int], mesh: jax.sharding.Mesh, dtype: str
 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes, dtypes and shardings of `images_on_devices`.
-
-  Args:
-    count: number of images.
-    image_size: (height, width).
-    mesh: of the devices.
-    dtype: of the images.
-  """
+  """Shapes, dtypes and shardings of `images_on_devices`."""
   shards, (height, width) = mesh.shape["data"], image_size
   shape = (-(-count // shards) * shards, height, 3 * width)
   if height % shards and shape[2] % shards and height * shape[2] % shards == 0:

@@ -27,12 +27,7 @@ FEATURE_STORAGE = {
 
 
 def available_bytes(store_dir: str, mesh: jax.sharding.Mesh) -> dict[str, int]:
-  """Bytes available for data in each storage, over all processes.
-
-  Args:
-    store_dir: folder of feature files, as `disk.folder` takes it.
-    mesh: devices that share the data.
-  """
+  """Bytes available for data in each storage, over all processes."""
   own = {
     "device": DEVICE_SHARE * memory.device_memory(),
     "host": HOST_SHARE * memory.host_memory(),

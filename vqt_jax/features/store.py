@@ -80,7 +80,7 @@ class Layout:
 
   @property
   def bytes_per_image(self) -> int:
-    """Bytes of an image on the devices: its tokens, if stored, and the rest."""
+    """Bytes of an image on the devices: tokens, if stored; final feature."""
     numbers = self.row[0] * np.prod(self.device_row) if self.tokens else 0
     size = numbers * jnp.dtype(self.dtype).itemsize + self.row[-1] * 4
     return int(size)
@@ -126,12 +126,6 @@ def device_layout(
 
   On one CPU it is projected, if that fits in memory and features are stored in
   the backbone's own dtype.
-
-  Args:
-    layout: of the features that are extracted.
-    tuner: reads them.
-    count: number of images.
-    available: bytes for data.
   """
   projected = dataclasses.replace(layout, projected=True)
   if (
@@ -148,7 +142,7 @@ def device_layout(
 def extract(
   layout: Layout, params: Any, batches: Iterable[dict[str, np.ndarray]]
 ) -> Iterator[FeatureBatch]:
-  """Run the backbone over batches; one is computed while another is used.
+  """Run the backbone over batches; one batch ahead of what is yielded.
 
   Args:
     layout: of the features.

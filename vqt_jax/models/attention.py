@@ -1,4 +1,12 @@
-"""Multi-head attention of a frozen block, and queries that read through it."""
+"""Multi-head attention of a frozen block, and queries that read through it.
+
+Few queries need no projected tokens: the key projection can be applied to the
+query in place of all tokens, and the value projection to the weighted mean of
+the tokens (`weights`, `absorbed`; docs/method.md, "Reading without
+projecting"). The key bias adds the same number to all scores of a query, so
+the softmax removes it; the value bias is added once. `projected` reads keys
+and values that `project` made for a store.
+"""
 
 from collections.abc import Callable
 import functools
@@ -39,7 +47,8 @@ def bind_edit(edit: Edit | None, weights: Any) -> BoundEdit:
 def edits_projections(weights: Any) -> bool:
   """Return whether an edit changes keys or values of a block.
 
-  If it does, their projections cannot be absorbed into the queries.
+  It does if its weights in the block, a dict by operation, have such entries;
+  then these projections cannot be absorbed.
   """
   return bool({"key", "value"} & set(weights or {}))
 
@@ -98,9 +107,7 @@ class Attention(nn.Module):
   ) -> jax.Array:
     """Attention weights of queries on tokens, without projecting the tokens.
 
-    Per head, the key projection moves to the query: `u = W_k q`, scores
-    `tokens u`. The key bias adds the same number to all scores of a query, so
-    the softmax removes it.
+    Per head, `u = W_k q`, and the scores are `tokens u`.
 
     Args:
       queries: (T, D), or (B, T, D).
@@ -124,9 +131,6 @@ class Attention(nn.Module):
   ) -> jax.Array:
     """Return `self(queries, tokens)` with both projections absorbed, (B, T, D).
 
-    With few queries it is cheaper to project the weighted mean of the tokens to
-    values than to project all tokens first; the value bias is added once.
-
     Args:
       queries: (T, D), or (B, T, D).
       tokens: (B, N, D), or with `rows` (n, N, D).
@@ -141,7 +145,7 @@ class Attention(nn.Module):
       u = self._absorb_keys(queries, edited)
       mean = chunked_attention.attend(u, tokens, rows)
     mean = mean.astype(c.dtype)
-    # The kernel comes first, so that a CPU's result has D last, as it is read.
+    # The kernel comes first, as in `_absorb_keys`.
     heads = chunked_attention.dot("dhk,bhtd->bthk", self._kernel("value"), mean)
     return self._merge_heads(self._add_value_bias(heads), edited)
 
@@ -161,11 +165,7 @@ class Attention(nn.Module):
     return self._merge_heads(heads, edited)
 
   def project(self, tokens: jax.Array) -> jax.Array:
-    """Keys and values (B, 2, H, N, K) of tokens (B, N, D), without biases.
-
-    The bias of the keys makes no difference; that of the values is added to the
-    weighted mean.
-    """
+    """Keys and values (B, 2, H, N, K) of tokens (B, N, D), without biases."""
     both = [
       chunked_attention.dot("bnd,dhk->bhnk", tokens, self._kernel(name))
       for name in ("key", "value")

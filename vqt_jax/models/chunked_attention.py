@@ -17,7 +17,7 @@ from jax import ad_checkpoint
 import jax.numpy as jnp
 
 # Names, for `jax.checkpoint` policies, what the gradient of `attend` reuses.
-RESIDUALS = "token_mean"
+RESIDUALS = "chunked_attention"
 
 dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 

@@ -362,15 +362,7 @@ def init(
   key: jax.Array,
   params: Any,
 ) -> Weights:
-  """Initialise the weights of an editor, float32.
-
-  Args:
-    name: key of `EDITORS`.
-    config: architecture of the backbone.
-    options: sizes of the editor.
-    key: for random initialisation.
-    params: the backbone's, which copies start from; None for an editor that
-      copies nothing.
+  """Initialise the weights of an editor, float32; copies are of `params`.
 
   Raises:
     ValueError: the editor copies backbone leaves, and `params` is None.

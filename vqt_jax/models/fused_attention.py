@@ -101,9 +101,8 @@ def _attend_even(q, k, v):
   if count % 2 == 0:
     return _cudnn(q, k, v)
   pad = lambda x: jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0)))
-  lengths = jnp.where(
-    _depends_on(q), jnp.int32(count), count
-  )  # See `_batch_alike`.
+  # A selection as in `_batch_alike`.
+  lengths = jnp.where(_depends_on(q), jnp.int32(count), count)
   out = _cudnn(
     pad(q),
     pad(k),
@@ -126,5 +125,5 @@ def _batch_alike(*arrays: jax.Array) -> list[jax.Array]:
 
 
 def _depends_on(x: jax.Array) -> jax.Array:
-  """Return some (B,) bool that is batched by `vmap` if x is."""
+  """Return a dummy (B,) bool that `vmap` batches exactly when it batches x."""
   return x[:, 0, 0, 0] == 0

@@ -39,9 +39,11 @@ def parse(name: str, kind: str = "method") -> Method:
   """
   reader, plus, editor = name.partition("+")
   if not plus:
-    if name not in NAMES:
-      raise errors.unknown_name(kind, name, NAMES)
-    return Method(name) if name in readers.READERS else Method("linear", name)
+    if name in readers.READERS:
+      return Method(name)
+    if name in editors.EDITORS:
+      return Method("linear", name)
+    raise errors.unknown_name(kind, name, NAMES)
   if reader not in readers.READERS:
     raise errors.unknown_name(f"reader of {kind}", reader, readers.READERS)
   if editor not in editors.EDITORS:

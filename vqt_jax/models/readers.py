@@ -1,16 +1,15 @@
 """Readers, which look at the stream and never change it.
 
-A reader is one pure step per block,
+A `Reader` is a few functions. Those that learn read by one pure step per block,
 
     step(block_params, weights, tokens, carry) -> (carry, output)
 
 with the frozen parameters of one block, the reader's own weights of that block,
 the block's tokens LN_0(z_m) (B, N, D), and a carry for readers that pass state
-upward. `read` scans it over depth. Tokens come from the backbone or from a
-store (which for `query_step` may hold their keys and values). No gradient
-enters the backbone unless an editor has changed the stream; then queries pass
-through the edited blocks as any token would, and each block's weights are a
-pair (the reader's, the edit's).
+upward. `scan` runs it over depth, on tokens from the backbone or from a store.
+No gradient enters the backbone unless an editor has changed the stream; then
+queries pass through the edited blocks as any token would, and each block's
+weights are a pair (the reader's, the edit's).
 """
 
 from collections.abc import Callable
@@ -33,23 +32,29 @@ Step = Callable[[Any, Any, jax.Array, Any], tuple[Any, jax.Array]]
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-  """Properties of a reader.
+  """A reader, as functions of a tuner `t`: its `config`, options, and `t.read`.
 
   Attributes:
-    blocks: it reads the tokens of every block; else the final feature only.
-    queries: it reads them with queries; else means of tokens in windows are its
-      features.
+    read: (t, variables, tokens, rows) -> features of each block (L, B, F / L),
+      float32, and the outputs of queries (L, B, T, D) or None; arguments as of
+      `Tuner.__call__`. None: the final feature is all that is read.
+    block_features: (t) -> number of features of a block.
+    init: (t, key) -> a dict of trainable weights; None: only the head trains.
+    window: (t) -> number of successive tokens of which it reads the mean, and
+      the store keeps nothing else; None: it reads the tokens.
+    gradient_numbers: (t) -> numbers per image that a gradient keeps, besides
+      features and weights.
+    has_queries: its weights hold "queries" (L, T, D), which drop out in
+      training, and `read` takes a store of keys and values as well.
   """
 
-  blocks: bool
-  queries: bool
+  read: Callable[..., tuple[jax.Array, jax.Array | None]] | None = None
+  block_features: Callable[[Any], int] = lambda t: 0
+  init: Callable[[Any, jax.Array], dict[str, Any]] | None = None
+  window: Callable[[Any], int] | None = None
+  gradient_numbers: Callable[[Any], int] = lambda t: 0
+  has_queries: bool = False
 
-
-READERS = {
-  "vqt": Reader(blocks=True, queries=True),
-  "head2toe": Reader(blocks=True, queries=False),
-  "linear": Reader(blocks=False, queries=False),
-}
 
 # Ways to turn the outputs of a block's queries into features, see `combine`.
 COMBINE = ("concat", "mean", "weighted_sum")
@@ -92,14 +97,15 @@ def attention_step(
   return step
 
 
-def read(
+def scan(
   step: Step,
   blocks: Any,
   weights: Any,
   tokens: jax.Array,
   rows: jax.Array | None = None,
+  fetches: bool = False,
 ) -> jax.Array:
-  """Scan a reader over depth.
+  """Scan a reader's step over depth.
 
   A gradient keeps the results of matrix products, and computes GELU, softmax
   and LayerNorm (and fetches rows of tokens) again: that takes less memory than
@@ -109,10 +115,12 @@ def read(
     step: the reader's step.
     blocks: frozen block parameters, leaves stacked over depth (L, ...).
     weights: the reader's weights, leaves stacked over depth.
-    tokens: (L, B, N, D); with `rows` a store of them (L, n, N, D), or of their
-      keys and values (L, n, 2, H, N, K).
+    tokens: (L, B, N, D); with `rows` a store of them (L, n, N, D), or if the
+      step fetches of their keys and values (L, n, 2, H, N, K).
     rows: (B,) int32, the examples to read. Each block fetches its own rows, so
       that a batch never exists for all blocks at once. None: all, in order.
+    fetches: the step can be called with the store of all blocks (L * n, ...) in
+      place of tokens, and with the rows to fetch (chunks, b) as fifth argument.
 
   Returns:
     The outputs, stacked over depth (L, B, ...).
@@ -121,7 +129,7 @@ def read(
     return _scan(step, blocks, weights, tokens)
   depth, count = tokens.shape[:2]
   flat = tokens.reshape(depth * count, *tokens.shape[2:])
-  chunks = _num_chunks(tokens, rows)
+  chunks = _num_chunks(tokens, rows) if fetches else 1
 
   def fetch(block_params, own, index, carry):
     if chunks > 1 or tokens.ndim > 4:
@@ -227,15 +235,6 @@ def token_bound(config: vit_config.ViTConfig) -> float:
   return (6 / (3 * height * width + config.width)) ** 0.5
 
 
-def init_queries(
-  config: vit_config.ViTConfig, num_queries: int, key: jax.Array
-) -> jax.Array:
-  """Draw queries (L, T, D), uniform within `token_bound`."""
-  bound = token_bound(config)
-  shape = (config.depth, num_queries, config.width)
-  return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-
-
 def combine(
   outputs: jax.Array, how: str, weights: jax.Array | None = None
 ) -> jax.Array:
@@ -254,3 +253,48 @@ def combine(
     case "weighted_sum":
       return jnp.einsum("lbtd,lt->lbd", outputs, weights)
   raise ValueError(f"combine must be concat, mean or weighted_sum, not {how!r}")
+
+
+def _read_queries(tuner, variables, tokens, rows):
+  own = variables["tuner"]
+  outputs = tuner.read(
+    query_step, variables, own["queries"], tokens, rows, fetches=True
+  )
+  return combine(outputs, tuner.combine, own.get("combine")), outputs
+
+
+def _init_queries(tuner, key):
+  """Draw queries uniformly within `token_bound`."""
+  c, bound = tuner.config, token_bound(tuner.config)
+  shape = (c.depth, tuner.num_queries, c.width)
+  queries = jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+  if tuner.combine != "weighted_sum":
+    return {"queries": queries}
+  return {"queries": queries, "combine": jnp.ones(shape[:2], jnp.float32)}
+
+
+def _gradient_numbers(tuner):
+  """Count scores, hidden units, a few tokens, and what is temporary."""
+  c = tuner.config
+  kept = c.num_heads * c.num_tokens + c.mlp_dim + 4 * c.width
+  temporary = 2 * c.num_heads * c.width + 2 * c.mlp_dim
+  return tuner.num_queries * (c.depth * kept + temporary)
+
+
+READERS = {
+  "vqt": Reader(
+    read=_read_queries,
+    block_features=lambda t: (
+      t.config.width * (t.num_queries if t.combine == "concat" else 1)
+    ),
+    init=_init_queries,
+    gradient_numbers=_gradient_numbers,
+    has_queries=True,
+  ),
+  "head2toe": Reader(
+    read=lambda t, variables, tokens, rows: (flatten(tokens, rows), None),
+    block_features=lambda t: t.config.width * (t.config.num_tokens // t.window),
+    window=lambda t: window(t.config, t.target_size),
+  ),
+  "linear": Reader(),
+}

@@ -84,31 +84,22 @@ class Tuner:
   @property
   def reads_blocks(self) -> bool:
     """True if the tokens of every block are read; else the final feature."""
-    return self.reader.blocks
+    return self.reader.read is not None
 
   @property
   def has_queries(self) -> bool:
-    return self.reader.queries
+    return self.reader.has_queries
 
   @property
   def window(self) -> int:
     """Number of successive tokens whose mean is read; 1: tokens as they are."""
-    if self.has_queries or not self.reads_blocks:
-      return 1
-    return readers.window(self.config, self.target_size)
+    return self.reader.window(self) if self.reader.window else 1
 
   @property
   def num_features(self) -> int:
-    """Features F: D of the final feature, and D per query or window of a block.
-
-    The queries of a block count as one unless they are concatenated.
-    """
-    if not self.reads_blocks:
-      return self.config.width
-    per_block = self.num_queries if self.combine == "concat" else 1
-    if not self.has_queries:
-      per_block = self.config.num_tokens // self.window
-    return self.config.width * (1 + self.config.depth * per_block)
+    """Features F: D of the final feature, and those of the blocks."""
+    blocks = self.config.depth * self.reader.block_features(self)
+    return self.config.width + blocks
 
   def init(self, key: jax.Array, params: Any = None) -> dict[str, Any]:
     """Initialise the trainable parameters {"tuner", "head"}, float32.
@@ -118,20 +109,12 @@ class Tuner:
       params: the backbone's; needed by editors that train copies of its leaves.
     """
     query_key, head_key = jax.random.split(key)
-    tuner = {}
+    tuner = self.reader.init(self, query_key) if self.reader.init else {}
     if self.editor:
       editor_key = jax.random.fold_in(key, 2)  # Leaves the other two as before.
       tuner["editor"] = editors.init(
         self.editor, self.config, self.options, editor_key, params
       )
-    if self.has_queries:
-      tuner["queries"] = readers.init_queries(
-        self.config, self.num_queries, query_key
-      )
-      if self.combine == "weighted_sum":
-        tuner["combine"] = jnp.ones(
-          (self.config.depth, self.num_queries), jnp.float32
-        )
     return {
       "tuner": tuner,
       "head": head.init(self.num_features, self.num_classes, head_key),
@@ -180,26 +163,30 @@ class Tuner:
       weights=own,
       remat=remat,
     )
-    if self.has_queries or not self.reads_blocks:
+    if not self.reader.window:
       return stream
     return _pool_tokens(self.config, stream, self.window)
 
-  def read(self, make_step: Any, variables: Any, queries: Any, *args: Any):
-    """Scan the step that `make_step` makes over depth, see `readers.read`.
+  def read(
+    self, make_step: Any, variables: Any, weights: Any, *args: Any, **options
+  ) -> jax.Array:
+    """Scan the step that `make_step` makes over depth, see `readers.scan`.
 
     Args:
       make_step: `readers.query_step`, or a function like it.
       variables: {"backbone", "tuner"}.
-      queries: (L, T, D), or (L, B, T, D).
-      *args: tokens and rows, as for `readers.read`.
+      weights: the reader's, stacked over depth; for `query_step` its queries
+        (L, T, D), or (L, B, T, D).
+      *args: tokens and rows, as for `readers.scan`.
+      **options: of `readers.scan`.
     """
     params, edit = variables["backbone"], self.edit
     own = variables["tuner"].get("editor", {})
     blocks = editors.apply_copies(params, own)["Transformer"]["encoderblock"]
-    weights = queries
     if edit:
-      weights = (queries, own.get("encoderblock", {}))
-    return readers.read(make_step(self.config, edit), blocks, weights, *args)
+      weights = (weights, own.get("encoderblock", {}))
+    step = make_step(self.config, edit)
+    return readers.scan(step, blocks, weights, *args, **options)
 
   def __call__(
     self,
@@ -224,18 +211,31 @@ class Tuner:
     """
     if not self.reads_blocks:
       return Output(head.logits(variables["head"], final), final, None)
-    outputs = None
-    if self.has_queries:
-      queries = variables["tuner"]["queries"]
-      if query_mask is not None:
-        queries = queries[:, None] * query_mask
-      outputs = self.read(readers.query_step, variables, queries, tokens, rows)
-      groups = readers.combine(
-        outputs, self.combine, variables["tuner"].get("combine")
-      )
-    else:
-      groups = readers.flatten(tokens, rows)
-    if normalize is None or not self.has_queries:
+    if query_mask is not None:
+      queries = variables["tuner"]["queries"][:, None] * query_mask
+      masked = {**variables["tuner"], "queries": queries}
+      variables = {**variables, "tuner": masked}
+    groups, outputs = self.reader.read(self, variables, tokens, rows)
+    return self.classify(variables, groups, final, outputs, normalize)
+
+  def classify(
+    self,
+    variables: Any,
+    groups: jax.Array,
+    final: jax.Array,
+    outputs: jax.Array | None = None,
+    normalize: jax.Array | None = None,
+  ) -> "Output":
+    """Classify what has been read.
+
+    Args:
+      variables: {"head"}, and others.
+      groups: features of each block (L, B, F / L).
+      final: the backbone's pooled output (B, D).
+      outputs: of queries, to be passed on.
+      normalize: as in `__call__`.
+    """
+    if normalize is None or not self.reader.init:
       # A constant, so that trials side by side share what none of them changes.
       normalize = self.normalize
     final = jnp.where(normalize, head.normalize(final), final)
@@ -307,10 +307,6 @@ def make_tuner(
   return tuner
 
 
-# Smallest values, where these are not 0.
-_LEAST = {"num_classes": 2} | dict.fromkeys(
-  ("num_queries", "target_size", "num_prompts", "rank", "last_blocks"), 1
-)
 # Type of a default -> types that are accepted, and these in words.
 _KINDS = {
   bool: ((bool, np.bool_), "True or False"),
@@ -331,12 +327,17 @@ def _defaults(kind: type) -> dict[str, Any]:
 
 
 def _check(values: dict[str, Any], defaults: dict[str, Any]) -> None:
-  """Raise a `UserError` for values of another type, or that are too small."""
+  """Raise a `UserError` for values of another type, or that are too small.
+
+  Only whole numbers with the default 0 may be 0.
+  """
   for name, value in values.items():
     kind, words = _KINDS[type(defaults[name])]
     right = isinstance(value, kind)
     if kind in (numbers.Integral, numbers.Real):
-      least = _LEAST.get(name, 0)
+      least = 0 if kind is numbers.Real else min(defaults[name], 1)
+      if name == "num_classes":
+        least = 2
       words += f" {least}"
       right = right and not isinstance(value, bool)
       right = right and least <= value < math.inf
@@ -381,14 +382,6 @@ def run_backbone(
   window: int = 1,
 ) -> vit.Stream:
   """Run the frozen backbone.
-
-  Args:
-    config: its architecture.
-    tokens: collect the blocks' tokens too.
-    params: its parameters.
-    images: (B, height, width, 3).
-    embedding_mask: see `vit.ViT`.
-    window: number of tokens in a mean, see `readers.pool`; 1: no means.
 
   Returns:
     The stream, without a gradient.

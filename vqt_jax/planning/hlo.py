@@ -71,12 +71,7 @@ class Collective:
 
 
 def collectives(text: str, trips: int = 1) -> list[Collective]:
-  """Find all communication of a compiled program.
-
-  Args:
-    text: of the program, from `as_text`.
-    trips: of a loop whose length is an argument.
-  """
+  """Find all communication of a compiled program."""
   program, found = _Program(text, trips), []
   for op, times, loops in program.executed(inside_fusions=True):
     kind = op.kind.removesuffix("-start")
@@ -219,7 +214,7 @@ class _Program:
     return min(operand.size, self._part(op, index, operand.size))
 
   def _part(self, op: _Operation, index: int, whole: int) -> int:
-    """Return the same, wherever the operand lies."""
+    """Return the bytes read of operand `index`, in any memory."""
     if index == 0 and op.kind in _SLICES:
       # What was started names what goes in first.
       return op.shapes[1 if op.kind == "slice-start" else 0].size

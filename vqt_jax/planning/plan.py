@@ -10,7 +10,6 @@ compiling, and saving.
 
 from collections.abc import Sequence
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from vqt_jax import data
 from vqt_jax import errors
 from vqt_jax.data import vtab
 from vqt_jax.features import examples
+from vqt_jax.features import images
 from vqt_jax.features import storage
 from vqt_jax.planning import cost
 from vqt_jax.planning import hlo
@@ -77,10 +77,6 @@ def make_context(
 ) -> programs.PlanContext:
   """Look up what a config names, without reading weights or images.
 
-  Args:
-    config: resolved.
-    where: e.g. "v5e:4x4", or "here".
-
   Raises:
     UserError: something that the user can correct.
   """
@@ -107,28 +103,30 @@ def make_context(
     chip=chip,
     mesh=mesh,
     counts={x: data.expected_examples(task, x) for x in data.SPLITS},
-    base={x: examples.loaded_split(task, x) for x in data.SPLITS},
-    place="",
-    why="",
-    room=0,
+    loaded_splits={x: examples.loaded_split(task, x) for x in data.SPLITS},
+    storage="",
+    reason="",
+    available=0,
   )
-  room = _room(context, where)
-  count = context.counts[context.base["trainval"]]
-  place, why = storage.choose(
+  available = _available(context, where)
+  count = context.counts[context.loaded_splits["trainval"]]
+  chosen, reason = storage.choose(
     config,
     tuner,
     count * context.layout.bytes_per_image,
-    count * 12 * math.prod(vit_config.image_size),
-    room,
+    count * images.bytes_per_image(vit_config.image_size),
+    available,
     platform,
   )
-  if place == "stream":
+  if chosen == "stream":
     examples.check_batch_size(config.batch_size, mesh)
-  return dataclasses.replace(context, place=place, why=why, room=room["device"])
+  return dataclasses.replace(
+    context, storage=chosen, reason=reason, available=available["device"]
+  )
 
 
-def _room(context: programs.PlanContext, where: str) -> dict[str, int]:
-  """Return bytes as `memory_budget.room`; the disk of a slice is unlimited."""
+def _available(context: programs.PlanContext, where: str) -> dict[str, int]:
+  """Return `storage.available_bytes`; the disk of a slice is unlimited."""
   if where == tpus.HERE:
     return storage.available_bytes(context.config.store_dir, context.mesh)
   each = context.chip.memory * storage.DEVICE_SHARE
@@ -150,7 +148,7 @@ def measure(
     parts = {
       "weights": _resident(program.weights, mesh),
       "data": _resident(program.data, mesh),
-      "runs": _resident(program.trained, mesh),
+      "trials": _resident(program.trained, mesh),
     }
     done = cost.compile_for(mesh, program.function, *program.args)
   except cost.Exceeds as e:
@@ -240,14 +238,14 @@ def run(
 def _describe(context: programs.PlanContext, where: str) -> list[str]:
   c, shape = context.tuner.config, context.mesh.shape
   pixels = "x".join(map(str, dict.fromkeys(c.image_size)))
-  count = context.counts[context.base["trainval"]]
+  count = context.counts[context.loaded_splits["trainval"]]
   layout = context.on_device("trainval")
   each = layout.bytes_per_image
   size = units.format_bytes
   kept = (
     f"{count:,} images x {size(each)} = {size(count * each)} of"
     f" {'keys and values' if layout.projected else 'features'}, kept"
-    f" {storage.FEATURE_STORAGE[context.place]}"
+    f" {storage.FEATURE_STORAGE[context.storage]}"
     if context.stored
     else f"{count:,} images, through the backbone every step"
   )
@@ -258,12 +256,12 @@ def _describe(context: programs.PlanContext, where: str) -> list[str]:
     f"{where}: {context.mesh.size} x {context.chip.name}, data"
     f" {shape['data']} x model {shape['model']},"
     f" {units.format_bytes(context.chip.memory)} each",
-    f"{kept}, {context.why}",
+    f"{kept}, {context.reason}",
   ]
 
 
 def _show_memory(console, context, found: Sequence[ResourceEstimate]) -> None:
-  parts = ("weights", "data", "runs", "temporary")
+  parts = ("weights", "data", "trials", "temporary")
   rows = []
   for estimate in found:
     memory = estimate.memory or {}
@@ -279,7 +277,14 @@ def _show_memory(console, context, found: Sequence[ResourceEstimate]) -> None:
         share or "too much",
       ]
     )
-  columns = ["memory of a chip, MiB", "images", "runs", *parts, "all", "of it"]
+  columns = [
+    "memory of a chip, MiB",
+    "images",
+    "at once",
+    *parts,
+    "all",
+    "of it",
+  ]
   console.table(columns, rows)
 
 
@@ -373,9 +378,9 @@ def _advice(
   largest = max(parts, key=parts.get)
   if largest == "weights":
     advice = f"spread the backbone: {_model(context)}, or more"
-  elif largest == "data" and context.place == "device":
+  elif largest == "data" and context.storage == "device":
     advice = "keep features elsewhere: --config.features=host"
-  elif largest == "data" and context.place == "images":
+  elif largest == "data" and context.storage == "images":
     advice = "read images in every epoch: --config.data=stream"
   elif name in ("extraction", "test"):
     advice = "run fewer images at once: --config.eval_batch_size="

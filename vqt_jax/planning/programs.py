@@ -15,6 +15,7 @@ import ml_collections
 import numpy as np
 
 from vqt_jax.features import batches
+from vqt_jax.features import examples
 from vqt_jax.features import images
 from vqt_jax.features import storage
 from vqt_jax.features import store
@@ -42,11 +43,10 @@ class PlanContext:
     chip: of each device.
     mesh: of the devices.
     counts: split -> number of images.
-    base: split -> split that is loaded for it.
-    place: where training images or their features live, see
-      `memory_budget.choose`.
-    why: reason for `place`.
-    room: bytes of device memory that they may take.
+    loaded_splits: split -> split that is loaded for it.
+    storage: of training images or their features, see `storage.choose`.
+    reason: for `storage`.
+    available: bytes of device memory that they may take.
   """
 
   config: ml_collections.ConfigDict
@@ -54,10 +54,10 @@ class PlanContext:
   chip: tpus.Chip
   mesh: jax.sharding.Mesh
   counts: dict[str, int]
-  base: dict[str, str]
-  place: str
-  why: str
-  room: int
+  loaded_splits: dict[str, str]
+  storage: str
+  reason: str
+  available: int
 
   @property
   def layout(self) -> store.Layout:
@@ -65,14 +65,14 @@ class PlanContext:
 
   def on_device(self, split: str) -> store.Layout:
     """Return the layout of a split's features where they are used."""
-    if self.place != "device":
+    if self.storage != "device":
       return self.layout
-    count = self.counts[self.base[split]]
-    return store.device_layout(self.layout, self.tuner, count, self.room)
+    count = self.counts[self.loaded_splits[split]]
+    return store.device_layout(self.layout, self.tuner, count, self.available)
 
   @property
   def stored(self) -> bool:
-    return self.place in storage.FEATURE_STORAGE
+    return self.storage in storage.FEATURE_STORAGE
 
   @property
   def selects(self) -> bool:
@@ -81,8 +81,7 @@ class PlanContext:
 
   @property
   def eval_batch_size(self) -> int:
-    shards = self.mesh.shape["data"]
-    return -(-self.config.eval_batch_size // shards) * shards
+    return examples.eval_batch_size(self.config, self.mesh)
 
   def params(self) -> Shapes:
     """Return shapes of the frozen weights."""
@@ -184,7 +183,7 @@ def extraction(context: PlanContext) -> Program:
     sharding=mesh_lib.batch_sharding(context.mesh),
   )
   params = context.params()
-  bases = {context.base[split] for split in ("train", "val", "trainval")}
+  loaded = {context.loaded_splits[x] for x in ("train", "val", "trainval")}
   return Program(
     name="extraction",
     function=store.extractor(context.layout),
@@ -192,7 +191,7 @@ def extraction(context: PlanContext) -> Program:
     images=size,
     trials=1,
     steps=1,
-    in_all=sum(-(-context.counts[base] // size) for base in bases),
+    in_all=sum(-(-context.counts[x] // size) for x in loaded),
     weights=params,
     data=_resident(context, "trainval"),
     results=2,  # One is computed while another is used.
@@ -202,14 +201,10 @@ def extraction(context: PlanContext) -> Program:
 def training(context: PlanContext, stage: stage_lib.Stage) -> Program:
   """Return an epoch of a stage, in one call or one call per step."""
   trials = stage.trials[: context.trials_at_once(stage.tuner)]
-  stage, packs = (
-    dataclasses.replace(stage, trials=trials),
-    (-(-len(stage.trials) // len(trials))),
-  )
-  static, params = (
-    stages_lib.static_settings(context.config, stage),
-    context.params(),
-  )
+  packs = -(-len(stage.trials) // len(trials))
+  stage = dataclasses.replace(stage, trials=trials)
+  static = stages_lib.static_settings(context.config, stage)
+  params = context.params()
   seeds = jnp.zeros(len(trials), jnp.uint32)
   init = functools.partial(step_lib.init, stage.tuner, static)
   state = context.replicated(jax.eval_shape(init, params, seeds))
@@ -229,7 +224,7 @@ def training(context: PlanContext, stage: stage_lib.Stage) -> Program:
   settings, factor, index, count = context.replicated(
     (stage.settings(), np.ones(len(index), np.float32), index, np.int32(0))
   )
-  mask = _mask(context, mask, shared=context.place == "stream")
+  mask = _mask(context, mask, shared=context.storage == "stream")
   return Program(
     name=stage.label,
     function=step_lib.train_steps,
@@ -300,13 +295,13 @@ def test(context: PlanContext) -> Program:
 
 def _resident(context: PlanContext, split: str) -> Shapes | None:
   """Return shapes of resident data of a split; None: it is sent by step."""
-  c, count = context.tuner.config, context.counts[context.base[split]]
-  if context.place == "device":
+  c, count = context.tuner.config, context.counts[context.loaded_splits[split]]
+  if context.storage == "device":
     size = context.eval_batch_size
     return store.store_shapes(
       context.on_device(split), -(-count // size) * size
     )
-  if context.place == "images":
+  if context.storage == "images":
     return images.image_shapes(count, c.image_size, context.mesh, c.dtype)
   return None
 

@@ -72,11 +72,11 @@ COLUMNS = (
 )
 
 
-def summarize(outcomes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def summarize(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
   """Summarise finished runs, the most accurate first.
 
   Args:
-    outcomes: name -> contents of the run's `results.json`; at least one.
+    results: name -> contents of the run's `results.json`; at least one.
 
   Returns:
     `task`, `backbone` and `device` (of all runs, different ones joined by
@@ -85,7 +85,7 @@ def summarize(outcomes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     `runs`: name -> entries of the table, where `details` tells runs of the same
     method apart.
   """
-  runs = {name: _entry(results) for name, results in outcomes.items()}
+  runs = {name: _entry(result) for name, result in results.items()}
   about = {
     key: ", ".join(dict.fromkeys(run[key] for run in runs.values()))
     for key in ABOUT
@@ -138,9 +138,9 @@ def describe_differences(summary: Mapping[str, Any]) -> str:
       differ.append(f"{title} {', '.join(each)}")
     else:
       unknown.setdefault(", ".join(groups[UNKNOWN]), []).append(title)
-  told = ["not the same in all runs: " + "; ".join(differ)] if differ else []
-  told += [f"not known of {of}: {', '.join(x)}" for of, x in unknown.items()]
-  return "; ".join(told)
+  text = ["not the same in all runs: " + "; ".join(differ)] if differ else []
+  text += [f"not known of {of}: {', '.join(x)}" for of, x in unknown.items()]
+  return "; ".join(text)
 
 
 def _details(name: str, runs: Mapping[str, Mapping[str, Any]]) -> str:
@@ -224,11 +224,11 @@ def show(console: console_lib.Console, summary: Mapping[str, Any]) -> None:
         f"{accuracy_lib.format_mean(test)} %",
         accuracy_lib.format_interval(test) or UNKNOWN,
         f"{run['trained_parameters']:,}",
-        _format_setting(run["tuned_bytes"], units.format_bytes),
-        _format_setting(run["peak_bytes"], units.format_bytes),
-        _format_setting(run["step_bytes"], units.format_bytes),
-        _format_setting(run["side_by_side"], str),
-        _format_setting(run["epoch_seconds"], "{:.3g}".format),
+        _or_unknown(run["tuned_bytes"], units.format_bytes),
+        _or_unknown(run["peak_bytes"], units.format_bytes),
+        _or_unknown(run["step_bytes"], units.format_bytes),
+        _or_unknown(run["side_by_side"], str),
+        _or_unknown(run["epoch_seconds"], "{:.3g}".format),
       ]
     )
   columns = [
@@ -239,15 +239,15 @@ def show(console: console_lib.Console, summary: Mapping[str, Any]) -> None:
     "tuned/",
     "peak memory",
     "of a step",
-    "of runs",
-    "s / epoch, run",
+    "trials at once",
+    "s / epoch, trial",
   ]
   console.table(columns, rows)
-  if told := describe_differences(summary):
-    console.note(told, "differ")
+  if text := describe_differences(summary):
+    console.note(text, "differ")
 
 
-def _format_setting(value: Any, write: Any) -> str:
+def _or_unknown(value: Any, write: Any) -> str:
   return UNKNOWN if value is None else write(value)
 
 
@@ -260,12 +260,6 @@ def write(
   """Write the CSV file and the pictures, and print the table.
 
   A picture of attention that exists is kept.
-
-  Args:
-    console: to print on.
-    summary: from `summarize`.
-    workdirs: name -> workdir of the run.
-    output: folder.
 
   Raises:
     UserError: a file cannot be written.

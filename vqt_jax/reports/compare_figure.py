@@ -29,10 +29,6 @@ def draw(summary: Mapping[str, Any], path: str | os.PathLike) -> None:
   """Draw the accuracy of every run, best first, and against two costs.
 
   Runs are numbered; the points of the costs carry these numbers.
-
-  Args:
-    summary: from `compare.summarize`.
-    path: of the picture (PNG).
   """
   runs = list(summary["runs"].values())
   figure = style.figure_of(14, 2.2 + max(2.6, 0.36 * len(runs)))
@@ -177,28 +173,28 @@ def number_points(
 ) -> None:
   """Write the runs' numbers beside their points, where there is room."""
   dot = ax.figure.dpi / 72
-  place = ax.transData.transform
+  to_pixels = ax.transData.transform
   points, taken = {}, []
-  for number_points, (run, value) in enumerate(zip(runs, values), start=1):
+  for number, (run, value) in enumerate(zip(runs, values), start=1):
     if value:
       test = run["test_accuracy"]
-      at = points[number_points] = place((value, test["mean"]))
+      at = points[number] = to_pixels((value, test["mean"]))
       std = accuracy_lib.spread(test) or 0.0
-      bar = place((value, test["mean"] + std))[1] - at[1]
+      bar = to_pixels((value, test["mean"] + std))[1] - at[1]
       taken += [_box(at, 5 * dot, 5 * dot), _box(at, dot, bar)]
-  for number_points, at in points.items():
-    half = (3.2 * len(str(number_points)) * dot, 4.5 * dot)
+  for number, at in points.items():
+    half = (3.2 * len(str(number)) * dot, 4.5 * dot)
     free = (
-      place
-      for place in _around(at, dot)
-      if not any(_box(place, *half).overlaps(box) for box in taken)
+      spot
+      for spot in _around(at, dot)
+      if not any(_box(spot, *half).overlaps(box) for box in taken)
     )
-    place = next(free, at)
-    taken.append(_box(place, *half))
-    offset = (place - at) / dot
+    spot = next(free, at)
+    taken.append(_box(spot, *half))
+    offset = (spot - at) / dot
     far = math.hypot(*offset) > 14
     ax.annotate(
-      str(number_points),
+      str(number),
       at,
       offset,
       xycoords="figure pixels",
@@ -221,7 +217,7 @@ def number_points(
 
 
 def _around(at: np.ndarray, dot: float) -> Any:
-  """Return offsets from a point in pixels, nearest first."""
+  """Yield points around a point, in pixels, nearest first."""
   for radius, turn in itertools.product((11, 17, 24, 32, 42), range(12)):
     angle = math.pi * (1 / 4 - turn / 6)
     yield at + radius * dot * np.array([math.cos(angle), math.sin(angle)])

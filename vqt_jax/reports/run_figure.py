@@ -12,12 +12,7 @@ from vqt_jax.reports import style
 
 
 def report(results: dict[str, Any], path: str | os.PathLike) -> None:
-  """Draw one run: search, training, test, and the search of protocol=best.
-
-  Args:
-    results: contents of `results.json`.
-    path: of the picture (PNG).
-  """
+  """Draw one run: search, training, test, and the search of protocol=best."""
   panels = [_training, _tested if len(results["tested"]) > 1 else _test]
   if results["search"]:
     panels.insert(0, _search)

@@ -15,12 +15,7 @@ from vqt_jax.reports import vtab_summary
 
 
 def vtab(summary: dict[str, Any], path: str | os.PathLike) -> None:
-  """Draw all VTAB-1k tasks and their means, with published numbers behind.
-
-  Args:
-    summary: contents of the `results.json` of `task="all"`.
-    path: of the picture (PNG).
-  """
+  """Draw all VTAB-1k tasks and their means, with published numbers behind."""
   figure = style_lib.figure_of(16, 6.4)
   tasks = vtab_lib.VTAB
   groups = [
@@ -66,15 +61,7 @@ def _columns(
   ours: dict[str, Any],
   theirs: Sequence[dict[str, float | None]],
 ) -> None:
-  """Draw a column per task or mean: ours in front, published ones behind.
-
-  Args:
-    ax: the axes.
-    names: of the columns.
-    labels: below the columns.
-    ours: name -> "mean" and perhaps "std"; missing names are left empty.
-    theirs: name -> accuracy, for each of `published.ROWS`.
-  """
+  """Draw a column per task or mean: ours in front, published ones behind."""
   x = np.arange(len(names))
   for row, found in zip(published.ROWS, theirs):
     values = np.array([found[name] for name in names], float)

@@ -3,7 +3,7 @@
 On a terminal a progress line is live and ends as a plain line; on a pipe or in
 CI there are plain lines without control codes:
 
-  sweep    20 settings  ======  epoch  43/100  loss 0.412  accuracy 61.5 %  ...
+  search   20 settings  ======  epoch  43/100  loss 0.412  accuracy 61.5 %  ...
 """
 
 from collections.abc import Iterator, Sequence
@@ -67,7 +67,7 @@ class Console:
     """Show a progress line while the block runs.
 
     Args:
-      name: label of the line, e.g. "sweep".
+      name: label of the line, e.g. "search".
       total: number of `unit`s until the work is done.
       unit: what is counted, e.g. "epoch" or "image".
       detail: what the work is, e.g. "20 settings x 100 epochs".
@@ -136,14 +136,7 @@ class ProgressLine:
     accuracy: float | None = None,
     images_per_second: float | None = None,
   ) -> None:
-    """Set the number of units that are done, including those of earlier runs.
-
-    Args:
-      done: number of units.
-      loss: of the last epoch.
-      accuracy: of the last epoch, 0..1.
-      images_per_second: speed.
-    """
+    """Set the number of units that are done, earlier starts included."""
     now = time.monotonic()
     # The first step compiles; time left is judged by what follows it.
     self._first = self._first or (done, now)

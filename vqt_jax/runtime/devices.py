@@ -39,7 +39,7 @@ def given_xla_flags() -> str:
 
 
 def find_devices() -> None:
-  """Have JAX find the devices of this machine, unless it has done so.
+  """Initialise JAX's devices of this machine, unless it has done so.
 
   Raises:
     UserError: the devices that the environment asks for do not exist.

@@ -45,9 +45,7 @@ def is_still_at(file: IO[bytes], path: pathlib.Path) -> bool:
 def open_locked(path: pathlib.Path, wait: bool) -> IO[bytes] | None:
   """Open a file for appending, unbuffered, and lock it until it is closed.
 
-  Args:
-    path: the file; it is created if need be.
-    wait: whether to wait for another process that has locked it.
+  With `wait`, wait for another process that has locked it.
 
   Returns:
     The file, or None if another process has locked it.

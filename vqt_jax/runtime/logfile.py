@@ -56,6 +56,14 @@ def print_to_stderr(text: str) -> None:
   print(text, file=LossyStream(sys.stderr), flush=True)
 
 
+def print_to_stdout(text: str) -> None:
+  """Print to standard output, of which `head` or `less` may not read all."""
+  try:
+    print(text, flush=True)
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def reopen_closed_streams() -> None:
   """Open the null device in place of standard streams that are closed.
 

@@ -37,14 +37,14 @@ def make_mesh(
   wanted = count // model if data == -1 and model > 0 else data
   if model < 1 or wanted * model != count:
     raise errors.UserError(
-      f"mesh data={data}, model={model} does not fit {count} device(s):"
-      " data x model must be their number (data=-1: as many as there are)."
+      f"config.mesh.model={model} does not fit {count} device(s): expected a"
+      " divisor of their number."
     )
   if wanted % processes:
     raise errors.UserError(
-      f"mesh data={wanted}, model={model} does not fit"
-      f" {processes} processes: data must be a multiple of their"
-      " number, so that each reads examples of its own."
+      f"config.mesh.model={model} does not fit {processes} processes with"
+      f" {count // processes} device(s) each: expected a divisor of the latter,"
+      " so that each process reads examples of its own."
     )
   order = sorted(devices, key=lambda each: (each.process_index, each.id))
   return jax.sharding.Mesh(

@@ -205,7 +205,8 @@ def _raise_on_all(
 ) -> None:
   if failed().any():
     raise error or errors.UserError(
-      "Another process of this run failed; see what it says."
+      "Another process of this run failed; see its message, on its screen or in"
+      " log.txt or log_N.txt of the workdir."
     )
 
 
@@ -289,7 +290,7 @@ def all_reduce_max_async(
 
 @functools.cache
 def _all_reduce_max() -> tuple[jax.sharding.Mesh, Callable[..., jax.Array]]:
-  """A mesh with a row of devices for each process, and the maximum over it."""
+  """Return a mesh (process, local device), and the maximum over processes."""
   mesh = mesh_lib.make_mesh(model=jax.local_device_count())
   return mesh, jax.jit(
     lambda x: x.max(0), out_shardings=mesh_lib.replicated_sharding(mesh)

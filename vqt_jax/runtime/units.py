@@ -16,6 +16,11 @@ def format_mib(count: float | None, digits: int = 1) -> str:
   return "" if count is None else f"{count / 2**20:,.{digits}f}"
 
 
+def format_count(count: int, noun: str) -> str:
+  """Format e.g. "1 epoch", "20 epochs"."""
+  return f"{count:,} {noun}" + "s" * (count != 1)
+
+
 def format_seconds(seconds: float) -> str:
   """Format a duration as H:MM:SS."""
   return str(datetime.timedelta(seconds=round(seconds)))

@@ -73,12 +73,8 @@ def search(
 ) -> tuple[dict[str, Any], tuner_lib.Tuner, trial_lib.Trial, float]:
   """Search for the setting with the best cross-validated accuracy.
 
-  Args:
-    context: of the run.
-    stages: runs the stages.
-    known: what the full protocol's search found.
-    first: the trial that it chose, a finalist in any case.
-    count: number of examples in trainval.
+  The full protocol has found `known`, and chosen `first`, which is a finalist
+  in any case; trainval has `count` examples.
 
   Returns:
     What was found, for `results.json`; the chosen tuner, trial and fraction of
@@ -134,11 +130,11 @@ def search(
 def _format_setting(pair: Setting, batch_size: int) -> str:
   """Describe a setting."""
   tuner, trial = pair
-  told = trial.describe(batch_size)
+  text = trial.describe(batch_size)
   if not tuner.has_queries:
-    return told
+    return text
   norm = "" if trial.normalize else "not "
-  return f"queries {tuner.num_queries}, {told}, {norm}normalised"
+  return f"queries {tuner.num_queries}, {text}, {norm}normalised"
 
 
 def _wide(
@@ -236,8 +232,7 @@ def _fractions(
   """Return the cross-validated accuracy of every fraction; seconds."""
   right, seconds = dict.fromkeys(fractions, 0.0), 0.0
   for number, (rows, judged) in enumerate(parts, start=1):
-    accuracy, more = feature_selection.compare(
-      stages,
+    planned = feature_selection.comparison_stages(
       f"keep_{number}_",
       f"fold {number}",
       tuner,
@@ -246,6 +241,7 @@ def _fractions(
       rows=rows,
       judge=("trainval", judged),
     )
+    accuracy, more = feature_selection.compare(stages, planned, fractions)
     seconds += more
     for fraction, share in zip(fractions, accuracy):
       right[fraction] += share * len(judged)

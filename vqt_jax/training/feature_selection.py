@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from vqt_jax.features import examples as examples_lib
 from vqt_jax.models import head as head_lib
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.training import stage
@@ -22,11 +21,10 @@ from vqt_jax.training import stages as stages_lib
 from vqt_jax.training import trial as trial_lib
 
 LASSO = 1e-4
-RATE = 0.5  # Factor of the first head's rate, for tuners with queries.
+RATE = 0.5  # Factor of the first head's rate, for readers that train.
 
 
-def compare(
-  stages: stages_lib.Stages,
+def comparison_stages(
   prefix: str,
   label: str,
   tuner: tuner_lib.Tuner,
@@ -34,58 +32,9 @@ def compare(
   fractions: Sequence[float],
   *,
   judge: tuple[str, np.ndarray | None],
-  **examples: examples_lib.Examples,
-) -> tuple[list[float], float]:
-  """Train a trial, then new heads on several fractions of its features.
-
-  The fraction 1 is judged with the trial's own head, which is the result of a
-  run without selection.
-
-  Args:
-    stages: runs the stages.
-    prefix: of the stages' names.
-    label: of the first stage on the terminal.
-    tuner: of the trial.
-    trial: trained first.
-    fractions: of features to keep.
-    judge: (split, rows) whose accuracy is wanted.
-    **examples: `split` and `rows` to train on, as of `select`.
-
-  Returns:
-    Accuracy of each fraction; seconds of training.
-  """
-  first, *_ = compared(
-    prefix, label, tuner, trial, fractions, judge=judge, **examples
-  )
-  out = stages.run(first)
-  fewer = _fewer(fractions)
-  _, selected, seconds = select(
-    stages,
-    prefix,
-    tuner,
-    (trial,),
-    out.variables,
-    fewer,
-    judge=judge,
-    **examples,
-  )
-  accuracy = dict(zip(fewer, selected.accuracy))
-  if out.accuracy:
-    accuracy[1.0] = out.accuracy[0]
-  return [accuracy[f] for f in fractions], out.seconds + seconds
-
-
-def compared(
-  prefix: str,
-  label: str,
-  tuner: tuner_lib.Tuner,
-  trial: trial_lib.Trial,
-  fractions: Sequence[float],
-  *,
-  judge: tuple[str, np.ndarray | None],
-  **examples: examples_lib.Examples,
+  **source: Any,
 ) -> tuple[stage.Stage, ...]:
-  """Return the stages of `compare`; arguments as there."""
+  """Return the three stages of `compare`."""
   fewer = _fewer(fractions)
   first = stage.Stage(
     f"{prefix}all",
@@ -95,64 +44,41 @@ def compared(
     "setting",
     min_finite=0,
     judge=judge if len(fewer) < len(fractions) else None,
-    **examples,
+    **source,
   )
-  return first, *selecting(
-    prefix, tuner, (trial,), fewer, judge=judge, **examples
+  return first, *selection_stages(
+    prefix, tuner, (trial,), fewer, judge=judge, **source
   )
+
+
+def compare(
+  stages: stages_lib.Stages,
+  planned: Sequence[stage.Stage],
+  fractions: Sequence[float],
+) -> tuple[list[float], float]:
+  """Train a trial, then new heads on several fractions of its features.
+
+  The fraction 1 is judged with the trial's own head, which is the result of a
+  run without selection.
+
+  Returns:
+    Accuracy of each fraction; seconds of training.
+  """
+  first, *selection = planned
+  out = stages.run(first)
+  fewer = _fewer(fractions)
+  _, selected, seconds = select(stages, selection, out.variables, fewer)
+  accuracy = dict(zip(fewer, selected.accuracy))
+  if out.accuracy:
+    accuracy[1.0] = out.accuracy[0]
+  return [accuracy[f] for f in fractions], out.seconds + seconds
 
 
 def _fewer(fractions: Sequence[float]) -> list[float]:
   return [fraction for fraction in fractions if fraction < 1]
 
 
-def select(
-  stages: stages_lib.Stages,
-  prefix: str,
-  tuner: tuner_lib.Tuner,
-  trials: tuple[trial_lib.Trial, ...],
-  variables: Any,
-  fractions: Sequence[float],
-  **examples: examples_lib.Examples,
-) -> tuple[np.ndarray, stage.StageResult, float]:
-  """Train new heads on fewer features.
-
-  Args:
-    stages: runs the stages.
-    prefix: of the stages' names.
-    tuner: of all trials.
-    trials: R trials, as the queries were trained.
-    variables: their {"tuner", "head"}, leaves (R, ...).
-    fractions: K fractions of features to keep, each tried with each trial.
-    **examples: `split`, `rows` and `judge`, as of `selecting`.
-
-  Returns:
-    The feature mask (R * K, F) of 0 and 1, all fractions of the first trial
-    first; the result of the new heads in that order; seconds of training.
-  """
-  scoring, selection = selecting(prefix, tuner, trials, fractions, **examples)
-  frozen_parts = {"tuner": variables["tuner"]}
-  scored = stages.run(dataclasses.replace(scoring, frozen_parts=frozen_parts))
-  scores = np.asarray(head_lib.feature_scores(scored.variables["head"]))
-  feature_mask = np.stack(
-    [
-      head_lib.feature_mask(of_run, fraction)
-      for of_run in scores
-      for fraction in fractions
-    ]
-  )
-  repeat = lambda x: np.repeat(x, len(fractions), axis=0)
-  selected = stages.run(
-    dataclasses.replace(
-      selection,
-      frozen_parts=jax.tree.map(repeat, frozen_parts),
-      feature_mask=feature_mask,
-    )
-  )
-  return feature_mask, selected, scored.seconds + selected.seconds
-
-
-def selecting(
+def selection_stages(
   prefix: str,
   tuner: tuner_lib.Tuner,
   trials: tuple[trial_lib.Trial, ...],
@@ -165,16 +91,16 @@ def selecting(
   """Return the two stages of `select`, without their frozen parts.
 
   Args:
-    prefix: as of `select`.
-    tuner: the same.
-    trials: the same.
-    fractions: the same.
+    prefix: of the stages' names.
+    tuner: of all trials.
+    trials: R trials, as the queries were trained.
+    fractions: K fractions of features to keep, each tried with each trial.
     split: split to train on.
     rows: rows of the split; None: all.
     judge: (split, rows) whose accuracy is wanted, or None. If given, a head may
       diverge and is judged as 0.
   """
-  rate = RATE if tuner.has_queries else 1.0
+  rate = RATE if tuner.reader.init else 1.0
   trials = tuple(
     dataclasses.replace(trial, lr=trial.lr * rate) for trial in trials
   )
@@ -195,3 +121,37 @@ def selecting(
     **both,
   )
   return scores, selected
+
+
+def select(
+  stages: stages_lib.Stages,
+  planned: Sequence[stage.Stage],
+  variables: Any,
+  fractions: Sequence[float],
+) -> tuple[np.ndarray, stage.StageResult, float]:
+  """Train new heads on fewer features.
+
+  Returns:
+    The feature mask (R * K, F) of 0 and 1, all fractions of the first trial
+    first; the result of the new heads in that order; seconds of training.
+  """
+  scoring, selection = planned
+  frozen_parts = {"tuner": variables["tuner"]}
+  scored = stages.run(dataclasses.replace(scoring, frozen_parts=frozen_parts))
+  scores = np.asarray(head_lib.feature_scores(scored.variables["head"]))
+  feature_mask = np.stack(
+    [
+      head_lib.feature_mask(of_trial, fraction)
+      for of_trial in scores
+      for fraction in fractions
+    ]
+  )
+  repeat = lambda x: np.repeat(x, len(fractions), axis=0)
+  selected = stages.run(
+    dataclasses.replace(
+      selection,
+      frozen_parts=jax.tree.map(repeat, frozen_parts),
+      feature_mask=feature_mask,
+    )
+  )
+  return feature_mask, selected, scored.seconds + selected.seconds

@@ -36,13 +36,7 @@ class Forecast:
     examples: examples_lib.Examples,
     planned: Sequence[stage_lib.Stage],
   ):
-    """Count the images of each split.
-
-    Args:
-      context: of the run.
-      examples: of the task.
-      planned: stages of the protocol, or the first ones of it.
-    """
+    """Count the images of each split."""
     self._context, self._examples, self._planned = context, examples, planned
     self._count = {split: examples.count(split) for split in data.SPLITS}
     self._told = False
@@ -50,26 +44,15 @@ class Forecast:
   def begin(
     self, stage: stage_lib.Stage, size: int, done: set[str], live: bool
   ) -> None:
-    """Take in the pack of trials that trains next.
-
-    Args:
-      stage: the pack.
-      size: trials in a pack, of each stage.
-      done: names of the packs that an earlier start has finished.
-      live: whether the backbone runs in every step.
-    """
+    """Note that a pack of `size` trials trains next, after those `done`."""
     self._now, self._size, self._done, self._live = stage, size, done, live
     self._calls = []
 
   def add_call(self, left: int, steps: int, seconds: float) -> None:
-    """Take in a finished call; print the estimate when it can be relied on.
+    """Record a finished call; print the estimate when it can be relied on.
 
-    Not a collective call: processes call it at different times.
-
-    Args:
-      left: steps left of the pack that trains.
-      steps: steps of the call.
-      seconds: wall time of the call.
+    `left` are the steps that are left of the pack. Not a collective call:
+    processes call it at different times.
     """
     if self._told:
       return
@@ -110,9 +93,8 @@ class Forecast:
           took += left * step
         else:
           took += self._steps_of(pack) * unit * self._work(pack)
-          took += compiling * (
-            pack is packs[0]
-          )  # Other packs reuse the program.
+          if pack is packs[0]:  # The others reuse its program.
+            took += compiling
         seconds[pack.label] = seconds.get(pack.label, 0.0) + took
     test = self._test(unit)
     return seconds if test is None else seconds | {"test": test}
@@ -129,7 +111,7 @@ class Forecast:
     """Return the cost of a step, in units of what one trial adds to it."""
     tuner = stage.tuner
     only_head = "tuner" not in stage.trains
-    each = FORWARD if only_head and (tuner.has_queries or tuner.editor) else 1.0
+    each = FORWARD if only_head and (tuner.reader.init or tuner.editor) else 1.0
     return self._shared + each * len(stage.trials)
 
   @property

@@ -18,8 +18,8 @@ from vqt_jax.runtime import mirror
 from vqt_jax.runtime import processes
 from vqt_jax.training import workdir as workdir_lib
 
-# There may be no checkpoint yet, and what crashed once may crash again.
-RESUMES = "the same command goes on from the last save, if there is one."
+# What follows "the same command".
+RESUMES = "resumes from the last training checkpoint, if there is one."
 
 NOTICE_SECONDS = 10  # Waiting for longer is mentioned.
 
@@ -35,15 +35,8 @@ def open_run(
 ) -> Iterator[tuple[files.Path, TextIO]]:
   """Join the other processes, if any, open the workdir, and open the log.
 
-  Inside, all that libraries print goes to the log.
-
-  Args:
-    config: resolved.
-    workdir: a folder, or a gs:// address.
-    coordinator: see `processes.connect`; "none": this process is alone.
-    num_processes: see `processes.connect`.
-    process_id: see `processes.connect`.
-    lost_after: see `processes.connect`.
+  Inside, all that libraries print goes to the log. The last four arguments are
+  those of `processes.connect`; coordinator "none": this process is alone.
 
   Yields:
     The log file of this process, and the screen.
@@ -118,14 +111,13 @@ def crash_message(log: files.Path) -> str:
   """Message for a process that ends without an exception of Python."""
   if not processes.is_connected():
     return (
-      f"The program crashed or was killed; see the end of {log}. When that is"
-      f" mended, {RESUMES}"
+      f"The program crashed or was killed; see the end of {log}. Fix the cause;"
+      f" the same command {RESUMES}"
     )
   return (
     "This process ended without saving: most likely another process of this"
-    f" run is gone (see the end of {log}). When that is mended, start the"
-    " same command on all of them: they go on from the last save, if there is"
-    " one."
+    f" run is gone (see the end of {log}). Fix the cause; the same command on"
+    f" all of them {RESUMES}"
   )
 
 
@@ -136,8 +128,13 @@ def jax_crash_message() -> str:
     "LIBTPU_INIT_ARGS": os.environ.get("LIBTPU_INIT_ARGS"),
   }
   flags = [f"{name}={value}" for name, value in given.items() if value]
-  hint = f" It may not know a flag of {' and '.join(flags)}." if flags else ""
+  hint = (
+    f" {' and '.join(flags)} may have a flag that it does not know."
+    if flags
+    else ""
+  )
   return (
-    f"JAX crashed.{hint} To see its own message: {sys.executable} -c"
+    f"JAX crashed, or this process was killed.{hint} To see whether JAX works:"
+    f" {sys.executable} -c"
     " 'import jax; jax.devices()'"
   )

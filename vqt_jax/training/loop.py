@@ -81,9 +81,8 @@ def train(
       seconds = call_length.measure(count)
       _check(stage, source, progress, epoch, losses)
       total = np.array(progress.sums or np.zeros((2, len(stage.trials))))
-      for step in zip(
-        losses, right
-      ):  # In order, so that the length of calls does not matter.
+      # In order, so that the length of calls does not matter.
+      for step in zip(losses, right):
         total += step
       progress.sums = total.tolist()
       progress.step += len(losses)
@@ -158,7 +157,7 @@ class CallLength:
     self._clock = time.monotonic()
 
   def measure(self, steps: int) -> float:
-    """Take in that a call of `steps` steps just ended; return its seconds."""
+    """Record that a call of `steps` steps just ended; return its seconds."""
     now = time.monotonic()
     seconds = max(now - self._clock, 1e-9)
     each = seconds / steps

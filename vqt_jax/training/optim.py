@@ -12,12 +12,7 @@ from vqt_jax.config import fields
 
 
 def schedule(length: int, warmup: int) -> optax.Schedule:
-  """Linear warm-up from 0, then cosine decay to 0: a factor of the peak rate.
-
-  Args:
-    length: epochs (or steps) in all.
-    warmup: epochs (or steps) of warm-up.
-  """
+  """Factor of the peak rate: linear warm-up from 0, then cosine decay to 0."""
   cosine = optax.cosine_decay_schedule(1.0, length - warmup)
   if not warmup:
     return cosine

@@ -40,9 +40,8 @@ class StopSignal:
 
   def _note(self, number, frame):
     del frame
-    if (
-      self.received and number == signal.SIGINT
-    ):  # The second Ctrl-C ends it at once.
+    # The second Ctrl-C ends it at once.
+    if self.received and number == signal.SIGINT:
       raise KeyboardInterrupt
     self.received = True
     if not self._patient:

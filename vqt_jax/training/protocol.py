@@ -89,11 +89,6 @@ def candidates(
 ) -> tuple[dict[str, Any], list[Candidate]]:
   """Train as `config.protocol` says.
 
-  Args:
-    context: of the run.
-    stages: runs the stages.
-    examples: of the task.
-
   Returns:
     What was found on the way, for `results.json`; and the candidates to test,
     of which the last one is the protocol's result.
@@ -129,19 +124,13 @@ def planned(
   chosen, fractions = search.trials[0], config.keep_fraction
   found = [search] if len(search.trials) > 1 else []
   if len(fractions) > 1:
-    found += feature_selection.compared(
-      "keep_",
-      "keep",
-      tuner,
-      chosen,
-      fractions,
-      split="train",
-      judge=("val", None),
-    )
+    found += _fraction_stages(config, tuner, chosen)
   seeds = seeds_stage(tuner, chosen, config.seeds)
   found.append(seeds)
   if min(fractions) < 1:
-    found += feature_selection.selecting("", tuner, seeds.trials, fractions[:1])
+    found += feature_selection.selection_stages(
+      "", tuner, seeds.trials, fractions[:1]
+    )
   return found
 
 
@@ -204,6 +193,23 @@ def _search(
   return found, trials[chosen]
 
 
+def _fraction_stages(
+  config: ml_collections.ConfigDict,
+  tuner: tuner_lib.Tuner,
+  chosen: trial_lib.Trial,
+) -> tuple[stage_lib.Stage, ...]:
+  """Return the stages that try the fractions of features on val."""
+  return feature_selection.comparison_stages(
+    "keep_",
+    "keep",
+    tuner,
+    chosen,
+    config.keep_fraction,
+    split="train",
+    judge=("val", None),
+  )
+
+
 def _fraction(
   context: setup.RunContext, stages: stages_lib.Stages, chosen: trial_lib.Trial
 ) -> tuple[dict[str, Any] | None, float]:
@@ -214,16 +220,8 @@ def _fraction(
   fractions = context.config.keep_fraction
   if len(fractions) == 1:
     return None, fractions[0]
-  accuracy, seconds = feature_selection.compare(
-    stages,
-    "keep_",
-    "keep",
-    context.tuner,
-    chosen,
-    fractions,
-    split="train",
-    judge=("val", None),
-  )
+  planned = _fraction_stages(context.config, context.tuner, chosen)
+  accuracy, seconds = feature_selection.compare(stages, planned, fractions)
   by_fraction = dict(sorted(zip(fractions, accuracy)))
   keep = min(by_fraction, key=lambda f: (-by_fraction[f], -f))
   context.console.note(
@@ -259,8 +257,12 @@ def _finish(
   )
   if keep_fraction == 1:
     return [everything]
+  fractions = [keep_fraction]
   feature_mask, selected, seconds = feature_selection.select(
-    stages, prefix, tuner, trials, out.variables, [keep_fraction]
+    stages,
+    feature_selection.selection_stages(prefix, tuner, trials, fractions),
+    out.variables,
+    fractions,
   )
   return [
     everything,
@@ -282,11 +284,10 @@ def _choice(found: dict[str, Any], batch_size: int) -> str:
   near = [a for i, a in enumerate(accuracy) if i not in diverged]
   near = sum(a >= top - 0.005 for a in near) - 1
   lost = f", {len(diverged)} diverged" if diverged else ""
-  told = trial_lib.Trial(**trial).describe(batch_size)
+  text = trial_lib.Trial(**trial).describe(batch_size)
   return (
-    f"{told} (val {100 * top:.1f} %; of"
-    f" {len(accuracy) - 1} others {near} within 0.5{lost}"
-    f"{_at_an_end(trial, found['runs'])})"
+    f"{text} (val {100 * top:.1f} %; {near} of {len(accuracy) - 1} others"
+    f" within 0.5 points{lost}{_at_an_end(trial, found['runs'])})"
   )
 
 

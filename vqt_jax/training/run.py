@@ -31,21 +31,7 @@ def train(
   workdir: files.Path,
   console: console_lib.Console,
 ) -> dict[str, Any]:
-  """Train and test one method on one task.
-
-  Args:
-    config: resolved.
-    workdir: gets `config.json`, `metrics.jsonl`, `results.json`, TensorBoard
-      events, `checkpoints/` and `tuned/`.
-    console: shows progress.
-
-  Returns:
-    The contents of `results.json`.
-
-  Raises:
-    UserError: something that the user can correct.
-    Stopped: asked to stop by a signal; everything is saved.
-  """
+  """Train and test one method on one task; see `experiments.train.train`."""
   with contextlib.ExitStack() as opened:
     with processes.raise_on_all():
       if processes.is_first():

@@ -214,15 +214,17 @@ def median_per_trial(seconds: Sequence[float], trials: int = 1) -> float | None:
   return statistics.median(seconds) / trials if seconds else None
 
 
-def write_result(path: files.Path, outcome: StageResult) -> None:
-  flat = flax.traverse_util.flatten_dict(outcome.variables or {}, sep="/")
-  info = dataclasses.asdict(dataclasses.replace(outcome, variables=None))
+def write_result(path: files.Path, result: StageResult) -> None:
+  flat = flax.traverse_util.flatten_dict(result.variables or {}, sep="/")
+  info = dataclasses.asdict(dataclasses.replace(result, variables=None))
   files.write(path, array_files.to_safetensors(flat, {"outcome": info}))
 
 
 def read_result(path: files.Path, stage: Stage) -> StageResult:
   """Read the file of a finished stage; raise a `UserError` if damaged."""
-  with files.explain_damage(path, "Delete it to do this part again."):
+  with files.explain_damage(
+    path, "Delete it; the same command repeats this stage."
+  ):
     flat, info = array_files.read_safetensors(
       path, lambda shapes, info: _check_shapes(shapes, stage)
     )
@@ -232,24 +234,24 @@ def read_result(path: files.Path, stage: Stage) -> StageResult:
     told = info["outcome"]
     if isinstance(told, str):  # Of files without a checksum.
       told = files.parse_json(told)
-    outcome = files.from_json(StageResult, told)
-    _check_lengths(outcome, stage)
+    result = files.from_json(StageResult, told)
+    _check_lengths(result, stage)
   if flat:  # An empty dict has no leaves to save.
     variables = flax.traverse_util.unflatten_dict(flat, sep="/")
-    outcome.variables = {"tuner": {}, **variables}
-  return outcome
+    result.variables = {"tuner": {}, **variables}
+  return result
 
 
-def _check_lengths(outcome: StageResult, stage: Stage) -> None:
+def _check_lengths(result: StageResult, stage: Stage) -> None:
   """Raise a `ValueError` if a result is not one of the trials of a stage."""
   trials = len(stage.trials)
-  lists = [row[name] for row in outcome.history for name in _HISTORY]
-  if (outcome.accuracy is None) != (stage.judge is None):
+  lists = [row[name] for row in result.history for name in _HISTORY]
+  if (result.accuracy is None) != (stage.judge is None):
     raise ValueError("expected accuracies exactly if the stage is judged")
-  if outcome.accuracy is not None:
-    lists.append(outcome.accuracy)
+  if result.accuracy is not None:
+    lists.append(result.accuracy)
   if any(len(each) != trials for each in lists) or not all(
-    0 <= i < trials for i in outcome.diverged
+    0 <= i < trials for i in result.diverged
   ):
     raise ValueError(f"expected {trials} trials")
 

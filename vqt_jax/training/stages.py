@@ -20,6 +20,7 @@ from vqt_jax.runtime import files
 from vqt_jax.runtime import memory
 from vqt_jax.runtime import mesh
 from vqt_jax.runtime import processes
+from vqt_jax.runtime import units
 from vqt_jax.training import checkpoint
 from vqt_jax.training import forecast as forecast_lib
 from vqt_jax.training import loop
@@ -33,7 +34,7 @@ from vqt_jax.training import trial_memory
 
 
 class Stages:
-  """Trains and judges stages, or loads the results of an earlier start."""
+  """Trains and evaluates stages, or loads the results of an earlier start."""
 
   def __init__(
     self,
@@ -94,7 +95,7 @@ class Stages:
       )
 
   def run(self, stage: stage_lib.Stage) -> stage_lib.StageResult:
-    """Train and judge a stage, in packs of as many trials as memory holds."""
+    """Train and evaluate a stage, in packs of trials that memory holds."""
     self._size = trial_memory.trials_at_once(
       stage.tuner,
       self._context.config.batch_size,
@@ -118,12 +119,12 @@ class Stages:
     path = self._folder / f"{stage.name}{stage_lib.SUFFIX}"
     if processes.any_process(stage.name in self._done):
       with processes.raise_on_all():
-        outcome = stage_lib.read_result(path, stage)
-      self._peak.include(outcome.peak_bytes)
-      self._log(stage, _rows(stage, outcome.history))
-      return outcome
+        result = stage_lib.read_result(path, stage)
+      self._peak.include(result.peak_bytes)
+      self._log(stage, _rows(stage, result.history))
+      return result
     state, progress = self._train(stage)
-    outcome = stage_lib.StageResult(
+    result = stage_lib.StageResult(
       history=progress.history,
       seconds=progress.seconds,
       diverged=sorted(map(int, progress.diverged)),
@@ -142,15 +143,15 @@ class Stages:
       balanced = self._context.config.class_weights == "balanced"
       judge = accuracy_lib.balanced if balanced else accuracy_lib.accuracy
       accuracy = [judge(tally) for tally in tallies[:-1]]
-      able = [i not in outcome.diverged for i in range(len(accuracy))]
-      outcome.accuracy = [a if ok else 0.0 for a, ok in zip(accuracy, able)]
+      able = [i not in result.diverged for i in range(len(accuracy))]
+      result.accuracy = [a if ok else 0.0 for a, ok in zip(accuracy, able)]
     if stage.keeps_weights:
-      outcome.variables = jax.tree.map(processes.to_host, ready.variables)
-    outcome.peak_bytes = self._peak.bytes()
+      result.variables = jax.tree.map(processes.to_host, ready.variables)
+    result.peak_bytes = self._peak.bytes()
     with processes.raise_on_all():
       if processes.is_first():
-        stage_lib.write_result(path, outcome)
-    return outcome
+        stage_lib.write_result(path, result)
+    return result
 
   def _train(
     self, stage: stage_lib.Stage
@@ -191,8 +192,8 @@ class Stages:
     schedule = optim.Schedule(
       c.epochs, c.warmup_epochs, source.steps, c.schedule == "step"
     )
-    plural = "s" if len(trials) > 1 else ""
-    detail = f"{len(trials)} {stage.trial_noun}{plural} x {c.epochs} epochs"
+    trial_count = units.format_count(len(trials), stage.trial_noun)
+    detail = f"{trial_count} x {units.format_count(c.epochs, 'epoch')}"
     if stage.tuner != context.tuner:
       detail += f", {stage.tuner.num_queries} queries"
     with context.console.progress(stage.label, c.epochs, detail=detail) as line:
@@ -280,14 +281,14 @@ class Stages:
     return found
 
   def _pass(self, split, rows, ready, label) -> list[np.ndarray]:
-    """Do `evaluate` in one pass of the backbone."""
+    """Evaluate all tuners in one pass of the backbone."""
     context = self._context
     tuners, trials = zip(*ready)
     trials = mesh.replicate(trials, context.mesh)
     tallies, count = None, 0
     total = self._examples.count(split) if rows is None else len(rows)
     with self._stop.at_once(), processes.raise_on_all():
-      chunks = self._examples.evaluation_chunks(split, rows)
+      calls = self._examples.evaluation_calls(split, rows)
     with context.console.progress(label, total, "image") as line:
       evaluate = functools.partial(
         step_lib.eval_steps, tuners, trials, context.params
@@ -295,7 +296,7 @@ class Stages:
       ask = lambda: processes.all_reduce_max_async(
         lambda: [self._stop.received]
       )
-      done = ((evaluate(*chunk), chunk[2].sum(), ask()) for chunk in chunks)
+      done = ((evaluate(*call), call[2].sum(), ask()) for call in calls)
       for part, real, stopped in batches.delay_by_one(done):
         part = [x.astype(np.float64) for x in processes.to_host(part)]
         tallies = [a + b for a, b in zip(tallies, part)] if tallies else part

@@ -61,7 +61,7 @@ class State:
   """State of training; leaves have the trial axis R in front.
 
   Attributes:
-    trained: variables, with None for frozen leaves.
+    trained: variables, with `optax.MaskedNode` for frozen leaves.
     opt_state: of the optimiser.
     key: (R,) typed keys.
     step: steps taken, () int32.
@@ -141,7 +141,7 @@ def _keep_mask(key: jax.Array, rate: Any, shape: tuple[int, ...]):
   return jax.random.bernoulli(key, 1 - rate, shape) / (1 - rate)
 
 
-def _stream(tuner, variables, batch, remat=False):
+def _tokens_and_final(tuner, variables, batch, remat=False):
   """Return (tokens, rows to read of them, final feature) of a batch.
 
   From the store if the batch has its features, else from the backbone.
@@ -236,7 +236,7 @@ def run_step(
     mask = _keep_mask(query_key, settings.query_dropout, shape)
     batch["query_mask"] = jnp.moveaxis(mask, 0, 1)
   if not tuner.editor:
-    seen = _stream(tuner, frozen, batch, static.remat)
+    seen = _tokens_and_final(tuner, frozen, batch, static.remat)
   count = jnp.maximum(batch["mask"].sum(), 1)
   devices = mesh_lib.axis_size("data") if tuner.editor else 1
 
@@ -247,7 +247,9 @@ def run_step(
         variables["head"], settings.feature_mask
       )
     tokens, rows, final = (
-      _stream(tuner, variables, batch, static.remat) if tuner.editor else seen
+      _tokens_and_final(tuner, variables, batch, static.remat)
+      if tuner.editor
+      else seen
     )
     logits = tuner(
       variables,
@@ -393,11 +395,11 @@ def eval_steps(
     index, mask = inputs
     batch = {**take(data, index), "mask": mesh_lib.constrain(mask, "data")}
     if not tuners[0].editor:
-      seen = _stream(tuners[0], {"backbone": params}, batch)
+      seen = _tokens_and_final(tuners[0], {"backbone": params}, batch)
 
     def one(tuner, ready):
       variables = {**ready.variables, "backbone": params}
-      own = tuner.editor and _stream(tuner, variables, batch)
+      own = tuner.editor and _tokens_and_final(tuner, variables, batch)
       tokens, rows, final = own or seen
       return tuner(variables, tokens, final, None, ready.normalize, rows).logits
 

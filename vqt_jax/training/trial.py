@@ -27,7 +27,7 @@ class Trial:
     """Describe the setting; the rate is per 256 images, as in config.lr."""
     rate = f"lr {self.lr * 256 / batch_size:g}"
     if batch_size != 256:
-      rate += f" ({self.lr:g} used: batch {batch_size})"
+      rate += f" (x {batch_size}/256 = {self.lr:g})"
     return f"{rate}, weight decay {self.weight_decay:g}"
 
 

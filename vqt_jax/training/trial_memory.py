@@ -18,25 +18,15 @@ def bytes_per_trial(
 ) -> float:
   """Estimate the bytes that a training step holds for one trial, per device.
 
-  They are parameters, gradients and moments; features and their gradients; for
-  each block what the gradient of reading keeps (scores, the MLP's hidden units
-  and a few tokens), and what it needs temporarily. With an editor, the same of
-  the stream.
-
-  Args:
-    tuner: of the trial.
-    batch_size: images on a device.
-    remat: only the blocks' inputs are kept of the stream.
+  With `batch_size` images a device, they are parameters, gradients and moments;
+  features and their gradients; and what the gradient of reading keeps or, with
+  an editor, that of the stream.
   """
-  c = tuner.config
   trainable = tuner.shapes()
   numbers = 6 * sum(math.prod(x.shape) for x in jax.tree.leaves(trainable))
-  if tuner.has_queries or tuner.editor:  # Else all trials share features.
+  if tuner.reader.init or tuner.editor:  # Else all trials share features.
     numbers += 4 * batch_size * tuner.num_features
-  if tuner.has_queries:
-    kept = c.num_heads * c.num_tokens + c.mlp_dim + 4 * c.width
-    temporary = 2 * c.num_heads * c.width + 2 * c.mlp_dim
-    numbers += batch_size * tuner.num_queries * (c.depth * kept + temporary)
+  numbers += batch_size * tuner.reader.gradient_numbers(tuner)
   if tuner.editor:
     numbers += batch_size * _stream_numbers(tuner, remat)
   return 4 * numbers
@@ -72,15 +62,10 @@ def trials_at_once(
 ) -> int:
   """Number of trials, at least one, that should train side by side.
 
+  A step has `batch_size` images over all devices of the mesh.
+
   On a CPU trials of an editor train one by one: they share nothing but the
   images, so together they would need more memory, and miss its caches.
-
-  Args:
-    tuner: of the trials.
-    batch_size: images in a step, over all devices.
-    mesh: devices to train on.
-    remat: see `bytes_per_trial`.
-    device_memory: bytes; None: of the devices of this machine.
   """
   if tuner.editor and mesh.devices.flat[0].platform == "cpu":
     return 1

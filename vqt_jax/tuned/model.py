@@ -312,21 +312,71 @@ def classify(
     reads = any(tuner.reads_blocks for tuner in frozen)
     seen = tuner_lib.run_backbone(frozen[0].config, reads, params, images)
 
-  def one(tuner, own):
+  def edited(tuner, own):
     own = {**own, "backbone": params}
-    if tuner.editor:
-      stream = tuner.stream(own, images)
-      return tuner(own, stream.tokens, stream.final).logits
+    stream = tuner.stream(own, images)
+    return tuner(own, stream.tokens, stream.final).logits
+
+  def direct(tuner, own):
     tokens = seen.tokens if tuner.reads_blocks else None
     if tuner.window > 1:
       tokens = readers.pool(tuner.config, tokens, tuner.window)
-    return tuner(own, tokens, seen.final).logits
+    return tuner({**own, "backbone": params}, tokens, seen.final).logits
 
-  def every(tuner, own):
-    run = functools.partial(one, tuner)
-    return jax.lax.map(run, own) if tuner.editor else jax.vmap(run)(own)
+  def asked(tuner, own, outputs):
+    weights = own["tuner"].get("combine")
+    groups = readers.combine(outputs, tuner.combine, weights)
+    return tuner.classify(own, groups, seen.final).logits
 
-  return tuple(map(every, tuners, variables))
+  with_queries = [
+    (tuner, own)
+    for tuner, own in zip(tuners, variables)
+    if tuner.has_queries and not tuner.editor
+  ]
+  if with_queries:
+    outputs = iter(_ask_together(with_queries, params, seen.tokens))
+  logits = []
+  for tuner, own in zip(tuners, variables):
+    if tuner.editor:
+      run = functools.partial(edited, tuner)
+      logits.append(jax.lax.map(run, own))
+    elif tuner.has_queries:
+      run = functools.partial(asked, tuner)
+      logits.append(jax.vmap(run)(own, next(outputs)))
+    else:
+      logits.append(jax.vmap(functools.partial(direct, tuner))(own))
+  return tuple(logits)
+
+
+def _ask_together(
+  models: Sequence[tuple[tuner_lib.Tuner, Any]],
+  params: Any,
+  tokens: jax.Array,
+) -> list[jax.Array]:
+  """Read the tokens with the queries of all models at once.
+
+  Args:
+    models: tuners and {"tuner"}, with queries (R, L, T, D), which may differ in
+      R and T.
+    params: of the backbone.
+    tokens: (L, B, N, D).
+
+  Returns:
+    The outputs (R, L, B, T, D) for each model.
+  """
+  queries = [own["tuner"]["queries"] for _, own in models]
+  flat = [  # (L, R * T, D)
+    jnp.moveaxis(q, 0, 1).reshape(q.shape[1], -1, q.shape[3]) for q in queries
+  ]
+  variables = {"backbone": params, "tuner": {}}
+  found = models[0][0].read(
+    readers.query_step, variables, jnp.concatenate(flat, axis=1), tokens
+  )
+  ends = np.cumsum([each.shape[1] for each in flat])[:-1]
+  return [
+    jnp.moveaxis(x.reshape(*x.shape[:2], len(q), -1, x.shape[3]), 2, 0)
+    for x, q in zip(jnp.split(found, ends, axis=2), queries)
+  ]
 
 
 @functools.partial(jax.jit, static_argnums=0)
