@@ -43,7 +43,7 @@ def test_each_command_has_help_and_refuses_other_flags(
   "args, words",
   [
     (["trian"], "Unknown command 'trian'. Did you mean train?"),
-    (["--config=digits"], "Known: prepare, train, compare."),
+    (["--config=digits"], "Known: prepare, train, compare, predict"),
     (["prepare"], "Name the datasets to prepare"),
     (["compare"], "No runs given. Usage: WORKDIR..."),
     (["train"], "--config is missing. Usage"),

@@ -24,7 +24,7 @@ FILE = re.compile(r"(?:\w+/)*\w+\.(?:py|md|sh)")
 def prose(page):
   """The text of a page without code blocks; the changes are of old names."""
   text = page.read_text()
-  text = text.split("## 0.1.0")[0].split("| 0.1 | 0.2 |")[0]
+  text = text.split("## 0.2.0")[0]
   return re.sub(r"(?ms)^ *```.*?^ *```$", "", text)
 
 

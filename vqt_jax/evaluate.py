@@ -4,8 +4,8 @@
 
 and `python -m vqt_jax.evaluate` with the same arguments: the workdir of a
 finished run, or a bundle (its tuned/), and the images: a folder with a folder
-per class, a table (.csv, .tsv, .jsonl) of paths and labels, or a task, such as
-digits, of which the split "test" is taken.
+per class, a table (.csv, .tsv, .jsonl) of paths and labels, or the name of a
+task, such as digits or the run's own, of which the split "test" is taken.
 
 --split NAME     train, val or test, where the images are divided
 --output FOLDER  evaluation.json, per_class.csv, confusion.csv and .png,
@@ -30,6 +30,7 @@ import numpy as np
 
 from vqt_jax import data
 from vqt_jax import errors
+from vqt_jax.config import fields
 from vqt_jax.data import listing
 from vqt_jax.reports import evaluation
 from vqt_jax.runtime import console as console_lib
@@ -88,7 +89,8 @@ def evaluate(
   if os.path.exists(os.path.expanduser(place)):
     answers, total = _of_files(model, place, split)
   else:
-    answers, total = _of_task(model, place, split or "test", data_dir)
+    task = _find_task(run, place, data_dir)
+    answers, total = _of_task(model, task, split or "test")
   rows, found, labels, bad = [], [], [], 0
   with console.progress("images", total, "image") as line:
     for number, (name, label, answer) in enumerate(answers, 1):
@@ -150,14 +152,27 @@ def _failed(answer: Any) -> bool:
   return isinstance(answer, errors.UserError)
 
 
+def _find_task(run: str, name: str, data_dir: str | None) -> data.Task:
+  """Return a task by name: the run's own one with the splits of the run."""
+  options = {}
+  path = files.path(run) / "config.json"
+  if files.exists(path):
+    config = files.read_json(path)
+    if config["task"] == name:
+      options = {k: config[k] for k in fields.TASK_FIELDS if k in config}
+  if data_dir:
+    options["data_dir"] = data_dir
+  task = data.make_task(name, **options)
+  data.check_prepared(task)
+  return task
+
+
 def _of_task(
-  model: model_lib.Model, name: str, split: str, data_dir: str | None
+  model: model_lib.Model, task: data.Task, split: str
 ) -> tuple[Answers, int]:
   """Answer the images of a split of a task: (number, label, answer), number."""
-  task = data.make_task(name, data_dir=data_dir or "")
-  data.check_prepared(task)
   known = task.class_names or [str(i) for i in range(task.num_classes)]
-  labels = _labels(model, known, name)
+  labels = _labels(model, known, task.name)
   settings = model.info["preprocessing"]
 
   def each():

@@ -189,6 +189,7 @@ def row_writer(
     suffix = f"_{k}" if k > 1 else ""
     columns += [f"label{suffix}", f"probability{suffix}"]
   writer.writerow([*columns, "error"])
+  out.flush()
 
   def write_csv(image, run, classes, error):
     cells = [x for label, p in classes for x in (label, f"{p:.4f}")]
