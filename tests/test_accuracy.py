@@ -1,7 +1,9 @@
 """Accuracies and what is uncertain about them."""
 
+import numpy as np
 import pytest
 import scipy.stats
+from sklearn import metrics
 
 from vqt_jax import accuracy
 
@@ -11,6 +13,32 @@ def test_the_interval_is_wilsons(right, images):
   found = accuracy.interval(right / images, images)
   expected = scipy.stats.binomtest(right, images).proportion_ci(method="wilson")
   assert found == pytest.approx(tuple(expected), abs=1e-12)
+
+
+@pytest.mark.parametrize("missing", ["nothing", "label", "prediction", "both"])
+def test_scores_are_those_of_scikit_learn(missing):
+  rng = np.random.default_rng(0)
+  label, predicted = rng.choice(5, (2, 200), p=(0.5, 0.2, 0.1, 0.1, 0.1))
+  if missing in ("label", "both"):
+    label[label == 3] = 0
+  if missing in ("prediction", "both"):
+    predicted[predicted == 3] = 0
+  tally = np.stack(
+    [
+      np.bincount(label[label == predicted], minlength=5),
+      np.bincount(predicted, minlength=5),
+      np.bincount(label, minlength=5),
+    ]
+  )
+  for ours, theirs in (
+    (accuracy.accuracy, metrics.accuracy_score(label, predicted)),
+    (accuracy.macro_f1, metrics.f1_score(label, predicted, average="macro")),
+  ):
+    assert ours(tally) == pytest.approx(theirs, abs=1e-12)
+  recall = metrics.recall_score(
+    label, predicted, labels=np.unique(label), average="macro", zero_division=0
+  )
+  assert accuracy.balanced(tally) == pytest.approx(recall, abs=1e-12)
 
 
 def test_images_count_once_whatever_the_number_of_seeds():

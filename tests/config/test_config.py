@@ -19,6 +19,7 @@ from vqt_jax.config import fields as fields_lib
 from vqt_jax.config import files as config_files
 from vqt_jax.config import resolve
 from vqt_jax.configs import digits
+from vqt_jax.configs import folder as folder_config
 from vqt_jax.configs import vtab as vtab_config
 from vqt_jax.data import vtab
 from vqt_jax.models import methods
@@ -287,6 +288,25 @@ def test_bad_string_arguments_are_refused(arg, words):
   with pytest.raises(errors.UserError) as caught:
     config_files.parse_arg(arg, task="cifar100", n=1)
   assert words in str(caught.value)
+
+
+def test_folder_takes_path_columns_backbone_and_haste():
+  c = folder_config.get_config(
+    "path=birds.csv,label=species,image=file,fit=pad"
+  )
+  assert (c.task, c.fit, c.image_size) == ("./birds.csv", "pad", 28)
+  assert (c.image_key, c.label_key, c.split_key) == ("file", "species", "")
+  c = folder_config.get_config("path=~/photos,init=howto-i21k-S/16")
+  assert (c.task, c.init, c.image_size) == ("~/photos", "howto-i21k-S/16", 224)
+  slow, quick = map(folder_config.get_config, ("", "quick=true"))
+  assert quick.epochs < slow.epochs and len(quick.seeds) < len(slow.seeds)
+  assert len(resolve.resolve(quick).lr) == 1
+  assert len(resolve.resolve(slow).lr) == 4
+  # No preset of a VTAB task of the same name.
+  c = folder_config.get_config("path=svhn")
+  assert resolve.resolve(c).num_queries == 1
+  with pytest.raises(errors.UserError, match="Unknown config argument 'pth'"):
+    folder_config.get_config("pth=photos")
 
 
 def test_vtab_takes_task_variant_method_and_queries():

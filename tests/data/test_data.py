@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import PIL.Image
 import pytest
+from sklearn.utils import class_weight
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
@@ -122,6 +123,18 @@ def test_an_identity_is_that_of_every_copy(task, data_dir, tmp_path):
     "sha256": data.dataset_identity(again)["sha256"]
   }
   assert data.dataset_identity(again)["sha256"] != found["sha256"]
+
+
+def test_balanced_weights_are_those_of_scikit_learn():
+  labels = np.array([0, 0, 0, 1, 1, 4], np.int32)
+  weights = data.balanced_weights(labels, 5)
+  assert weights.dtype == np.float32 and weights[labels].mean() == 1
+  there = np.unique(labels)
+  expected = class_weight.compute_class_weight(
+    "balanced", classes=there, y=labels
+  )
+  np.testing.assert_allclose(weights[there], expected, rtol=1e-6)
+  assert not weights[[2, 3]].any()
 
 
 # Tasks by name.

@@ -327,6 +327,63 @@ def test_backbone_is_sharded_over_model():
     assert leaf.addressable_shards[0].data.size * 2 == leaf.size
 
 
+def one_step(case, class_weights=None, weigh=None):
+  """Losses and head after a step, with weights of classes or of examples."""
+  settings = step_lib.Settings(
+    np.array([0.1], np.float32),
+    np.array([1e-3], np.float32),
+    np.array([0.2], np.float32),
+    np.array([True]),
+    class_weights=class_weights,
+  )
+  with jax.set_mesh(case.mesh):
+    state = step_lib.init_on(case.mesh, case.tuner, case.recipe)(
+      case.params, np.array([3], np.uint32)
+    )
+    data, order, mask = next(case.source("live").epoch(0, 0))
+    if weigh is not None:
+      mask = mask * weigh[case.examples["label"][order]]
+    state, losses, right = step_lib.train_steps(
+      *(case.tuner, case.recipe, state, case.frozen, settings, data),
+      *(order[:1], mask[:1], np.ones(1, np.float32)),
+    )
+  return np.asarray(losses), jax.tree.map(np.asarray, state.trained["head"])
+
+
+def test_a_class_weighs_what_its_examples_would():
+  case = Case()
+  alike = one_step(case)
+  ones = one_step(case, np.ones((1, 5), np.float32))
+  for a, b in zip(jax.tree.leaves(alike), jax.tree.leaves(ones)):
+    np.testing.assert_array_equal(a, b)
+  first = next(case.source("live").epoch(0, 0))[1][0]
+  count = np.bincount(case.examples["label"][first], minlength=5)
+  weights = len(first) / (np.maximum(count, 1) * np.count_nonzero(count))
+  weights = weights.astype(np.float32)
+  loss, head = one_step(case, weights[None])
+  expected_loss, expected_head = one_step(case, weigh=weights)
+  assert np.abs(loss - alike[0]).max() > 1e-3
+  helpers.assert_close(loss, expected_loss, 1e-6)
+  assert_trees_close(head, expected_head, 1e-5)
+
+
+def test_evaluation_counts_by_class():
+  case = Case()
+  found = case.train(epochs=1)
+  variables = {k: found["trained"][k] for k in ("tuner", "head")}
+  out = vqt_jax.apply(
+    case.backbone,
+    case.tuner,
+    jax.tree.map(lambda x: x[0], variables),
+    case.examples["image"],
+  )
+  predicted, label = np.argmax(out.logits, -1), case.examples["label"]
+  counts = [label[predicted == label], predicted, label]
+  np.testing.assert_array_equal(
+    found["eval"], [[np.bincount(x, minlength=5) for x in counts]]
+  )
+
+
 def test_frozen_leaves_keep_their_bits_and_trained_ones_move():
   case = Case(recipe=step_lib.StaticSettings(query_dropout=True))
   before = jax.tree.map(np.array, case.params)

@@ -9,6 +9,7 @@ from vqt_jax.data import tfds_source
 from vqt_jax.data.builders import is_prepared
 from vqt_jax.data.builders import prepare_command
 from vqt_jax.data.builders import size_warning
+from vqt_jax.data.classes import balanced_weights
 from vqt_jax.data.classes import check_classes
 from vqt_jax.data.image_files import FileTask
 from vqt_jax.data.pipeline import batches
@@ -40,6 +41,7 @@ __all__ = [
   "VTAB",
   "Task",
   "TfdsTask",
+  "balanced_weights",
   "batches",
   "check_classes",
   "check_prepared",

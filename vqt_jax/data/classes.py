@@ -1,4 +1,4 @@
-"""Checks of the classes that splits have in common."""
+"""Classes: which ones splits have in common, and how much each weighs."""
 
 from collections.abc import Mapping, Sequence
 
@@ -52,6 +52,16 @@ def check_classes(task: Task, labels: Mapping[str, np.ndarray]) -> str | None:
     f"trainval has no image of {len(lacking)} of {task.num_classes} classes:"
     f" {_listed(task, lacking)}."
   )
+
+
+def balanced_weights(labels: np.ndarray, num_classes: int) -> np.ndarray:
+  """Weights of classes, (C,) float32, with which all weigh the same.
+
+  They are 1 on average over the labels, (n,). Classes without any have 0.
+  """
+  count = np.bincount(labels, minlength=num_classes)
+  weights = len(labels) / (np.maximum(count, 1) * np.count_nonzero(count))
+  return np.where(count, weights, 0).astype(np.float32)
 
 
 def _listed(task: Task, classes: Sequence[int]) -> str:

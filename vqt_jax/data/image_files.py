@@ -374,23 +374,27 @@ def _decode_ahead(
   """Yield batches of so many images of a split, decoded ahead of use."""
   images, labels = task.of(split), load_labels(task, split)
 
-  def decode(number: int) -> np.ndarray:
+  def decode(number: int, pixels: np.ndarray) -> None:
     image = decoding.read(images[number].file, size, task.fit)
-    return decoding.scale(image, value_range)
+    pixels[:] = decoding.scale(image, value_range)
 
-  def collect(numbers: np.ndarray, decoded: list[futures.Future]) -> Batch:
+  def begin(numbers: np.ndarray) -> tuple[Batch, list[futures.Future]]:
     pixels = np.empty((len(numbers), *size, 3), np.float32)
-    for row, future in zip(pixels, decoded):
-      row[:] = future.result()
-    return {"image": pixels, "label": labels[numbers]}
+    jobs = [pool.submit(decode, *job) for job in zip(numbers, pixels)]
+    return {"image": pixels, "label": labels[numbers]}, jobs
+
+  def finish(batch: Batch, jobs: list[futures.Future]) -> Batch:
+    for job in jobs:
+      job.result()
+    return batch
 
   pool, queue = futures.ThreadPoolExecutor(_WORKERS), collections.deque()
   try:
     for numbers in batches:
-      queue.append((numbers, [pool.submit(decode, i) for i in numbers]))
+      queue.append(begin(numbers))
       if len(queue) > _AHEAD:
-        yield collect(*queue.popleft())
+        yield finish(*queue.popleft())
     while queue:
-      yield collect(*queue.popleft())
+      yield finish(*queue.popleft())
   finally:
     pool.shutdown(wait=False, cancel_futures=True)

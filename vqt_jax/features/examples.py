@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import functools
+import itertools
 import pathlib
+import time
 from typing import Any
 
 import jax
@@ -166,20 +168,27 @@ class Examples:
     if note:
       self.console.note(note, "classes")
 
-  def balanced_weights(
-    self, split: str, rows: np.ndarray | None = None
-  ) -> np.ndarray:
-    """Weights of classes, (C,) float32, with which all weigh the same.
-
-    They are 1 on average over the examples of a split, or some rows of it.
-    Classes without an example have 0.
-    """
+  def labels(self, split: str, rows: np.ndarray | None = None) -> np.ndarray:
+    """Labels of a split, or of some rows of it, (n,) int32."""
     with processes.raise_on_all():
-      labels = self._labels(self._loaded_split(split))[self._rows_of(split)]
-    labels = labels if rows is None else labels[rows]
-    count = np.bincount(labels, minlength=self.task.num_classes)
-    weights = len(labels) / (np.maximum(count, 1) * np.count_nonzero(count))
-    return np.where(count, weights, 0).astype(np.float32)
+      found = self._labels(self._loaded_split(split))[self._rows_of(split)]
+    return found if rows is None else found[rows]
+
+  def time_forward(self, count: int) -> tuple[float, float]:
+    """Time the backbone on `count` images for each device.
+
+    Returns:
+      Seconds to compile, and seconds of an image after that.
+    """
+    count *= self.mesh.shape["data"]
+    mine = count // jax.process_count()
+    shape = (mine, *self.backbone.config.image_size, 3)
+    batches = itertools.repeat({"image": np.zeros(shape, np.float32)}, 3)
+    times = [time.monotonic()]
+    for _ in store.extract(self._layout, self.params, batches):
+      times.append(time.monotonic())
+    each = (times[3] - times[1]) / 2
+    return max(0.0, times[1] - times[0] - each), each / count
 
   @property
   def _decoding(self) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 Nothing is computed for it: the stages ahead are known, and soon after the first
 of them has begun, so is the time of its steps. The rest is counted in steps.
 What trials share when they train side by side is a constant of this program
-(docs/benchmarks.md), not measured in the run.
+(docs/benchmarks.md), not measured in the run. For people's own images there is
+a rougher estimate before anything else, from the time of a forward pass.
 """
 
 from collections.abc import Sequence
@@ -25,6 +26,10 @@ ENOUGH = 1.0  # Seconds of steps after which their speed is relied on.
 # of an editor share nothing.
 STORED, LIVE = {"cpu": 2.0, "gpu": 9.0}, {"cpu": 140.0, "gpu": 36.0}
 FORWARD = 1 / 3  # Share of a step that is not for gradients.
+PROBE = 4  # Images of the forward pass that is timed, per device.
+# Time to compile a step of training, and of evaluation, in units of the time to
+# compile a forward pass (shipped ViT, CPU; from run to run half or twice that).
+COMPILE_STEP, COMPILE_EVALUATION = 10, 3
 
 
 class Forecast:
@@ -40,6 +45,33 @@ class Forecast:
     self._context, self._examples, self._planned = context, examples, planned
     self._count = {split: examples.count(split) for split in data.SPLITS}
     self._told = False
+
+  def tell_before(self) -> None:
+    """Time a forward pass, and print what the run is expected to take."""
+    compiling, each = self._examples.time_forward(PROBE)
+    config = self._context.config
+    self._live = self._examples.is_live("trainval")
+    kind = "cpu" if jax.default_backend() == "cpu" else "gpu"
+    share = FORWARD if self._context.tuner.editor else LIVE[kind]
+    unit = each * config.batch_size / share
+    seconds = {}
+    if not self._live:
+      seconds["extract"] = compiling + self._count["trainval"] * each
+    for stage in self._planned:
+      took = self._steps_of(stage) * unit * self._work(stage)
+      took += COMPILE_STEP * compiling
+      if stage.judge:
+        took += self._judging(stage, unit) + COMPILE_EVALUATION * compiling
+      seconds[stage.label] = seconds.get(stage.label, 0.0) + took
+    seconds["test"] = (
+      COMPILE_EVALUATION * compiling + self._count["test"] * each
+    )
+    total = units.format_seconds(sum(seconds.values()))
+    self._context.console.note(
+      f"{'at least' if config.protocol == 'best' else 'about'} {total} in all:"
+      f" {_listed(seconds)}",
+      "expected",
+    )
 
   def begin(
     self, stage: stage_lib.Stage, size: int, done: set[str], live: bool
@@ -68,12 +100,7 @@ class Forecast:
     about += f" {units.format_seconds(sum(seconds.values()))} to go"
     if "test" not in seconds:
       about += " before the test"
-    parts = [
-      f"{label} {units.format_seconds(value)}"
-      for label, value in seconds.items()
-      if value >= 0.5
-    ]
-    self._context.console.note(": ".join([about, ", ".join(parts)]), "time")
+    self._context.console.note(f"{about}: {_listed(seconds)}", "time")
 
   def _seconds_left(self, left: int, step: float) -> dict[str, float]:
     """Return the seconds left by label; `step` is the seconds of a step now."""
@@ -142,3 +169,11 @@ class Forecast:
       return None
     start, each = self._examples.extraction_seconds
     return start + count * each
+
+
+def _listed(seconds: dict[str, float]) -> str:
+  return ", ".join(
+    f"{label} {units.format_seconds(value)}"
+    for label, value in seconds.items()
+    if value >= 0.5
+  )

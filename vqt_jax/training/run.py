@@ -8,6 +8,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from vqt_jax import data
 from vqt_jax import results as results_lib
 from vqt_jax.features import examples as examples_lib
 from vqt_jax.runtime import console as console_lib
@@ -69,6 +70,8 @@ def _train(config, workdir, console) -> dict[str, Any]:
         planned = protocol.planned(config, context.tuner)
         with processes.raise_on_all():
           forecast = forecast_lib.Forecast(context, examples, planned)
+        if isinstance(context.task, data.FileTask):
+          forecast.tell_before()
         stages = stages_lib.Stages(
           context, examples, saver, metrics, stop, peak, forecast
         )

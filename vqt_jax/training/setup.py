@@ -149,15 +149,15 @@ def check_data(
   for name, reason in faults.items():
     console.note(f"{name}: {reason}", "bad")
   if faults and not config.skip_bad:
-    name, reason = next(iter(faults.items()))
+    first = "; ".join(f"{name}: {faults[name]}" for name in list(faults)[:3])
     raise errors.UserError(
-      f"{len(faults)} images of {task.name} cannot be used, all listed above;"
-      f" the first one is {name}: {reason}. Mend or remove them, or go on"
-      " without them: --config.skip_bad=true"
+      f"Images of {task.name} that cannot be used: {len(faults)}, all listed"
+      f" above ({first}{'; ...' * (len(faults) > 3)}). Mend or remove them, or"
+      " go on without them: --config.skip_bad=true"
     )
   if faults:
     task = data.leave_out(task, faults)
-    console.note(f"{len(faults)} images are left out", "bad")
+    console.note(f"left out: {len(faults)}", "bad")
   if isinstance(task, data.FileTask):
     _show_classes(console, task)
   return task

@@ -238,7 +238,8 @@ class Stages:
   def _class_weights(self, stage: stage_lib.Stage) -> np.ndarray | None:
     if self._context.config.class_weights != "balanced":
       return None
-    return self._examples.balanced_weights(stage.split, stage.rows)
+    labels = self._examples.labels(stage.split, stage.rows)
+    return data.balanced_weights(labels, stage.tuner.num_classes)
 
   def _log(self, stage: stage_lib.Stage, rows: list[dict[str, Any]]) -> None:
     if processes.is_first():

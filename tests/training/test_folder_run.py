@@ -1,0 +1,100 @@
+"""Runs on people's own images, from a folder to results."""
+
+import pathlib
+import shutil
+import signal
+
+import numpy as np
+import pytest
+
+import main
+from scripts import make_photos
+from tests import runs
+from vqt_jax import errors
+from vqt_jax.config import resolve
+from vqt_jax.runtime import console as console_lib
+from vqt_jax.training import setup
+
+BROKEN = "stripes/000.jpg"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("made") / "photos"
+  make_photos.make(folder, per_class=10)
+  return folder
+
+
+def command(material, photos, workdir, **changes):
+  """A tiny run, on images in place of squares."""
+  splits = {f"splits__{split}": "" for split in ("train", "val", "test")}
+  changes = splits | dict(task=photos, epochs=2, lr=0.1, seeds=7) | changes
+  return runs.command(material, workdir, **changes)
+
+
+def check(photos, capsys, **changes):
+  config = resolve.resolve({"task": str(photos), **changes})
+  task = setup.find_task(config)
+  try:
+    return setup.check_data(config, task, console_lib.Console())
+  finally:
+    check.said = capsys.readouterr().err
+
+
+def test_bad_files_are_all_listed_before_anything_else(photos, capsys):
+  with pytest.raises(errors.UserError, match=f"be used: 1, .*{BROKEN}.*skip_b"):
+    check(photos, capsys)
+  assert f"bad      {BROKEN}: image file is truncated" in check.said
+  assert "images of photos" not in check.said
+  task = check(photos, capsys, skip_bad=True)
+  assert "left out: 1" in check.said
+  assert BROKEN not in [x.name for part in task.images.values() for x in part]
+  counts = [line.split() for line in check.said.splitlines()]
+  assert ["circle", "6", "2", "2"] in counts
+  total = next(line for line in counts if line[0] == "all")
+  assert sum(map(int, total[1:])) == 49
+
+
+def test_of_many_classes_some_are_shown(tmp_path, capsys):
+  for name in range(40):
+    for i in range(3):
+      place = tmp_path / "photos" / f"class {name:02}" / f"{i}.png"
+      place.parent.mkdir(parents=True, exist_ok=True)
+      image = make_photos.PIL.Image.new("RGB", (4, 4), (name, i, 0))
+      image.save(place)
+  check(tmp_path / "photos", capsys)
+  lines = [" ".join(line.split()) for line in check.said.splitlines()]
+  assert "class 29 1 1 1" in lines and "10 more 10 10 10" in lines
+  assert "class 30 1 1 1" not in lines and "all 40 40 40" in lines
+
+
+def test_a_folder_from_start_to_end(material, photos, tmp_path, capfd):
+  """Interrupted, refused with other images, resumed, and reported."""
+  place = pathlib.Path(shutil.copytree(photos, tmp_path / "photos"))
+  changes = dict(skip_bad="true", fit="crop", class_weights="balanced")
+  argv = command(material, place, tmp_path / "run", **changes)
+  signals = {"vqt_jax.training.step:train_steps": (1, signal.SIGTERM)}
+  assert runs.Process(argv, signals=signals).wait() == 75
+  shutil.copy(place / "circle/001.jpg", tmp_path / "kept.jpg")
+  make_photos.draw("circle", np.random.default_rng(1)).save(
+    place / "circle/001.jpg"
+  )
+  assert main.main(argv) == 2
+  assert "was begun with other data: photos has" in capfd.readouterr().err
+  shutil.copy(tmp_path / "kept.jpg", place / "circle/001.jpg")
+  assert main.main(argv) == 0
+  said = capfd.readouterr().err
+  assert "resume " in said and "expected about" in said
+  assert "balanced" in said and "macro F1" in said
+
+  found = runs.results(tmp_path / "run")
+  assert (found["task"], found["fit"]) == ("photos", "crop")
+  assert found["data"]["splits"]["test"] == {"slices": "test", "images": 10}
+  for name in ("test_accuracy", "test_balanced_accuracy", "test_macro_f1"):
+    assert found[name]["per_seed"].keys() == {"7"}
+    assert found[name] == found["tested"][-1][name]
+  # Two images of each class.
+  assert found["test_accuracy"]["mean"] == pytest.approx(
+    found["test_balanced_accuracy"]["mean"]
+  )
+  assert (tmp_path / "run" / "report.png").exists()
