@@ -160,7 +160,10 @@ def find_grid(
 
 def _list_possible_sizes(rows: int, patch_size: Pair) -> str:
   """List the image sizes with so many patches in a sentence, squarest first."""
-  grids = [(n, rows // n) for n in range(1, rows + 1) if rows % n == 0]
+  most = min(math.isqrt(rows), 10**5)
+  grids = [(n, rows // n) for n in range(1, most + 1) if rows % n == 0]
+  grids = [each for n, m in grids for each in dict.fromkeys([(n, m), (m, n)])]
+  grids.sort()
   stretch = lambda grid: abs(
     math.log(grid[0] * patch_size[0]) - math.log(grid[1] * patch_size[1])
   )

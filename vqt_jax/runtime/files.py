@@ -191,11 +191,11 @@ def below(root: Path, name: str) -> Path:
 def read(file: Path) -> bytes:
   """Read a file; raise `FileNotFoundError` if there is none."""
   with explain_read_errors(file):
-    _check_regular(file)
+    check_regular(file)
     return file.read_bytes()
 
 
-def _check_regular(file: Path) -> None:
+def check_regular(file: Path) -> None:
   """Raise a `UserError` for a pipe or a device, which may never end."""
   if not in_bucket(file) and not (file.is_file() or file.is_dir()):
     if file.exists():
@@ -206,7 +206,7 @@ def _check_regular(file: Path) -> None:
 def local_copy(file: Path) -> Iterator[pathlib.Path]:
   """Provide a file as a local one: itself, or a copy of one in a bucket."""
   if not in_bucket(file):
-    _check_regular(file)
+    check_regular(file)
     yield file
     return
   with tempfile.NamedTemporaryFile(prefix="vqt_jax_") as copy:
@@ -449,8 +449,8 @@ def is_of(value: Any, kind: Any) -> bool:
     return isinstance(value, outer) and all(
       is_of(each, inner[-1]) for each in within
     )
-  if kind is Any:
-    return True
+  if kind is Any or value is None:
+    return kind in (Any, None, types.NoneType)
   if isinstance(value, bool) and kind is not bool:
     return False
   return isinstance(value, (int, float) if kind is float else kind)
