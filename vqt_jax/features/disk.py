@@ -3,8 +3,10 @@
 A file is a NumPy array of n records, {"final": (D,), "tokens": (L, N, D)},
 followed by as many records of checksums, and by JSON of all inputs that they
 depend on: weights, preprocessing, data. A digest of that JSON is part of the
-file's name, so other inputs have another file. Older files lack the checksums. Until it is complete it is called
-`.part`, and an interrupted extraction continues after the last complete record.
+file's name, so other inputs have another file. Older files lack the checksums.
+
+Until a file is complete it is called `.part`, and an interrupted extraction
+continues after the last complete record.
 """
 
 from collections.abc import Callable, Iterable, Iterator
