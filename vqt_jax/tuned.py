@@ -176,6 +176,11 @@ def load(directory: PathLike, source: str | None = None) -> Tuned:
     UserError: a file is missing or damaged or holds NaN, or the backbone is
       gone, or has other weights now.
   """
+  with files.explain_damage(directory):
+    return _load(directory, source)
+
+
+def _load(directory: PathLike, source: str | None) -> Tuned:
   variables, info = read(directory)
   flat = flax.traverse_util.flatten_dict(variables, sep="/")
   checkpoints.check_finite(flat, f"{directory}/variables.safetensors")

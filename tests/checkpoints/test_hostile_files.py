@@ -238,3 +238,10 @@ def test_leaves_are_not_read_before_they_fit(tmp_path, monkeypatch):
   monkeypatch.setattr(containers, "read_leaves", lambda *a: read.append(a))
   bad(npz(tmp_path / "x.npz", leaves() | {"more": np.zeros(3)}), "unused: more")
   assert not read
+
+
+def test_a_leaf_without_its_header_is_not_left_out(tmp_path):
+  folder = tmp_path / "checkpoint.bv-1"
+  shutil.copytree(GOLDENS / "bv_ts" / "checkpoint.bv-000000005", folder)
+  (folder / "params~head~bias" / ".zarray").unlink()
+  bad(folder, "There is no .*params~head~bias/.zarray")

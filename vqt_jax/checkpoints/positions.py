@@ -11,6 +11,9 @@ from vqt_jax.errors import UserError
 
 Pair = tuple[int, int]
 
+# Attention between so many takes hundreds of gigabytes.
+_MOST_PATCHES = 2**17
+
 # The same as `trained_size` on the command line.
 _FLAGS = "--config.trained_size=HEIGHT --config.trained_width=WIDTH"
 
@@ -77,6 +80,11 @@ def to_grid(image_size: Pair, patch_size: Pair) -> Pair:
     raise UserError(
       f"image_size {_as_text(image_size)} is smaller than one"
       f" {_as_text(patch_size)} patch of this backbone; ask for larger images."
+    )
+  if math.prod(grid) > _MOST_PATCHES:
+    raise UserError(
+      f"image_size {_as_text(image_size)} has more than {_MOST_PATCHES:,}"
+      f" {_as_text(patch_size)} patches; ask for smaller images."
     )
   return grid
 

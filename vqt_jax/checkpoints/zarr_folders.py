@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vqt_jax import errors
 from vqt_jax.runtime import files
 
 _AGAIN = "Copy or download it again."
@@ -35,9 +36,17 @@ _MOST_EXPANSION = 2**16  # Zeros become this much shorter, and no more.
 
 
 def leaf_names(folder: pathlib.Path) -> list[str]:
-  """Names of all arrays in a folder."""
-  headers = folder.glob("*/.zarray")
-  return [header.parent.name.replace("~", "/") for header in headers]
+  """Names of all arrays in a folder.
+
+  Raises:
+    UserError: one has lost its header. Without it the others may still be a
+      ViT, but another one.
+  """
+  places = [p for p in folder.glob("[!.]*") if p.is_dir()]
+  lost = [p for p in places if not files.exists(p / ".zarray")]
+  if lost and len(lost) < len(places):
+    raise errors.UserError(f"There is no {lost[0] / '.zarray'}. {_AGAIN}")
+  return [p.name.replace("~", "/") for p in places if p not in lost]
 
 
 def leaf_shapes(

@@ -19,7 +19,7 @@ def show(
     each = [f"{s} {100 * a:.1f}" for s, a in test["per_seed"].items()]
     rows.append(
       [
-        style.CANDIDATES[tested["name"]],
+        style.candidate_name(tested),
         f"{accuracy_lib.format_mean(test)} %",
         accuracy_lib.format_interval(test),
         ", ".join(each),
