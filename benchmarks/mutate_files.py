@@ -44,6 +44,7 @@ from vqt_jax import checkpoints
 from vqt_jax import errors
 from vqt_jax import results as results_lib
 from vqt_jax import tuned
+from vqt_jax.config import config_dict
 from vqt_jax.features import disk
 from vqt_jax.features import store
 from vqt_jax.models import tuner as tuner_lib
@@ -59,6 +60,7 @@ from vqt_jax.runtime import mesh as mesh_lib
 from vqt_jax.training import metrics
 from vqt_jax.training import stage as stage_lib
 from vqt_jax.training import trial as trial_lib
+from vqt_jax.training import workdir
 
 MEMORY = 1 << 30  # Bytes that a reader may take, above what it begins with.
 HANG_SECONDS = 20
@@ -222,7 +224,7 @@ def read_tuned(folder):
 
 def rows(phase, epochs):
   return [
-    {"epoch": epoch + 1, "run": run, "lr": 0.1, "seed": run, "loss": 1 / epoch}
+    {"phase": phase, "epoch": epoch, "run": run, "lr": 0.1, "loss": 1 / epoch}
     for epoch in range(1, epochs)
     for run in range(2)
   ]
@@ -357,6 +359,20 @@ def read_features(folder):
   return found.in_memory().tokens, found.final, np.asarray(sent["tokens"])
 
 
+CONFIG = config_dict.default_config()
+CONFIG.task, CONFIG.init = "digits", "vit.npz"
+
+
+def write_config(folder):
+  files.write_json(folder / "config.json", config_dict.to_json(CONFIG))
+  (folder / "metrics.jsonl").write_bytes(files.json_line(rows("search", 2)[0]))
+
+
+def read_config(folder):
+  with workdir.open_workdir(CONFIG, folder):
+    return "opened"
+
+
 KINDS = {
   "npz": Kind(write_npz, read_backbone("vit.npz")),
   "npz, compressed": Kind(write_compressed, read_backbone("vit.npz")),
@@ -366,6 +382,7 @@ KINDS = {
   "features": Kind(write_features, read_features),
   "tuned/": Kind(write_tuned, read_tuned),
   "metrics.jsonl": Kind(write_metrics, read_metrics),
+  "config.json": Kind(write_config, read_config),
   "results.json": Kind(write_results, read_results),
 }
 

@@ -60,6 +60,7 @@ def test_good_results(tmp_path):
     ("data/splits", {"test": {"images": 1}}),
     ("backbone", 3),
     ("best", {"finalists": []}),
+    ("search", KeyError),
   ],
 )
 def test_results_that_are_off(tmp_path, place, value):

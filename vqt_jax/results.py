@@ -166,11 +166,11 @@ def _check_lengths(results: dict[str, Any]) -> None:
   count = {len(values) for epoch in history for values in epoch.values()}
   fits = bool(results["tested"]) and len(count) == 1 and 0 not in count
   fits &= all(t["kept_share"] != [] for t in results["tested"])
-  if search := results.get("search"):
+  if search := results["search"]:
     trials = len(search["runs"])
     fits &= len(search["val_accuracy"]) == trials
     fits &= 0 <= search["chosen"] < trials
-  selection, best = results.get("selection"), results.get("best")
+  selection, best = results.get("selection"), results["best"]
   kept = [(selection, selection["chosen"])] if selection else []
   if best:
     kept.append((best, best["chosen"].get("keep_fraction")))

@@ -42,7 +42,7 @@ def split_subtree(source: str) -> tuple[str, str]:
 def local_path(source: str) -> str | None:
   """Return a source with its absolute path; None if it is not a local one."""
   place, subtree = split_subtree(source)
-  path = pathlib.Path(place).expanduser()
+  path = pathlib.Path(os.path.expanduser(place))
   if "://" in place or not find(path):
     return None
   return os.path.abspath(path) + (f":{subtree}" if subtree else "")

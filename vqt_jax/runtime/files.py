@@ -393,8 +393,7 @@ def bucket_advice(error: BaseException | None) -> str | None:
 def first_line(error: Exception) -> str:
   """First line of an exception's text, as a sentence without control codes."""
   line = str(error).strip().split("\n")[0][:200].rstrip(".")
-  line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-  return f"{line or type(error).__name__}."
+  return f"{errors.printable(line) or type(error).__name__}."
 
 
 def write_json(file: PathLike, value: Any) -> None:
