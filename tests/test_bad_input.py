@@ -311,7 +311,7 @@ MISTAKES = (
   # Backbones.
   file("vit.npz is truncated", truncated, "material/vit.npz"),
   file("vit.npz is truncated", without_end, "material/vit.npz"),
-  file("vit.npz is damaged at", flipped, "material/vit.npz"),
+  file("vit.npz: ", flipped, "material/vit.npz"),
   file("vit.npz is empty", empty, "material/vit.npz"),
   file("vit.npz holds pickled Python objects", pickled, "material/vit.npz"),
   file("vit.npz is a Python pickle", a_pickle, "material/vit.npz"),

@@ -15,7 +15,6 @@ For each VQT run the attention of its queries is drawn, `attention_<run>.png`.
 from collections.abc import Sequence
 import os
 import sys
-from typing import Any
 
 from absl import flags
 
@@ -43,7 +42,9 @@ def main(argv: Sequence[str]) -> int:
         " more)."
       )
     workdirs = workdir_names(paths)
-    results = {name: read_results(path) for name, path in workdirs.items()}
+    results = {
+      name: results_lib.read_to_compare(path) for name, path in workdirs.items()
+    }
     summary = compare.summarize(results)
     output = files.path(values.output)
     compare.write(console_lib.Console(), summary, workdirs, output)
@@ -66,22 +67,6 @@ def workdir_names(paths: Sequence[files.Path]) -> dict[str, files.Path]:
     if len(set(names)) == len(paths):
       return dict(zip(names, paths))
   raise errors.UserError("The same run is given twice.")
-
-
-def read_results(workdir: files.Path) -> dict[str, Any]:
-  """Read the results of a single run.
-
-  Raises:
-    UserError: they cannot be read, or are a summary of several runs.
-  """
-  results = files.read_json(workdir / results_lib.RESULTS)
-  for key in ("tasks", "runs"):
-    if key in results:
-      raise errors.UserError(
-        f"{workdir} summarises several runs; name the folder of one in it, e.g."
-        f" {workdir / next(iter(results[key]))}."
-      )
-  return results
 
 
 if __name__ == "__main__":

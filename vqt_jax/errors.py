@@ -18,6 +18,12 @@ class UserError(ValueError):
   """
 
 
+def printable(text: str) -> str:
+  """Write control codes as escapes: in names of files they rule a terminal."""
+  show = lambda c: c if c.isprintable() or c == "\n" else ascii(c)[1:-1]
+  return "".join(map(show, text))
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
   """Make the error for a name that is none of the known ones.
 

@@ -7,6 +7,99 @@ from vqt_jax.runtime import files
 
 RESULTS = "results.json"
 
+_ACCURACY = {
+  "mean": float,
+  "std": float | None,
+  "per_seed": dict[str, float],
+  "images": int | None,
+}
+_SETTING = dict[str, int | float | bool | str | None]
+_SPLIT = {"slices": str, "images": int}
+_RUN = {"lr": float, "weight_decay": float}
+# What a comparison reads; None of what an earlier version left out.
+_COMPARED = {
+  "task": str,
+  "method": str,
+  "backbone": str,
+  "device": str,
+  "num_queries": int,
+  "test_accuracy": _ACCURACY,
+  "chosen": _SETTING,
+  "search": (None, {"runs": list}),
+  "trained_parameters": int,
+  "tuned_bytes": int | None,
+  "batch_size": int | None,
+  "memory": (
+    None,
+    {
+      "peak_bytes": int | None,
+      "step_bytes": int | None,
+      "side_by_side": int | None,
+    },
+  ),
+  "seconds": {"training": float, "epoch": float | None},
+  "image_size": list[int] | None,
+  "data": (
+    None,
+    {"splits": (None, dict[str, _SPLIT])},
+  ),
+}
+# What the report of the run itself and a summary of tasks read.
+_WHOLE = {
+  **_COMPARED,
+  "search": (
+    None,
+    {
+      "chosen": int,
+      "runs": [_RUN],
+      "val_accuracy": list[float | None],
+      "diverged": list[int],
+    },
+  ),
+  "selection": (
+    None,
+    {"keep_fractions": list[dict[str, float]], "chosen": float},
+  ),
+  "best": (
+    None,
+    {
+      "searched": int,
+      "finalists": [
+        {
+          **_RUN,
+          "val_accuracy": float | None,
+          "cv_accuracy": float,
+          "full": bool,
+          "query_dropout": float | None,
+          "num_queries": int | None,
+          "normalize": bool | None,
+        }
+      ],
+      "keep_fractions": list[dict[str, float]],
+      "folds": int,
+      "chosen": _SETTING,
+    },
+  ),
+  "tested": [
+    {
+      "name": str,
+      "test_accuracy": _ACCURACY,
+      "kept_share": list[float] | None,
+      "trained_parameters": int,
+      "training_seconds": float,
+    }
+  ],
+  "seeds": {
+    "history": [{"loss": list[float | None], "accuracy": list[float | None]}]
+  },
+  "seconds": {
+    "training": float,
+    "epoch": float | None,
+    "test": float,
+    "process": float,
+  },
+}
+
 
 def read(workdir: files.Path) -> dict[str, Any]:
   """Read the results of a finished run.
@@ -24,4 +117,73 @@ def read(workdir: files.Path) -> dict[str, Any]:
     raise errors.UserError(
       f"{path} does not hold results of a run. Move it elsewhere, and {advice}"
     )
+  with files.explain_damage(path, f"Delete it, and {advice}"):
+    _check(results, _WHOLE)
+    _check_lengths(results)
   return results
+
+
+def read_to_compare(workdir: files.Path) -> dict[str, Any]:
+  """Read the results of a run, which an earlier version may have written.
+
+  Raises:
+    UserError: they cannot be read, or are a summary of several runs.
+  """
+  path = workdir / RESULTS
+  results = files.read_json(path)
+  with files.explain_damage(path):
+    for key in ("tasks", "runs"):
+      if files.is_of(results, {key: dict}) and results[key]:
+        raise errors.UserError(
+          f"{workdir} summarises several runs; name the folder of one in it,"
+          f" e.g. {workdir / next(iter(results[key]))}."
+        )
+    _check(results, _COMPARED)
+  return results
+
+
+def _check(results: Any, kinds: dict[str, Any]) -> None:
+  """Raise a `ValueError` if fields of results are not of these types."""
+  if not isinstance(results, dict):
+    raise ValueError("expected the results of a run")
+  for name, kind in kinds.items():
+    if not files.is_of(results.get(name), kind):
+      raise ValueError(f"{name} is missing or of another type")
+  tests = [results["test_accuracy"]]
+  tests += [each["test_accuracy"] for each in results.get("tested", ())]
+  for test in tests:
+    shares = [test["mean"], *test["per_seed"].values()]
+    images = test.get("images")
+    if len(shares) < 2 or not all(0 <= x <= 1 for x in shares):
+      raise ValueError("accuracies are not from 0 to 1")
+    if len(shares) > 2 and test.get("std") is None or images == 0:
+      raise ValueError("an accuracy is not that of several seeds")
+
+
+def _check_lengths(results: dict[str, Any]) -> None:
+  """Raise a `ValueError` if lists and numbers do not fit together."""
+  history = results["seeds"]["history"]
+  count = {len(values) for epoch in history for values in epoch.values()}
+  fits = bool(results["tested"]) and len(count) == 1 and 0 not in count
+  fits &= all(t["kept_share"] != [] for t in results["tested"])
+  if search := results["search"]:
+    trials = len(search["runs"])
+    fits &= len(search["val_accuracy"]) == trials
+    fits &= 0 <= search["chosen"] < trials
+  selection, best = results.get("selection"), results["best"]
+  kept = [(selection, selection["chosen"])] if selection else []
+  if best:
+    kept.append((best, best["chosen"].get("keep_fraction")))
+    fits &= all(
+      each.keys() - {"val_accuracy", "cv_accuracy", "full"}
+      <= best["chosen"].keys()
+      and (each.get("num_queries") is None or "normalize" in each)
+      for each in best["finalists"]
+    )
+  for found, chosen in kept:
+    fits &= all(len(each) == 2 for each in found["keep_fractions"])
+    fits &= chosen in [
+      each["keep_fraction"] for each in found["keep_fractions"]
+    ]
+  if not fits:
+    raise ValueError("its lists do not fit together")

@@ -503,3 +503,54 @@ def test_the_place_is_chosen_by_size(changes, stored, backend, place, why):
   if chosen == "images":
     chosen, _ = choose(101, ROOM, backend)
     assert chosen == "stream"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_flipped_bits_of_features_are_told(tmp_path, dtype):
+  case = Case(dtype)
+  file = case.file(tmp_path)
+  file.write(case.stream, BATCH)
+  content = file.path.read_bytes()
+  assert file.open().in_memory().sums is None
+  record = file._record
+  start = len(file._header) + 5 * record.itemsize
+  for field, error in (
+    ("final", disk.DamagedFile),
+    ("tokens", errors.UserError),
+  ):
+    flipped = bytearray(content)
+    flipped[start + record.fields[field][1]] ^= 1
+    file.path.write_bytes(flipped)
+    with pytest.raises(error):
+      file.open().in_memory()
+    with pytest.raises(error):
+      file.open().send(np.array([4, 5]))
+  assert "image 5 " in str(
+    pytest.raises(errors.UserError, file.open().in_memory).value
+  )
+  file.open().send(np.array([4, 6]))
+
+
+def test_files_without_checksums_are_read(tmp_path):
+  case = Case()
+  file = case.file(tmp_path)
+  file.write(case.stream, BATCH)
+  expected, content = file.open(), file.path.read_bytes()
+  records = len(file._header) + COUNT * file._record.itemsize
+  file.path.write_bytes(content[:records] + file._footer)
+  assert_same(file.open().in_memory(), expected)
+  file.path.write_bytes(content[: records + 4] + file._footer)
+  with pytest.raises(disk.DamagedFile):
+    file.open()
+
+
+def test_a_planted_link_is_not_written_through(tmp_path):
+  case = Case(tokens=False)
+  file = case.file(tmp_path / "store")
+  file.path.parent.mkdir()
+  (tmp_path / "theirs").write_text("kept")
+  part = file.path.with_name(file.path.name + ".part")
+  part.symlink_to(tmp_path / "theirs")
+  with pytest.raises(errors.UserError, match="is a link"):
+    file.write(case.stream, BATCH)
+  assert (tmp_path / "theirs").read_text() == "kept"

@@ -9,6 +9,7 @@ import pytest
 
 from vqt_jax import errors
 from vqt_jax.runtime import files
+from vqt_jax.runtime import logfile
 
 
 @pytest.mark.parametrize(
@@ -112,3 +113,8 @@ def test_a_dataclass_from_json():
       files.from_json(Fields, bad)
   with pytest.raises(TypeError):  # `explain_damage` tells it.
     files.from_json(Fields, {})
+
+
+def test_control_codes_are_not_printed(capsys):
+  logfile.print_to_stderr("error: \x1b[2J\r'é' of\nfile\x07")
+  assert capsys.readouterr().err == "error: \\x1b[2J\\r'é' of\nfile\\x07\n"

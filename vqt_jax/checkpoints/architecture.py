@@ -13,6 +13,7 @@ from vqt_jax.checkpoints import names as names_lib
 from vqt_jax.errors import UserError
 from vqt_jax.models import vit
 from vqt_jax.models import vit_config
+from vqt_jax.runtime import files
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -90,7 +91,9 @@ def infer_sizes(shapes: Shapes) -> dict[str, Any] | None:
   }
   if not names_lib.is_stacked(shapes):
     blocks = {names_lib.split_block(name)[0] for name in shapes} - {None}
-    sizes["depth"] = max(blocks, default=-1) + 1
+    depth = max(blocks, default=-1) + 1
+    # A number that is out of all proportion is no block's.
+    sizes["depth"] = depth if depth <= len(shapes) else 0
   needed = ("width", "depth", "mlp_dim", "num_heads")
   if not all(sizes.get(field) for field in needed):
     return None
@@ -156,7 +159,8 @@ def check_leaves(
   Raises:
     UserError: with all missing, surplus and misshapen leaves.
   """
-  expected = _expected_shapes(config, names_lib.is_stacked(shapes))
+  with files.explain_damage(source, "Its shapes are not those of a ViT."):
+    expected = _expected_shapes(config, names_lib.is_stacked(shapes))
   missing = [
     f"missing: {name} {_format_shape(name, expected[name])}"
     for name in sorted(expected.keys() - shapes)

@@ -3,10 +3,9 @@
 Nothing is ever unpickled.
 """
 
-from collections.abc import Iterable, Iterator
-import contextlib
+from collections.abc import Iterable
 import io
-import json
+import math
 import os
 import pathlib
 import re
@@ -16,11 +15,14 @@ import zipfile
 import numpy as np
 
 from vqt_jax.checkpoints import names as names_lib
+from vqt_jax.checkpoints import zarr_folders
 from vqt_jax.errors import UserError
 from vqt_jax.models.backbone import Backbone
 from vqt_jax.runtime import files
 
 _AGAIN = "Copy or download it again."
+_MOST_HEADER = 10_100  # Bytes; NumPy reads no longer ones.
+_MOST_EXPANSION = 1032  # Of zeros, compressed as in a zip file.
 
 
 def split_subtree(source: str) -> tuple[str, str]:
@@ -40,7 +42,7 @@ def split_subtree(source: str) -> tuple[str, str]:
 def local_path(source: str) -> str | None:
   """Return a source with its absolute path; None if it is not a local one."""
   place, subtree = split_subtree(source)
-  path = pathlib.Path(place).expanduser()
+  path = pathlib.Path(os.path.expanduser(place))
   if "://" in place or not find(path):
     return None
   return os.path.abspath(path) + (f":{subtree}" if subtree else "")
@@ -54,7 +56,9 @@ def find(path: pathlib.Path) -> pathlib.Path | None:
   """
   pointer = path.with_name(f"{path.name}-LAST") if path.name else path
   if not os.path.exists(path) and os.path.isfile(pointer):
-    path = path.with_name(f"{path.name}-{pointer.read_text().strip()}")
+    with files.explain_damage(pointer), pointer.open() as file:
+      step = file.read(100).strip()
+    path = files.below(path.parent, f"{path.name}-{step}")
     if not os.path.exists(path):
       raise UserError(
         f"{pointer} points to {path}, which does not exist; name another step."
@@ -69,13 +73,12 @@ def leaf_names(path: pathlib.Path) -> list[str]:
     UserError: this is not a checkpoint, or a damaged one.
   """
   if path.is_dir():
-    names = [array.parent.name for array in path.glob("*/.zarray")]
-    if not names:
-      raise UserError(
-        f"The folder {path} holds no Big Vision arrays; name an npz file or a"
-        " checkpoint.bv-STEP folder."
-      )
-    return [name.replace("~", "/") for name in names]
+    if names := zarr_folders.leaf_names(path):
+      return names
+    raise UserError(
+      f"The folder {path} holds no Big Vision arrays; name an npz file or a"
+      " checkpoint.bv-STEP folder."
+    )
   with _open_npz(path) as archive:
     names = archive.namelist()
   others = [name for name in names if not name.endswith(".npy")]
@@ -97,35 +100,53 @@ def leaf_shapes(
     names: as `leaf_names` returns them.
 
   Raises:
-    UserError: an array is damaged or holds Python objects.
+    UserError: an array is damaged, claims more than the file can hold, or holds
+      Python objects.
   """
-  shapes, names = {}, list(names)
   if path.is_dir():
-    for name in names:
-      header = path / name.replace("/", "~") / ".zarray"
-      with _explain_damage(path, name):
-        shapes[name] = tuple(json.loads(header.read_text())["shape"])
-    return shapes
+    return zarr_folders.leaf_shapes(path, names)
+  shapes = {}
   with _open_npz(path) as archive:
+    members = archive.infolist()
+    with files.explain_damage(path, _AGAIN):
+      if sum(m.compress_size for m in members) > path.stat().st_size:
+        raise ValueError("its parts overlap")
     for name in names:
-      with _explain_damage(path, name), archive.open(f"{name}.npy") as member:
-        version = np.lib.format.read_magic(member)
-        read = getattr(
-          np.lib.format, f"read_array_header_{version[0]}_{version[1]}"
-        )
-        shapes[name], _, dtype = read(member)
-      if dtype.hasobject:
-        raise UserError(
-          f"{path} holds pickled Python objects ({name}), which could run"
-          " any program and are never loaded; save it as plain arrays."
-        )
+      with files.explain_damage(f"{name} in {path}", _AGAIN):
+        shapes[name] = _npy_shape(archive, f"{name}.npy", path)
   return shapes
+
+
+def _npy_shape(
+  archive: zipfile.ZipFile, member: str, path: pathlib.Path
+) -> tuple[int, ...]:
+  """Read the shape of an array, and compare its size with the member's."""
+  info = archive.getinfo(member)
+  with archive.open(info) as file:
+    start = io.BytesIO(file.read(_MOST_HEADER))
+  version = np.lib.format.read_magic(start)
+  name = f"read_array_header_{version[0]}_{version[1]}"
+  shape, _, dtype = getattr(np.lib.format, name)(start)
+  if dtype.hasobject:
+    raise UserError(
+      f"{path} holds pickled Python objects ({member.removesuffix('.npy')}),"
+      " which could run any program and are never loaded; save it as plain"
+      " arrays."
+    )
+  claimed = start.tell() + math.prod(shape) * dtype.itemsize
+  if min(shape, default=0) < 0 or claimed != info.file_size:
+    raise ValueError(
+      f"its header claims {claimed:,} bytes, there are {info.file_size:,}"
+    )
+  if info.file_size > _MOST_EXPANSION * (info.compress_size + 1):
+    raise ValueError("it is shorter than any array of its size")
+  return shape
 
 
 def read_leaves(
   path: pathlib.Path, names: Iterable[str]
 ) -> dict[str, np.ndarray]:
-  """Read some arrays of a checkpoint.
+  """Read some arrays of a checkpoint, after `leaf_shapes` of them.
 
   Args:
     path: npz file or folder.
@@ -138,14 +159,16 @@ def read_leaves(
     UserError: an array is damaged.
   """
   if path.is_dir():
-    return _read_zarr(path.resolve(), list(names))  # TensorStore takes no `..`.
+    return zarr_folders.read_leaves(path, names)
   arrays = {}
   with _open_npz(path) as archive:
     for name in names:
-      with _explain_damage(path, name):
-        # Reading a member to its end makes zipfile check its CRC.
-        data = io.BytesIO(archive.read(f"{name}.npy"))
-        arrays[name] = np.lib.format.read_array(data, allow_pickle=False)
+      with (
+        files.explain_damage(f"{name} in {path}", _AGAIN),
+        archive.open(f"{name}.npy") as file,
+      ):
+        arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
+        file.read()  # At its end zipfile checks its CRC.
   return arrays
 
 
@@ -172,24 +195,13 @@ def save_npz(path: str | os.PathLike[str], backbone: Backbone | Any) -> None:
     np.savez(file, **arrays)
 
 
-@contextlib.contextmanager
-def _explain_damage(path: pathlib.Path, name: str) -> Iterator[None]:
-  """Turn errors of zipfile and NumPy for damaged members into `UserError`."""
-  try:
-    yield
-  except Exception as error:  # They have a dozen kinds.
-    raise UserError(
-      f"{path} is damaged at {name}: {error}. {_AGAIN}"
-    ) from error
-
-
 def _open_npz(path: pathlib.Path) -> zipfile.ZipFile:
-  try:
-    return zipfile.ZipFile(path)
-  except zipfile.BadZipFile as error:
-    raise UserError(f"{path} {_describe_other_file(path)}") from error
-  except OSError as error:
-    raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+  with files.explain_damage(path, _AGAIN):
+    files.check_regular(path)
+    try:
+      return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+      raise UserError(f"{path} {_describe_other_file(path)}") from error
 
 
 def _describe_other_file(path: pathlib.Path) -> str:
@@ -210,24 +222,3 @@ def _describe_other_file(path: pathlib.Path) -> str:
     "is not an npz file; expected a Big Vision checkpoint (weights of timm or"
     " Hugging Face are not read)."
   )
-
-
-def _read_zarr(folder: pathlib.Path, names: list[str]) -> dict[str, np.ndarray]:
-  import tensorstore  # Only needed here, and slow to import.
-
-  def spec(name):
-    path = str(folder / name.replace("/", "~"))
-    return {
-      "driver": "zarr",
-      "kvstore": {"driver": "file", "path": path},
-      # Otherwise lost chunks would read as zeros.
-      "fill_missing_data_reads": False,
-    }
-
-  opened = {n: tensorstore.open(spec(n), open=True, read=True) for n in names}
-  try:
-    reads = {n: array.result().read() for n, array in opened.items()}
-    return {name: np.asarray(read.result()) for name, read in reads.items()}
-  except (ValueError, OSError) as error:
-    reason = str(error).split(" [")[0]
-    raise UserError(f"{folder} is damaged: {reason}. {_AGAIN}") from error

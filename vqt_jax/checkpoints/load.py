@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import math
 import os
 import pathlib
 
@@ -19,6 +20,8 @@ from vqt_jax.models import vit_config
 from vqt_jax.models.backbone import VALUE_RANGES
 from vqt_jax.models.backbone import Backbone
 from vqt_jax.runtime import files
+from vqt_jax.runtime import memory
+from vqt_jax.runtime import units
 
 _CHOICES = {
   "value_range": tuple(VALUE_RANGES),
@@ -98,8 +101,8 @@ def load_backbone(
     gelu=given["gelu"] or config.gelu,
     dtype=dtype,
   )
-  leaves = _read(path, stored, name)
   architecture.check_leaves(shapes, stored, config, name)
+  leaves = _read(path, stored, shapes, name)
   architecture.check_finite(
     {stored[n]: leaf for n, leaf in leaves.items()}, name
   )
@@ -270,9 +273,18 @@ def _inspect(
 
 
 def _read(
-  path: pathlib.Path, stored: Mapping[str, str], source: str
+  path: pathlib.Path,
+  stored: Mapping[str, str],
+  shapes: architecture.Shapes,
+  source: str,
 ) -> dict[str, np.ndarray]:
   """Read leaves as float32, by present-day name."""
+  needed = 4 * sum(map(math.prod, shapes.values()))
+  if needed > memory.host_memory():
+    raise UserError(
+      f"{source} holds {units.format_bytes(needed)} of weights, more than this"
+      " machine has memory."
+    )
   arrays = containers.read_leaves(path, stored.values())
   architecture.check_floats(arrays, source)
   return {name: names.as_float32(arrays[old]) for name, old in stored.items()}

@@ -30,7 +30,7 @@ import numpy as np
 from vqt_jax.errors import UserError
 
 STACKED = "Transformer/encoderblock/"
-_BLOCK = re.compile(r"Transformer/encoderblock_(\d+)/(.+)")
+_BLOCK = re.compile(r"Transformer/encoderblock_([0-9]{1,6})/(.+)")
 _PRE_LINEN = {
   "LayerNorm_2": "LayerNorm_1",
   "MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0",

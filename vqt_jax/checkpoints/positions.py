@@ -11,6 +11,9 @@ from vqt_jax.errors import UserError
 
 Pair = tuple[int, int]
 
+# Attention between so many takes hundreds of gigabytes.
+_MOST_PATCHES = 2**17
+
 # The same as `trained_size` on the command line.
 _FLAGS = "--config.trained_size=HEIGHT --config.trained_width=WIDTH"
 
@@ -77,6 +80,11 @@ def to_grid(image_size: Pair, patch_size: Pair) -> Pair:
     raise UserError(
       f"image_size {_as_text(image_size)} is smaller than one"
       f" {_as_text(patch_size)} patch of this backbone; ask for larger images."
+    )
+  if math.prod(grid) > _MOST_PATCHES:
+    raise UserError(
+      f"image_size {_as_text(image_size)} has more than {_MOST_PATCHES:,}"
+      f" {_as_text(patch_size)} patches; ask for smaller images."
     )
   return grid
 
@@ -160,7 +168,10 @@ def find_grid(
 
 def _list_possible_sizes(rows: int, patch_size: Pair) -> str:
   """List the image sizes with so many patches in a sentence, squarest first."""
-  grids = [(n, rows // n) for n in range(1, rows + 1) if rows % n == 0]
+  most = min(math.isqrt(rows), 10**5)
+  grids = [(n, rows // n) for n in range(1, most + 1) if rows % n == 0]
+  grids = [each for n, m in grids for each in dict.fromkeys([(n, m), (m, n)])]
+  grids.sort()
   stretch = lambda grid: abs(
     math.log(grid[0] * patch_size[0]) - math.log(grid[1] * patch_size[1])
   )

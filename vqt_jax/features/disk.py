@@ -1,10 +1,12 @@
 """Features in a file, written image by image and found by their inputs.
 
 A file is a NumPy array of n records, {"final": (D,), "tokens": (L, N, D)},
-followed by JSON of all inputs that they depend on: weights, preprocessing,
-data. A digest of that JSON is part of the file's name, so other inputs have
-another file. Until it is complete it is called `.part`, and an interrupted
-extraction continues after the last complete record.
+followed by as many records of checksums, and by JSON of all inputs that they
+depend on: weights, preprocessing, data. A digest of that JSON is part of the
+file's name, so other inputs have another file. Older files lack the checksums.
+
+Until a file is complete it is called `.part`, and an interrupted extraction
+continues after the last complete record.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -95,16 +97,21 @@ class FeatureFile:
     """Map the features from the file; return None if it does not exist.
 
     Raises:
-      DamagedFile: it is truncated, or another file.
+      DamagedFile: it is truncated, or another file, or bits have changed; those
+        of tokens are found when they are sent.
       UserError: it cannot be read.
     """
+    files.check_regular(self.path)
     try:
       with open(self.path, "rb") as file:
         header = file.read(len(self._header))
         end = len(header) + self._count * self._record.itemsize
         file.seek(end)
-        footer = file.read()
-      if (header, footer) != (self._header, self._footer):
+        size = self._count * self._sums.itemsize
+        tail = file.read(size + len(self._footer) + 1)
+      sums = tail.removesuffix(self._footer)
+      complete = header == self._header and tail.endswith(self._footer)
+      if not complete or len(sums) not in (0, size):
         raise DamagedFile("it is truncated, or of other features")
       rows = np.load(self.path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
@@ -114,10 +121,16 @@ class FeatureFile:
         f"Cannot read {self.path}: {e.strerror or e}. Make it readable, or"
         " choose another config.store_dir."
       ) from e
-    tokens = None
+    final, tokens, of_tokens = np.array(rows["final"]), None, None
+    sums = np.frombuffer(sums, self._sums)
+    if len(sums) and (_checksums(final) != sums["final"]).any():
+      raise DamagedFile("its checksums are not those of its content")
     if self._layout.tokens:
       tokens = rows["tokens"].view(self._layout.dtype)
-    return store_lib.HostStore(self._layout, tokens, np.array(rows["final"]))
+      of_tokens = sums["tokens"] if len(sums) else None
+    return store_lib.HostStore(
+      self._layout, tokens, final, of_tokens, str(self.path)
+    )
 
   def write(
     self,
@@ -149,13 +162,16 @@ class FeatureFile:
       done = batch_size * int(processes.all_reduce_min(done // batch_size))
       with _writing(part):
         self._truncate(file, done)
+        sums = self._sums_of_part(done)
       for batch in extract(done) if done < self._count else ():
         records = self._records(batch, self._count - done)
         with _writing(part):
           file.write(records.data)
+        sums.append(self._sums_of(records))
         done += len(records)
         progress(done)
       with _writing(part):
+        file.write(b"".join(map(bytes, sums)))
         file.write(self._footer)
         file.flush()
         os.fsync(file.fileno())
@@ -191,6 +207,25 @@ class FeatureFile:
     return np.dtype(fields)
 
   @property
+  def _sums(self) -> np.dtype:
+    """Dtype of the checksums of an image's record."""
+    return np.dtype([(name, "<u4") for name in self._record.names])
+
+  def _sums_of(self, records: np.ndarray) -> np.ndarray:
+    sums = np.empty(len(records), self._sums)
+    for name in sums.dtype.names:
+      sums[name] = _checksums(records[name])
+    return sums
+
+  def _sums_of_part(self, count: int) -> list[np.ndarray]:
+    """Checksums of the first records of an unfinished file."""
+    if not count:
+      return []
+    start = len(self._header)
+    records = np.memmap(self._part, self._record, "r", start, (count,))
+    return [self._sums_of(records)]
+
+  @property
   def _header(self) -> bytes:
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(
@@ -224,6 +259,10 @@ class FeatureFile:
     for name, values in rows.items():
       records[name] = values.view(self._record[name].base)
     return records
+
+
+def _checksums(rows: np.ndarray) -> np.ndarray:
+  return np.array([store_lib.checksum(row) for row in rows], np.uint32)
 
 
 @contextlib.contextmanager

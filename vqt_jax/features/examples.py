@@ -328,9 +328,8 @@ class Examples:
       rows = (_rows(s, self._eval_batch_size, len(label)) for s in starts)
       features = batches_lib.prefetch(host_store.send, rows)
       return self._store_on_devices(layout, features, label)
-    if storage == "host" and host_store.tokens is not None:
-      tokens = np.array(host_store.tokens)
-      host_store = dataclasses.replace(host_store, tokens=tokens)
+    if storage == "host":
+      host_store = host_store.in_memory()
     return self._host_batches(host_store, label)
 
   def _extract(

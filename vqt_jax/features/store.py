@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from vqt_jax import errors
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.models import vit
 from vqt_jax.models import vit_config
@@ -296,11 +297,39 @@ class HostStore:
     layout: of the batches that are sent to the devices.
     tokens: (n, L, N, columns), in memory or mapped from a file, or None.
     final: (n, D) float32.
+    sums: (n,) `checksum` of every row of `tokens`, compared when it is sent;
+      None: there are none, or they were compared before.
+    file: name of the file that it is mapped from.
   """
 
   layout: Layout
   tokens: np.ndarray | None
   final: np.ndarray
+  sums: np.ndarray | None = None
+  file: str = ""
+
+  def in_memory(self) -> "HostStore":
+    """Return a copy whose tokens are in memory.
+
+    Raises:
+      UserError: they are not those that were written.
+    """
+    if self.tokens is None:
+      return self
+    tokens = np.empty(self.tokens.shape, self.tokens.dtype)
+    for i in range(len(tokens)):
+      tokens[i] = self._checked(i)
+    return dataclasses.replace(self, tokens=tokens, sums=None)
+
+  def _checked(self, number: int) -> np.ndarray:
+    """Return the tokens of an image, (L, N, columns)."""
+    tokens = self.tokens[number]
+    if self.sums is not None and checksum(tokens) != self.sums[number]:
+      raise errors.UserError(
+        f"Cannot read {self.file}: the features of image {number} are not those"
+        " that were written. Delete it; the same command makes it again."
+      )
+    return tokens
 
   def send(self, rows: np.ndarray) -> FeatureBatch:
     """Send a batch of these rows to the devices."""
@@ -314,7 +343,7 @@ class HostStore:
     depth, *row = self.tokens.shape[1:]
     tokens = np.empty((depth, len(rows), *row), self.tokens.dtype)
     for i, number in enumerate(rows):
-      tokens[:, i] = self.tokens[number]
+      tokens[:, i] = self._checked(number)
     depth, num_tokens, width = self.layout.row
     batch["tokens"] = jax.make_array_from_process_local_data(
       self.layout.sharding("tokens"),
@@ -322,6 +351,13 @@ class HostStore:
       (depth, len(rows), num_tokens, width),
     )
     return batch
+
+
+def checksum(array: np.ndarray) -> int:
+  """CRC-32C of an array's bits, which is faster than reading them."""
+  import google_crc32c  # Comes with gcsfs.
+
+  return google_crc32c.value(np.ascontiguousarray(array).view(np.uint8))
 
 
 def store_on_host(

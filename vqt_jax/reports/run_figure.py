@@ -170,7 +170,7 @@ def _tested(ax: Any, results: dict[str, Any]) -> None:
   for y, tested in enumerate(results["tested"]):
     last = y == len(results["tested"]) - 1
     _seeds(ax, tested, y, style.COLOURS[0] if last else style.FAINT)
-    name = style.CANDIDATES[tested["name"]].replace(", ", ",\n")
+    name = style.candidate_name(tested).replace(", ", ",\n")
     size, seconds = tested["trained_parameters"], tested["training_seconds"]
     names.append(f"{name}\n{size:,} trained\n{seconds:,.0f} s to train")
   ax.set_yticks(range(len(names)), names, fontsize=8)
@@ -276,7 +276,7 @@ def _kept_share(ax: Any, results: dict[str, Any]) -> None:
       x,
       [*of_blocks, final],
       0.9 * width,
-      label=style.CANDIDATES[each["name"]],
+      label=style.candidate_name(each),
       color=style.COLOURS[0] if last else style.FAINT,
     )
   if len(tested) > 1:

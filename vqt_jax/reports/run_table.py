@@ -26,7 +26,7 @@ def show(
       each.append(f"together {100 * together['mean']:.1f}")
     rows.append(
       [
-        style.CANDIDATES[tested["name"]],
+        style.candidate_name(tested),
         f"{accuracy_lib.format_mean(test)} %",
         accuracy_lib.format_interval(test),
         *(f"{100 * tested[x]['mean']:.2f}" for x in others.values()),

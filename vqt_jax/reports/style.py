@@ -47,6 +47,10 @@ def method_name(results: dict[str, Any]) -> str:
   return name
 
 
+def candidate_name(tested: dict[str, Any]) -> str:
+  return CANDIDATES.get(tested["name"], tested["name"])
+
+
 def percent_axis(
   decimals: int = 0,
 ) -> figures.matplotlib.ticker.PercentFormatter:

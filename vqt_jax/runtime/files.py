@@ -191,11 +191,11 @@ def below(root: Path, name: str) -> Path:
 def read(file: Path) -> bytes:
   """Read a file; raise `FileNotFoundError` if there is none."""
   with explain_read_errors(file):
-    _check_regular(file)
+    check_regular(file)
     return file.read_bytes()
 
 
-def _check_regular(file: Path) -> None:
+def check_regular(file: Path) -> None:
   """Raise a `UserError` for a pipe or a device, which may never end."""
   if not in_bucket(file) and not (file.is_file() or file.is_dir()):
     if file.exists():
@@ -206,7 +206,7 @@ def _check_regular(file: Path) -> None:
 def local_copy(file: Path) -> Iterator[pathlib.Path]:
   """Provide a file as a local one: itself, or a copy of one in a bucket."""
   if not in_bucket(file):
-    _check_regular(file)
+    check_regular(file)
     yield file
     return
   with tempfile.NamedTemporaryFile(prefix="vqt_jax_") as copy:
@@ -359,14 +359,13 @@ explain_write_errors = functools.partial(_explain_errors, "write")
 def explain_damage(
   file: PathLike, advice: str = "It is damaged, or of another program."
 ) -> Iterator[None]:
-  """Turn whatever is raised while a file is parsed into a `UserError`.
-
-  Only a file that is missing stays a `FileNotFoundError`.
-  """
+  """Turn whatever is raised while a file is read into a `UserError`."""
   try:
     yield
-  except (errors.UserError, FileNotFoundError):
+  except errors.UserError:
     raise
+  except FileNotFoundError as e:
+    raise errors.UserError(f"There is no {file}.") from e
   except OSError as e:
     raise errors.UserError(f"Cannot read {file}: {e.strerror or e}.") from e
   except Exception as e:  # Parsers of damaged files raise every kind.
@@ -394,8 +393,7 @@ def bucket_advice(error: BaseException | None) -> str | None:
 def first_line(error: Exception) -> str:
   """First line of an exception's text, as a sentence without control codes."""
   line = str(error).strip().split("\n")[0][:200].rstrip(".")
-  line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-  return f"{line or type(error).__name__}."
+  return f"{errors.printable(line) or type(error).__name__}."
 
 
 def write_json(file: PathLike, value: Any) -> None:
@@ -404,12 +402,27 @@ def write_json(file: PathLike, value: Any) -> None:
 
 
 def read_json(file: PathLike) -> Any:
-  """Read a JSON file; one that is missing or damaged is a `UserError`."""
-  try:
-    with explain_damage(file):
-      return parse_json(read(path(file)))
-  except FileNotFoundError:
-    raise errors.UserError(f"There is no {file}.") from None
+  """Read a file that `write_json` wrote.
+
+  Raises:
+    UserError: it is missing or damaged, or holds numbers that are not finite or
+      have more than 64 bits.
+  """
+  with explain_damage(file):
+    return json.loads(
+      read(path(file)),
+      parse_int=lambda text: int(_finite(text)),
+      parse_float=lambda text: float(_finite(text)),
+      parse_constant=_finite,
+    )
+
+
+def _finite(number: str) -> str:
+  if not abs(float(number)) < (
+    math.inf if re.search("[.eE]", number) else 2**63
+  ):
+    raise ValueError(f"{number[:20]} is out of range")
+  return number
 
 
 def parse_json(content: bytes | str, kind: type = object) -> Any:
@@ -439,8 +452,18 @@ def from_json(kind: type[T], value: Any) -> T:
 def is_of(value: Any, kind: Any) -> bool:
   """Return whether a value of JSON has a type, e.g. `dict[str, list[float]]`.
 
-  A whole number is a `float` too, but truth values are no numbers.
+  A whole number is a `float` too, but truth values are no numbers. A dict of
+  types describes a dict that has at least these keys, those with None apart;
+  a list describes lists of its one type, a tuple any of its types.
   """
+  if isinstance(kind, dict):
+    return isinstance(value, dict) and all(
+      is_of(value.get(name), each) for name, each in kind.items()
+    )
+  if isinstance(kind, list):
+    return isinstance(value, list) and all(is_of(each, *kind) for each in value)
+  if isinstance(kind, tuple):
+    return any(is_of(value, each) for each in kind)
   outer, inner = typing.get_origin(kind), typing.get_args(kind)
   if outer is types.UnionType:
     return any(is_of(value, each) for each in inner)
@@ -449,8 +472,8 @@ def is_of(value: Any, kind: Any) -> bool:
     return isinstance(value, outer) and all(
       is_of(each, inner[-1]) for each in within
     )
-  if kind is Any:
-    return True
+  if kind is Any or kind in (None, types.NoneType) or value is None:
+    return kind is Any or (value is None and kind in (None, types.NoneType))
   if isinstance(value, bool) and kind is not bool:
     return False
   return isinstance(value, (int, float) if kind is float else kind)

@@ -53,7 +53,7 @@ def screen() -> LossyStream:
 
 def print_to_stderr(text: str) -> None:
   """Print a line to standard error, if anybody can still read it."""
-  print(text, file=LossyStream(sys.stderr), flush=True)
+  print(errors.printable(text), file=LossyStream(sys.stderr), flush=True)
 
 
 def print_to_stdout(text: str) -> None:
