@@ -23,6 +23,7 @@ from vqt_jax.version import __version__
 
 __all__ = [
   "Backbone",
+  "Classifier",
   "Model",
   "Models",
   "Output",
@@ -38,3 +39,12 @@ __all__ = [
   "save_npz",
   "train",
 ]
+
+
+def __getattr__(name: str) -> type:
+  """Import the estimator when it is used: scikit-learn takes a second."""
+  if name == "Classifier":
+    from vqt_jax.classifier import Classifier
+
+    return Classifier
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,26 +31,34 @@ def train(
   config: ml_collections.ConfigDict,
   workdir: files.Path,
   console: console_lib.Console,
+  task: data.Task | None = None,
 ) -> dict[str, Any]:
-  """Train and test one method on one task; see `experiments.train.train`."""
+  """Train and test one method on one task; see `experiments.train.train`.
+
+  Args:
+    config: resolved.
+    workdir: a folder.
+    console: shows progress.
+    task: in place of `config.task`.
+  """
   with contextlib.ExitStack() as opened:
     with processes.raise_on_all():
       if processes.is_first():
         opened.enter_context(workdir_lib.open_workdir(config, workdir))
       finished = files.exists(workdir / results_lib.RESULTS)
     if not processes.any_process(finished):
-      return _train(config, workdir, console)
+      return _train(config, workdir, console, task)
     with processes.raise_on_all():
       results = results_lib.read(workdir)
     console.note("this run is finished already; it is not done again")
     return results
 
 
-def _train(config, workdir, console) -> dict[str, Any]:
+def _train(config, workdir, console, task) -> dict[str, Any]:
   with preemption.StopSignal() as stop:
     started, peak = time.monotonic(), memory.PeakMemory()
     with stop.at_once(), processes.raise_on_all():
-      context = setup.prepare(config, workdir, console)
+      context = setup.prepare(config, workdir, console, task)
     with jax.set_mesh(context.mesh):
       saver = checkpoint.Checkpointer(
         workdir / "checkpoints", config.checkpoint_seconds

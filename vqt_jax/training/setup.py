@@ -99,8 +99,8 @@ def find_mesh(
   return mesh
 
 
-def prepare(config, workdir, console) -> RunContext:
-  task = check_data(config, find_task(config), console)
+def prepare(config, workdir, console, task=None) -> RunContext:
+  task = check_data(config, task or find_task(config), console)
   options = backbone_options(config, jax.default_backend())
   with contextlib.ExitStack() as download:
     backbone = checkpoints.load_backbone(

@@ -31,6 +31,8 @@ from vqt_jax.runtime.files import PathLike
 from vqt_jax.tuned import card
 
 FORMAT = 1
+# Fields of `bundle.json` that `write` fills in.
+WRITTEN = ("format", "program", "tuner", "backbone", "weights_sha256")
 # Fields of `bundle.json` -> types.
 _KINDS = {
   "task": str,

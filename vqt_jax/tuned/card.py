@@ -61,7 +61,7 @@ def model_card(info: Mapping[str, Any]) -> str:
     source=" ".join(backbone["source"].replace("`", "'").split()),
     quoted=json.dumps(backbone["source"]),
     accuracy=_accuracy(info["results"]),
-    setting=_setting(info["results"]["chosen"]),
+    setting=_setting(info["results"].get("chosen", {})),
     images=f"{size} px ({how}), scaled to {preprocessing['value_range']}",
     variant=backbone["variant"],
     sha256=backbone["sha256"],
@@ -70,6 +70,8 @@ def model_card(info: Mapping[str, Any]) -> str:
 
 
 def _accuracy(results: Mapping[str, Any]) -> str:
+  if "test_accuracy" not in results:
+    return "not tested"
   test, together = results["test_accuracy"], ""
   if ensemble := results.get("test_ensemble_accuracy"):
     together = f"; the seeds together {100 * ensemble['mean']:.2f}"

@@ -54,6 +54,15 @@ def _file(image: Any) -> Any:
   """Return an image as `decoding` takes it: an array as an image of Pillow."""
   if isinstance(image, _FILES) or not hasattr(image, "__array__"):
     return image
+  return to_pillow(image)
+
+
+def to_pillow(image: Any) -> PIL.Image.Image:
+  """Return an array as an image of Pillow.
+
+  Raises:
+    UserError: it is not uint8 (height, width), or (height, width, 1, 3 or 4).
+  """
   image = np.asarray(image)
   if image.ndim == 3 and image.shape[-1] == 1:
     image = image[..., 0]

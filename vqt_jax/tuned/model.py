@@ -121,6 +121,21 @@ class Model:
     """The function from one image to the backbone's input, as in training."""
     return inputs.make_prepare(**self.info["preprocessing"])
 
+  def save(self, directory: PathLike) -> None:
+    """Write a bundle, which `load` reads; the backbone is not in it.
+
+    Raises:
+      UserError: it cannot be written, or there are other files.
+    """
+    bundle_lib.write(
+      directory,
+      self.backbone.source or self.info["backbone"]["source"],
+      self.backbone,
+      self.tuner,
+      self.variables,
+      {k: v for k, v in self.info.items() if k not in bundle_lib.WRITTEN},
+    )
+
   def of_seed(self, seed: int) -> "Model":
     """The model of one seed.
 

@@ -1,0 +1,108 @@
+"""The estimator of scikit-learn."""
+
+import numpy as np
+import PIL.Image
+import pytest
+import sklearn.base
+import sklearn.model_selection
+import sklearn.pipeline
+
+from tests import helpers
+import vqt_jax
+
+CLASSES = np.array(["blue", "green", "red"])
+
+
+@pytest.fixture(scope="module")
+def squares():
+  """Images of a noisy colour, uint8 (n, 8, 8, 3), and its name."""
+  rng = np.random.default_rng(0)
+  x = rng.integers(0, 120, (36, 8, 8, 3), np.uint8)
+  number = np.arange(36) % 3
+  x[np.arange(36), ..., 2 - number] += 130
+  return x, CLASSES[number]
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory):
+  path = tmp_path_factory.mktemp("vit") / "vit.npz"
+  vqt_jax.save_npz(path, helpers.tiny_backbone(image_size=(8, 8)))
+  settings = dict(image_size=8, epochs=15, lr=(4.0,), seeds=(1, 2))
+  settings |= {"options": {"batch_size": 12}}
+  return lambda **changes: vqt_jax.Classifier(path, **settings | changes)
+
+
+@pytest.fixture(scope="module")
+def trained(make, squares):
+  return make().fit(*squares)
+
+
+def test_fit_and_predict(trained, squares):
+  x, y = squares
+  assert list(trained.classes_) == list(CLASSES)
+  assert trained.score(x, y) > 0.8
+  p = trained.predict_proba(x)
+  assert p.shape == (36, 3)
+  np.testing.assert_allclose(p.sum(axis=1), 1, atol=1e-5)
+  assert list(trained.predict(x[:2])) == list(CLASSES[p[:2].argmax(axis=1)])
+  assert trained.model_.num_seeds == 2
+
+
+def test_files_and_arrays_train_alike(trained, make, squares, tmp_path):
+  x, y = squares
+  paths = [tmp_path / f"{i}.png" for i in range(len(x))]
+  for path, each in zip(paths, x):
+    PIL.Image.fromarray(each).save(path)
+  found = make().fit(paths, y)
+  np.testing.assert_array_equal(
+    found.predict_proba(paths), trained.predict_proba(x)
+  )
+
+
+def test_what_is_saved_is_loaded(trained, squares, tmp_path):
+  x, _ = squares
+  trained.save(tmp_path / "model")
+  source = trained.model_.backbone.source
+  found = vqt_jax.load(tmp_path / "model", backbone=source)
+  np.testing.assert_array_equal(
+    found.predict_proba(x), trained.predict_proba(x)
+  )
+  assert found.classes == tuple(CLASSES)
+  assert "| not tested |" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_scikit_learn_takes_it(make, squares):
+  x, y = squares
+  y = y == "red"
+  estimator = make(seeds=(1,), epochs=2)
+  again = sklearn.base.clone(estimator)
+  assert again.get_params() == estimator.get_params()
+  pipeline = sklearn.pipeline.Pipeline([("vit", again)])
+  found = sklearn.model_selection.cross_val_score(pipeline, x, y, cv=2)
+  assert found.shape == (2,) and (found > 0).all()
+
+
+@pytest.mark.parametrize(
+  "x, y, words",
+  [
+    ([], [], "at least two classes, found none"),
+    (np.zeros((4, 8, 8, 3), np.uint8), [0] * 4, "two classes, found 0"),
+    (np.zeros((4, 8, 8, 3), np.uint8), [0, 1], "expected 4 labels"),
+    (np.zeros((4, 8, 8, 3)), [0, 0, 1, 1], "found float64"),
+    (
+      ["none.png"] * 4,
+      [0, 0, 1, 1],
+      "4 of 4 images cannot be used, such as .*none.png: there",
+    ),
+  ],
+)
+def test_bad_input(make, x, y, words):
+  with pytest.raises(vqt_jax.UserError, match=words):
+    make().fit(x, y)
+
+
+def test_it_has_to_be_trained(make, tmp_path):
+  with pytest.raises(sklearn.exceptions.NotFittedError):
+    make().predict(np.zeros((1, 8, 8, 3), np.uint8))
+  with pytest.raises(sklearn.exceptions.NotFittedError):
+    make().save(tmp_path)
