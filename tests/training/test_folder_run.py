@@ -1,6 +1,8 @@
 """Runs on people's own images, from a folder to results."""
 
 import pathlib
+import re
+import shlex
 import shutil
 import signal
 
@@ -9,8 +11,11 @@ import pytest
 
 import main
 from scripts import make_photos
+from tests import helpers
 from tests import runs
 from vqt_jax import errors
+from vqt_jax.config import fields
+from vqt_jax.config import files as config_files
 from vqt_jax.config import resolve
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.training import setup
@@ -98,3 +103,34 @@ def test_a_folder_from_start_to_end(material, photos, tmp_path, capfd):
     found["test_balanced_accuracy"]["mean"]
   )
   assert (tmp_path / "run" / "report.png").exists()
+
+
+def test_the_commands_of_the_docs(photos, tmp_path, monkeypatch, capfd):
+  """Their fields exist, and what they say of a broken file is what is said."""
+  text = (helpers.ROOT / "docs" / "your_images.md").read_text()
+  shell = "".join(re.findall("```sh\n(.*?)```", text, re.DOTALL))
+  commands = [
+    shlex.split(line)[1:]
+    for line in shell.replace("\\\n", " ").splitlines()
+    if "main.py" in line
+  ]
+  assert len(commands) >= 4
+  for _, _, name, *flags in commands:
+    config = config_files.load(name)
+    for flag in flags:
+      if found := re.fullmatch(r"--config\.([\w.]+)=(.*)", flag):
+        value = True if found[2] == "true" else found[2]
+        config[found[1]] = value
+    resolve.resolve(config)
+  for place, value in re.findall(r"`--config\.([\w.]+)=([^`]*)`", text):
+    field = fields.find(place)
+    if field.choices:
+      assert value in field.choices
+  monkeypatch.chdir(photos.parent)
+  assert main.main(commands[0][:-1] + [str(tmp_path / "run")]) == 2
+  said = capfd.readouterr().err
+  bad = re.search("bad .*", said)[0]
+  error = re.search("error: .*", said)[0]
+  size = r"\(\d+ bytes"  # Our ten images of a class are others.
+  for line in (bad, error):
+    assert re.sub(size, "", line) in re.sub(size, "", text)

@@ -32,7 +32,8 @@ _PARTS = {
   "trainval": ("train", "val"),
   "test": ("test",),
 }
-_WORKERS = os.cpu_count() or 1  # Threads: Pillow works without Python's lock.
+# Threads, since Pillow works without Python's lock; some wait for the disk.
+_WORKERS = 2 * (os.cpu_count() or 1)
 _AHEAD = 2  # Batches that are decoded while one is used.
 
 
