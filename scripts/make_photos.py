@@ -1,10 +1,11 @@
 """Makes up photographs to try things with: five shapes before noisy skies.
 
   python scripts/make_photos.py photos
+  python scripts/make_photos.py holdout 1
 
 writes 300 JPEGs, photos/CLASS/NUMBER.jpg, of sizes such as cameras and crops
-have. Four files are such as real folders hold: one is grey, one a PNG with
-alpha, one turned by its EXIF data, and one is broken.
+have; others with another seed. Four files are such as real folders hold: one is
+grey, one a PNG with alpha, one turned by its EXIF data, and one is broken.
 """
 
 import pathlib
@@ -68,4 +69,4 @@ def make(folder: pathlib.Path, per_class: int = 60, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-  make(pathlib.Path(sys.argv[1]))
+  make(pathlib.Path(sys.argv[1]), seed=int((*sys.argv, 0)[2]))
