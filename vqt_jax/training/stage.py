@@ -155,7 +155,7 @@ class ResumePoint:
 
   def __post_init__(self):
     if isinstance(self.progress, dict):
-      self.progress = Progress(**self.progress)
+      self.progress = files.from_json(Progress, self.progress)
 
 
 def packs(stage: Stage, size: int) -> list[Stage]:
