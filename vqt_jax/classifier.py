@@ -100,7 +100,7 @@ class Classifier(sklearn.base.ClassifierMixin, sklearn.base.BaseEstimator):
       task = self._task(images, numbers, folder)
       config = resolve.resolve(self._config())
       with numerics.jax_defaults():
-        run.train(config, folder / "run", console, task)
+        run.run(config, folder / "run", console, task)
       model = model_lib.load(folder / "run")
     chosen = model.info["results"]["chosen"]  # Nothing was left for a test.
     info = model.info | {"results": {"chosen": chosen}}

@@ -184,7 +184,7 @@ def test_nobody_waits_for_steps_just_started(monkeypatch, several):
   stage = stage_lib.Stage("", "", None, (trial.Trial(1.0, 0.0, 0),), "seed")
   due = lambda: len(calls) == 1
   with pytest.raises(preemption.Stopped):
-    loop_lib.train(
+    loop_lib.run_epochs(
       stage,
       source,
       optim.Schedule(9, 0, 1),

@@ -21,7 +21,7 @@ def train(
 
   A finished run gets its picture again if that is missing.
   """
-  results = run.train(config, workdir, console)
+  results = run.run(config, workdir, console)
   run_table.show(console, workdir, results)
   picture = workdir / "report.png"
   with processes.raise_on_all():

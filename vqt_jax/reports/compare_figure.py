@@ -238,26 +238,16 @@ def _words(
   figure: Any, summary: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]
 ) -> None:
   """Write the title, the line below it, and the legend."""
-  figure.suptitle(
-    f"{len(runs)} methods on {summary['task']}\n\n"
-    if len(runs) > 1
-    else f"{summary['task']}\n\n",
-    x=0.01,
-    ha="left",
-    fontsize=14,
-    fontweight="bold",
-    color=style.INK,
-  )
+  methods = f"{len(runs)} methods on " if len(runs) > 1 else ""
   seeds = accuracy_lib.over_seeds([run["test_accuracy"] for run in runs])
   differ = ", ".join(summary["differences"])
-  figure.text(
-    0.01,
-    1 - 0.42 / figure.get_figheight(),
+  style.write_title(
+    figure,
+    f"{methods}{summary['task']}\n\n",
     f"{_backbones(summary)}   {seeds} (bands: 95 % intervals)"
     f"   {summary['device']}"
     + (f"   not all alike in: {differ}" if differ else ""),
-    color=style.FAINT,
-    va="top",
+    1 - 0.42 / figure.get_figheight(),
   )
   there = {kind(run["method"]) for run in runs}
   if len(there) == 1:

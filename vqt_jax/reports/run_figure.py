@@ -31,24 +31,15 @@ def report(results: dict[str, Any], path: str | os.PathLike) -> None:
   for ax in axes[len(panels) :]:
     ax.set_axis_off()
   test = results["test_accuracy"]
-  figure.suptitle(
+  style.write_title(
+    figure,
     f"{style.method_name(results)} on {results['task']}:"
     f" {accuracy_lib.format_mean(test, 1, '±')} %\n",
-    x=0.01,
-    ha="left",
-    fontsize=14,
-    fontweight="bold",
-    color=style.INK,
-  )
-  figure.text(
-    0.01,
-    1 - 0.075 / rows,
     f"95 % interval of {test['images']:,} images:"
     f" {accuracy_lib.format_interval(test)}   {results['backbone']}"
     f"   {results['trained_parameters']:,} trained parameters"
     f"   {results['device']}",
-    color=style.FAINT,
-    va="top",
+    1 - 0.075 / rows,
   )
   figure.get_layout_engine().set(wspace=0.04, hspace=0.06)
   style.save(figure, path)

@@ -64,6 +64,16 @@ def figure_of(width: float, height: float) -> figures.matplotlib.figure.Figure:
   )
 
 
+def write_title(
+  figure: figures.matplotlib.figure.Figure, title: str, below: str, y: float
+) -> None:
+  """Write the title of a figure, and a line that begins at height `y`."""
+  figure.suptitle(
+    title, x=0.01, ha="left", fontsize=14, fontweight="bold", color=INK
+  )
+  figure.text(0.01, y, below, color=FAINT, va="top")
+
+
 def save(
   figure: figures.matplotlib.figure.Figure, path: str | os.PathLike
 ) -> None:

@@ -133,27 +133,17 @@ def _vtab_words(figure: Any, ax: Any, summary: dict[str, Any]) -> None:
   """Write the title, the line below it, and the legend."""
   means, words = summary["means"], vtab_summary.labels(summary)
   method = summary["method"]
-  figure.suptitle(
-    f"{style_lib.METHODS.get(method, method)} on VTAB-1k: "
-    + ", ".join(
-      f"{100 * means[name]['mean']:.1f} % mean of {words[name]}"
-      for name in (vtab_summary.OF_GROUPS, vtab_summary.OF_TASKS)
-    )
-    + "\n",
-    x=0.01,
-    ha="left",
-    fontsize=14,
-    fontweight="bold",
-    color=style_lib.INK,
+  averages = ", ".join(
+    f"{100 * means[name]['mean']:.1f} % mean of {words[name]}"
+    for name in (vtab_summary.OF_GROUPS, vtab_summary.OF_TASKS)
   )
   tests = [task["test_accuracy"] for task in summary["tasks"].values()]
-  figure.text(
-    0.01,
-    0.945,
+  style_lib.write_title(
+    figure,
+    f"{style_lib.METHODS.get(method, method)} on VTAB-1k: {averages}\n",
     f"{summary['backbone']}   {accuracy_lib.over_seeds(tests)}"
     f"   protocol: {summary['protocol']}",
-    color=style_lib.FAINT,
-    va="top",
+    0.945,
   )
   handles = [
     figures.matplotlib.lines.Line2D(

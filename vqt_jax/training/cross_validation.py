@@ -169,16 +169,13 @@ def _wide(
     if not trials:
       continue
     out = stages.run(
-      stage.Stage(
+      stage.settings_stage(
         f"search_{num_queries}",
         "search",
         tuner,
         trials,
-        "setting",
+        ("val", None),
         split="train",
-        judge=("val", None),
-        min_finite=0,
-        keeps_weights=False,
       )
     )
     seconds += out.seconds
@@ -204,16 +201,13 @@ def _cross_validate(
     for tuner in dict.fromkeys(tuner for tuner, _ in finalists):
       trials = tuple(trial for other, trial in finalists if other == tuner)
       out = stages.run(
-        stage.Stage(
+        stage.settings_stage(
           f"fold_{number}_{tuner.num_queries}",
           f"fold {number}",
           tuner,
           trials,
-          "setting",
+          ("trainval", judged),
           rows=rows,
-          judge=("trainval", judged),
-          min_finite=0,
-          keeps_weights=False,
         )
       )
       seconds += out.seconds

@@ -29,14 +29,12 @@ def open_run(
   config: ConfigDict,
   workdir: str,
   coordinator: str | None,
-  num_processes: int | None,
-  process_id: int | None,
-  lost_after: int,
+  *others: int | None,
 ) -> Iterator[tuple[files.Path, TextIO]]:
   """Join the other processes, if any, open the workdir, and open the log.
 
-  Inside, all that libraries print goes to the log. The last four arguments are
-  those of `processes.connect`; coordinator "none": this process is alone.
+  Inside, all that libraries print goes to the log. `coordinator` and `others`
+  are as for `processes.connect`; coordinator "none": this process is alone.
 
   Yields:
     The log file of this process, and the screen.
@@ -48,9 +46,7 @@ def open_run(
   is_alone = coordinator == "none" or (
     coordinator is None and processes.detect_cluster() is None
   )
-  joined = not is_alone and _join(
-    coordinator, num_processes, process_id, lost_after
-  )
+  joined = not is_alone and _join(coordinator, *others)
   with logfile.redirect_output(os.devnull, jax_crash_message()):
     devices.find_devices()  # Before the workdir is touched.
   on_all = processes.raise_on_all if joined else contextlib.nullcontext
@@ -72,12 +68,7 @@ def open_run(
           logs.close()
 
 
-def _join(
-  coordinator: str | None,
-  num_processes: int | None,
-  process_id: int | None,
-  lost_after: int,
-) -> bool:
+def _join(coordinator: str | None, *others: int | None) -> bool:
   """Join the other processes; return whether there are any."""
   hint = ""
   if coordinator is None:  # For example in the shell of a Slurm step.
@@ -92,7 +83,7 @@ def _join(
     logfile.redirect_output(os.devnull, aborted) as screen,
     _notice_if_slow(screen, f"Waiting for the other processes.{hint}"),
   ):
-    return processes.connect(coordinator, num_processes, process_id, lost_after)
+    return processes.connect(coordinator, *others)
 
 
 @contextlib.contextmanager

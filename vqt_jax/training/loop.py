@@ -20,7 +20,7 @@ CALL_SECONDS = 5.0
 GROWTH = 4
 
 
-def train(
+def run_epochs(
   stage: stage_lib.Stage,
   source: batches.Batches,
   schedule: optim.Schedule,

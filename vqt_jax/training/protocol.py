@@ -148,16 +148,14 @@ def search_stage(
     )
     for lr, decay in itertools.product(config.lr, config.weight_decay)
   )
-  return stage_lib.Stage(
+  return stage_lib.settings_stage(
     "search",
     "search",
     tuner,
     trials,
-    "setting",
+    ("val", None),
     split="train",
-    judge=("val", None),
     min_finite=1,
-    keeps_weights=False,
   )
 
 

@@ -27,7 +27,7 @@ from vqt_jax.training import step as step_lib
 from vqt_jax.training import workdir as workdir_lib
 
 
-def train(
+def run(
   config: ml_collections.ConfigDict,
   workdir: files.Path,
   console: console_lib.Console,
@@ -47,14 +47,14 @@ def train(
         opened.enter_context(workdir_lib.open_workdir(config, workdir))
       finished = files.exists(workdir / results_lib.RESULTS)
     if not processes.any_process(finished):
-      return _train(config, workdir, console, task)
+      return _run(config, workdir, console, task)
     with processes.raise_on_all():
       results = results_lib.read(workdir)
     console.note("this run is finished already; it is not done again")
     return results
 
 
-def _train(config, workdir, console, task) -> dict[str, Any]:
+def _run(config, workdir, console, task) -> dict[str, Any]:
   with preemption.StopSignal() as stop:
     started, peak = time.monotonic(), memory.PeakMemory()
     with stop.at_once(), processes.raise_on_all():

@@ -87,6 +87,19 @@ class Stage:
     )
 
 
+def settings_stage(
+  name: str,
+  label: str,
+  tuner: tuner_lib.Tuner,
+  trials: tuple[trial_lib.Trial, ...],
+  judge: tuple[str, np.ndarray | None],
+  **changes: Any,
+) -> Stage:
+  """Return a stage that compares settings, any of which may diverge."""
+  changes = {"min_finite": 0, "keeps_weights": False, **changes}
+  return Stage(name, label, tuner, trials, "setting", judge=judge, **changes)
+
+
 @dataclasses.dataclass
 class StageResult:
   """The result of a stage.

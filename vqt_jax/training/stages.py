@@ -217,7 +217,7 @@ class Stages:
       live = self._examples.is_live(stage.split)
       self._forecast.begin(stage, self._size, self._done, live)
       frozen = tuner_lib.partition(context.params, stage.tuner.shapes())[1]
-      state = loop.train(
+      state = loop.run_epochs(
         stage,
         source,
         schedule,
