@@ -1,5 +1,6 @@
 """Eight fake CPU devices and full float32 products for all tests."""
 
+import fcntl
 import gc
 from importlib import metadata
 import os
@@ -37,14 +38,27 @@ def pytest_collection_finish(session):
   gc.freeze()
 
 
+def _once(tmp_path_factory, name, make):
+  """A folder of that name, made by the first of all workers that needs it."""
+  root = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    root = root.parent
+  folder, made = root / name, root / f"{name}_made"
+  with open(root / f"{name}_lock", "a") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not made.exists():
+      folder.mkdir()
+      make(folder)
+      made.touch()
+  return folder
+
+
 @pytest.fixture(scope="session")
 def material(tmp_path_factory):
   """A folder with what `tests.runs` trains on."""
   from tests import runs
 
-  folder = tmp_path_factory.mktemp("material")
-  runs.make_material(folder)
-  return folder
+  return _once(tmp_path_factory, "material", runs.make_material)
 
 
 @pytest.fixture(scope="session")
@@ -56,12 +70,16 @@ def alone(material, tmp_path_factory):
   """
   from tests import runs
 
-  started = {}
-  for name in ("kept", "device", "stream"):
-    workdir = tmp_path_factory.mktemp(name)
-    changes = {} if name == "kept" else {"data": name}
-    argv = runs.command(material, workdir, **changes)
-    started[name] = workdir, runs.Process(argv)
-  for _, process in started.values():
-    assert process.wait() == 0, process.said()
-  return {name: workdir for name, (workdir, _) in started.items()}
+  names = ("kept", "device", "stream")
+
+  def make(folder):
+    started = []
+    for name in names:
+      changes = {} if name == "kept" else {"data": name}
+      argv = runs.command(material, folder / name, **changes)
+      started.append(runs.Process(argv))
+    for process in started:
+      assert process.wait() == 0, process.said()
+
+  folder = _once(tmp_path_factory, "alone", make)
+  return {name: folder / name for name in names}
