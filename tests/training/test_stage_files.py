@@ -108,3 +108,12 @@ def test_other_weights_are_refused(stage, tmp_path):
     stage_lib.write_result(path, dataclasses.replace(good, variables=variables))
     with pytest.raises(errors.UserError, match="Delete it to do this part"):
       stage_lib.read_result(path, stage)
+
+
+def test_progress_of_other_types_is_refused():
+  good = dataclasses.asdict(stage_lib.Progress(epoch=2, diverged={"1": 0}))
+  point = stage_lib.ResumePoint("seeds", json.loads(json.dumps(good)))
+  assert dataclasses.asdict(point.progress) == good
+  for changes in ({"epoch": "2"}, {"sums": [1]}, {"more": 1}):
+    with pytest.raises(ValueError):
+      stage_lib.ResumePoint("seeds", good | changes)
