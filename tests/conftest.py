@@ -1,5 +1,7 @@
 """Eight fake CPU devices and full float32 products for all tests."""
 
+import fcntl
+import gc
 from importlib import metadata
 import os
 import tempfile
@@ -12,6 +14,8 @@ os.environ["XLA_FLAGS"] = (
 if metadata.version("jaxlib").startswith("0.10."):
   # Four times as fast; later versions have no others, and die at the flag.
   os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+  # Small programs are not worth cutting up for threads.
+  os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 if "PYTEST_XDIST_WORKER" not in os.environ:  # Else it has these already.
   _compiled = tempfile.TemporaryDirectory(prefix="vqt_jax_compiled_")
@@ -25,6 +29,28 @@ import jax
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
+gc.set_threshold(100_000, 50, 100)  # Tracing makes much, and little garbage.
+
+
+def pytest_collection_finish(session):
+  """Spares the garbage collector what was imported."""
+  del session
+  gc.freeze()
+
+
+def _once(tmp_path_factory, name, make):
+  """A folder of that name, made by the first of all workers that needs it."""
+  root = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    root = root.parent
+  folder, made = root / name, root / f"{name}_made"
+  with open(root / f"{name}_lock", "a") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not made.exists():
+      folder.mkdir()
+      make(folder)
+      made.touch()
+  return folder
 
 
 @pytest.fixture(scope="session")
@@ -32,9 +58,7 @@ def material(tmp_path_factory):
   """A folder with what `tests.runs` trains on."""
   from tests import runs
 
-  folder = tmp_path_factory.mktemp("material")
-  runs.make_material(folder)
-  return folder
+  return _once(tmp_path_factory, "material", runs.make_material)
 
 
 @pytest.fixture(scope="session")
@@ -46,12 +70,16 @@ def alone(material, tmp_path_factory):
   """
   from tests import runs
 
-  started = {}
-  for name in ("kept", "device", "stream"):
-    workdir = tmp_path_factory.mktemp(name)
-    changes = {} if name == "kept" else {"data": name}
-    argv = runs.command(material, workdir, **changes)
-    started[name] = workdir, runs.Process(argv)
-  for _, process in started.values():
-    assert process.wait() == 0, process.said()
-  return {name: workdir for name, (workdir, _) in started.items()}
+  names = ("kept", "device", "stream")
+
+  def make(folder):
+    started = []
+    for name in names:
+      changes = {} if name == "kept" else {"data": name}
+      argv = runs.command(material, folder / name, **changes)
+      started.append(runs.Process(argv))
+    for process in started:
+      assert process.wait() == 0, process.said()
+
+  folder = _once(tmp_path_factory, "alone", make)
+  return {name: folder / name for name in names}

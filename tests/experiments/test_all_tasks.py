@@ -1,7 +1,5 @@
 """All tasks in one command, of a table with three tiny ones."""
 
-import itertools
-import os
 import signal
 
 import pytest
@@ -12,11 +10,8 @@ from vqt_jax import data
 from vqt_jax.config import config_dict
 from vqt_jax.data import labels
 from vqt_jax.data import vtab
-from vqt_jax.reports import run_figure
-from vqt_jax.training import stages
 from vqt_jax.training import workdir as workdir_lib
 
-STOPPED = "Stopped and saved; resume with the same command."
 CHANGES = dict(
   task="all",
   splits__train="",
@@ -38,8 +33,8 @@ def squares(name, **changes):
       "builder": "squares:*.*.*",
       "num_classes": runs.CLASSES,
       "splits": {
-        "train": "train[:32]",
-        "val": "train[32:]",
+        "train": "train[:40]",
+        "val": "train[40:]",
         "trainval": "train",
         "test": "test",
       },
@@ -73,24 +68,13 @@ def start(material, capfd):
   return start
 
 
-def terminate(monkeypatch, module, name, call):
-  """Sends SIGTERM to this process when a function is called that often."""
-  original, calls = getattr(module, name), itertools.count(1)
-
-  def wrapped(*args, **kwargs):
-    if next(calls) == call:
-      os.kill(os.getpid(), signal.SIGTERM)
-    return original(*args, **kwargs)
-
-  monkeypatch.setattr(module, name, wrapped)
-
-
 def test_all_tasks(start, table, material, tmp_path, monkeypatch):
   workdir, alone = tmp_path / "all", tmp_path / "alone"
   with monkeypatch.context() as patch:  # When the first task is done.
-    terminate(patch, run_figure, "report", 1)
+    report = "vqt_jax.reports.run_figure:report"
+    runs.signal_on_call(patch.setattr, report, 1, signal.SIGTERM)
     status, said = start(workdir)
-  assert (status, said[-1]) == (75, STOPPED)
+  assert (status, said[-1]) == (75, runs.STOPPED)
   assert said[0] == (
     "missing  1 of 3 tasks are not prepared in"
     f" {material}: eurosat. To add them: python -m vqt_jax.data.prepare"
@@ -101,9 +85,10 @@ def test_all_tasks(start, table, material, tmp_path, monkeypatch):
   assert not (workdir / "kitti" / "metrics.jsonl").exists()
 
   with monkeypatch.context() as patch:  # Within the second.
-    terminate(patch, stages, "_rows", 2)
+    rows = "vqt_jax.training.stages:_rows"
+    runs.signal_on_call(patch.setattr, rows, 2, signal.SIGTERM)
     status, said = start(workdir)
-  assert (status, said[-1]) == (75, STOPPED)
+  assert (status, said[-1]) == (75, runs.STOPPED)
   assert said[1:3] == [
     "task     1 of 2: caltech101 is finished already",
     "task     2 of 2: kitti",

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import signal
 
 import matplotlib.text
 import numpy as np
@@ -13,7 +14,6 @@ from configs import digits
 import main
 from tests import helpers
 from tests import runs
-from tests.experiments import test_all_tasks
 from vqt_jax import compare as compare_compare
 from vqt_jax import data
 from vqt_jax import errors
@@ -24,7 +24,6 @@ from vqt_jax.reports import compare_figure
 from vqt_jax.reports import style
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import memory
-from vqt_jax.training import stages
 
 METHODS = ("linear", "vqt", "lora")
 CHANGES = dict(settings=2, keep_fraction=1.0)
@@ -87,9 +86,10 @@ def test_methods_are_compared(material, tmp_path, monkeypatch, capfd):
   workdir = tmp_path / "all"
   names = ",".join(METHODS)
   with monkeypatch.context() as patch:  # Within the second.
-    test_all_tasks.terminate(patch, stages, "_rows", 10)
+    rows = "vqt_jax.training.stages:_rows"
+    runs.signal_on_call(patch.setattr, rows, 10, signal.SIGTERM)
     status, said = started(material, workdir, capfd, methods=names)
-  assert (status, said[-1]) == (75, test_all_tasks.STOPPED)
+  assert (status, said[-1]) == (75, runs.STOPPED)
   assert said[0] == "method   1 of 3: linear"
   assert (workdir / "linear" / "results.json").exists()
   assert not (workdir / "vqt" / "results.json").exists()

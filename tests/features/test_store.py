@@ -36,6 +36,7 @@ from vqt_jax.training import setup
 COUNT, BATCH = 21, 8
 RECORDS = "vqt_jax.features.store:host_rows"
 MADE_FROM = {"weights": "abc"}
+ONE = {"epochs": 2, "lr": 0.1, "seeds": 7}  # A run of one trial.
 
 
 class Case:
@@ -327,7 +328,7 @@ def run(material, tmp_path_factory):
 
 
 def test_runs_share_features_and_mend_them(run, tmp_path, capfd):
-  run = functools.partial(run, epochs=2, lr=0.1, seeds=7)
+  run = functools.partial(run, **ONE)
   first, said = run(capfd, tmp_path, features="disk")
   (path,) = tmp_path.iterdir()
   assert "48 images x 1.0 KiB = 48.0 KiB in float32, kept in a file" in said
@@ -365,10 +366,10 @@ def test_classes_are_compared(material, tmp_path, monkeypatch, where):
 
   check()
   assert said.getvalue() == ""
-  by_class = {"trainval": np.arange(48) // 16}
+  by_class = {"trainval": np.arange(48) // 20}
   monkeypatch.setattr(data, "load_labels", lambda task, base: by_class[base])
   check()
-  assert "classes  16 of the 16 images of val are of" in said.getvalue()
+  assert "classes  8 of the 8 images of val are of" in said.getvalue()
   assert "train lacks (2)" in said.getvalue()
   # Of much that is read anew every epoch the labels are not read.
   monkeypatch.setattr(examples_lib, "LABEL_BYTES", 0)
@@ -446,30 +447,33 @@ def test_a_folder_that_is_not_for_us_has_no_room(
       disk.folder("")
 
 
-def test_killed_while_extracting(material, tmp_path):
+def test_killed_while_extracting(run, material, tmp_path, capfd, monkeypatch):
   """What was extracted before is not done again, and a full disk is told."""
-  changes = {"features": "disk", "store_dir": tmp_path / "store"}
+  changes = {"features": "disk", "store_dir": tmp_path / "store"} | ONE
   argv = runs.command(material, tmp_path / "run", **changes)
-  killed = runs.Process(argv, signals={RECORDS: (3, signal.SIGKILL)})
+  signals = {RECORDS: (3, signal.SIGKILL)}
+  killed = runs.Process(argv, signals=signals, devices=8)
   assert killed.wait() == -signal.SIGKILL
   (part,) = (tmp_path / "store").iterdir()
   assert part.name.endswith(".part") and part.stat().st_size > 16 * 1000
-  # Only one batch of three is left, so there is no second one to be killed at.
-  process = runs.Process(argv, signals={RECORDS: (2, signal.SIGKILL)})
-  assert process.wait() == 0, process.said()
+  with monkeypatch.context() as patch:
+    # Only one batch of three is left, so there is no second one to stop at.
+    runs.signal_on_call(patch.setattr, RECORDS, 2, signal.SIGTERM)
+    assert main.main(argv) == 0
   (path,) = (tmp_path / "store").iterdir()
-  whole = runs.command(
-    material, tmp_path / "other", **changes | {"store_dir": tmp_path / "again"}
+  again = tmp_path / "again"
+  argv = runs.command(
+    material, tmp_path / "full", **changes | {"store_dir": again}
   )
-  full = runs.Process(whole, largest_file=20000)
+  full = runs.Process(argv, largest_file=20000, devices=8)
   assert full.wait() == 2
   last = full.said().splitlines()[-1]
-  assert last.startswith(f"error: Cannot write {tmp_path / 'again'}")
-  assert not list((tmp_path / "again").iterdir())
-  assert runs.Process(whole).wait() == 0
-  (other,) = (tmp_path / "again").iterdir()
-  assert path.read_bytes() == other.read_bytes()
-  assert runs.bits(tmp_path / "run") == runs.bits(tmp_path / "other")
+  assert last.startswith(f"error: Cannot write {again}")
+  assert not list(again.iterdir())
+  other, _ = run(capfd, again, features="disk", **ONE)
+  (whole,) = again.iterdir()
+  assert path.read_bytes() == whole.read_bytes()
+  assert runs.bits(tmp_path / "run") == runs.bits(other)
 
 
 ROOM = {"device": 100, "host": 1000, "disk": 10_000}

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from benchmarks import cases
+import main
 from tests import helpers
 from tests import runs
 import vqt_jax
@@ -427,7 +428,7 @@ def test_memory_of_a_run_is_foreseen(remat):
   assert not remat or 4 * needed < kept
 
 
-def test_a_run_is_resumed_to_the_bit(material, tmp_path):
+def test_a_run_is_resumed_to_the_bit(material, tmp_path, monkeypatch, capfd):
   """Queries and prompts, through the backbone in every step."""
   changes = dict(
     method="vqt+vpt_deep",
@@ -436,16 +437,21 @@ def test_a_run_is_resumed_to_the_bit(material, tmp_path):
     num_prompts=2,
     remat=True,
   )
-  command = lambda name: runs.command(material, tmp_path / name, **changes)
-  alone = runs.Process(command("alone"))
-  assert alone.wait() == 0, alone.said()
-  train = "vqt_jax.training.step:train_steps"
-  stopped = runs.Process(command("a"), signals={train: (1, signal.SIGTERM)})
-  assert stopped.wait() == 75 and "resume with" in stopped.said()
-  resumed = runs.Process(command("a"))
-  assert resumed.wait() == 0, resumed.said()
-  assert "resume   seeds after epoch 0" in resumed.said()
+
+  def start(name):
+    argv = runs.command(material, tmp_path / name, **changes)
+    return main.main(argv), capfd.readouterr().err
+
+  status, said = start("alone")
+  assert status == 0
+  assert "vqt+vpt_deep changes features in every step" in said
+  assert "vpt_deep 96, queries 3 x 1 x 16, head 64 x 3" in said
+  assert "inputs -1..1 (--config.value_range), tanh GELU" in said
+  with monkeypatch.context() as patch:
+    train = "vqt_jax.training.step:train_steps"
+    runs.signal_on_call(patch.setattr, train, 1, signal.SIGTERM)
+    status, said = start("a")
+  assert status == 75 and "resume with" in said
+  status, said = start("a")
+  assert status == 0 and "resume   seeds after epoch 0" in said
   assert runs.bits(tmp_path / "a") == runs.bits(tmp_path / "alone")
-  assert "vqt+vpt_deep changes features in every step" in alone.said()
-  assert "vpt_deep 96, queries 3 x 1 x 16, head 64 x 3" in alone.said()
-  assert "inputs -1..1 (--config.value_range), tanh GELU" in alone.said()

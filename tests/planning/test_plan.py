@@ -45,7 +45,7 @@ def test_plan_of_this_machine(material, tmp_path, capfd):
   for name in ("extraction", "search", "seeds", "test"):
     assert f"\n{name} " in text
   assert "all-reduce" in text and "verdict  it fits" in text
-  assert "batch    32 images fit: all there are" in text
+  assert "batch    40 images fit: all there are" in text
   assert not (tmp_path / "run").exists()
 
 

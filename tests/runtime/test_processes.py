@@ -233,6 +233,7 @@ def test_what_platforms_tell(monkeypatch, told, installed, found):
     origin=f"{name}.py" if name in installed else None  # None: a folder.
   )
   monkeypatch.setattr(processes_lib.importlib.util, "find_spec", spec)
+  monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)  # Of planning.
   for name, value in told.items():
     monkeypatch.setenv(name, value)
   method = processes_lib.detect_cluster()

@@ -55,7 +55,7 @@ def test_a_search_in_which_all_diverge(material, tmp_path, capfd):
   lr = f"{TOO_HIGH},{TOO_HIGH / 2}"
   assert main.main(command(material, tmp_path, lr=lr)) == 2
   error = capfd.readouterr().err.splitlines()[-1]
-  assert re.search(r"in epoch \d, step \d of 3 .*stage search\)", error)
+  assert re.search(r"in epoch \d, step \d of 4 .*stage search\)", error)
 
 
 def test_inputs_that_are_not_finite(material, tmp_path, capfd):

@@ -18,9 +18,11 @@ from vqt_jax.training import trial
 from vqt_jax.training import trial_memory
 
 TOO_HIGH = 3e38 * 256 / 12  # As a peak rate: the largest float32.
-# Everything a protocol can do, as small as it gets.
+# Everything a protocol can do, as small as it gets: all in one batch, so that
+# one traced program serves the folds and the whole.
 BEST = {
   "protocol": "best",
+  "batch_size": 48,
   "keep_fraction": 0.5,
   "best__num_queries": "1,2",
   "best__keep_fractions": "0.5,0.25",
@@ -143,32 +145,38 @@ def _check_choice(found):
     assert 48 * share == pytest.approx(round(48 * share))
 
 
-def test_the_best_protocol_never_looks_at_the_test_split(
-  material, tmp_path, monkeypatch
-):
+@pytest.fixture(scope="module")
+def best(material, tmp_path_factory):
+  """The workdir of a run that is left alone, and what it did in turn."""
+  events, workdir = [], tmp_path_factory.mktemp("best")
+  with pytest.MonkeyPatch.context() as patch:
+
+    def watch(module, name, what):
+      original = getattr(module, name)
+
+      def watched(*args, **kwargs):
+        events.append(what(args))
+        return original(*args, **kwargs)
+
+      watched.lower = getattr(original, "lower", None)
+      patch.setattr(module, name, watched)
+
+    watch(step_lib, "train_steps", lambda args: "a step")
+    for name in ("load_arrays", "load_labels", "batches", "train_batches"):
+      watch(data, name, lambda args: args[1])
+    assert main.main(runs.command(material, workdir, **BEST)) == 0
+  return workdir, events
+
+
+def test_the_best_protocol_never_looks_at_the_test_split(best):
   """Before the last step of the last training is done."""
-  events = []
-
-  def watch(module, name, what):
-    original = getattr(module, name)
-
-    def watched(*args, **kwargs):
-      events.append(what(args))
-      return original(*args, **kwargs)
-
-    watched.lower = getattr(original, "lower", None)
-    monkeypatch.setattr(module, name, watched)
-
-  watch(step_lib, "train_steps", lambda args: "a step")
-  for name in ("load_arrays", "load_labels", "batches", "train_batches"):
-    watch(data, name, lambda args: args[1])
-  assert main.main(runs.command(material, tmp_path, **BEST)) == 0
+  workdir, events = best
   assert set(events) == {"a step", "trainval", "test"}
   assert events.index("test") > max(
     i for i, event in enumerate(events) if event == "a step"
   )
 
-  found = runs.results(tmp_path)
+  found = runs.results(workdir)
   assert found["best"]["searched"] == 8
   assert sum(f["full"] for f in found["best"]["finalists"]) == 1
   _check_choice(found["best"])
@@ -180,7 +188,7 @@ def test_the_best_protocol_never_looks_at_the_test_split(
   assert found["tested"][-1]["setting"] == found["chosen"]
   seconds = [tested["training_seconds"] for tested in found["tested"]]
   assert seconds[1] > seconds[0] and seconds[2] > found["best"]["seconds"]
-  assert not (tmp_path / "stages").exists()
+  assert not (workdir / "stages").exists()
 
 
 def test_folds_of_what_is_not_kept_are_refused(material, tmp_path, capfd):
@@ -197,16 +205,6 @@ ROWS = "vqt_jax.training.stages:_rows"  # As a stage begins; after each epoch.
 WRITE = "vqt_jax.training.stage:write_result"
 
 
-def _go(material, workdir, moment=None):
-  """Runs, or resumes, until it is killed at the n-th call of a function."""
-  signals = {moment[0]: (moment[1], KILL)} if moment else {}
-  argv = runs.command(material, workdir, checkpoint_seconds=0, **BEST)
-  process = runs.Process(argv, signals=signals)
-  status = process.wait()
-  assert "Traceback" not in process.said()
-  return status, process.said()
-
-
 def _untimed(found):
   """Results without what depends on the process: time and memory."""
   if isinstance(found, dict):
@@ -216,27 +214,26 @@ def _untimed(found):
   return [_untimed(v) for v in found] if isinstance(found, list) else found
 
 
-def test_killed_in_every_kind_of_stage(material, tmp_path):
-  whole, workdir = tmp_path / "whole", tmp_path / "killed"
-  undisturbed = runs.Process(runs.command(material, whole, **BEST))
+def test_killed_in_every_kind_of_stage(material, best, tmp_path):
+  argv = runs.command(material, tmp_path, checkpoint_seconds=0, **BEST)
   was_in = []
-  for moment in (
+  for name, call in (
     (ROWS, 3),  # Of its start and three epochs.
     (WRITE, 3),
     (ROWS, 18),
     (WRITE, 6),
   ):
-    status, said = _go(material, workdir, moment)
-    assert status == -KILL, (moment, said)
-    was_in.append(runs.metrics(workdir)[-1]["phase"])
+    process = runs.Process(argv, devices=8, signals={name: (call, KILL)})
+    status, said = process.wait(), process.said()
+    assert status == -KILL and "Traceback" not in said, (name, call, said)
+    was_in.append(runs.metrics(tmp_path)[-1]["phase"])
   was_in = [name.split("_")[0] for name in was_in]
   assert was_in == ["search", "scores", "fold", "keep"]
 
-  status, said = _go(material, workdir)
-  assert status == 0, said
-  assert undisturbed.wait() == 0, undisturbed.said()
-  assert runs.bits(workdir) == runs.bits(whole)
-  found, expected = runs.results(workdir), runs.results(whole)
+  assert main.main(argv) == 0
+  whole, _ = best
+  assert runs.bits(tmp_path) == runs.bits(whole)
+  found, expected = runs.results(tmp_path), runs.results(whole)
   assert _untimed(found) == _untimed(expected)
 
 

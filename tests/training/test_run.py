@@ -44,7 +44,7 @@ def run(material, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def task(material):
-  splits = {"train": "train[:32]", "val": "train[32:]"}
+  splits = {"train": "train[:40]", "val": "train[40:]"}
   return data.make_task("squares", data_dir=str(material), splits=splits)
 
 
@@ -93,7 +93,7 @@ def test_what_a_run_leaves_behind(run, material):
     for run in range(2)
   ]
   for row in rows:
-    size = 32 if row["phase"] == "search" else 48
+    size = 40 if row["phase"] == "search" else 48
     right = row["accuracy"] * size
     assert right == pytest.approx(round(right))
     assert row["loss"] > 0

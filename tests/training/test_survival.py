@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tensorstore
 
+import main
 from tests import runs
 from vqt_jax import errors
 from vqt_jax.training import checkpoint
@@ -26,18 +27,55 @@ EXTRACT = "vqt_jax.features.store:_writer"
 TRAIN = "vqt_jax.training.step:train_steps"
 EVALUATE = "vqt_jax.training.step:eval_steps"
 REPORT = "vqt_jax.training.results:write"
-STOPPED = "Stopped and saved; resume with the same command."
 RENAME = "os:rename"  # What makes a part of a save, or all of it, count.
+STREAM = {"data": "stream", "batch_size": 16}
 
 
-def go(material, workdir, moment=None, **changes):
-  """Runs, or resumes, until a signal comes at (function, call, signal)."""
-  signals = {moment[0]: moment[1:]} if moment else {}
-  argv = runs.command(material, workdir, checkpoint_seconds=0, **changes)
-  process = runs.Process(argv, signals=signals)
-  status = process.wait()
-  assert "Traceback" not in process.said()
-  return status, process.said()
+def command(material, workdir, **changes):
+  return runs.command(material, workdir, checkpoint_seconds=0, **changes)
+
+
+@pytest.fixture
+def go(material, capfd):
+  """Runs, or resumes, here; until (function, call, signal) asks it to stop.
+
+  Here all is traced already, but nothing can be killed.
+  """
+
+  def go(workdir, moment=None, **changes):
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(loop_lib, "CALL_SECONDS", 1e9)
+      if moment:
+        runs.signal_on_call(patch.setattr, *moment)
+      status = main.main(command(material, workdir, **changes))
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    return status, said
+
+  return go
+
+
+def kill(material, workdir, moment, **changes):
+  """Runs, or resumes, until it is killed at (function, call)."""
+  function, call = moment
+  process = runs.Process(
+    command(material, workdir, **changes),
+    signals={function: (call, KILL)},
+    devices=8,
+  )
+  status, said = process.wait(), process.said()
+  assert status == -KILL and "Traceback" not in said, (moment, said)
+  return said
+
+
+@pytest.fixture(scope="module")
+def undisturbed(material, tmp_path_factory):
+  """Workdirs of runs that are left alone, by where their examples are."""
+  workdirs = {}
+  for name, changes in (("kept", {}), ("stream", STREAM)):
+    workdirs[name] = tmp_path_factory.mktemp(name)
+    assert main.main(runs.command(material, workdirs[name], **changes)) == 0
+  return workdirs
 
 
 def saves(workdir):
@@ -47,53 +85,50 @@ def saves(workdir):
   ]
 
 
-def test_killed_again_and_again(material, alone, tmp_path):
+def test_killed_again_and_again(material, undisturbed, go, tmp_path):
   """At each of these moments in turn, each time started again."""
   for moment in (
-    (EXTRACT, 2, KILL),
-    (TRAIN, 3, KILL),  # While the save after epoch 2 is being written.
-    (RENAME, 2, KILL),
-    (EVALUATE, 1, KILL),  # On val.
-    (TRAIN, 3, KILL),  # Seeds.
-    (RENAME, 2, KILL),
+    (TRAIN, 3),  # While the save after epoch 2 is being written.
+    (RENAME, 2),
+    (EVALUATE, 1),  # On val.
+    (TRAIN, 3),  # Seeds.
   ):
-    assert go(material, tmp_path, moment)[0] == -KILL, moment
-  status, said = go(material, tmp_path, (EVALUATE, 2, KILL))  # On test.
-  assert status == -KILL and "resume   seeds after epoch" in said
-  assert "search" not in said
-  status, said = go(material, tmp_path, (REPORT, 1, KILL))
-  assert status == -KILL and "test     image" in said
+    kill(material, tmp_path, moment)
+  said = kill(material, tmp_path, (EVALUATE, 2))  # On test.
+  assert "resume   seeds after epoch" in said and "search" not in said
+  said = kill(material, tmp_path, (REPORT, 1))
+  assert "test     image" in said
   assert not (tmp_path / "results.json").exists()
-  status, said = go(material, tmp_path)
+  status, said = go(tmp_path)
   assert status == 0 and "seeds    " not in said
-  assert runs.bits(tmp_path) == runs.bits(alone["kept"])
+  assert runs.bits(tmp_path) == runs.bits(undisturbed["kept"])
   assert saves(tmp_path) == list((tmp_path / "checkpoints").iterdir())
 
 
-def test_asked_to_stop(material, alone, tmp_path):
+def test_asked_to_stop(undisturbed, go, tmp_path):
   workdir = tmp_path / "lr=[0.1], é"  # No pattern, and in no other code.
-  status, said = go(material, workdir, (EXTRACT, 2, INT))
-  assert (status, said.splitlines()[-1]) == (75, STOPPED)
+  status, said = go(workdir, (EXTRACT, 2, INT))
+  assert (status, said.splitlines()[-1]) == (75, runs.STOPPED)
   assert not runs.metrics(workdir)
-  status, said = go(material, workdir, (TRAIN, 1, TERM))  # Of a step only.
-  assert (status, said.splitlines()[-1]) == (75, STOPPED)
+  status, said = go(workdir, (TRAIN, 1, TERM))  # Of a step only.
+  assert (status, said.splitlines()[-1]) == (75, runs.STOPPED)
   assert not runs.metrics(workdir)
-  status, said = go(material, workdir, (EVALUATE, 2, TERM))
-  assert (status, said.splitlines()[-1]) == (75, STOPPED)
+  status, said = go(workdir, (EVALUATE, 2, TERM))
+  assert (status, said.splitlines()[-1]) == (75, runs.STOPPED)
   assert "resume   search after epoch 0" in said
-  status, said = go(material, workdir)
+  status, said = go(workdir)
   assert status == 0 and "seeds    " not in said
-  assert runs.bits(workdir) == runs.bits(alone["kept"])
+  assert runs.bits(workdir) == runs.bits(undisturbed["kept"])
 
 
-def test_interrupted_within_an_epoch(material, alone, tmp_path):
+def test_interrupted_within_an_epoch(material, undisturbed, go, tmp_path):
   """Streamed, an epoch is several calls, here of three steps."""
-  status, _ = go(material, tmp_path, (TRAIN, 5, TERM), data="stream")
+  status, _ = go(tmp_path, (TRAIN, 5, TERM), **STREAM)
   assert status == 75
-  status, said = go(material, tmp_path, (TRAIN, 3, KILL), data="stream")
-  assert status == -KILL and "resume   search after epoch 1" in said
-  assert go(material, tmp_path, data="stream")[0] == 0
-  assert runs.bits(tmp_path) == runs.bits(alone["stream"])
+  said = kill(material, tmp_path, (TRAIN, 3), **STREAM)
+  assert "resume   search after epoch 1" in said
+  assert go(tmp_path, **STREAM)[0] == 0
+  assert runs.bits(tmp_path) == runs.bits(undisturbed["stream"])
 
 
 @pytest.mark.parametrize(
@@ -168,22 +203,20 @@ def test_nobody_waits_for_steps_just_started(monkeypatch, several):
     assert saves == [1, 3]
 
 
-def test_a_full_disk(material, alone, tmp_path):
+def test_a_full_disk(material, undisturbed, go, tmp_path):
   """Each time more files fit; in the end all do."""
-  argv = runs.command(material, tmp_path, checkpoint_seconds=0)
+  argv = command(material, tmp_path)
   for size, what in (
     (500, "config.json"),
     (2000, "checkpoints"),
     (12000, "report.png"),
-    (None, ""),
   ):
-    process = runs.Process(argv, largest_file=size)
+    process = runs.Process(argv, devices=8, largest_file=size)
     status, said = process.wait(), process.said().splitlines()
-    if what:
-      assert status == 2 and not any("Traceback" in line for line in said)
-      assert said[-1].startswith(f"error: Cannot write {tmp_path / what}: File")
-  assert status == 0
-  assert runs.bits(tmp_path) == runs.bits(alone["kept"])
+    assert status == 2 and not any("Traceback" in line for line in said)
+    assert said[-1].startswith(f"error: Cannot write {tmp_path / what}: File")
+  assert go(tmp_path)[0] == 0
+  assert runs.bits(tmp_path) == runs.bits(undisturbed["kept"])
 
 
 def test_writes_that_outlive_their_save(monkeypatch):
@@ -204,21 +237,21 @@ def test_writes_that_outlive_their_save(monkeypatch):
   assert not task.done() and not said
 
 
-def test_a_damaged_save(material, alone, tmp_path):
-  assert go(material, tmp_path, (TRAIN, 8, KILL))[0] == -KILL  # Of the seeds.
+def test_a_damaged_save(undisturbed, go, tmp_path):
+  assert go(tmp_path, (TRAIN, 8, TERM))[0] == 75  # Of the seeds.
   last = max(saves(tmp_path), key=lambda path: int(path.name))
   for file in (last / "state").rglob("*"):
     if file.is_file() and file.stat().st_size > 100:
       file.write_bytes(file.read_bytes()[:-20])
   before = runs.files(tmp_path / "checkpoints")
-  status, said = go(material, tmp_path)
+  status, said = go(tmp_path)
   assert status == 2 and said.startswith("vqt on squares")
   assert f"error: Cannot read {last}: " in said
   assert "Delete that folder to resume from the save before it." in said
   assert runs.files(tmp_path / "checkpoints") == before
   shutil.rmtree(last)
-  assert go(material, tmp_path)[0] == 0
-  assert runs.bits(tmp_path) == runs.bits(alone["kept"])
+  assert go(tmp_path)[0] == 0
+  assert runs.bits(tmp_path) == runs.bits(undisturbed["kept"])
 
 
 @pytest.mark.parametrize("name", ["[a-c]*?", "x:y,z=#%20 {é}|'&", "~"])
