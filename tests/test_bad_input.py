@@ -350,9 +350,9 @@ MISTAKES = (
   begun("Is a directory", a_folder, "run/metrics.jsonl"),
   begun("Cannot write run/tensorboard: ", a_file, "run/tensorboard"),
   begun("run/checkpoints: File exists", a_file, "run/checkpoints"),
-  begun("Delete it to do this part again", halved, "run/stages/seeds*"),
-  begun("Delete it to do this part again", empty, "run/stages/seeds*"),
-  begun("Delete it to do this part again", no_outcome, "run/stages/seeds*"),
+  begun("the same command repeats this stage", halved, "run/stages/seeds*"),
+  begun("the same command repeats this stage", empty, "run/stages/seeds*"),
+  begun("the same command repeats this stage", no_outcome, "run/stages/seeds*"),
   begun("expected weights", other_weights, "run/stages/seeds*"),
   *(
     begun("resume from the save before it", spoil, SAVE + path)

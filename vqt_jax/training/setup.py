@@ -218,7 +218,7 @@ def _describe(context: RunContext) -> list[str]:
   shapes = f"head {tuner.num_features:,} x {tuner.num_classes}"
   if tuner.has_queries:
     shapes = f"queries {c.depth} x {tuner.num_queries} x {c.width}, {shapes}"
-  elif tuner.window > 1:
+  elif tuner.reader.window:
     count = c.num_tokens // tuner.window
     shapes += f" (of {c.depth} blocks {count} x {tuner.window} tokens each)"
   if tuner.editor:
