@@ -52,6 +52,7 @@ def close(found, expected, tolerance=12):
     ("PNG", "I;16", 0x28FF, 0xC800, ((40,) * 3, (200,) * 3)),
     ("WEBP", "RGBA", (*RED, 255), (*BLUE, 0), (RED, WHITE)),
     ("BMP", "RGB", RED, BLUE, (RED, BLUE)),
+    ("AVIF", "RGB", RED, BLUE, (RED, BLUE)),
     ("TIFF", "CMYK", (0, 255, 255, 0), (255, 255, 0, 0), (RED, BLUE)),
     ("TIFF", "I;16", 0x28FF, 0xC800, ((40,) * 3, (200,) * 3)),
   ],
@@ -81,8 +82,9 @@ def test_the_first_frame_is_taken(kind):
   assert close(colours(decoding.decode(content)), [RED] * 3)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_sets_an_image_upright(orientation):
+def test_exif_orientation_sets_an_image_upright(orientation, kind):
   upright = np.zeros((4, 8, 3), np.uint8)
   upright[0, 0], upright[0, -1], upright[-1, 0] = RED, BLUE, WHITE
   # What a camera stores, so that the tag's instructions undo it.
@@ -98,7 +100,7 @@ def test_exif_orientation_sets_an_image_upright(orientation):
   ][orientation - 1](upright)
   exif = PIL.Image.Exif()
   exif[0x0112] = orientation
-  content = encode(np.ascontiguousarray(stored), "PNG", exif=exif)
+  content = encode(np.ascontiguousarray(stored), kind, exif=exif)
   np.testing.assert_array_equal(decoding.decode(content), upright)
 
 

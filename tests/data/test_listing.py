@@ -79,10 +79,12 @@ ROWS = [("a/1.jpg", "7"), ("ü b.jpg", "katze, grau")]
 
 
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
-@pytest.mark.parametrize("suffix", [".csv", ".TSV", ".jsonl"])
-def test_tables_of_every_kind(tmp_path, suffix, mark):
+@pytest.mark.parametrize(
+  "suffix, comma",
+  [(".csv", ","), (".csv", ";"), (".TSV", "\t"), (".jsonl", "")],
+)
+def test_tables_of_every_kind(tmp_path, suffix, comma, mark):
   fill(tmp_path, *(name for name, _ in ROWS))
-  comma = "," if suffix == ".csv" else "\t"
   text = f"file{comma}Label\r\n" + "".join(
     f'{name}{comma}"{label}"\r\n' for name, label in ROWS
   )

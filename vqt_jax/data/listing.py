@@ -217,6 +217,9 @@ def _read_table(
   if not delimiter:
     rows = list(_json_rows(table, text))
     return list(dict.fromkeys(key for _, row in rows for key in row)), rows
+  header = text.partition("\n")[0]
+  if delimiter == "," and "," not in header and ";" in header:
+    delimiter = ";"  # As spreadsheets write where the comma is decimal.
   reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
   try:
     columns = [name.strip() for name in next(reader, [])]

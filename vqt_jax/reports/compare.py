@@ -33,6 +33,7 @@ SETUP = {
   "image_size": "image size",
   "value_range": "value range",
   "resize": "resize",
+  "fit": "fit",
   "weights": "weights",
   "pool_type": "pooling",
   "gelu": "GELU",
@@ -183,6 +184,7 @@ def _setup(results: Mapping[str, Any]) -> dict[str, str | None]:
     **results,
     **splits,
     "image_size": size and "x".join(map(str, size)),
+    "fit": results.get("fit", "squash"),  # The only one of earlier versions.
     "dataset": examples.get("dataset"),
     "num_classes": examples.get("num_classes"),
     "data_sha256": examples.get("sha256"),

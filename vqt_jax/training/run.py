@@ -78,7 +78,9 @@ def _run(config, workdir, console, task) -> dict[str, Any]:
         planned = protocol.planned(config, context.tuner)
         with processes.raise_on_all():
           forecast = forecast_lib.Forecast(context, examples, planned)
-        if isinstance(context.task, data.FileTask):
+          resumed = bool(files.list_names(workdir / "stages"))
+        is_own = isinstance(context.task, data.FileTask)
+        if is_own and not processes.any_process(resumed):
           forecast.tell_before()
         stages = stages_lib.Stages(
           context, examples, saver, metrics, stop, peak, forecast
