@@ -279,7 +279,7 @@ MISTAKES = (
   setting(
     "is read anew every epoch", data="stream", protocol="best", batch_size=16
   ),
-  setting("There is not enough memory", image_size=4_000_000),
+  setting("has more than 131,072 4x4 patches", image_size=4_000_000),
   # Data.
   setting("config.task is empty", task=""),
   setting("Nearest names: 'squares'", task="sqares"),
@@ -437,6 +437,16 @@ def test_bad_input(case, material, killed, tmp_path, monkeypatch, capfd):
   assert {path: after.get(path) for path in before} == before
   new = {pathlib.Path(path).name for path in set(after) - set(before)}
   assert new <= {"backbone.json", "config.json", "metrics.jsonl"}
+
+
+def test_too_little_memory(material, tmp_path, monkeypatch, capfd):
+  def full(*args):
+    raise MemoryError("Unable to allocate 9 TiB")
+
+  monkeypatch.setattr("vqt_jax.training.setup.prepare", full)
+  assert main.main(runs.command(material, tmp_path)) == 2
+  told = "error: There is not enough memory: Unable to allocate 9 TiB. Lower"
+  assert told in capfd.readouterr().err
 
 
 def test_there_are_enough_of_them():
