@@ -1,6 +1,6 @@
 """Damages files of every kind at random, reads them, and counts what happens.
 
-  python -m benchmarks.mutate_files [--mutants 20000] [--seconds 3000]
+  python -m benchmarks.mutate_files [--mutants 20000] [--kind tuned/]
 
 A mutant is a small set of good files of which one was changed: bits, bytes and
 blocks, or what a parser sees (names, numbers, types, sizes, nesting), or the
@@ -44,7 +44,6 @@ import vqt_jax
 from vqt_jax import checkpoints
 from vqt_jax import errors
 from vqt_jax import results as results_lib
-from vqt_jax import tuned
 from vqt_jax.config import config_dict
 from vqt_jax.features import disk
 from vqt_jax.features import store
@@ -62,6 +61,7 @@ from vqt_jax.training import metrics
 from vqt_jax.training import stage as stage_lib
 from vqt_jax.training import trial as trial_lib
 from vqt_jax.training import workdir
+from vqt_jax.tuned import bundle
 
 MEMORY = 1 << 30  # Bytes that a reader may take, above what it begins with.
 HANG_SECONDS = 20
@@ -207,19 +207,31 @@ def read_safetensors(folder):
 def write_tuned(folder):
   checkpoints.save_npz(folder / "vit.npz", backbone())
   loaded = vqt_jax.load_backbone(folder / "vit.npz")
-  variables = jax.tree.map(lambda x: x[0], tuned_variables(1))
-  mask = np.zeros(tuner().num_features, np.float32)
-  mask[[1, 4, 5]] = 1
-  tuned.save(
-    folder / "tuned", str(folder / "vit.npz"), loaded, tuner(), variables, {},
-    feature_mask=mask,
+  mask = np.zeros((2, tuner().num_features), np.float32)
+  mask[:, [1, 4, 5]] = 1
+  info = {
+    "task": "shapes",
+    "classes": ["a", "b", "c"],
+    "preprocessing": {
+      "image_size": [8, 8], "value_range": "-1..1", "fit": "squash",
+    },
+    "seeds": [1, 2],
+    "results": {"chosen": {"lr": 0.1}},
+  }  # fmt: skip
+  bundle.write(
+    folder / "tuned", str(folder / "vit.npz"), loaded, tuner(),
+    tuned_variables(2), info, mask,
   )  # fmt: skip
   shutil.move(folder / "vit.npz", folder.parent / "vit.npz")  # Stays good.
 
 
 def read_tuned(folder):
-  found = tuned.load(folder / "tuned", folder.parent / "vit.npz")
-  return found.variables, dataclasses.astuple(found.tuner.options)
+  found = vqt_jax.load(folder / "tuned", folder.parent / "vit.npz")
+  return (
+    found.variables,
+    found.classes,
+    dataclasses.astuple(found.tuner.options),
+  )
 
 
 def rows(phase, epochs):
@@ -543,6 +555,11 @@ def mutate(folder: pathlib.Path, rng: random.Random) -> str:
     replace(path, rng)
   else:
     path.write_bytes(way(content, rng))
+    if path.name == bundle.WEIGHTS and rng.random() < 0.8:
+      info = path.with_name(bundle.INFO)
+      told = json.loads(info.read_bytes())
+      told["weights_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+      info.write_text(json.dumps(told))
   return f"{way.__name__} {path.relative_to(folder)}"
 
 
@@ -575,7 +592,7 @@ def outside(root: pathlib.Path) -> dict[str, int]:
   }
 
 
-def read_mutants(root, seed, numbers, connection) -> None:
+def read_mutants(root, kinds, seed, numbers, connection) -> None:
   """Reads mutants in this process; sends (number, kind, way, end, peak)."""
   size = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
   limit = size * resource.getpagesize() + MEMORY
@@ -583,14 +600,15 @@ def read_mutants(root, seed, numbers, connection) -> None:
   os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
   warnings.simplefilter("ignore")  # Two parts of a zip file have one name.
   folder, good = root / "mutant", {}
-  for name, kind in KINDS.items():
+  for name in kinds:
+    kind = KINDS[name]
     shutil.copytree(root / name.replace("/", ""), folder)
     good[name] = digest(kind.read(folder))
     shutil.rmtree(folder)
   beside = outside(root)
   for number in numbers:
     rng = random.Random(f"{seed} {number}")
-    name = rng.choice(list(KINDS))
+    name = rng.choice(kinds)
     shutil.copytree(root / name.replace("/", ""), folder)
     way = mutate(folder, rng)
     connection.send((number, name, way, None, 0))
@@ -608,20 +626,23 @@ def read_mutants(root, seed, numbers, connection) -> None:
     shutil.rmtree(folder)
 
 
-def run(mutants: int, seconds: float, seed: int) -> list[tuple]:
+def run(
+  mutants: int, seconds: float, seed: int, kinds: tuple[str, ...] = (*KINDS,)
+) -> list[tuple]:
   """Reads mutants; returns (number, kind, way, how it ended, peak) of each."""
   ends, context = [], multiprocessing.get_context("spawn")
   until = time.monotonic() + seconds
   with tempfile.TemporaryDirectory(prefix="mutants_") as place:
     root = pathlib.Path(place)
-    for name, kind in KINDS.items():
+    for name in kinds:
+      kind = KINDS[name]
       (root / name.replace("/", "")).mkdir()
       kind.write(root / name.replace("/", ""))
     while len(ends) < mutants and time.monotonic() < until:
       ours, theirs = context.Pipe()
       numbers = range(len(ends), mutants)
       process = context.Process(
-        target=read_mutants, args=(root, seed, numbers, theirs)
+        target=read_mutants, args=(root, kinds, seed, numbers, theirs)
       )
       process.start()
       theirs.close()
@@ -675,8 +696,10 @@ def main() -> int:
   parser.add_argument("--mutants", type=int, default=20_000)
   parser.add_argument("--seconds", type=float, default=3000)
   parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--kind", action="append", choices=KINDS)
   args = parser.parse_args()
-  ends = run(args.mutants, args.seconds, args.seed)
+  kinds = tuple(args.kind or KINDS)
+  ends = run(args.mutants, args.seconds, args.seed, kinds)
   return 0 if report(ends) and len(ends) == args.mutants else 1
 
 

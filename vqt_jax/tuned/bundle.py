@@ -48,15 +48,6 @@ WEIGHTS, INFO, CARD = "model.safetensors", "bundle.json", "README.md"
 # Files of one seed, as versions before 0.3 wrote them, in `tuned/seed_SEED`.
 _OLD_WEIGHTS, _OLD_INFO = "variables.safetensors", "info.json"
 
-# Fields of a tuner that `bundle.json` keeps; with `options`.
-_TUNER_FIELDS = (
-  "method",
-  "num_queries",
-  "normalize",
-  "combine",
-  "target_size",
-)
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bundle:
@@ -114,8 +105,11 @@ def write(
   info = {
     "format": FORMAT,
     "program": f"vqt_jax {version.__version__}",
-    "tuner": {name: getattr(tuner, name) for name in _TUNER_FIELDS}
-    | {"options": dataclasses.asdict(tuner.options)},
+    "tuner": {
+      name: value
+      for name, value in dataclasses.asdict(tuner).items()
+      if name not in ("config", "num_classes")
+    },
     "backbone": {
       "source": files.path(path).name
       if path
@@ -247,7 +241,11 @@ def _read_old(folders: list[files.Path]) -> Bundle:
           "value_range": backbone["value_range"],
           "resize": info.get("resize", "bilinear"),
         },
-        "tuner": {name: info[name] for name in _TUNER_FIELDS if name in info}
+        "tuner": {
+          name: info[name]
+          for name in ("method", "num_queries", "normalize", "combine")
+        }
+        | {name: info[name] for name in ("target_size",) if name in info}
         | {"options": info.get("options", {})},
         "backbone": backbone,
         "results": {"chosen": info.get("chosen", {})},
