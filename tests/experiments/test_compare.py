@@ -129,7 +129,8 @@ def test_methods_are_compared(material, tmp_path, monkeypatch, capfd):
   # what only other methods use.
   before = runs.files(workdir / "vqt")
   status, said = started(material, workdir, capfd, methods="vqt,linear", rank=2)
-  assert status == 0 and said[:2] == [
+  assert status == 0 and said[:3] == [
+    "note     rank is not used by vqt, linear",
     "method   1 of 2: vqt is finished already",
     "method   2 of 2: linear is finished already",
   ]
