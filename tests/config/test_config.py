@@ -135,7 +135,7 @@ def test_a_preset_leaves_what_is_asked_for_and_is_applied_once():
     ({"batch_size": 0}, "config.batch_size: expected at least 1"),
     ({"query_dropout": 1.0}, "expected 0 to 0.99, found 1.0"),
     ({"lr": (float("nan"),)}, "config.lr: expected at least 0, found nan"),
-    ({"lr": (0.0, 0.1)}, "with a rate of 0 nothing is trained"),
+    ({"lr": (0.0, 0.1)}, "0 stands for the published rates"),
     ({"lr": ()}, "config.lr: expected numbers separated by commas"),
     ({"lr": ("a",)}, "found ('a',)"),
     ({"weight_decay": (-1.0,)}, "config.weight_decay: expected at least 0"),

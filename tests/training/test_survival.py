@@ -272,7 +272,9 @@ def test_saves_in_a_folder_of_any_name(tmp_path, monkeypatch, name):
 
 def test_saves_of_another_program_are_told(tmp_path):
   (tmp_path / "100" / "default").mkdir(parents=True)
-  with pytest.raises(errors.UserError, match="100 is no save of this program"):
+  with pytest.raises(
+    errors.UserError, match="100 is not a training checkpoint"
+  ):
     checkpoint.Checkpointer(tmp_path, 0)
 
 

@@ -69,12 +69,13 @@ def _check_numbers(config: ConfigDict) -> None:
     is_rate = name == "lr" or name.startswith("reader_lr.")
     if is_rate and 0 in rates and len(rates) > 1:
       raise errors.UserError(
-        f"config.{name}={rates}: with a rate of 0 nothing is trained."
+        f"config.{name}={rates}: 0 stands for the published rates, so it cannot"
+        " be one of several."
       )
   if 0 in config.keep_fraction and len(config.keep_fraction) > 1:
     raise errors.UserError(
-      f"config.keep_fraction={config.keep_fraction}: with a fraction of 0 no"
-      " feature is left."
+      f"config.keep_fraction={config.keep_fraction}: 0 stands for the default"
+      " fraction, so it cannot be one of several."
     )
 
 

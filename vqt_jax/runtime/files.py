@@ -338,7 +338,7 @@ def _explain_errors(
       raise
     if in_bucket(place):  # Any of the libraries on the way may have failed.
       reason, advice = first_line(e), bucket_advice(e)
-      advice = advice or "When that is mended, the same command resumes."
+      advice = advice or "Once that is corrected, the same command resumes."
     elif isinstance(e, OSError):
       reason, advice = f"{e.strerror or e}.", ""
       if verb == "write":

@@ -71,8 +71,8 @@ class Checkpointer:
       save = self._directory / str(number)
       if not files.exists(save / "progress"):  # Orbax would delete it.
         raise errors.UserError(
-          f"{save} is no save of this program. Move it elsewhere, or choose"
-          " another --workdir."
+          f"{save} is not a training checkpoint of vqt_jax. Move it elsewhere,"
+          " or choose another --workdir."
         )
 
   def due(self) -> bool:
@@ -150,7 +150,7 @@ class Checkpointer:
         if not processes.is_connected():
           raise
         raise errors.UserError(
-          "Another process of this run could not save; see what it says."
+          "Another process of this run could not save; see its message."
         ) from e
       except Exception as e:
         failure = _failure(e)

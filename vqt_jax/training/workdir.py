@@ -84,17 +84,18 @@ def _config_of(workdir: files.Path) -> dict[str, Any] | None:
     except errors.UserError as e:
       raise errors.UserError(f"{e} {other}") from e
     if not isinstance(config, dict) or not _OF_CONFIGS <= config.keys():
-      raise errors.UserError(f"{path} is no config of this program. {other}")
+      raise errors.UserError(f"{path} was not written by vqt_jax. {other}")
     if not _ROW.startswith(metrics.metrics_bytes(workdir)[: len(_ROW)]):
       raise errors.UserError(
-        f"{workdir / 'metrics.jsonl'} is not of this program. {other}"
+        f"{workdir / 'metrics.jsonl'} was not written by vqt_jax. {other}"
       )
     return config
   for name in sorted(_CLAIMED.intersection(files.list_names(workdir))):
     place = workdir / name
     if files.list_names(place) or place.is_file():
       raise errors.UserError(
-        f"{place} is there, but no config.json of the run it is of. {other}"
+        f"{place} is there, but no config.json, so it was not written by"
+        f" vqt_jax. {other}"
       )
   return None
 
