@@ -119,10 +119,12 @@ def _training(ax: Any, results: dict[str, Any]) -> None:
 
 
 def _test(ax: Any, results: dict[str, Any]) -> None:
-  """Draw test accuracy of every seed, their mean and standard deviation."""
+  """Draw test accuracy of every seed, of all together, mean and spread."""
   test = results["test_accuracy"]
-  values = list(test["per_seed"].values())
-  x = np.arange(len(values))
+  shown = dict(test["per_seed"])
+  if together := results.get("test_ensemble_accuracy"):
+    shown["together"] = together["mean"]
+  values, x = list(shown.values()), np.arange(len(shown))
   std = accuracy_lib.spread(test) or 0.0
   ax.axhspan(
     test["mean"] - std,
@@ -132,7 +134,9 @@ def _test(ax: Any, results: dict[str, Any]) -> None:
     linewidth=0,
   )
   ax.axhline(test["mean"], color=style.COLOURS[0], linewidth=1.5)
-  ax.plot(x, values, "o", color=style.COLOURS[0], markersize=8)
+  count = len(test["per_seed"])
+  ax.plot(x[:count], values[:count], "o", color=style.COLOURS[0], markersize=8)
+  ax.plot(x[count:], values[count:], "D", color=style.COLOURS[1], markersize=8)
   for i, value in enumerate(values):
     above = value >= test["mean"]
     ax.annotate(
@@ -144,7 +148,7 @@ def _test(ax: Any, results: dict[str, Any]) -> None:
       color=style.INK,
       va="bottom" if above else "top",
     )
-  ax.set_xticks(x, test["per_seed"])
+  ax.set_xticks(x, shown)
   spread = max(np.ptp(values), 2 * std, 0.01)
   middle = test["mean"]
   ax.set_ylim(middle - 1.3 * spread, min(middle + 1.3 * spread, 1.01))
