@@ -38,6 +38,13 @@ def pytest_collection_finish(session):
   gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs():
+  """Forgets them after each module, which would add up to gigabytes."""
+  yield
+  jax.clear_caches()
+
+
 def _once(tmp_path_factory, name, make):
   """A folder of that name, made by the first of all workers that needs it."""
   root = tmp_path_factory.getbasetemp()

@@ -1,5 +1,7 @@
 """The estimator of scikit-learn."""
 
+import pickle
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -59,6 +61,29 @@ def test_files_and_arrays_train_alike(trained, make, squares, tmp_path):
   )
 
 
+def test_images_are_upright_in_training_too(trained, make, squares, tmp_path):
+  """As they are when they are predicted."""
+  x, y = squares
+  exif = PIL.Image.Exif()
+  exif[0x0112] = 3  # Upside down.
+  turned = []
+  for i, each in enumerate(x):
+    image = PIL.Image.fromarray(np.ascontiguousarray(each[::-1, ::-1]))
+    image.save(tmp_path / f"{i}.png", exif=exif)
+    turned.append(PIL.Image.open(tmp_path / f"{i}.png"))
+  found = make().fit(turned, y)
+  np.testing.assert_array_equal(
+    found.predict_proba(turned), trained.predict_proba(x)
+  )
+
+
+def test_grey_images_and_numbers(make, squares):
+  x, y = squares
+  found = make(lr=1.0, seeds=3, epochs=1).fit(x[..., 0], y == "red")
+  assert found.predict(x[..., 0]).dtype == bool
+  assert pickle.loads(pickle.dumps(found)).predict_proba(x).shape == (36, 2)
+
+
 def test_what_is_saved_is_loaded(trained, squares, tmp_path):
   x, _ = squares
   trained.save(tmp_path / "model")
@@ -88,11 +113,12 @@ def test_scikit_learn_takes_it(make, squares):
     ([], [], "at least two classes, found none"),
     (np.zeros((4, 8, 8, 3), np.uint8), [0] * 4, "two classes, found 0"),
     (np.zeros((4, 8, 8, 3), np.uint8), [0, 1], "expected 4 labels"),
+    (np.zeros((4, 8, 8, 3), np.uint8), [0, "a", None, 1], "labels that can be"),
     (np.zeros((4, 8, 8, 3)), [0, 0, 1, 1], "found float64"),
     (
-      ["none.png"] * 4,
+      list("abcd"),
       [0, 0, 1, 1],
-      "4 of 4 images cannot be used, such as .*none.png: there",
+      "4 of 4 images cannot be used, such as .*/a: there is no such file",
     ),
   ],
 )

@@ -44,7 +44,7 @@ def start(place, monkeypatch, capsys):
 
   def start(*arguments):
     status = evaluate.main(["evaluate", *arguments])
-    return status, capsys.readouterr().err
+    return status, "".join(capsys.readouterr())
 
   return start
 

@@ -167,6 +167,35 @@ def test_pipes_and_folders_are_no_images(start, place):
   assert "pipe or device" in rows[0]["error"] and rows[1]["error"] == ""
 
 
+def test_names_that_are_not_utf8(start, place, tmp_path):
+  name = os.fsencode(tmp_path) + b"/\xff.png"
+  with open(name, "wb") as file:
+    file.write((place / NAMES[0]).read_bytes())
+  for suffix in ("csv", "jsonl"):
+    output = tmp_path / f"out.{suffix}"
+    status, *_ = start("vqt", os.fsdecode(name), f"--output={output}")
+    assert status == 0
+  assert name + b"," in (tmp_path / "out.csv").read_bytes()
+  assert json.loads(output.read_text())["image"] == os.fsdecode(name)
+
+
+@pytest.mark.parametrize(
+  "error, status, words",
+  [
+    (OSError(28, "No space left on device"), 2, "Cannot write x.csv: No space"),
+    (KeyboardInterrupt(), 130, "Interrupted; all rows that are done"),
+  ],
+)
+def test_ends_in_the_middle(start, monkeypatch, error, status, words):
+  def fail(*args):
+    raise error
+
+  monkeypatch.setattr(predict, "best", fail)
+  found, _, said = start("vqt", NAMES[0], "--output=x.csv")
+  os.remove("x.csv")
+  assert found == status and words in said
+
+
 def test_help(capsys):
   assert predict.main(["predict", "--help"]) == 0
   assert "vqt-jax predict runs/photos new/" in capsys.readouterr().out

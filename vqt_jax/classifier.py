@@ -16,6 +16,7 @@ import sklearn.utils.validation
 from vqt_jax import errors
 from vqt_jax.config import config_dict
 from vqt_jax.config import resolve
+from vqt_jax.data import decoding
 from vqt_jax.data import division
 from vqt_jax.data import image_files
 from vqt_jax.data import listing
@@ -32,7 +33,8 @@ _SHIPPED = pathlib.Path(__file__).parent / "assets" / "fashion_vit.npz"
 class Classifier(sklearn.base.ClassifierMixin, sklearn.base.BaseEstimator):
   """A classifier of images: a frozen ViT, and what is trained on it.
 
-  X are images as `vqt_jax.Model` takes them: paths, PIL images or uint8 arrays.
+  X are n images: paths, PIL images, or uint8 arrays, also (n, height, width)
+  and (n, height, width, channels).
 
   Attributes:
     model_: the trained `vqt_jax.Model`.
@@ -87,44 +89,54 @@ class Classifier(sklearn.base.ClassifierMixin, sklearn.base.BaseEstimator):
       UserError: an image cannot be read, a class has too few of them, or a
         setting makes no sense.
     """
-    images, y = list(inputs.split(X)), np.asarray(y)
+    images, y = list(inputs.split(_with_channels(X))), np.asarray(y)
     if y.shape != (len(images),):
       raise errors.UserError(
-        f"y: expected {len(images)} labels, one for each image, found shape"
-        f" {y.shape}."
+        f"y: expected {len(images)} labels, one for each image in X, found"
+        f" shape {y.shape}."
       )
-    self.classes_, numbers = np.unique(y, return_inverse=True)
+    try:
+      classes, numbers = np.unique(y, return_inverse=True)
+    except TypeError as e:
+      raise errors.UserError(
+        "y: expected labels that can be sorted, such as numbers or names; some"
+        f" are missing or of different types: {e}."
+      ) from e
     console = console_lib.Console(None if self.verbose else io.StringIO())
     with tempfile.TemporaryDirectory(prefix="vqt_jax_") as scratch:
       folder = pathlib.Path(scratch)
-      task = self._task(images, numbers, folder)
+      task = self._task(images, numbers, tuple(map(str, classes)), folder)
       config = resolve.resolve(self._config())
       with numerics.jax_defaults():
         run.run(config, folder / "run", console, task)
       model = model_lib.load(folder / "run")
     chosen = model.info["results"]["chosen"]  # Nothing was left for a test.
     info = model.info | {"results": {"chosen": chosen}}
+    self.classes_ = classes
     self.model_ = dataclasses.replace(model, info=info)
     return self
 
   def _config(self) -> config_dict.Config:
     config = config_dict.default_config()
-    config.init = os.fspath(self.backbone or _SHIPPED)
+    config.init = self.backbone or str(_SHIPPED)
     config.method = self.method
     config.image_size = self.image_size or (224 if self.backbone else 28)
-    config.lr, config.weight_decay = tuple(self.lr), tuple(self.weight_decay)
-    config.epochs, config.seeds = self.epochs, tuple(self.seeds)
+    config.lr, config.weight_decay = self.lr, self.weight_decay
+    config.epochs, config.seeds = self.epochs, self.seeds
     config.update(self.options or {})
     return config
 
   def _task(
-    self, images: list[Any], numbers: np.ndarray, folder: pathlib.Path
+    self,
+    images: list[Any],
+    numbers: np.ndarray,
+    names: tuple[str, ...],
+    folder: pathlib.Path,
   ) -> image_files.FileTask:
     """Make a task of images; those that are no files are written to a folder.
 
     Its test split is its val split: nothing is held out.
     """
-    names = tuple(map(str, self.classes_))
     if len(set(names)) < 2:
       raise errors.UserError(
         f"y: expected at least two classes, found {', '.join(names) or 'none'}."
@@ -163,7 +175,7 @@ class Classifier(sklearn.base.ClassifierMixin, sklearn.base.BaseEstimator):
   def predict_proba(self, X: Any) -> np.ndarray:
     """Probabilities of the classes, (n, classes)."""
     sklearn.utils.validation.check_is_fitted(self)
-    return self.model_.predict_proba(X)
+    return self.model_.predict_proba(_with_channels(X))
 
   def predict(self, X: Any) -> np.ndarray:
     """The most probable labels, (n,)."""
@@ -182,8 +194,13 @@ def _as_file(image: Any, path: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(image).absolute()
   if isinstance(image, bytes):
     path.write_bytes(image)
-  elif isinstance(image, PIL.Image.Image):
-    image.save(path)
   else:
-    inputs.to_pillow(image).save(path)
+    if not isinstance(image, PIL.Image.Image):
+      image = inputs.to_pillow(image)
+    PIL.Image.fromarray(decoding.decode(image)).save(path)
   return path
+
+
+def _with_channels(X: Any) -> Any:
+  """Return an array of grey images (n, height, width) as (n, ..., 1)."""
+  return X[..., None] if getattr(X, "ndim", 0) == 3 else X

@@ -5,9 +5,12 @@
 and `python -m vqt_jax.evaluate` with the same arguments: the workdir of a
 finished run, or a bundle (its tuned/), and the images: a folder with a folder
 per class, a table (.csv, .tsv, .jsonl) of paths and labels, or the name of a
-task, such as digits or the run's own, of which the split "test" is taken.
+task, such as digits. Of a task, and of the images that the run itself divided,
+the split "test" is taken; else all images.
 
---split NAME     train, val or test, where the images are divided
+--split NAME     train, val, trainval or test, where the images are divided
+--image_key, --label_key, --split_key NAME
+                 columns of a table, if their names are not usual
 --output FOLDER  evaluation.json, per_class.csv, confusion.csv and .png,
                  predictions.csv, calibration.png; default: prints tables only
 --backbone FILE  the backbone, if it is elsewhere than in training
@@ -19,9 +22,10 @@ Exit status: 0, 1 if an image could not be read, 2 if there is something to
 correct.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import itertools
 import os
+import pathlib
 import sys
 from typing import Any
 
@@ -42,6 +46,7 @@ from vqt_jax.tuned import model as model_lib
 USAGE = (
   "Usage: RUN IMAGES [--split NAME] [--output FOLDER] (--help tells more)."
 )
+_COLUMNS = ("image_key", "label_key", "split_key")  # Of a table.
 _MOST_NAMED = 5
 
 
@@ -50,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
   logfile.reopen_closed_streams()
   values = flags.FlagValues()
   flags.DEFINE_enum("split", None, data.SPLITS, "", flag_values=values)
-  for text in ("output", "backbone", "data_dir"):
+  for text in ("output", "backbone", "data_dir", *_COLUMNS):
     flags.DEFINE_string(text, None, "", flag_values=values)
   flags.DEFINE_boolean("help", False, "", short_name="h", flag_values=values)
   try:
@@ -69,10 +74,14 @@ def main(argv: Sequence[str]) -> int:
         values.output,
         values.backbone,
         values.data_dir,
+        **{name: values[name].value or "" for name in _COLUMNS},
       )
   except (errors.UserError, flags.Error) as e:
     print(f"error: {e}", file=sys.stderr)
     return 2
+  except KeyboardInterrupt:
+    print("Interrupted; nothing is written.", file=sys.stderr)
+    return 130
 
 
 def evaluate(
@@ -82,15 +91,23 @@ def evaluate(
   output: str | None = None,
   backbone: str | None = None,
   data_dir: str | None = None,
+  **columns: str,
 ) -> int:
   """Judge a run, see the top of this file; return the exit status."""
   console = console_lib.Console()
+  if output and os.path.isfile(output):
+    raise errors.UserError(f"--output {output}: expected a folder.")
   model = model_lib.load(run, backbone)
-  if os.path.exists(os.path.expanduser(place)):
-    answers, total = _of_files(model, place, split)
+  looks_like_path = os.sep in place or pathlib.Path(place).suffix
+  is_path = os.path.exists(os.path.expanduser(place)) or looks_like_path
+  config = _config(run)
+  own = config and _same_place(config["task"], place)
+  if is_path and not own:
+    answers, total = _of_files(model, place, split, columns)
   else:
-    task = _find_task(run, place, data_dir)
+    task = _find_task(config if own else {}, place, data_dir)
     answers, total = _of_task(model, task, split or "test")
+    console.note(f"{task.name}, split {split or 'test'}", "images")
   rows, found, labels, bad = [], [], [], 0
   with console.progress("images", total, "image") as line:
     for number, (name, label, answer) in enumerate(answers, 1):
@@ -117,7 +134,7 @@ def evaluate(
   )
   if bad:
     console.note(f"{bad} of {total} images could not be read", "bad")
-  evaluation.show(console, summary)
+  evaluation.show(console_lib.Console(sys.stdout), summary)
   if output:
     evaluation.write(console, summary, rows, files.path(output))
   return 1 if bad else 0
@@ -127,12 +144,16 @@ Answers = Iterator[tuple[str, int, np.ndarray | errors.UserError]]
 
 
 def _of_files(
-  model: model_lib.Model, place: str, split: str | None
+  model: model_lib.Model,
+  place: str,
+  split: str | None,
+  columns: Mapping[str, str],
 ) -> tuple[Answers, int]:
   """Answer the images of a folder or table: (name, label, answer), number."""
-  found = listing.list_labelled(place)
+  found = listing.list_labelled(place, **columns)
   if split:
-    found = [each for each in found if each.split == split]
+    parts = ("train", "val") if split == "trainval" else (split,)
+    found = [each for each in found if each.split in parts]
     if not found:
       raise errors.UserError(f"{place} has no images of a split {split!r}.")
   labels = _labels(model, [each.label for each in found], place)
@@ -152,17 +173,31 @@ def _failed(answer: Any) -> bool:
   return isinstance(answer, errors.UserError)
 
 
-def _find_task(run: str, name: str, data_dir: str | None) -> data.Task:
-  """Return a task by name: the run's own one with the splits of the run."""
-  options = {}
+def _config(run: str) -> dict[str, Any]:
+  """Return the config of a run; {} of a bundle that is elsewhere."""
   path = files.path(run) / "config.json"
-  if files.exists(path):
-    config = files.read_json(path)
-    if config["task"] == name:
-      options = {k: config[k] for k in fields.TASK_FIELDS if k in config}
+  config = files.read_json(path) if files.exists(path) else {}
+  return config if isinstance(config.get("task"), str) else {}
+
+
+def _same_place(task: str, place: str) -> bool:
+  """Return whether two tasks are one, by name or by path."""
+  if task == place:
+    return True
+  a, b = (os.path.expanduser(each) for each in (task, place))
+  return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
+
+
+def _find_task(
+  config: Mapping[str, Any], name: str, data_dir: str | None
+) -> data.Task:
+  """Return a task by name; that of a run's config with the run's splits."""
+  options = {k: config[k] for k in fields.TASK_FIELDS if k in config}
   if data_dir:
     options["data_dir"] = data_dir
-  task = data.make_task(name, **options)
+  task = data.make_task(config.get("task", name), **options)
+  if config.get("skip_bad"):
+    task = data.leave_out(task, data.find_faults(task))
   data.check_prepared(task)
   return task
 

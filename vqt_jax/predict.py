@@ -70,6 +70,13 @@ def main(argv: Sequence[str]) -> int:
   except BrokenPipeError:  # Of `| head`. Python would complain at its end.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+  except OSError as e:
+    place = values.output or "standard output"
+    print(f"error: Cannot write {place}: {e.strerror}.", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print("Interrupted; all rows that are done are written.", file=sys.stderr)
+    return 130
 
 
 def predict(
@@ -86,7 +93,7 @@ def predict(
   models = model_lib.load(runs, backbone)
   names = list(find_images(rest))
   if not names:
-    raise errors.UserError(f"There is no image in {', '.join(rest)}.")
+    raise errors.UserError("No path of an image came on standard input.")
   draw = Attention(models, attention) if attention else None
   started, bad = time.monotonic(), 0
   with open_output(output) as out:
@@ -104,7 +111,10 @@ def predict(
         draw(number, name)
   seconds = time.monotonic() - started
   faults = f"; {bad} could not be read" if bad else ""
-  print(f"{len(names):,} images in {seconds:.1f} s{faults}", file=sys.stderr)
+  plural = "s" if len(names) > 1 else ""
+  print(
+    f"{len(names):,} image{plural} in {seconds:.1f} s{faults}", file=sys.stderr
+  )
   return 1 if bad else 0
 
 
@@ -128,7 +138,8 @@ def find_images(arguments: Iterable[str]) -> Iterator[str]:
   for argument in arguments:
     path = os.path.expanduser(argument)
     if argument == "-":
-      yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
+      lines = (line.rstrip("\r\n").lstrip("\ufeff") for line in sys.stdin)
+      yield from (os.path.expanduser(line) for line in lines if line.strip())
     elif os.path.isdir(path):
       found = listing.find_images(path)
       if not found:
@@ -157,13 +168,17 @@ def best(
 def open_output(output: str | None) -> Iterator[IO[str]]:
   """Open the file to write to, or standard output."""
   if output is None:
+    if hasattr(sys.stdout, "reconfigure"):  # Names of files as they came.
+      sys.stdout.reconfigure(errors="surrogateescape")
     yield sys.stdout
     return
   if pathlib.Path(output).suffix not in (".csv", ".jsonl"):
     raise errors.UserError(f"--output {output}: expected *.csv or *.jsonl.")
   path = files.path(output)
   with files.explain_write_errors(path):
-    opened = open(path, "w", encoding="utf-8", newline="")
+    opened = open(
+      path, "w", encoding="utf-8", errors="surrogateescape", newline=""
+    )
   with opened:
     yield opened
 
@@ -179,7 +194,7 @@ def row_writer(
       row = {"image": image} | ({"model": run} if several else {})
       top = [{"label": label, "probability": p} for label, p in classes]
       row |= {"error": error} if error else {"top": top}
-      out.write(json.dumps(row, ensure_ascii=False) + "\n")
+      out.write(json.dumps(row) + "\n")
       out.flush()
 
     return write_json
@@ -228,7 +243,7 @@ class Attention:
       shown.append(np.clip(image * std + mean, 0, 1))
       (label,) = model.predict(image[None])
       labels.append(label if len(self._models) == 1 else f"{run}: {label}")
-    file = self._folder / f"{number}_{pathlib.PurePath(name).stem}.png"
+    file = self._folder / f"{number}_{pathlib.PurePath(name).stem[:80]}.png"
     attention_figure.attention(np.stack(shown), np.stack(maps), labels, file)
 
 

@@ -1,5 +1,7 @@
 """What answers are worth: the numbers of scikit-learn, and calibration."""
 
+import csv
+
 import numpy as np
 import pytest
 import sklearn.metrics
@@ -72,6 +74,21 @@ def test_a_temperature_is_found_again(answers):
 def test_one_image_is_enough():
   found = evaluation.summarize(np.eye(2)[:1], np.array([0]), ("a", "b"))
   assert found["accuracy"] == 1 and found["calibration"]["ece"] == 0
+
+
+def test_names_of_classes_and_files_of_any_kind(answers, tmp_path):
+  p, labels = answers
+  names = ("true class", 'a,"b"', "日本", "never")
+  summary = evaluation.summarize(p, labels, names)
+  rows = [{"image": "\udcff.png", "label": "日本"}]
+  evaluation.write(console_lib.Console(), summary, rows, tmp_path)
+  with open(tmp_path / "confusion.csv", encoding="utf-8", newline="") as file:
+    table = list(csv.reader(file))
+  assert table[0] == ["true class", *names]
+  assert [row[0] for row in table[1:]] == list(names)
+  assert len(table[1]) == 5
+  content = (tmp_path / "predictions.csv").read_bytes()
+  assert content.split(b"\n")[1].startswith(b"\xff.png,")
 
 
 def test_what_is_written(answers, tmp_path, capsys):

@@ -227,13 +227,13 @@ def test_streaming_shows_every_example_once_an_epoch(
   material, task, tmp_path, monkeypatch
 ):
   seen = []
-  on_devices = batches_lib.chunk_of_batch
+  on_devices = batches_lib.call_of_batch
 
   def watch(batch, mesh):
     seen.append(batch)
     return on_devices(batch, mesh)
 
-  monkeypatch.setattr(batches_lib, "chunk_of_batch", watch)
+  monkeypatch.setattr(batches_lib, "call_of_batch", watch)
   changes = dict(data="stream", batch_size=16, lr=0.1)
   assert main.main(runs.command(material, tmp_path, **changes)) == 0
   size = {"image_size": 8, "value_range": "-1..1"}

@@ -90,7 +90,7 @@ def test_other_numbers_are_refused(stage, tmp_path, changes):
   for told in (info | changes, json.dumps(info | changes)):
     content = array_files.to_safetensors(flat, {"outcome": told})
     (tmp_path / "seeds.safetensors").write_bytes(content)
-    with pytest.raises(errors.UserError, match="Delete it to do this part"):
+    with pytest.raises(errors.UserError, match="the same command repeats"):
       stage_lib.read_result(tmp_path / "seeds.safetensors", stage)
 
 
@@ -106,7 +106,7 @@ def test_other_weights_are_refused(stage, tmp_path):
     )
     variables = {**good.variables, "head": head}
     stage_lib.write_result(path, dataclasses.replace(good, variables=variables))
-    with pytest.raises(errors.UserError, match="Delete it to do this part"):
+    with pytest.raises(errors.UserError, match="the same command repeats"):
       stage_lib.read_result(path, stage)
 
 

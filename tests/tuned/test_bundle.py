@@ -155,6 +155,15 @@ def test_a_later_format(made):
     {"backbone": "vit.npz"},
     {"preprocessing": {}},
     {"preprocessing": {"image_size": "x", "value_range": 1, "resize": 2}},
+    {"preprocessing": {"image_size": [12, 12], "value_range": "-1..1", "x": 1}},
+    {"preprocessing": {"image_size": [1.5, 12], "value_range": "-1..1"}},
+    {
+      "preprocessing": {
+        "image_size": [12, 12],
+        "value_range": "-1..1",
+        "fit": "zoom",
+      }
+    },
     {"results": 3},
   ],
   ids=str,

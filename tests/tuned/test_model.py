@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +129,8 @@ def test_few_sizes_are_compiled_and_no_image_is_lost(model, count, monkeypatch):
     (None, "found NoneType"),
     (np.zeros((4, 4, 2), np.uint8), r"found uint8 \(4, 4, 2\)"),
     (np.zeros((4, 4, 3), np.int32), r"found int32 \(4, 4, 3\)"),
+    (np.zeros((0, 4, 3), np.uint8), r"found uint8 \(0, 4, 3\)"),
+    (np.array("x.png"), "found <U5"),
     (np.zeros((2, 4, 4, 3), np.float32), r"expected floats \(B, 12, 12, 3\)"),
     (np.full((2, 12, 12, 3), 255.0), "found 255 to 255"),
     ("none.png", "none.png: there is no such file"),
@@ -150,6 +153,17 @@ def test_attention_of_every_seed(model):
   helpers.assert_close(one[0], weights[1], 1e-6)
   with pytest.raises(vqt_jax.UserError, match="linear has no queries"):
     make_model("linear").attention(images)
+
+
+def test_no_image_has_no_attention(model):
+  assert model.attention([]).shape == (2, 1, 0, 2, 1, 10)
+
+
+def test_a_model_that_was_used_is_pickled(model, pictures):
+  paths, _ = pictures
+  expected = model.logits(paths)
+  again = pickle.loads(pickle.dumps(model))
+  np.testing.assert_array_equal(again.logits(paths), expected)
 
 
 def test_one_seed_is_folded_at_a_time():
@@ -192,7 +206,7 @@ def test_models_that_cannot_answer_together(tmp_path):
     helpers.write_bundle(tmp_path / name, tmp_path / f"{name}.npz", made)
   made.info["preprocessing"]["resize"] = "legacy"
   helpers.write_bundle(tmp_path / "c", tmp_path / "b.npz", made)
-  for pair, words in (("ab", "other weights|images of"), ("bc", "preproc")):
+  for pair, words in (("ab", "trained on image_size"), ("bc", "preproc")):
     with pytest.raises(vqt_jax.UserError, match=words):
       vqt_jax.load([tmp_path / name for name in pair])
   with pytest.raises(vqt_jax.UserError, match="at least one path"):
@@ -236,6 +250,42 @@ def test_a_backbone_that_has_moved(tmp_path, monkeypatch):
   for given in (None, "vit.npz", other):
     with pytest.raises(vqt_jax.UserError, match="trained on other weights"):
       vqt_jax.load("bundle", backbone=given)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [{"pool_type": "mae"}, {"gelu": "exact"}, {"dtype": "bfloat16"}],
+  ids=str,
+)
+def test_a_backbone_that_is_set_up_otherwise(tmp_path, changes):
+  """It would answer with other numbers, alone or for several models."""
+  made = make_model()
+  vqt_jax.save_npz(tmp_path / "vit.npz", made.backbone)
+  helpers.write_bundle(tmp_path / "a", tmp_path / "vit.npz", made)
+  other = vqt_jax.load_backbone(tmp_path / "vit.npz", image_size=12, **changes)
+  tuner = vqt_jax.make_tuner("vqt", other, CLASSES)
+  seeds = [tuner.init(jax.random.key(seed)) for seed in range(2)]
+  made = helpers.tuned_model(other, tuner, *seeds)
+  helpers.write_bundle(tmp_path / "b", tmp_path / "vit.npz", made)
+  ((name, value),) = changes.items()
+  with pytest.raises(
+    vqt_jax.UserError, match=f"b was trained on {name} {value}"
+  ):
+    vqt_jax.load([tmp_path / "a", tmp_path / "b"])
+  with pytest.raises(vqt_jax.UserError, match=f"a was trained on {name} "):
+    vqt_jax.load(tmp_path / "a", backbone=other)
+  assert vqt_jax.load(tmp_path / "b").backbone.config == other.config
+
+
+def test_a_config_of_something_else_is_passed_over(tmp_path):
+  made = make_model()
+  folder = tmp_path / "a" / "bundle"
+  vqt_jax.save_npz(tmp_path / "vit.npz", made.backbone)
+  helpers.write_bundle(folder, tmp_path / "vit.npz", made)
+  os.rename(tmp_path / "vit.npz", folder / "vit.npz")
+  for content in ("{", "[]", '{"init": 3}'):
+    (tmp_path / "a" / "config.json").write_text(content)
+    assert vqt_jax.load(folder).num_seeds == 2
 
 
 def test_a_bundle_opens_no_place_of_its_choice(tmp_path, monkeypatch):

@@ -147,7 +147,7 @@ def show(console: console_lib.Console, summary: Mapping[str, Any]) -> None:
       "balanced",
       "macro F1",
       "calibration error",
-      f"with temperature {scaled['value']:.2f}",
+      "with a temperature",
     ],
     [
       [
@@ -157,7 +157,7 @@ def show(console: console_lib.Console, summary: Mapping[str, Any]) -> None:
         percent(summary["balanced_accuracy"]),
         percent(summary["macro_f1"]),
         percent(summary["calibration"]["ece"]),
-        percent(scaled["ece"]),
+        f"{percent(scaled['ece'])} (T = {scaled['value']:.2f})",
       ]
     ],
   )
@@ -205,13 +205,13 @@ def write(
   """
   names = [each["class"] for each in summary["per_class"]]
   confusion = [
-    {"true class": name, **dict(zip(names, map(int, row)))}
-    for name, row in zip(names, summary["confusion"])
+    [name, *map(int, row)] for name, row in zip(names, summary["confusion"])
   ]
+  cells = lambda table: [list(table[0]), *(list(x.values()) for x in table)]
   for name, table in (
-    ("per_class.csv", summary["per_class"]),
-    ("confusion.csv", confusion),
-    ("predictions.csv", rows),
+    ("per_class.csv", cells(summary["per_class"])),
+    ("confusion.csv", [["true class", *names], *confusion]),
+    ("predictions.csv", cells(rows)),
   ):
     files.write(output / name, _to_csv(table))
   files.write_json(output / "evaluation.json", summary)
@@ -228,15 +228,10 @@ def write(
   )
 
 
-def _to_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+def _to_csv(rows: Sequence[Sequence[Any]]) -> bytes:
   text = io.StringIO()
-  writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-  writer.writeheader()
+  writer = csv.writer(text, lineterminator="\n")
   for row in rows:
-    writer.writerow(
-      {
-        name: "" if isinstance(x, float) and math.isnan(x) else x
-        for name, x in row.items()
-      }
-    )
-  return text.getvalue().encode()
+    nan = lambda x: isinstance(x, float) and math.isnan(x)
+    writer.writerow(["" if nan(x) else x for x in row])
+  return text.getvalue().encode(errors="surrogateescape")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from typing import Any
+import warnings
 
 from vqt_jax.reports import figures
 from vqt_jax.runtime import files
@@ -85,5 +86,7 @@ def save(
     ax.set_axisbelow(True)
     ax.title.set_color(INK)
   content = io.BytesIO()
-  figure.savefig(content, format="png")
+  with warnings.catch_warnings():  # Of letters that the font lacks.
+    warnings.filterwarnings("ignore", "Glyph .* missing")
+    figure.savefig(content, format="png")
   files.write(files.path(path), content.getvalue())

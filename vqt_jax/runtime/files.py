@@ -307,7 +307,12 @@ def write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
       write(new / name, content)
     if place.is_dir():  # Not a file.
       place.rename(old)
-    new.rename(place)
+    try:
+      new.rename(place)
+    except OSError:
+      if old.is_dir():
+        old.rename(place)
+      raise
     remove_folder(old)
 
 

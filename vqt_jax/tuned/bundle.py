@@ -14,6 +14,7 @@ the machine that trained it.
 from collections.abc import Mapping
 import dataclasses
 import hashlib
+import pathlib
 from typing import Any
 
 import flax.traverse_util
@@ -155,7 +156,10 @@ def find(place: PathLike) -> files.Path:
 
 def is_model(place: PathLike) -> bool:
   """Return whether `find` finds a bundle there."""
-  return _find(files.path(place)) is not None
+  try:
+    return _find(files.path(place)) is not None
+  except errors.UserError:
+    return False
 
 
 def _find(place: files.Path) -> files.Path | None:
@@ -212,7 +216,10 @@ def _parse(content: bytes, path: files.Path) -> dict[str, Any]:
 
 
 def _old_seeds(folder: files.Path) -> list[files.Path]:
-  """Return the folders of seeds that earlier versions wrote: it, or in it."""
+  """Return folders of single seeds, as earlier versions wrote them.
+
+  A folder of a seed itself, or those in it.
+  """
   if files.exists(folder / _OLD_INFO):
     return [folder]
   names = [n for n in files.list_names(folder) if n.startswith("seed_")]
@@ -247,7 +254,12 @@ def _read_old(folders: list[files.Path]) -> Bundle:
         }
         | {name: info[name] for name in ("target_size",) if name in info}
         | {"options": info.get("options", {})},
-        "backbone": backbone,
+        "backbone": {
+          **backbone,
+          "source": pathlib.PurePath(backbone["source"]).name
+          if checkpoints.find_name(backbone["source"]) is None
+          else backbone["source"],
+        },
         "results": {"chosen": info.get("chosen", {})},
       },
     )

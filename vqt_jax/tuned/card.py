@@ -1,7 +1,6 @@
 """The model card of a bundle, README.md."""
 
 from collections.abc import Mapping
-import json
 import re
 from typing import Any
 
@@ -24,7 +23,7 @@ It needs the backbone `{source}`, which is not in here.
 ```python
 import vqt_jax
 
-model = vqt_jax.load("this/folder", backbone={quoted})
+model = vqt_jax.load("this/folder")  # or, backbone="where {source} is"
 model.predict(["image.jpg"])
 ```
 
@@ -59,7 +58,6 @@ def model_card(info: Mapping[str, Any]) -> str:
     program=info["program"],
     seeds=f"{len(seeds)} seed{'s' * (len(seeds) > 1)}",
     source=" ".join(backbone["source"].replace("`", "'").split()),
-    quoted=json.dumps(backbone["source"]),
     accuracy=_accuracy(info["results"]),
     setting=_setting(info["results"].get("chosen", {})),
     images=f"{size} px ({how}), scaled to {preprocessing['value_range']}",
@@ -83,10 +81,10 @@ def _accuracy(results: Mapping[str, Any]) -> str:
 
 
 def _setting(chosen: Mapping[str, Any]) -> str:
+  numbers = {k: x for k, x in chosen.items() if isinstance(x, int | float)}
+  text = lambda x: str(x).lower() if isinstance(x, bool) else f"{x:g}"
   return ", ".join(
-    f"{name.replace('_', ' ')} {value:g}"
-    for name, value in chosen.items()
-    if isinstance(value, int | float)
+    f"{k.replace('_', ' ')} {text(x)}" for k, x in numbers.items()
   )
 
 

@@ -1,6 +1,7 @@
 """Finds the backbone that a bundle was trained on."""
 
 from collections.abc import Iterator, Mapping
+import contextlib
 import pathlib
 from typing import Any
 
@@ -10,6 +11,12 @@ from vqt_jax.models import backbone as backbone_lib
 from vqt_jax.runtime import files
 
 _ASSETS = pathlib.Path(__file__).parents[1] / "assets"
+
+
+_ADVICE = (
+  "Name the one that it was trained on: vqt_jax.load(path, backbone=...), or"
+  " --backbone on a command line."
+)
 
 
 def find(
@@ -23,12 +30,9 @@ def find(
     given: a `Backbone`, or its source; None: it is looked for.
 
   Raises:
-    UserError: it is not found, has other weights, or is of another
-      architecture.
+    UserError: it is not found, has other weights, or is set up otherwise.
   """
   recorded, preprocessing = info["backbone"], info["preprocessing"]
-  if isinstance(given, backbone_lib.Backbone):
-    return _checked(given, folder, info)
   settings = {
     name: recorded[name]
     for name in ("trained_size", "pool_type", "gelu", "dtype")
@@ -38,21 +42,32 @@ def find(
     name: preprocessing[name] for name in ("image_size", "value_range")
   }
   if given is not None:
-    found = checkpoints.load_backbone(given, **settings)
-    return _checked(found, folder, info)
+    found = given
+    if not isinstance(given, backbone_lib.Backbone):
+      found = checkpoints.load_backbone(given, **settings)
+    if problem := _difference(found, recorded, settings):
+      raise errors.UserError(f"{folder} was trained on {problem}. {_ADVICE}")
+    return found
   problems = []
   for source in _places(folder, recorded["source"]):
     try:
       found = checkpoints.load_backbone(source, **settings)
-      return _checked(found, folder, info)
     except errors.UserError as e:
       problems.append(str(e))
-  looked = f" {problems[-1]}" if problems else ""
+      continue
+    problem = _difference(found, recorded, settings)
+    if not problem:
+      return found
+    problems.append(f"It was trained on {problem}.")
   raise errors.UserError(
-    f"{folder} needs the backbone that it was trained on, ViT-"
-    f"{recorded['variant']} {recorded['source']!r}, which is not at hand."
-    f"{looked} Name it: vqt_jax.load(path, backbone=...), or --backbone on a"
-    " command line."
+    " ".join(
+      [
+        f"{folder} needs the backbone that it was trained on, ViT-"
+        f"{recorded['variant']} {recorded['source']!r}, which is not at hand.",
+        *problems[-1:],
+        _ADVICE,
+      ]
+    )
   )
 
 
@@ -63,10 +78,10 @@ def _places(folder: files.Path, source: str) -> Iterator[str]:
   elsewhere cannot make this machine fetch what it likes.
   """
   for parent in (folder.parent, folder.parent.parent):
-    if files.exists(parent / "config.json"):
-      init = files.read_json(parent / "config.json").get("init")
-      if isinstance(init, str):
-        yield init
+    with contextlib.suppress(errors.UserError):  # Of another program.
+      config = files.read_json(parent / "config.json")
+      if isinstance(config, dict) and isinstance(config.get("init"), str):
+        yield config["init"]
   if checkpoints.find_name(source):
     yield source
   elif "://" not in source:
@@ -76,21 +91,23 @@ def _places(folder: files.Path, source: str) -> Iterator[str]:
         yield path
 
 
-def _checked(
-  backbone: backbone_lib.Backbone, folder: files.Path, info: Mapping[str, Any]
-) -> backbone_lib.Backbone:
-  """Return a backbone if it is the one that a bundle was trained on."""
-  expected = info["backbone"].get("sha256")
-  if expected not in (None, backbone.identity):
-    raise errors.UserError(
-      f"{folder} was trained on other weights than {backbone.source} has. Name"
-      " those it was trained on: vqt_jax.load(path, backbone=...), or"
-      " --backbone on a command line."
-    )
-  size = tuple(info["preprocessing"]["image_size"])
-  if backbone.config.image_size != size:
-    raise errors.UserError(
-      f"{folder} was trained on images of {size}, and {backbone} is for others:"
-      f" expected load_backbone(..., image_size={size})."
-    )
-  return backbone
+def _difference(
+  backbone: backbone_lib.Backbone,
+  recorded: Mapping[str, Any],
+  settings: Mapping[str, Any],
+) -> str | None:
+  """Return how a backbone differs from the recorded one, if it does."""
+  if recorded.get("sha256") not in (None, backbone.identity):
+    return f"other weights than {backbone.source or 'these'} has"
+  c = backbone.config
+  found = {
+    "image_size": list(c.image_size),
+    "value_range": backbone.value_range,
+    "pool_type": c.pool_type,
+    "gelu": c.gelu,
+    "dtype": c.dtype,
+  }
+  for name, value in found.items():
+    if name in settings and settings[name] not in (value, tuple(c.image_size)):
+      return f"{name} {settings[name]}, and {backbone!r} has {value}"
+  return None

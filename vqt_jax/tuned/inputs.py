@@ -40,10 +40,15 @@ def make_prepare(
   Raises:
     UserError: a name is unknown, or the size is impossible.
   """
-  if not fit:
-    preprocess = preprocess_lib.make_preprocess(
-      tuple(image_size), value_range, resize
+  if fit and fit not in decoding.FITS:
+    raise errors.unknown_name("fit", fit, decoding.FITS)
+  if value_range not in backbone_lib.VALUE_RANGES:
+    raise errors.unknown_name(
+      "value_range", value_range, backbone_lib.VALUE_RANGES
     )
+  image_size = preprocess_lib.checked_size(tuple(image_size))
+  if not fit:
+    preprocess = preprocess_lib.make_preprocess(image_size, value_range, resize)
     return lambda image: np.asarray(preprocess(decoding.decode(_file(image))))
   return lambda image: decoding.scale(
     decoding.read(_file(image), image_size, fit), value_range
@@ -66,8 +71,10 @@ def to_pillow(image: Any) -> PIL.Image.Image:
   image = np.asarray(image)
   if image.ndim == 3 and image.shape[-1] == 1:
     image = image[..., 0]
-  if image.dtype != np.uint8 or not (
-    image.ndim == 2 or image.ndim == 3 and image.shape[-1] in (3, 4)
+  if (
+    not image.size
+    or image.dtype != np.uint8
+    or not (image.ndim == 2 or image.ndim == 3 and image.shape[-1] in (3, 4))
   ):
     raise errors.UserError(f"{_EXPECTED}, found {image.dtype} {image.shape}.")
   return PIL.Image.fromarray(image)
@@ -141,7 +148,7 @@ def split(x: Any) -> Iterable[Any]:
     return [x]
   if hasattr(x, "__array__"):
     x = np.asarray(x)
-    return x if x.ndim == 4 or x.dtype.kind in "OU" else [x]
+    return x if x.ndim == 4 or x.ndim and x.dtype.kind in "OU" else [x]
   if isinstance(x, Iterable):
     return x
   raise errors.UserError(f"{_EXPECTED}, found {type(x).__name__}.")

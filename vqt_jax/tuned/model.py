@@ -103,6 +103,9 @@ class Model:
       np.asarray(run(images))[:, :, :count]
       for images, count in self._batches(x)
     ]
+    c = self.tuner.config
+    none = (0, c.num_heads, self.tuner.num_queries, c.num_tokens)
+    parts.append(np.zeros((self.num_seeds, c.depth, *none), np.float32))
     return np.concatenate(parts, axis=2)
 
   def check_has_queries(self) -> None:
@@ -115,6 +118,12 @@ class Model:
 
   def _batches(self, x: Any) -> Iterator[tuple[np.ndarray, int]]:
     return inputs.batches(x, self.prepare, self.backbone)
+
+  def __getstate__(self) -> dict[str, Any]:
+    """All but what is made again when it is used."""
+    return {
+      name: value for name, value in vars(self).items() if name != "prepare"
+    }
 
   @functools.cached_property
   def prepare(self) -> inputs.Prepare:
@@ -146,10 +155,11 @@ class Model:
     if seed not in seeds:
       raise errors.unknown_name("seed", str(seed), map(str, seeds))
     i = seeds.index(seed)
+    chosen = self.info["results"].get("chosen", {})
     return dataclasses.replace(
       self,
       variables=jax.tree.map(lambda leaf: leaf[i : i + 1], self.variables),
-      info={**self.info, "seeds": [seed]},
+      info={**self.info, "seeds": [seed], "results": {"chosen": chosen}},
     )
 
   def folded(self) -> "Model":
@@ -280,6 +290,7 @@ def _load(place: PathLike, given: Any) -> Model:
   bundle = bundle_lib.read(folder)
   info = bundle.info
   with files.explain_damage(folder / bundle_lib.INFO):
+    inputs.make_prepare(**info["preprocessing"])
     options = editors.Options(**info["tuner"]["options"])
     backbone = find_backbone.find(folder, info, given)
     tuner = tuner_lib.make_tuner(
