@@ -98,8 +98,12 @@ def evaluate(
   if output and os.path.isfile(output):
     raise errors.UserError(f"--output {output}: expected a folder.")
   model = model_lib.load(run, backbone)
-  looks_like_path = os.sep in place or pathlib.Path(place).suffix
-  is_path = os.path.exists(os.path.expanduser(place)) or looks_like_path
+  is_path = (
+    os.path.exists(os.path.expanduser(place))
+    or place.startswith((".", "/", "~"))
+    or place.endswith("/")
+    or pathlib.Path(place).suffix in listing.TABLES
+  )
   config = _config(run)
   own = config and _same_place(config["task"], place)
   if is_path and not own:
