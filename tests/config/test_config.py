@@ -115,7 +115,7 @@ def test_a_preset_leaves_what_is_asked_for_and_is_applied_once():
     ({"rank": 0}, "config.rank: expected at least 1"),
     ({"method": "head2to"}, "Did you mean head2toe?"),
     ({"target_size": 0}, "config.target_size: expected at least 1"),
-    ({"keep_fraction": (0.0, 0.5)}, "with a fraction of 0 no feature is"),
+    ({"keep_fraction": (0.0, 0.5)}, "0 stands for the default fraction"),
     ({"keep_fraction": (1.5,)}, "fraction: expected 0 to 1, found 1.5"),
     ({"optimizer": "adm"}, "Did you mean adam"),
     ({"schedule": "steps"}, "Did you mean step?"),
