@@ -2,7 +2,10 @@
 
 import hashlib
 import io
+import os
 import re
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -133,3 +136,27 @@ def test_prepare_explains_what_is_missing(tmp_path, monkeypatch, capsys):
   assert "pip install opencv-python-headless" in err
   assert "holds no finished dataset. Move that folder" in err
   assert "Unknown task or dataset 'nosuch'" in err
+
+
+@pytest.mark.parametrize(
+  "backend, left",
+  [
+    ("module://of_a_notebook.backend_inline", None),
+    ("module://matplotlib.backends.backend_svg", "same"),
+    ("agg", "same"),
+  ],
+)
+def test_a_backend_of_matplotlib_that_is_not_here(backend, left):
+  """TFDS imports Matplotlib, which ends at one."""
+  code = (
+    "import os, vqt_jax.data.tensorflow_lazy, matplotlib.figure;"
+    "print(os.environ.get('MPLBACKEND'))"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    env=os.environ | {"MPLBACKEND": backend},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.strip() == (backend if left else "None")

@@ -7,7 +7,9 @@ takes no memory away from JAX.
 
 from collections.abc import Iterator
 import contextlib
+import importlib.util
 import os
+import sys
 import tempfile
 
 from absl import logging
@@ -19,6 +21,26 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 # Keras makes a folder at home; for a user without one, one called "~" here.
 if os.path.expanduser("~") == "~":
   os.environ.setdefault("KERAS_HOME", f"{tempfile.gettempdir()}/.keras")
+
+
+def _drop_missing_backend() -> None:
+  """Forget a backend of Matplotlib that is not installed here.
+
+  Such as that of a notebook, in its shell: TFDS imports Matplotlib, which ends
+  then. A backend that is installed stays.
+  """
+  scheme, _, module = os.environ.get("MPLBACKEND", "").partition("module://")
+  if not module or scheme or "matplotlib" in sys.modules:
+    return
+  try:
+    found = importlib.util.find_spec(module)
+  except ImportError:  # Of the package that it is in.
+    found = None
+  if not found:
+    del os.environ["MPLBACKEND"]
+
+
+_drop_missing_backend()
 
 
 def _set_up(_: str) -> None:
