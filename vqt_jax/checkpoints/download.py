@@ -343,7 +343,7 @@ def _request(method: Callable[..., Any], path: str, **kwargs: Any) -> Any:
 def _problem(
   part: pathlib.Path, size: int | None, checksums: dict[str, str]
 ) -> str:
-  """How a finished download differs from what was announced, or ""."""
+  """Describe how a download differs from what was announced; "" if not."""
   found = part.stat().st_size
   if size not in (None, found):
     return f"{found} bytes came instead of {size}"

@@ -199,7 +199,7 @@ def expected_examples(task: TfdsTask, split: str) -> int:
 
 
 def split_size(builder: Any, task: TfdsTask, split: str) -> int:
-  """As `num_examples`, with an open builder."""
+  """Count the examples of a split, with an open builder."""
   slices = task.splits[split]
   found = ", ".join(
     f"{name} ({info.num_examples})"

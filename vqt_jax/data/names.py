@@ -238,7 +238,7 @@ def _versions_in(folder: epath.Path) -> list[Any]:
 
 
 def _matching(versions: list[Any], request: Request) -> list[Any]:
-  """Those of some versions that are asked for."""
+  """Select the versions that a request asks for."""
   if not _VERSION.fullmatch(request.version):
     return []
   return [each for each in versions if each.match(request.version)]

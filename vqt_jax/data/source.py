@@ -1,4 +1,4 @@
-"""What a source of examples provides: functions of a task, by its kind.
+"""The interface of a source of examples: functions of a task, by its kind.
 
 A source is a file with a kind of task and an implementation of each function
 here (`num_examples.register` etc.). `tfds_source.py` is for datasets of TFDS,
@@ -111,7 +111,7 @@ def read(
 
 @functools.singledispatch
 def expected_examples(task: Task, split: str) -> int:
-  """As `num_examples`, but without reading where a table knows the sizes."""
+  """Return `num_examples`, without reading where a table knows the sizes."""
   return num_examples(task, split)
 
 

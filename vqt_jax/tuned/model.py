@@ -72,9 +72,8 @@ class Model:
       UserError: the images do not fit, see `Backbone.checked`.
     """
     images = self.backbone.checked(images)
-    return classify(
-      (self.tuner,), (self.variables,), self.backbone.params, images
-    )[0]
+    variables, params = self._device_variables, self._device_params
+    return classify((self.tuner,), (variables,), params, images)[0]
 
   def logits(self, x: Any) -> np.ndarray:
     """Logits of images, (R, n, C) float32."""
@@ -97,7 +96,7 @@ class Model:
     """
     self.check_has_queries()
     run = functools.partial(
-      _attention, self.tuner, self.variables, self.backbone.params
+      _attention, self.tuner, self._device_variables, self._device_params
     )
     parts = [
       np.asarray(run(images))[:, :, :count]
@@ -121,9 +120,20 @@ class Model:
 
   def __getstate__(self) -> dict[str, Any]:
     """All but what is made again when it is used."""
-    return {
-      name: value for name, value in vars(self).items() if name != "prepare"
-    }
+    made = ("prepare", "_device_variables", "_device_params")
+    return {name: x for name, x in vars(self).items() if name not in made}
+
+  @functools.cached_property
+  def _device_variables(self) -> Any:
+    """The variables, transferred once."""
+    with jax.ensure_compile_time_eval():  # Also within `jit` and `export`.
+      return jax.device_put(self.variables)
+
+  @functools.cached_property
+  def _device_params(self) -> Any:
+    """The parameters of the backbone, transferred once."""
+    with jax.ensure_compile_time_eval():
+      return jax.device_put(self.backbone.params)
 
   @functools.cached_property
   def prepare(self) -> inputs.Prepare:
@@ -262,27 +272,23 @@ def load(
   models = {}
   for each in path:
     models[str(each)] = found = _load(each, backbone)
-    backbone = backbone or found.backbone
-    check_same_inputs(models)
+    backbone = found.backbone  # Loaded once; each compares it with its own.
+    _check_same_preprocessing(models)
   if not models:
     raise errors.UserError("load: expected at least one path, found none.")
   return Models(models)
 
 
-def check_same_inputs(models: Mapping[str, Model]) -> None:
-  """Raise a `UserError` if models do not share backbone and preprocessing."""
+def _check_same_preprocessing(models: Mapping[str, Model]) -> None:
   (first, model), *others = models.items()
+  expected = model.info["preprocessing"]
   for name, other in others:
-    for what, a, b in (
-      ("backbone", model.backbone.digest, other.backbone.digest),
-      ("architecture", model.backbone.config, other.backbone.config),
-      ("preprocessing", *(m.info["preprocessing"] for m in (model, other))),
-    ):
-      if a != b:
-        raise errors.UserError(
-          f"{name} cannot be answered together with {first}: their {what}"
-          f" differs ({b}, {a}). Load it alone."
-        )
+    found = other.info["preprocessing"]
+    if found != expected:
+      raise errors.UserError(
+        f"{name} cannot be answered together with {first}: its preprocessing is"
+        f" {found}, not {expected}. Load it alone."
+      )
 
 
 def _load(place: PathLike, given: Any) -> Model:
@@ -442,6 +448,6 @@ def _compiled(models: tuple[Model, ...]) -> tuple[Model, Any]:
   return first, functools.partial(
     classify,
     tuple(model.tuner for model in models),
-    tuple(model.variables for model in models),
-    jax.device_put(first.backbone.params),
+    tuple(model._device_variables for model in models),
+    first._device_params,
   )
