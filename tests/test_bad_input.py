@@ -327,7 +327,7 @@ MISTAKES = (
   file("--config.trained_size=HEIGHT", of_a_wide_grid, "material/vit.npz"),
   setting("trained_size have 2x3 patches", trained_size=8, trained_width=12),
   setting("trained_width=8 is a width alone", trained_width=8),
-  file("vit.npz is not an npz file", html, "material/vit.npz"),
+  file("vit.npz is a web page", html, "material/vit.npz"),
   file("vit.npz is neither a file or", gone, "material/vit.npz"),
   file("vit.npz holds no Big Vision arrays", a_folder, "material/vit.npz"),
   setting("Did you mean howto-i21k-B/16", init="howto-i21k-B/17"),

@@ -624,7 +624,7 @@ def test_no_such_file(tmp_path):
     (b"", "is empty"),
     (b"\x80\x04\x95", "is a Python pickle, which is never loaded"),
     (b"\x93NUMPY\x01\x00", "is a single NumPy array"),
-    (b"<html>not found</html>", "is not an npz file"),
+    (b"<html>not found</html>", "is a web page"),
   ],
 )
 def test_not_an_npz(tmp_path, content, message):
