@@ -117,6 +117,7 @@ def write(
       else checkpoints.without_secrets(source),
       "sha256": backbone.identity,
       "variant": c.variant,
+      "num_heads": c.num_heads,
       "trained_size": backbone.trained_size,
       "pool_type": c.pool_type,
       "gelu": c.gelu,
