@@ -114,6 +114,8 @@ def _direct(config, params, tokens, queries):
 
   q = project(norm(queries, params["LayerNorm_0"]), attention["query"])
   k = project(tokens, attention["key"])
+  if config.posemb == "rope":
+    k = jnp.concatenate([k[:, :-9], _turn(config, k[:, -9:])], axis=1)
   v = project(tokens, attention["value"])
   q = jnp.broadcast_to(q, (len(tokens), *q.shape[-3:]))
   scores = jnp.einsum("bthk,bnhk->bhtn", q, k) / np.sqrt(config.head_dim)
@@ -122,21 +124,54 @@ def _direct(config, params, tokens, queries):
   x = queries + jnp.einsum("bthk,hkd->btd", heads, out["kernel"]) + out["bias"]
   y = norm(x, params["LayerNorm_1"])
   mlp = params["MlpBlock_0"]
-  y = y @ mlp["Dense_0"]["kernel"] + mlp["Dense_0"]["bias"]
-  y = jax.nn.gelu(y, approximate=config.gelu == "tanh")
+  hidden = y @ mlp["Dense_0"]["kernel"] + mlp["Dense_0"]["bias"]
+  if config.gated_mlp:
+    gate = y @ mlp["gate"]["kernel"] + mlp["gate"]["bias"]
+    y = gate * jax.nn.sigmoid(gate) * hidden
+  elif config.gelu == "quick":
+    y = hidden * jax.nn.sigmoid(1.702 * hidden)
+  else:
+    y = jax.nn.gelu(hidden, approximate=config.gelu == "tanh")
   return x + y @ mlp["Dense_1"]["kernel"] + mlp["Dense_1"]["bias"]
 
 
+def _turn(config, patches):
+  """Rotate the keys of a 3x3 grid as DINOv3's paper has it, pair by pair."""
+  quarter = config.head_dim // 4
+  turned = np.zeros((9, 2 * quarter), np.complex64)
+  for i, (row, column) in enumerate(np.ndindex(3, 3)):
+    for axis, place in enumerate((row, column)):
+      for j in range(quarter):
+        period = config.rope_theta ** (j / quarter)
+        angle = 2 * np.pi * (2 * (place + 0.5) / 3 - 1) / period
+        turned[i, axis * quarter + j] = np.exp(1j * angle)
+  half = 2 * quarter
+  pairs = patches[..., :half] + 1j * patches[..., half:]
+  pairs = pairs * turned[:, None]
+  return jnp.concatenate([pairs.real, pairs.imag], axis=-1)
+
+
+DINOV3 = dict(posemb="rope", registers=2, gated_mlp=True)
+CLIP = dict(gelu="quick", pre_norm=True, layer_norm_epsilon=1e-2)
+
+
 @pytest.mark.parametrize("how", ["absorbed", "by parts", "projected"])
-@pytest.mark.parametrize("per_example", [False, True])
-@pytest.mark.parametrize("num_queries", [1, 4])
-def test_reading_equals_direct(per_example, num_queries, how):
-  backbone = helpers.tiny_backbone()
+@pytest.mark.parametrize(
+  "num_queries, per_example, family",
+  [
+    *((n, each, {}) for n in (1, 4) for each in (False, True)),
+    (3, True, DINOV3),
+    (3, False, DINOV3),
+    (3, False, CLIP),
+  ],
+)
+def test_reading_equals_direct(num_queries, per_example, family, how):
+  backbone = helpers.tiny_backbone(**family)
   config = backbone.config
   blocks = backbone.params["Transformer"]["encoderblock"]
   params = jax.tree.map(lambda x: x[1], blocks)
   rng = np.random.default_rng(0)
-  stored = rng.standard_normal((9, 10, 16)).astype(np.float32)
+  stored = rng.standard_normal((9, config.num_tokens, 16)).astype(np.float32)
   rows = np.array([[4, 0], [8, 3], [3, 5]])
   tokens = stored[rows.reshape(-1)]
   shape = (6, num_queries, 16) if per_example else (num_queries, 16)

@@ -126,14 +126,17 @@ def device_layout(
   """Return the layout of a store on the devices.
 
   On one CPU it is projected, if that fits in memory and features are stored in
-  the backbone's own dtype.
+  the backbone's own dtype; on any one device, if only keys can be read.
   """
   projected = dataclasses.replace(layout, projected=True)
   if (
     tuner.has_queries
     and layout.dtype == layout.config.dtype
     and layout.mesh.size == 1
-    and layout.mesh.devices.flat[0].platform == "cpu"
+    and (
+      layout.mesh.devices.flat[0].platform == "cpu"
+      or not layout.config.absorbs_keys
+    )
     and count * projected.bytes_per_image <= available
   ):
     return projected

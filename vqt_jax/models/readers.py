@@ -274,11 +274,15 @@ def _init_queries(tuner, key):
 
 
 def _gradient_numbers(tuner):
-  """Count scores, hidden units, a few tokens, and what is temporary."""
+  """Count scores, hidden units, a few tokens, and what is temporary.
+
+  Keys and values too, if they are projected where they are read.
+  """
   c = tuner.config
   kept = c.num_heads * c.num_tokens + c.mlp_dim + 4 * c.width
   temporary = 2 * c.num_heads * c.width + 2 * c.mlp_dim
-  return tuner.num_queries * (c.depth * kept + temporary)
+  keys = 0 if c.absorbs_keys else 2 * c.depth * c.num_tokens * c.width
+  return tuner.num_queries * (c.depth * kept + temporary) + keys
 
 
 READERS = {

@@ -301,7 +301,9 @@ def _find_family(
       if prefix == name or prefix[-1:] not in ("", "."):
         continue
       if len(shape) == 2:
-        raise UserError(f"{source} is a NaFlex ViT (variable grids).")
+        raise UserError(
+          f"{source} is a NaFlex ViT (variable grids), not a plain ViT."
+        )
       own = {n.removeprefix(prefix): s for n, s in shapes.items()}
       if family.fits(own):
         return family, prefix

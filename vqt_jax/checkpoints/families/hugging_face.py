@@ -23,6 +23,17 @@ _KEYS = {
   "rope_theta": "rope_theta",
   "num_register_tokens": "registers",
 }
+_MODEL_TYPES = (
+  "vit",
+  "vit_mae",
+  "dinov2",
+  "dinov2_with_registers",
+  "dinov3_vit",
+  "clip",
+  "clip_vision_model",
+  "siglip",
+  "siglip_vision_model",
+)
 
 
 def _settings(
@@ -55,9 +66,15 @@ def _settings(
       not.
   """
   config = configs.get("config.json", {})
-  if config and config.get("model_type") not in model_types:
+  model_type = config.get("model_type", model_types[0])
+  if model_type not in _MODEL_TYPES:
     raise UserError(
-      f"config.json of {source} says model_type {config.get('model_type')!r},"
+      f"{source} is a {model_type!r} by its config.json, which is not a plain"
+      f" ViT that is known: expected one of {', '.join(_MODEL_TYPES)}."
+    )
+  if model_type not in model_types:
+    raise UserError(
+      f"config.json of {source} says model_type {model_type!r},"
       f" but its tensors have the names of {model_types[0]!r}: put the"
       " config.json of these weights beside them."
     )
