@@ -6,15 +6,18 @@ import os
 import pathlib
 import pickle
 
+from huggingface_hub import constants
 import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+import safetensors.numpy
 
 from tests import helpers
 from tests import runs
 import vqt_jax
+from vqt_jax.checkpoints import names
 from vqt_jax.data import decoding
 from vqt_jax.data import preprocess
 from vqt_jax.tuned import inputs
@@ -296,14 +299,17 @@ def test_a_bundle_opens_no_place_of_its_choice(tmp_path, monkeypatch):
   helpers.write_bundle(folder, tmp_path / "vit.npz", model)
   info = runs.read_json(folder / "bundle.json")
   fetched = []
-  monkeypatch.setattr(
-    "vqt_jax.checkpoints.load.download.fetch",
-    lambda address, *_: fetched.append(address),
-  )
+  for room in ("download", "hub"):
+    monkeypatch.setattr(
+      f"vqt_jax.checkpoints.load.{room}.fetch",
+      lambda address, *_: fetched.append(address),
+    )
   for source in (
     "https://127.0.0.1:9/vit.npz",
     "gs://bucket/vit.npz",
     "../../vit.npz",
+    "hf://owner/name",
+    "owner/name",
     str(tmp_path / "vit.npz"),
     "/etc/passwd",
   ):
@@ -312,6 +318,37 @@ def test_a_bundle_opens_no_place_of_its_choice(tmp_path, monkeypatch):
     with pytest.raises(vqt_jax.UserError, match="not at hand|Cannot use"):
       vqt_jax.load(folder)
   assert not fetched
+
+
+def test_a_backbone_of_the_hub_is_found_in_its_cache(tmp_path, monkeypatch):
+  """By its commit, without the hub, also once the branch has moved on."""
+  monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+  snapshots = tmp_path / "models--owner--name" / "snapshots"
+  commits = ["0" * 39 + x for x in "12"]
+  for seed, commit in enumerate(commits):
+    (snapshots / commit).mkdir(parents=True)
+    leaves = names.flatten(helpers.tiny_backbone(seed=seed, depth=1).params)
+    leaves = {n: np.asarray(x) for n, x in leaves.items()}
+    safetensors.numpy.save_file(
+      leaves, snapshots / commit / "model.safetensors"
+    )
+  (snapshots.parent / "refs").mkdir()
+  (snapshots.parent / "refs" / "main").write_text(commits[0])
+  backbone = vqt_jax.load_backbone("owner/name", image_size=12)
+  assert backbone.revision == commits[0]
+  tuner = vqt_jax.make_tuner("linear", backbone, CLASSES)
+  model = helpers.tuned_model(backbone, tuner, tuner.init(jax.random.key(0)))
+  for source in ("owner/name", "hf://owner/name@main"):
+    helpers.write_bundle(tmp_path / "tuned", source, model)
+    found = runs.read_json(tmp_path / "tuned" / "bundle.json")["backbone"]
+    assert (found["source"], found["revision"]) == (source, commits[0])
+    (snapshots.parent / "refs" / "main").write_text(commits[1])
+    assert vqt_jax.load(tmp_path / "tuned").backbone.digest == backbone.digest
+  (snapshots / commits[0]).rename(tmp_path / "gone")
+  with pytest.raises(
+    vqt_jax.UserError, match=f"'hf://owner/name@{commits[0]}', .* not at hand"
+  ):
+    vqt_jax.load(tmp_path / "tuned")
 
 
 def test_a_trained_size_is_kept(tmp_path):

@@ -87,6 +87,28 @@ def fetch(
       raise _explain(error, name, revision, cache) from None
 
 
+def find_cached(
+  source: str, revision: str | None = None
+) -> pathlib.Path | None:
+  """Return the weights of a model in the cache, without asking the hub.
+
+  Args:
+    source: as `load_backbone` takes it.
+    revision: commit; None: the one that the source means.
+
+  Returns:
+    As `fetch`; None: they are not there, or the source is not of the hub.
+  """
+  name, _, given = source.removeprefix("hf://").partition("@")
+  wanted = "@".join(filter(None, (name, revision or given)))
+  if not is_name(wanted):
+    return None
+  with _quiet():
+    from huggingface_hub import constants
+
+    return _find_cached(name, revision or given, constants.HF_HUB_CACHE)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
   """Keep log lines and warnings from the console: what matters is raised."""
@@ -185,7 +207,7 @@ def _find_cached(
 
   for file in safetensors_files.WEIGHTS:
     found = huggingface_hub.try_to_load_from_cache(
-      name, file, cache_dir=cache, revision=revision
+      name, file, cache_dir=cache, revision=revision or None
     )
     if isinstance(found, str):
       return pathlib.Path(found)

@@ -125,6 +125,7 @@ def load_backbone(
     source=name,
     trained_size=trained_size if config.posemb == "learn" else None,
     assumed=tuple(f for f in ("value_range", "gelu") if not given[f]),
+    revision=path.parent.name if hub.is_address(place) else "",
   )
 
 

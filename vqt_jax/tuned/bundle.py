@@ -115,6 +115,7 @@ def write(
       "source": files.path(path).name
       if path
       else checkpoints.without_secrets(source),
+      **({"revision": backbone.revision} if backbone.revision else {}),
       "sha256": backbone.identity,
       "variant": c.variant,
       "trained_size": backbone.trained_size,
