@@ -1,12 +1,9 @@
 """Models of the Hugging Face hub. The hub is a thread."""
 
-import http.server
 import json
 import logging
 import os
-import threading
 import time
-import urllib.parse
 import warnings
 
 from huggingface_hub import HfApi
@@ -15,13 +12,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from tests import hub_server
+from tests.hub_server import NEW
+from tests.hub_server import OLD
 from vqt_jax import UserError
 from vqt_jax.checkpoints import containers
 from vqt_jax.checkpoints import hub
 from vqt_jax.checkpoints import load_backbone
 from vqt_jax.checkpoints import read_config
 
-OLD, NEW = "0" * 39 + "1", "0" * 39 + "2"  # Commits.
 WEIGHTS = safetensors.numpy.save({"a": np.arange(99_999, dtype=np.float32)})
 OTHER = safetensors.numpy.save({"a": np.zeros(2, np.float32)})
 MODEL = {
@@ -35,113 +34,12 @@ MODEL = {
 TOKEN = "hf_" + "Sekret" * 5
 
 
-class Hub(http.server.ThreadingHTTPServer):
-  """Serves `models`; how badly is up to the test."""
-
-  def __init__(self):
-    super().__init__(("127.0.0.1", 0), Handler)
-    self.models = {"owner/name": {OLD: MODEL, NEW: MODEL}}
-    self.branches = {"main": OLD, "v2": NEW}
-    self.gated = False
-    self.cut = []  # How many bytes to send of the next contents.
-    self.statuses = []  # Answers to the next requests for content.
-    self.fetched = []  # Contents that were sent.
-    self.ranges = []  # That were asked for.
-    self.tokens = set()
-    self.sizes = True  # Are told in the listing.
-    self.address = f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-  def log_message(self, *args):
-    pass
-
-  def do_HEAD(self):
-    self._answer(send=False)
-
-  def do_GET(self):
-    self._answer()
-
-  def _answer(self, send=True):
-    server = self.server
-    server.tokens.add(self.headers.get("Authorization"))
-    path = urllib.parse.urlsplit(self.path).path
-    parts = [urllib.parse.unquote(part) for part in path.split("/")[1:]]
-    listing = parts[:2] == ["api", "models"]
-    if listing:
-      parts = parts[2:]
-    name, rest = "/".join(parts[:2]), parts[2:]
-    revision = rest[1] if len(rest) > 1 else "main"
-    commits = server.models.get(name)
-    if commits is None:
-      return self._refuse(404, "RepoNotFound")
-    commit = server.branches.get(revision, revision)
-    if commit not in commits:
-      return self._refuse(404, "RevisionNotFound")
-    files = commits[commit]
-    if listing:
-      told = [
-        {"rfilename": name} | ({"size": len(content)} if server.sizes else {})
-        for name, content in files.items()
-      ]
-      return self._send(
-        json.dumps({"id": name, "sha": commit, "siblings": told}).encode()
-      )
-    if server.gated:
-      return self._refuse(401, "GatedRepo")
-    if rest[2] not in files:
-      return self._refuse(404, "EntryNotFound")
-    if send and server.statuses:
-      return self._refuse(server.statuses.pop(0), "")
-    content = files[rest[2]]
-    if send:
-      server.fetched.append(rest[2])
-    self._send(
-      content if send else None,
-      {
-        "ETag": f'"{hash(content) % 2**64:064x}"',
-        "X-Repo-Commit": commit,
-        "Content-Length": str(len(content)),
-      },
-    )
-
-  def _refuse(self, status, code):
-    self.send_response(status)
-    self.send_header("X-Error-Code", code)
-    self.send_header("X-HF-Warning", "topic; a warning of the hub")
-    self.send_header("Content-Length", "0")
-    self.end_headers()
-
-  def _send(self, content, headers=None):
-    headers = headers or {"Content-Length": str(len(content))}
-    status = 200
-    if content is not None and (asked := self.headers.get("Range")):
-      start = int(asked.removeprefix("bytes=").split("-")[0])
-      total, content, status = len(content), content[start:], 206
-      headers["Content-Length"] = str(len(content))
-      headers["Content-Range"] = f"bytes {start}-{total - 1}/{total}"
-      self.server.ranges.append(asked)
-    self.send_response(status)
-    for name, value in headers.items():
-      self.send_header(name, value)
-    self.end_headers()
-    if content is not None:
-      whole = len(content)
-      if "ETag" in headers and self.server.cut:
-        whole = self.server.cut.pop(0)
-        self.close_connection = True
-      self.wfile.write(content[:whole])
-
-
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-  with Hub() as server:
+  with hub_server.serve() as server:
+    server.models["owner/name"] = {OLD: MODEL, NEW: MODEL}
     set_up(monkeypatch, server.address, tmp_path / "cache")
-    threading.Thread(
-      target=server.serve_forever, args=(0.01,), daemon=True
-    ).start()
     yield server
-    server.shutdown()
 
 
 def set_up(monkeypatch, endpoint, cache):
@@ -185,7 +83,7 @@ def test_only_what_is_needed_is_fetched_once(server):
 
 
 def test_sizes_that_are_not_told(server):
-  server.sizes, seen = False, []
+  server.tells_sizes, seen = False, []
   hub.fetch("hf://owner/name", progress=lambda *args: seen.append(args))
   assert {total for _, total in seen} == {None}
 
