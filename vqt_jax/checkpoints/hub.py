@@ -230,7 +230,7 @@ def _explain(
   endpoint = re.sub("//[^/]*@", "//", constants.ENDPOINT)
   address = f"hf://{name}" + (f"@{revision}" if revision else "")
   status = getattr(getattr(error, "response", None), "status_code", None)
-  set_token = "set HF_TOKEN to one of an account that may read it"
+  set_token = "set HF_TOKEN to a token that may read it"
   match error:
     case hub_errors.GatedRepoError():
       return UserError(
@@ -259,7 +259,8 @@ def _explain(
       )
   if status in (401, 403):
     return UserError(
-      f"{endpoint} refuses {address} to this token: {set_token}, or unset it."
+      f"{endpoint} refuses {address} ({status}): {set_token}, or unset one that"
+      " has expired."
     )
   reason = re.sub("//[^/ ]*@", "//", files.first_line(error))
   if token := huggingface_hub.get_token():

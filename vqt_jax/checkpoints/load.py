@@ -234,7 +234,7 @@ def _fetch(
         raise
       raise UserError(f"{_not_found(name)} {error}") from error
   if "://" in place:
-    return download.fetch(place, cache_dir, progress)
+    return containers.find(download.fetch(place, cache_dir, progress))
   if not (path := containers.find(files.path(place))):
     raise _not_found(place)
   return path
