@@ -98,6 +98,18 @@ def test_a_branch_that_moves(server):
   assert hub.fetch(f"hf://owner/name@{OLD}") == path
 
 
+def test_a_branch_that_moves_between_two_files(server):
+  class Moving(list):
+    def append(self, name):
+      super().append(name)
+      server.branches["main"] = NEW
+
+  server.models["owner/name"][NEW] = dict.fromkeys(MODEL, b"of another commit")
+  server.fetched = Moving()
+  path = hub.fetch("hf://owner/name")
+  assert path.parent.name == OLD and path.read_bytes() == WEIGHTS
+
+
 def test_a_model_in_parts(server):
   parts = {
     f"model-0000{i}-of-00002.safetensors": safetensors.numpy.save(
@@ -133,9 +145,13 @@ def test_a_server_that_dies(server):
     "hf://owner/name",
     "hf://owner/name cannot be fetched from http://127.* Try again",
   )
-  server.cut = []
-  assert hub.fetch("hf://owner/name").read_bytes() == WEIGHTS
+  server.cut, seen = [], []
+  report = lambda *args: seen.append(args)
+  path = hub.fetch("hf://owner/name", progress=report)
+  assert path.read_bytes() == WEIGHTS
   assert server.fetched.count("config.json") == 1
+  total = len(WEIGHTS) + sum(map(len, (b'{"model_type": "vit"}', b"{}")))
+  assert seen[0][0] > total - len(WEIGHTS) and seen[-1] == (total, total)
 
 
 @pytest.mark.parametrize("status", [500, 503, 429])
@@ -223,25 +239,45 @@ def test_a_cache_that_is_a_file(server, tmp_path):
   bad("hf://owner/name", "Cannot write .*cache: (Not a dir|File exists)")
 
 
-@pytest.mark.parametrize("token", [TOKEN, f"{TOKEN}\x01"])
-def test_the_token_is_sent_but_not_shown(server, monkeypatch, token):
-  monkeypatch.setenv("HF_TOKEN", token)
+def test_the_token_is_sent_but_not_shown(server, monkeypatch, tmp_path):
+  monkeypatch.setenv("HF_TOKEN", TOKEN)
   server.statuses = [403]
-  text = bad("hf://owner/name", "refuses hf://owner/name|Illegal header")
-  assert TOKEN not in text
-  if token == TOKEN:
-    assert server.tokens == {f"Bearer {TOKEN}"}
+  text = bad(
+    "hf://owner/name", r"refuses hf://owner/name \(403\): set HF_TOKEN"
+  )
+  assert TOKEN not in text and server.tokens == {f"Bearer {TOKEN}"}
+  error = RuntimeError(f"Illegal header value 'Bearer {TOKEN}'")
+  text = str(hub._explain(error, "owner/name", None, tmp_path))
+  assert "Illegal header value 'Bearer ...'" in text
+  monkeypatch.setenv("HF_TOKEN", f"{TOKEN}\x01")
+  assert TOKEN not in bad("hf://owner/name", "cannot be fetched .* header")
 
 
-def test_nothing_is_printed(server, capfd, monkeypatch):
+def test_the_password_of_a_mirror_is_not_shown(server, monkeypatch, tmp_path):
+  with_password = server.address.replace("//", "//me:pw@")
+  set_up(monkeypatch, with_password, tmp_path / "cache")
+  server.statuses = [500] * 99
+  assert "pw" not in bad("hf://owner/name", "cannot be fetched from .* 500")
+  assert "pw" not in bad("hf://owner/gone", "There is no model owner/gone at")
+
+
+def test_nothing_is_printed(server, capfd, caplog, monkeypatch):
+  def loud(*args, **kwargs):
+    warnings.warn("A warning", stacklevel=1)
+    print_all.warning("A line")
+    return model_info(*args, **kwargs)
+
+  model_info = HfApi.model_info
+  monkeypatch.setattr(HfApi, "model_info", loud)
+  print_all = logging.getLogger("huggingface_hub")
+  print_all.addHandler(caplog.handler)
   levels = {n: logging.getLogger(n).level for n in ("huggingface_hub", "httpx")}
-  with warnings.catch_warnings():
-    warnings.simplefilter("always")
-    hub.fetch("hf://owner/name")
-    server.cut = [10, 10]
-    hub.fetch("hf://owner/name@v2")
-    bad("hf://owner/gone", "no model")
-  assert capfd.readouterr() == ("", "")
+  hub.fetch("hf://owner/name")
+  server.cut = [10, 10]
+  hub.fetch("hf://owner/name@v2")
+  bad("hf://owner/gone", "no model")
+  print_all.removeHandler(caplog.handler)
+  assert capfd.readouterr() == ("", "") and not caplog.records
   assert levels == {n: logging.getLogger(n).level for n in levels}
 
 
@@ -254,9 +290,12 @@ def test_nothing_is_printed(server, capfd, monkeypatch):
     "hf://owner/name@",
     "hf://owner/name@../../x",
     "hf://owner/name@/etc",
+    "hf://owner/name@a/../../x",
+    "hf://owner/na..me",
     "hf://../name",
     "hf://owner/..",
     "hf://owner/a--b",
+    "hf://owner/" + 97 * "a",
     "hf://owner/name.git",
     "hf://owner/n\x1bme",
     "hf://me:pw@owner/name",

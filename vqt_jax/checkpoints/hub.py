@@ -20,7 +20,7 @@ from vqt_jax.errors import UserError
 from vqt_jax.runtime import files
 
 # The rules of the hub for names, and no revision that leads out of the cache.
-_PART = r"\b[\w.-]+\b"
+_PART = r"\b[\w.-]{1,96}\b"
 _NAME = (
   rf"(?!.*\.\.|[^@]*(?:--|\.git(?:@|$)))({_PART}/{_PART})(?:@(\w[\w.+/-]*))?"
 )
@@ -87,26 +87,23 @@ def fetch(
       raise _explain(error, name, revision, cache) from None
 
 
-def find_cached(
-  source: str, revision: str | None = None
-) -> pathlib.Path | None:
+def find_cached(source: str, commit: str) -> pathlib.Path | None:
   """Return the weights of a model in the cache, without asking the hub.
 
   Args:
-    source: as `load_backbone` takes it.
-    revision: commit; None: the one that the source means.
+    source: as `load_backbone` takes it; its own revision does not count.
+    commit: of the model.
 
   Returns:
     As `fetch`; None: they are not there, or the source is not of the hub.
   """
-  name, _, given = source.removeprefix("hf://").partition("@")
-  wanted = "@".join(filter(None, (name, revision or given)))
-  if not is_name(wanted):
+  name = source.removeprefix("hf://").partition("@")[0]
+  if not is_name(f"{name}@{commit}"):
     return None
   with _quiet():
     from huggingface_hub import constants
 
-    return _find_cached(name, revision or given, constants.HF_HUB_CACHE)
+    return _find_cached(name, commit, constants.HF_HUB_CACHE)
 
 
 @contextlib.contextmanager
@@ -207,7 +204,7 @@ def _find_cached(
 
   for file in safetensors_files.WEIGHTS:
     found = huggingface_hub.try_to_load_from_cache(
-      name, file, cache_dir=cache, revision=revision or None
+      name, file, cache_dir=cache, revision=revision
     )
     if isinstance(found, str):
       return pathlib.Path(found)

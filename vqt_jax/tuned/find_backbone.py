@@ -84,7 +84,7 @@ def _places(
   elsewhere cannot make this machine fetch what it likes. Models of the hub are
   looked for in the cache.
   """
-  if cached := checkpoints.find_cached(source, revision):
+  if revision and (cached := checkpoints.find_cached(source, revision)):
     yield str(cached)
   for parent in (folder.parent, folder.parent.parent):
     with contextlib.suppress(errors.UserError):  # Of another program.
