@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vqt_jax.models import attention as attention_lib
 from vqt_jax.models import vit_config
+
+_EPSILON = 1e-6  # `ViTConfig.layer_norm_epsilon`
 
 
 def _transposed(x: jax.Array) -> jax.Array:
@@ -52,7 +53,7 @@ def _dense(params: Any, x: jax.Array) -> jax.Array:
 def _layer_norm(params: Any, x: jax.Array) -> jax.Array:
   mean = x.mean(axis=-1, keepdims=True)
   variance = jnp.square(x - mean).mean(axis=-1, keepdims=True)
-  x = (x - mean) * jax.lax.rsqrt(variance + attention_lib.EPSILON)
+  x = (x - mean) * jax.lax.rsqrt(variance + _EPSILON)
   return x * params["scale"] + params["bias"]
 
 

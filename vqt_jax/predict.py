@@ -36,7 +36,7 @@ import numpy as np
 
 from vqt_jax import errors
 from vqt_jax.data import listing
-from vqt_jax.models.backbone import VALUE_RANGES
+from vqt_jax.models.backbone import find_scaling
 from vqt_jax.reports import attention_figure
 from vqt_jax.runtime import files
 from vqt_jax.runtime import logfile
@@ -236,10 +236,9 @@ class Attention:
       image = model.prepare(name)
       weights = model.attention(image[None])[:, :, 0].mean(axis=(0, 2, 3))
       c = model.backbone.config
-      if c.has_class_token:
-        weights = weights[..., 1:]
+      weights = weights[..., c.num_prefix_tokens :]
       maps.append(weights.reshape(-1, *c.grid))
-      mean, std = map(np.array, VALUE_RANGES[model.backbone.value_range])
+      mean, std = map(np.array, find_scaling(model.backbone.value_range))
       shown.append(np.clip(image * std + mean, 0, 1))
       (label,) = model.predict(image[None])
       labels.append(label if len(self._models) == 1 else f"{run}: {label}")

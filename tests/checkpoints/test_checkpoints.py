@@ -739,7 +739,7 @@ def test_variant_without_patch_is_checked_too():
     (
       "value_range",
       "0-1",
-      "value_range must be one of -1..1, 0..1, imagenet",
+      "value_range '0-1': expected one of -1..1, 0..1, imagenet, clip, or mean",
     ),
     ("pool_type", "max", "pool_type must be one of tok, gap, map, 0, mae"),
     ("gelu", "erf", "gelu must be one of tanh, exact"),

@@ -153,9 +153,9 @@ WHOLE = safetensors.numpy.save(TENSORS)
     (raw({"a": entry(dtype="X9")}), "does not fit its content"),
     (
       raw({"a": entry(shape=(0, 2**62), data_offsets=(0, 0))}, b""),
-      "not a ViT",
+      "holds none of a ViT of transformers",
     ),
-    (raw({}, b""), "has no parameters"),
+    (raw({}, b""), "found tensors such as none"),
     (raw(b'{"a":' + b"[" * 10_000), "does not fit its content"),
     (raw(b'{"\xff'), "does not fit its content"),
     (raw(b'{"\x1b[2J\n": 1}'), "does not fit its content"),

@@ -121,7 +121,7 @@ def test_a_preset_leaves_what_is_asked_for_and_is_applied_once():
     ({"schedule": "steps"}, "Did you mean step?"),
     ({"combine": "cat"}, "Known: concat, mean, weighted_sum"),
     ({"resize": "legcy"}, "Did you mean legacy?"),
-    ({"value_range": "0.1"}, "Did you mean 0..1"),
+    ({"value_range": "0.1"}, "config.value_range '0.1': expected one of -1..1"),
     ({"gelu": "erf"}, 'Known: "", tanh, exact'),
     ({"dtype": "float16"}, "Did you mean bfloat16"),
     ({"pool_type": "cls"}, "Unknown config.pool_type"),

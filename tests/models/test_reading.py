@@ -11,7 +11,6 @@ import pytest
 
 from tests import helpers
 import vqt_jax
-from vqt_jax.models import attention as attention_lib
 from vqt_jax.models import head
 from vqt_jax.models import readers
 from vqt_jax.models import tuner as tuner_lib
@@ -107,7 +106,7 @@ def _direct(config, params, tokens, queries):
   def norm(x, p):
     mean = x.mean(-1, keepdims=True)
     variance = ((x - mean) ** 2).mean(-1, keepdims=True)
-    x = (x - mean) / jnp.sqrt(variance + attention_lib.EPSILON)
+    x = (x - mean) / jnp.sqrt(variance + config.layer_norm_epsilon)
     return x * p["scale"] + p["bias"]
 
   def project(x, p):

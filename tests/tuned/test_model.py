@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import pickle
+import shutil
 
 from huggingface_hub import constants
 import jax
@@ -17,7 +18,6 @@ import safetensors.numpy
 from tests import helpers
 from tests import runs
 import vqt_jax
-from vqt_jax.checkpoints import names
 from vqt_jax.data import decoding
 from vqt_jax.data import preprocess
 from vqt_jax.tuned import inputs
@@ -325,16 +325,15 @@ def test_a_backbone_of_the_hub_is_found_in_its_cache(tmp_path, monkeypatch):
   monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
   snapshots = tmp_path / "models--owner--name" / "snapshots"
   commits = ["0" * 39 + x for x in "12"]
-  for seed, commit in enumerate(commits):
-    (snapshots / commit).mkdir(parents=True)
-    leaves = names.flatten(helpers.tiny_backbone(seed=seed, depth=1).params)
-    leaves = {n: np.asarray(x) for n, x in leaves.items()}
-    safetensors.numpy.save_file(
-      leaves, snapshots / commit / "model.safetensors"
-    )
+  for i, commit in enumerate(commits):
+    shutil.copytree(helpers.GOLDENS / "foreign/hf_vit", snapshots / commit)
+    weights = snapshots / commit / "model.safetensors"
+    tensors = safetensors.numpy.load_file(weights)
+    tensors = {name: x + i for name, x in tensors.items()}
+    safetensors.numpy.save_file(tensors, weights)
   (snapshots.parent / "refs").mkdir()
   (snapshots.parent / "refs" / "main").write_text(commits[0])
-  backbone = vqt_jax.load_backbone("owner/name", image_size=12)
+  backbone = vqt_jax.load_backbone("owner/name", image_size=16)
   assert backbone.revision == commits[0]
   tuner = vqt_jax.make_tuner("linear", backbone, CLASSES)
   model = helpers.tuned_model(backbone, tuner, tuner.init(jax.random.key(0)))

@@ -160,7 +160,7 @@ def check_leaves(
     UserError: with all missing, surplus and misshapen leaves.
   """
   with files.explain_damage(source, "Its shapes are not those of a ViT."):
-    expected = _expected_shapes(config, names_lib.is_stacked(shapes))
+    expected = leaf_shapes(config, names_lib.is_stacked(shapes))
   missing = [
     f"missing: {name} {_format_shape(name, expected[name])}"
     for name in sorted(expected.keys() - shapes)
@@ -227,7 +227,7 @@ def check_finite(leaves: Mapping[str, np.ndarray], source: str) -> None:
   )
 
 
-def _expected_shapes(config: vit_config.ViTConfig, stacked: bool) -> Shapes:
+def leaf_shapes(config: vit_config.ViTConfig, stacked: bool) -> Shapes:
   """Return name -> shape of a model's leaves; blocks stacked or one by one."""
   config = dataclasses.replace(config, image_size=config.patch_size)
   tree = vit.param_shapes(config)

@@ -1,6 +1,6 @@
 """`load_backbone`: from a name, path or address to a frozen ViT."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import dataclasses
 import math
 import os
@@ -9,25 +9,28 @@ import pathlib
 import numpy as np
 
 from vqt_jax.checkpoints import architecture
+from vqt_jax.checkpoints import big_vision
 from vqt_jax.checkpoints import containers
 from vqt_jax.checkpoints import download
+from vqt_jax.checkpoints import families
+from vqt_jax.checkpoints import found as found_lib
 from vqt_jax.checkpoints import hub
 from vqt_jax.checkpoints import names
 from vqt_jax.checkpoints import positions as positions_lib
 from vqt_jax.checkpoints import public
+from vqt_jax.checkpoints import safetensors_files
 from vqt_jax.errors import UserError
 from vqt_jax.errors import check_keywords
 from vqt_jax.models import vit_config
-from vqt_jax.models.backbone import VALUE_RANGES
 from vqt_jax.models.backbone import Backbone
+from vqt_jax.models.backbone import find_scaling
 from vqt_jax.runtime import files
 from vqt_jax.runtime import memory
 from vqt_jax.runtime import units
 
 _CHOICES = {
-  "value_range": tuple(VALUE_RANGES),
   "pool_type": ("tok", "gap", "map", "0", "mae"),
-  "gelu": ("tanh", "exact"),
+  "gelu": ("tanh", "exact", "quick"),
   "dtype": ("float32", "bfloat16", "float16"),
 }
 
@@ -44,12 +47,15 @@ def load_backbone(
   dtype: str = "float32",
   cache_dir: str | os.PathLike[str] | None = None,
   trained_size: int | Sequence[int] | None = None,
+  num_heads: int | None = None,
   progress: download.Progress | None = None,
 ) -> Backbone:
-  """Load a Vision Transformer of Big Vision or vision_transformer.
+  """Load a Vision Transformer.
 
-  Width, depth, heads, MLP, patch, pooling, positions, representation layer and
-  head are read from the file. Nothing is ever unpickled.
+  It is of Big Vision or vision_transformer, or of transformers, timm or
+  OpenCLIP (`families.FAMILIES`). Width, depth, MLP, patch, pooling, positions,
+  representation layer and head are read from the file. Nothing is ever
+  unpickled.
 
   Args:
     source: path of an npz file, a file of safetensors, a folder that holds one
@@ -61,55 +67,57 @@ def load_backbone(
     variant: Big Vision's name, e.g. "B/16" or "B"; only checked.
     image_size: side, or (height, width), of the images it is to run on, pixels;
       the positions are resized to fit. Default: what it was trained on.
-    value_range: key of `VALUE_RANGES`, how its inputs are scaled. Default: as
-      published, "-1..1" for files.
+    value_range: how its inputs are scaled, see `backbone.find_scaling`.
+      Default: as published, "-1..1" for Big Vision's files.
     pool_type: "tok", "gap", "map", "0" or "mae", as in `vit.ViTConfig`.
       Default: as published, or what the leaves serve.
-    gelu: "tanh" or "exact". Default: as published, "tanh" for files.
+    gelu: "tanh", "exact" or "quick". Default: as published, "tanh" for Big
+      Vision's files.
     dtype: of the matrix products; the parameters stay float32.
     cache_dir: where downloads are kept. Default: $VQT_JAX_CACHE, or
       ~/.cache/vqt_jax; for models of the hub, its own cache.
     trained_size: side, or (height, width), of the images it was trained on,
       pixels; needed only if its positions do not form a square and
       `image_size` is another size.
+    num_heads: of the attention; needed only if neither the file nor a config
+      beside it tells it.
     progress: called with (bytes so far, bytes in all or None) of a download.
 
   Returns:
     The backbone; its parameters are float32 NumPy arrays.
 
   Raises:
-    UserError: there is no such checkpoint, it is damaged or not a plain ViT, it
-      is not of this variant, leaves are missing, unused or of another shape, or
-      one holds NaN or infinity; or an argument makes no sense.
+    UserError: there is no such checkpoint, it is damaged or not a ViT that is
+      known, it is not of this variant, leaves are missing, unused or of another
+      shape, or one holds NaN or infinity; or an argument makes no sense.
   """
   name, known, place, subtree = _parse_source(source, variant)
   given = {"value_range": value_range, "pool_type": pool_type, "gelu": gelu}
   given = {
     field: value or getattr(known, field, "") for field, value in given.items()
   }
-  _check_choices({**given, "dtype": dtype})
+  _check_choices(pool_type=pool_type, gelu=gelu, dtype=dtype)
+  if value_range:
+    find_scaling(value_range)
   image_size = _as_pair(image_size, "image_size")
   trained_size = _as_pair(trained_size, "trained_size")
   if known:
     variant = variant or known.variant
     trained_size = trained_size or positions_lib.as_pair(known.image_size)
-  image_size = image_size or trained_size
   path = _fetch(place, name, cache_dir, progress)
-  config, shapes, stored = _inspect(path, subtree, variant, name)
+  found = _inspect(path, subtree, variant, name, num_heads)
+  image_size = image_size or trained_size or found.image_size
   config = dataclasses.replace(
-    config,
-    pool_type=given["pool_type"] or config.pool_type,
-    gelu=given["gelu"] or config.gelu,
+    found.config,
+    pool_type=given["pool_type"] or found.config.pool_type,
+    gelu=given["gelu"] or found.config.gelu,
     dtype=dtype,
   )
-  architecture.check_leaves(shapes, stored, config, name)
-  leaves = _read(path, stored, shapes, name)
-  architecture.check_finite(
-    {stored[n]: leaf for n, leaf in leaves.items()}, name
-  )
+  found.check(config)
+  leaves = found.convert(config, _read(path, found, name))
   if config.posemb == "learn":
     leaves, trained_size = _fit_positions(
-      leaves, stored, config, image_size, trained_size
+      leaves, found, config, image_size, trained_size
     )
     image_size = image_size or trained_size
   elif not image_size:
@@ -121,10 +129,10 @@ def load_backbone(
   return Backbone(
     config=dataclasses.replace(config, image_size=image_size),
     params=names.nest(names.stack_blocks(leaves)),
-    value_range=given["value_range"] or "-1..1",
+    value_range=given["value_range"] or found.value_range,
     source=name,
     trained_size=trained_size if config.posemb == "learn" else None,
-    assumed=tuple(f for f in ("value_range", "gelu") if not given[f]),
+    assumed=tuple(f for f in found.assumed if not given[f]),
     revision=path.parent.name if hub.is_address(place) else "",
   )
 
@@ -138,6 +146,7 @@ def read_config(
   gelu: str = "",
   dtype: str = "float32",
   trained_size: int | Sequence[int] | None = None,
+  num_heads: int | None = None,
 ) -> vit_config.ViTConfig:
   """Return the architecture that `load_backbone` would find, without weights.
 
@@ -155,13 +164,11 @@ def read_config(
   elif "://" not in place:
     path = containers.find(files.path(place))
   if path:
-    config, shapes, stored = _inspect(path, subtree, variant, name)
-    positions = shapes.get("pos_embedding", ())
-    if len(positions) == 3:
+    found = _inspect(path, subtree, variant, name, num_heads)
+    config = found.config
+    if found.position_rows:
       trained_size = _as_pair(trained_size, "trained_size")
-      _find_positions(
-        positions[1], stored, config.patch_size, image_size, trained_size
-      )
+      found.find_positions(found.position_rows, image_size, trained_size)
   elif known or variant:
     variant = known.variant if known else variant
     sizes = architecture.decode_variant(variant)
@@ -246,7 +253,7 @@ def _as_pair(
   return None if size is None else positions_lib.as_pair(size, name)
 
 
-def _check_choices(settings: Mapping[str, str | None]) -> None:
+def _check_choices(**settings: str | None) -> None:
   for field, value in settings.items():
     if value and value not in _CHOICES[field]:
       raise UserError(
@@ -264,107 +271,79 @@ def _not_found(place: str) -> UserError:
 
 
 def _inspect(
-  path: pathlib.Path, subtree: str, variant: str | None, source: str
-) -> tuple[vit_config.ViTConfig, architecture.Shapes, dict[str, str]]:
-  """Infer the architecture from the shapes of the leaves.
+  path: pathlib.Path,
+  subtree: str,
+  variant: str | None,
+  source: str,
+  num_heads: int | None,
+) -> found_lib.Found:
+  """Find out which ViT a file holds, from names and shapes.
 
-  Returns:
-    The architecture, its image size being one patch; present-day name -> shape;
-    present-day name -> name in the file.
+  Args:
+    path: as `containers.find` returns it.
+    subtree: "", or place of the model in the file.
+    variant: that it should be, or None.
+    source: name of the file in errors.
+    num_heads: that it should have, or None.
   """
-  picked = names.select_model(containers.leaf_names(path), subtree, source)
-  present = names.map_to_present(picked)
-  stored = {new: picked[old] for new, old in present.items()}
-  stored_shapes = containers.leaf_shapes(path, stored.values())
-  shapes = {new: stored_shapes[old] for new, old in stored.items()}
-  if reason := architecture.describe_foreign(shapes):
-    raise UserError(f"{source} is not a plain ViT but {reason}.")
-  sizes = architecture.infer_sizes(shapes)
-  if sizes is None:
-    some = ", ".join(sorted(stored.values())[:4])
+  if path.is_dir() or not safetensors_files.is_one(path):
+    found = big_vision.inspect(path, subtree, variant, source)
+  elif subtree:
     raise UserError(
-      f"{source} is not a ViT checkpoint: expected leaves such as"
-      f" embedding/kernel and Transformer/encoderblock_0/..., found {some}"
-      f"{', ...' if len(stored) > 4 else ''}."
+      f"{source}: only Big Vision's files have sub-trees; leave out :{subtree},"
+      " the image tower of safetensors is found by itself."
     )
-  if variant:
-    architecture.check_variant(sizes, variant, source)
-  learned = "pos_embedding" in shapes or names.is_pre_linen(stored.values())
-  if not learned and sizes["width"] % 4:
+  else:
+    found = families.inspect(path, source, num_heads)
+    if variant:
+      sizes = dataclasses.asdict(found.config)
+      architecture.check_variant(sizes, variant, source)
+  heads = found.config.num_heads
+  if num_heads not in (None, heads):
     raise UserError(
-      f"{source} has no position embedding, and its width {sizes['width']} is"
-      " not a multiple of 4, as computed (sincos2d) positions need."
+      f"{source} has {heads} attention heads, not num_heads={num_heads}."
     )
-  # A patch that is not known is reported as a missing leaf.
-  sizes["patch_size"] = sizes["patch_size"] or (1, 1)
-  config = vit_config.ViTConfig(
-    **sizes,
-    image_size=sizes["patch_size"],
-    pool_type=architecture.infer_pooling(shapes),
-    posemb="learn" if learned else "sincos2d",
-  )
-  return config, shapes, stored
+  return found
 
 
 def _read(
-  path: pathlib.Path,
-  stored: Mapping[str, str],
-  shapes: architecture.Shapes,
-  source: str,
+  path: pathlib.Path, found: found_lib.Found, source: str
 ) -> dict[str, np.ndarray]:
-  """Read leaves as float32, by present-day name."""
-  needed = 4 * sum(map(math.prod, shapes.values()))
+  """Read arrays as float32, by their names in the file."""
+  needed = 4 * sum(map(math.prod, found.shapes.values()))
   if needed > memory.host_memory():
     raise UserError(
       f"{source} holds {units.format_bytes(needed)} of weights, more than this"
       " machine has memory."
     )
-  arrays = containers.read_leaves(path, stored.values())
-  architecture.check_floats(arrays, source)
-  return {name: names.as_float32(arrays[old]) for name, old in stored.items()}
+  stored = containers.read_leaves(path, found.shapes)
+  architecture.check_floats(stored, source)
+  arrays = {name: names.as_float32(array) for name, array in stored.items()}
+  architecture.check_finite(arrays, source)
+  return arrays
 
 
 def _fit_positions(
   leaves: dict[str, np.ndarray],
-  stored: Mapping[str, str],
+  found: found_lib.Found,
   config: vit_config.ViTConfig,
   image_size: positions_lib.Pair | None,
   trained_size: positions_lib.Pair | None,
 ) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
-  """Add the class token's position to it, and resize the other positions.
+  """Add the positions of class token and registers, and resize the others.
 
   Returns:
     The leaves, and the image size (height, width) that they were trained on.
   """
   table, leaves = leaves["pos_embedding"], dict(leaves)
   patch = config.patch_size
-  first, old = _find_positions(
-    table.shape[1], stored, patch, image_size, trained_size
-  )
-  if first and "cls" in leaves:
-    leaves["cls"] = leaves["cls"] + table[:, :1]
+  first, old = found.find_positions(table.shape[1], image_size, trained_size)
+  start = 0
+  for name in ("cls", "registers"):
+    if name in leaves and first > start:
+      end = start + leaves[name].shape[1]
+      leaves[name] = leaves[name] + table[:, start:end]
+      start = end
   new = positions_lib.to_grid(image_size, patch) if image_size else old
-  leaves["pos_embedding"] = positions_lib.resize_positions(
-    table[:, first:], old, new
-  )
+  leaves["pos_embedding"] = found.resize(table[:, first:], old, new)
   return leaves, (old[0] * patch[0], old[1] * patch[1])
-
-
-def _find_positions(
-  rows: int,
-  stored: Mapping[str, str],
-  patch_size: positions_lib.Pair,
-  image_size: positions_lib.Pair | None,
-  trained_size: positions_lib.Pair | None,
-) -> tuple[int, positions_lib.Pair]:
-  """Number of rows of the class token (0 or 1), and the grid of the others."""
-  wanted, trained = (
-    positions_lib.to_grid(size, patch_size) if size else None
-    for size in (image_size, trained_size)
-  )
-  first = positions_lib.has_class_row(
-    rows, stored["pos_embedding"], "cls" in stored, trained or wanted
-  )
-  return int(first), positions_lib.find_grid(
-    rows - first, patch_size, wanted, trained
-  )

@@ -206,6 +206,51 @@ def resize_positions(table: np.ndarray, old: Pair, new: Pair) -> np.ndarray:
   return scipy.ndimage.zoom(grid, zoom, order=1).reshape(1, -1, grid.shape[-1])
 
 
+def resize_bicubic(
+  table: np.ndarray, old: Pair, new: Pair, *, antialias: bool
+) -> np.ndarray:
+  """Resize a position embedding as PyTorch's bicubic `interpolate` does.
+
+  Edges are repeated, corners not aligned. With antialiasing, as timm and
+  OpenCLIP have it, the kernel is Keys's with -0.5 in place of -0.75, and
+  stretched if the grid gets smaller.
+
+  Args:
+    table: (1, old[0] * old[1], D) float32, row-major, patches only.
+    old: patches per column and per row.
+    new: the same, of the result.
+    antialias: whether to.
+
+  Returns:
+    (1, new[0] * new[1], D) float32.
+  """
+  if old == new:
+    return table
+  rows, columns = (_cubic_weights(*n, antialias) for n in zip(old, new))
+  grid = table[0].reshape(*old, -1).astype(np.float64)
+  grid = np.einsum("hy,wx,yxd->hwd", rows, columns, grid, optimize=True)
+  return grid.reshape(1, -1, grid.shape[-1]).astype(np.float32)
+
+
+def _cubic_weights(old: int, new: int, antialias: bool) -> np.ndarray:
+  """Weights (new, old) of `resize_bicubic` along one axis."""
+  a = -0.5 if antialias else -0.75
+  stretch = max(old / new, 1.0) if antialias else 1.0
+  centres = (np.arange(new) + 0.5) * old / new - 0.5
+  margin = math.ceil(2 * stretch) + 1
+  places = np.arange(-margin, old + margin)
+  x = np.abs(places - centres[:, None]) / stretch
+  near = ((a + 2) * x - (a + 3)) * x**2 + 1
+  far = a * (((x - 5) * x + 8) * x - 4)
+  weights = np.where(x <= 1, near, np.where(x < 2, far, 0))
+  if antialias:  # What lies outside does not count.
+    weights *= (0 <= places) & (places < old)
+    weights /= weights.sum(axis=1, keepdims=True)
+  folded = np.zeros((new, old))
+  np.add.at(folded.T, np.clip(places, 0, old - 1), weights.T)
+  return folded
+
+
 def _as_text(pair: Sequence[int]) -> str:
   return "x".join(map(str, pair))
 

@@ -17,7 +17,6 @@ from vqt_jax.data import decoding
 from vqt_jax.models import editors
 from vqt_jax.models import methods as methods_lib
 from vqt_jax.models import readers
-from vqt_jax.models.backbone import VALUE_RANGES
 
 OPTIMIZERS = ("adam", "sgd", "adamw")
 
@@ -166,8 +165,9 @@ SECTIONS = {
     ),
     "value_range": Field(
       "",
-      "Range that pixels are scaled to; empty: the checkpoint's own.",
-      choices=("", *VALUE_RANGES),
+      "Range that pixels are scaled to: -1..1, 0..1, imagenet, clip, or mean"
+      " and standard deviation per channel, M,M,M/S,S,S; empty: the"
+      " checkpoint's own.",
     ),
   },
   "Backbone": {
@@ -188,9 +188,13 @@ SECTIONS = {
     ),
     "gelu": Field(
       "",
-      "GELU by its tanh approximation or exact (erf); empty: the checkpoint's"
-      " own.",
-      choices=("", "tanh", "exact"),
+      "GELU by its tanh approximation, exact (erf), or quick (as in CLIP);"
+      " empty: the checkpoint's own.",
+      choices=("", "tanh", "exact", "quick"),
+    ),
+    "num_heads": Field(
+      0,
+      "Attention heads of the backbone; 0: as the checkpoint tells.",
     ),
     "trained_size": Field(
       0,

@@ -6,6 +6,7 @@ from vqt_jax import errors
 from vqt_jax.config import config_dict
 from vqt_jax.config import fields
 from vqt_jax.data import vtab
+from vqt_jax.models import backbone
 from vqt_jax.models import methods as methods_lib
 from vqt_jax.models import vit_config
 
@@ -47,6 +48,11 @@ def _check_names(config: ConfigDict) -> None:
   for name in ("task", "init"):
     if not config[name]:
       raise errors.UserError(f"config.{name} is empty; give a name.")
+  if config.value_range:
+    try:
+      backbone.find_scaling(config.value_range)
+    except errors.UserError as e:
+      raise errors.UserError(f"config.{e}") from e
   if config.variant:
     try:
       vit_config.decode_variant(config.variant)

@@ -111,17 +111,15 @@ def scale(images: np.ndarray, value_range: str) -> np.ndarray:
 
   Args:
     images: uint8 (..., w, 3).
-    value_range: key of `backbone.VALUE_RANGES`.
+    value_range: as `backbone.find_scaling` takes it.
 
   Returns:
     float32 (..., w, 3).
   """
-  ranges = backbone.VALUE_RANGES
-  if value_range not in ranges:
-    raise errors.unknown_name("value_range", value_range, ranges)
+  channels = backbone.find_scaling(value_range)
   # As rows of pixels: NumPy is slow at repeating as few as three numbers.
   width = images.shape[-2]
-  mean, std = (np.tile(np.float32(x), width) for x in ranges[value_range])
+  mean, std = (np.tile(np.float32(x), width) for x in channels)
   rows = images.reshape(*images.shape[:-2], 3 * width).astype(np.float32)
   rows /= np.float32(255)
   rows -= mean

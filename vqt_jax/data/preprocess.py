@@ -83,7 +83,7 @@ def make_preprocess(
 
   Args:
     image_size: side, or (height, width), pixels.
-    value_range: key of `backbone.VALUE_RANGES`.
+    value_range: as `backbone.find_scaling` takes it.
     resize: key of `RESIZES`.
     pixel_scale: stored pixels times this are 0..255.
 
@@ -95,12 +95,9 @@ def make_preprocess(
     UserError: a name is not in the tables, or the size is impossible.
   """
   size = checked_size(image_size)
-  ranges = backbone.VALUE_RANGES
   if resize not in RESIZES:
     raise errors.unknown_name("resize", resize, RESIZES)
-  if value_range not in ranges:
-    raise errors.unknown_name("value_range", value_range, ranges)
-  mean, std = ranges[value_range]
+  mean, std = backbone.find_scaling(value_range)
 
   def preprocess(image: Any) -> Any:
     image = tf.cast(image, tf.float32) * float(pixel_scale)

@@ -352,7 +352,7 @@ class Examples:
     name = f"{self.task.dataset.replace('/', '_')}-{split}"
     inputs = {
       "weights": self.backbone.digest,
-      "vit": dataclasses.asdict(self.backbone.config),
+      "vit": self.backbone.config.as_dict(),
       "decoding": self._decoding,
       "data": data.images_fingerprint(self.task, split),
     }

@@ -6,6 +6,11 @@ the tokens (`weights`, `absorbed`; docs/method.md, "Reading without
 projecting"). The key bias adds the same number to all scores of a query, so
 the softmax removes it; the value bias is added once. `projected` reads keys
 and values that `project` made for a store.
+
+With rotary positions the keys of patches depend on their place, so only keys
+can be read (`ViTConfig.absorbs_keys`): from a store, or projected by
+`Attention.__call__`. Queries that read have no place and are not rotated, as
+the class token.
 """
 
 from collections.abc import Callable
@@ -16,13 +21,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vqt_jax.models import chunked_attention
 from vqt_jax.models import fused_attention
 from vqt_jax.models import vit_config
 from vqt_jax.runtime import mesh
-
-EPSILON = 1e-6
 
 # (operation, weights, x, y) -> y. `weights` are the editor's own: in a block
 # that block's, a dict by operation; at the ends those of the whole model.
@@ -53,8 +57,25 @@ def edits_projections(weights: Any) -> bool:
   return bool({"key", "value"} & set(weights or {}))
 
 
-def layer_norm(name: str | None = None) -> nn.LayerNorm:
-  return nn.LayerNorm(epsilon=EPSILON, dtype=jnp.float32, name=name)
+def layer_norm(
+  config: vit_config.ViTConfig, name: str | None = None
+) -> nn.LayerNorm:
+  epsilon = config.layer_norm_epsilon
+  return nn.LayerNorm(epsilon=epsilon, dtype=jnp.float32, name=name)
+
+
+def rotary_angles(config: vit_config.ViTConfig) -> np.ndarray:
+  """Angles (patches, K / 2) of rotary positions, row-major, float32, radians.
+
+  DINOv3's (https://arxiv.org/abs/2508.10104): the centres of the patches lie
+  in -1..1 along each axis; first come the angles of the rows, then those of the
+  columns.
+  """
+  periods = config.rope_theta ** np.arange(0, 1, 4 / config.head_dim)
+  centres = [2 * (np.arange(n) + 0.5) / n - 1 for n in config.grid]
+  places = np.stack(np.meshgrid(*centres, indexing="ij"), axis=-1)
+  angles = 2 * np.pi * places.reshape(-1, 2, 1) / periods
+  return angles.reshape(len(angles), -1).astype(np.float32)
 
 
 class Attention(nn.Module):
@@ -78,16 +99,21 @@ class Attention(nn.Module):
     queries: jax.Array,
     tokens: jax.Array,
     edited: BoundEdit = unedited,
+    have_places: bool = False,
   ) -> jax.Array:
     """Attend from queries (B, T, D) to tokens (B, N, D); return (B, T, D).
+
+    The queries have places, and are rotated by them, if they are the tokens.
 
     Heads (of each `model` shard) are computed one at a time: the scores
     (B, T, N), float32 and the largest array of a frozen forward pass, exist for
     one head only. Fused attention, where it is supported, never stores them.
     """
     q = edited("query", queries, self.query(queries))
-    k = edited("key", tokens, self.key(tokens))
+    k = self._rotate(edited("key", tokens, self.key(tokens)))
     v = edited("value", tokens, self.value(tokens))
+    if have_places:
+      q = self._rotate(q)
     if fused_attention.is_supported(q, k):
       return self._merge_heads(fused_attention.attend(q, k, v), edited)
     shards = math.gcd(mesh.axis_size("model"), self.config.num_heads)
@@ -101,6 +127,33 @@ class Attention(nn.Module):
     )
     heads = jnp.moveaxis(heads, 0, 3).reshape(q.shape)
     return self._merge_heads(heads, edited)
+
+  def _rotate(self, x: jax.Array) -> jax.Array:
+    """Rotate what belongs to patches, the last of x (B, N, H, K), if any do."""
+    if self.config.posemb != "rope":
+      return x
+    angles = rotary_angles(self.config)[:, None]
+    cos, sin = np.cos(angles), np.sin(angles)
+    first = x.shape[1] - len(angles)
+    a, b = jnp.split(x[:, first:].astype(jnp.float32), 2, axis=-1)
+    patches = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return jnp.concatenate([x[:, :first], patches.astype(x.dtype)], axis=1)
+
+  def direct_weights(
+    self, queries: jax.Array, tokens: jax.Array, edited: BoundEdit
+  ) -> jax.Array:
+    """Attention weights (B, H, T, N), float32, of `__call__`.
+
+    Args:
+      queries: (T, D), or (B, T, D); without places.
+      tokens: (B, N, D).
+      edited: changes the query and key projections.
+    """
+    q = edited("query", queries, self.query(queries))
+    k = self._rotate(edited("key", tokens, self.key(tokens)))
+    axes = "bthk" if q.ndim == 4 else "thk"
+    scores = chunked_attention.dot(f"{axes},bnhk->bhtn", q, k)
+    return jax.nn.softmax(scores * self.config.head_dim**-0.5, axis=-1)
 
   def weights(
     self, queries: jax.Array, tokens: jax.Array, edited: BoundEdit
@@ -165,7 +218,17 @@ class Attention(nn.Module):
     return self._merge_heads(heads, edited)
 
   def project(self, tokens: jax.Array) -> jax.Array:
-    """Keys and values (B, 2, H, N, K) of tokens (B, N, D), without biases."""
+    """Keys and values (B, 2, H, N, K) of tokens (B, N, D).
+
+    Without biases, but for that of keys that are rotated.
+    """
+    if not self.config.absorbs_keys:
+      keys = self._rotate(self.key(tokens))
+      values = chunked_attention.dot(
+        "bnd,dhk->bnhk", tokens, self._kernel("value")
+      )
+      both = jnp.stack([keys, values.astype(keys.dtype)], axis=1)
+      return jnp.swapaxes(both, 2, 3)
     both = [
       chunked_attention.dot("bnd,dhk->bhnk", tokens, self._kernel(name))
       for name in ("key", "value")

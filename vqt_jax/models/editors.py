@@ -254,7 +254,7 @@ _LEAF_PATHS = {
   **{name: f"{_ATTENTION}/{name}" for name in ("query", "key", "value")},
   "out": f"{_ATTENTION}/out",
   **{name: f"{_BLOCK}/{name}" for name in ("LayerNorm_0", "LayerNorm_1")},
-  **{n: f"{_BLOCK}/MlpBlock_0/{n}" for n in ("Dense_0", "Dense_1")},
+  **{n: f"{_BLOCK}/MlpBlock_0/{n}" for n in ("Dense_0", "gate", "Dense_1")},
   "embedding": "embedding",
   "encoder_norm": "Transformer/encoder_norm",
 }
@@ -265,7 +265,10 @@ def _ssf_init(config, options, key):
   del options, key
   c, heads = config, (config.num_heads, config.head_dim)
   identity = lambda shape: {"scale": 1 + _zeros(shape), "shift": _zeros(shape)}
-  sizes = dict.fromkeys(_LEAF_PATHS, (c.width,)) | {"Dense_0": (c.mlp_dim,)}
+  sizes = dict.fromkeys(_LEAF_PATHS, (c.width,))
+  sizes |= dict.fromkeys(("Dense_0", "gate"), (c.mlp_dim,))
+  if not c.gated_mlp:
+    del sizes["gate"]
   sizes |= dict.fromkeys(("query", "key", "value"), heads)
   ends = {name: identity(sizes.pop(name)) for name in _ENDS}
   blocks = {name: identity((c.depth, *size)) for name, size in sizes.items()}
@@ -283,7 +286,7 @@ def _ssf(config, options):
 
   def edit(name, weights, x, y):
     del x
-    if name not in _LEAF_PATHS:
+    if name not in weights:
       return y
     scale, shift = weights[name]["scale"], weights[name]["shift"]
     return y * scale.astype(y.dtype) + shift.astype(y.dtype)
@@ -293,9 +296,9 @@ def _ssf(config, options):
 
 def _fold_ssf(weights, params, options):
   del options
-  flat = {**weights, **weights["encoderblock"]}
-  for name, path in _LEAF_PATHS.items():
-    scale, shift = flat[name]["scale"], flat[name]["shift"]
+  ends = {name: weights[name] for name in _ENDS}
+  for name, own in (ends | weights["encoderblock"]).items():
+    path, scale, shift = _LEAF_PATHS[name], own["scale"], own["shift"]
     norm = "norm" in path.lower()
     factor = f"{path}/{'scale' if norm else 'kernel'}"
     kernel = params[factor]

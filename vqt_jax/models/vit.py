@@ -11,7 +11,7 @@ An editor (see `editors`) changes the stream here and nowhere else: its
 the value that replaces y. In a block the operations are its leaf modules,
 "input" (x and y: the stream before the block) and "MlpBlock_0" (y: the MLP's
 output, x: the residual stream that it is added to). Outside of the blocks they
-are "embedding" (x: images, y: patches), "embedded" (tokens with positions),
+are "embedding" (x: images, y: patches), "embedded" (z_0, what the blocks get),
 "output" (of the last block) and "encoder_norm". Without an edit nothing is
 added to the computation.
 
@@ -30,7 +30,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqt_jax.models import attention as attention_lib
-from vqt_jax.models import chunked_attention
 from vqt_jax.models import vit_config
 
 
@@ -47,14 +46,31 @@ def posemb_sincos_2d(grid: tuple[int, int], width: int) -> np.ndarray:
   return table.astype(np.float32)[None]
 
 
+def _quick_gelu(x: jax.Array) -> jax.Array:
+  """x * sigmoid(1.702 x), of CLIP's program."""
+  return x * jax.nn.sigmoid(1.702 * x)
+
+
+_GELU = {
+  "tanh": functools.partial(nn.gelu, approximate=True),
+  "exact": functools.partial(nn.gelu, approximate=False),
+  "quick": _quick_gelu,
+}
+
+
 class Mlp(nn.Module):
-  """Dense, GELU, dense (Big Vision's `MlpBlock`)."""
+  """Dense, GELU, dense (Big Vision's `MlpBlock`).
+
+  If gated: `silu(gate(x)) * Dense_0(x)`, dense.
+  """
 
   config: vit_config.ViTConfig
 
   def setup(self):
     c = self.config
     self.Dense_0 = nn.Dense(c.mlp_dim, dtype=c.dtype)
+    if c.gated_mlp:
+      self.gate = nn.Dense(c.mlp_dim, dtype=c.dtype)
     self.Dense_1 = nn.Dense(c.width, dtype=c.dtype)
 
   def __call__(
@@ -63,7 +79,10 @@ class Mlp(nn.Module):
     edited: attention_lib.BoundEdit = attention_lib.unedited,
   ) -> jax.Array:
     y = edited("Dense_0", x, self.Dense_0(x))
-    y = nn.gelu(y, approximate=self.config.gelu == "tanh")
+    if self.config.gated_mlp:
+      y *= nn.silu(edited("gate", x, self.gate(x)))
+    else:
+      y = _GELU[self.config.gelu](y)
     return edited("Dense_1", y, self.Dense_1(y))
 
 
@@ -84,9 +103,9 @@ class Block(nn.Module):
   edit: attention_lib.Edit | None = None
 
   def setup(self):
-    self.LayerNorm_0 = attention_lib.layer_norm()
+    self.LayerNorm_0 = attention_lib.layer_norm(self.config)
     self.MultiHeadDotProductAttention_0 = attention_lib.Attention(self.config)
-    self.LayerNorm_1 = attention_lib.layer_norm()
+    self.LayerNorm_1 = attention_lib.layer_norm(self.config)
     self.MlpBlock_0 = Mlp(self.config)
 
   def __call__(
@@ -96,7 +115,8 @@ class Block(nn.Module):
     z = edited("input", z, z)
     tokens = edited("LayerNorm_0", z, self.LayerNorm_0(z))
     tokens = tokens.astype(self.config.dtype)
-    z = z + self.MultiHeadDotProductAttention_0(tokens, tokens, edited)
+    attention = self.MultiHeadDotProductAttention_0
+    z = z + attention(tokens, tokens, edited, have_places=True)
     z = self._add_mlp(z, edited)
     found = {"tokens": tokens, "blocks": z}
     return z, {name: found[name] for name in self.collect}
@@ -123,12 +143,15 @@ class Block(nn.Module):
     """
     edited = attention_lib.bind_edit(self.edit, weights)
     attention = self.MultiHeadDotProductAttention_0
-    edits_projections = attention_lib.edits_projections(weights)
-    if edits_projections:
+    needs_keys = self._needs_keys(weights) and tokens.ndim == 3
+    if needs_keys:
+      if rows is not None:
+        tokens = jnp.take(tokens, rows.reshape(-1), axis=0, mode="clip")
+        tokens = tokens.astype(self.config.dtype)
       shape = (tokens.shape[0], *queries.shape[-2:])
       queries = jnp.broadcast_to(queries, shape)
     q = edited("LayerNorm_0", queries, self.LayerNorm_0(queries))
-    if edits_projections:
+    if needs_keys:
       y = attention(q, tokens, edited)
     elif tokens.ndim == 3:
       y = attention.absorbed(q, tokens, rows, edited)
@@ -147,12 +170,14 @@ class Block(nn.Module):
     edited = attention_lib.bind_edit(self.edit, weights)
     attention = self.MultiHeadDotProductAttention_0
     queries = edited("LayerNorm_0", queries, self.LayerNorm_0(queries))
-    if not attention_lib.edits_projections(weights):
-      return attention.weights(queries, tokens, edited)
-    q = edited("query", queries, attention.query(queries))
-    k = edited("key", tokens, attention.key(tokens))
-    scores = chunked_attention.dot("...thk,bnhk->bhtn", q, k)
-    return jax.nn.softmax(scores * self.config.head_dim**-0.5, axis=-1)
+    if self._needs_keys(weights):
+      return attention.direct_weights(queries, tokens, edited)
+    return attention.weights(queries, tokens, edited)
+
+  def _needs_keys(self, weights: Any) -> bool:
+    """Return whether queries read keys and values, and not the tokens."""
+    edits_projections = attention_lib.edits_projections(weights)
+    return edits_projections or not self.config.absorbs_keys
 
   def _add_mlp(
     self, z: jax.Array, edited: attention_lib.BoundEdit
@@ -168,7 +193,7 @@ class MapHead(nn.Module):
 
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
-    c = self.config
+    c = dataclasses.replace(self.config, posemb="learn")  # It has no places.
     init = nn.initializers.xavier_uniform()
     probe = self.param("probe", init, (1, 1, c.width))
     probe = jnp.tile(probe, (tokens.shape[0], 1, 1)).astype(c.dtype)
@@ -176,7 +201,7 @@ class MapHead(nn.Module):
       c, name="MultiHeadDotProductAttention_0"
     )
     x = attention(probe, tokens)
-    y = attention_lib.layer_norm("LayerNorm_0")(x)
+    y = attention_lib.layer_norm(c, "LayerNorm_0")(x)
     return (x + Mlp(c, name="MlpBlock_0")(y))[:, 0]
 
 
@@ -203,7 +228,7 @@ class Encoder(nn.Module):
       length=self.config.depth,
     )(self.config, self.collect, self.edit, name="encoderblock")
     z, collected = blocks(z, weights) if self.edit else blocks(z)
-    return z, attention_lib.layer_norm("encoder_norm"), collected
+    return z, attention_lib.layer_norm(self.config, "encoder_norm"), collected
 
 
 def show_shapes(record: Any) -> str:
@@ -282,12 +307,15 @@ class ViT(nn.Module):
     if c.posemb == "learn":
       init = nn.initializers.normal(stddev=1 / math.sqrt(c.width))
       z += self.param("pos_embedding", init, (1, *z.shape[1:])).astype(z.dtype)
-    else:
+    elif c.posemb == "sincos2d":
       z += jnp.asarray(posemb_sincos_2d(c.grid, c.width), z.dtype)
-    if c.has_class_token:
-      cls = self.param("cls", nn.initializers.zeros, (1, 1, c.width))
-      cls = jnp.tile(cls.astype(z.dtype), (z.shape[0], 1, 1))
-      z = jnp.concatenate([cls, z], axis=1)
+    for name, count in (("registers", c.registers), ("cls", c.has_class_token)):
+      if count:
+        token = self.param(name, nn.initializers.zeros, (1, count, c.width))
+        token = jnp.tile(token.astype(z.dtype), (z.shape[0], 1, 1))
+        z = jnp.concatenate([token, z], axis=1)
+    if c.pre_norm:
+      z = attention_lib.layer_norm(c, "pre_norm")(z).astype(z.dtype)
     if embedding_mask is not None:
       z *= embedding_mask.astype(z.dtype)
     z = edited("embedded", z, z)
@@ -302,11 +330,13 @@ class ViT(nn.Module):
       case "tok" | "0":
         final = encoded[:, 0]
       case "gap":
-        final = encoded.mean(axis=1)
+        final = encoded[:, c.num_prefix_tokens :].mean(axis=1)
       case "map":
-        final = MapHead(c, name="MAPHead_0")(encoded)
+        patches = encoded[:, c.num_prefix_tokens :]
+        final = MapHead(c, name="MAPHead_0")(patches)
       case "mae":
-        final = norm(z[:, 1:].astype(jnp.float32).mean(axis=1))
+        patches = z[:, c.num_prefix_tokens :].astype(jnp.float32)
+        final = norm(patches.mean(axis=1))
     final = final.astype(jnp.float32)
 
     pooled, logits = final, None

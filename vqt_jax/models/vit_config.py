@@ -21,6 +21,15 @@ VARIANTS = {
   "G-opt": (1536, 48, 8192, 16),
   "e": (1792, 56, 15360, 16),
 }
+# Fields that only ViTs of other libraries set.
+_OF_FAMILIES = (
+  "class_token",
+  "registers",
+  "rope_theta",
+  "pre_norm",
+  "layer_norm_epsilon",
+  "gated_mlp",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +44,25 @@ class ViTConfig:
     patch_size: (height, width) of a patch, pixels.
     image_size: (height, width) of the images, pixels. As in Big Vision, pixels
       right of and below the last whole patch are ignored.
-    pool_type: "tok" (class token), "gap" (mean over tokens), "map" (attention
+    pool_type: "tok" (class token), "gap" (mean over patches), "map" (attention
       pooling), "0" (the first patch, of a stream without a class token), or
-      "mae" (class token in the stream, but the result is the mean over patches
-      *before* the final LayerNorm, as fine-tuned MAE models).
-    posemb: "learn", or "sincos2d" (fixed, MoCo v3).
+      "mae" (mean over patches *before* the final LayerNorm, as fine-tuned MAE
+      models and timm's `fc_norm`).
+    class_token: whether the stream begins with one; None: if `pool_type` is
+      "tok" or "mae".
+    registers: number of register tokens behind the class token, without
+      positions (https://arxiv.org/abs/2309.16588).
+    posemb: "learn", "sincos2d" (fixed, MoCo v3), or "rope" (queries and keys of
+      patches are rotated by their place in every block, as in DINOv3).
+    rope_theta: base of the periods of "rope".
+    pre_norm: the embedded tokens are normalised before the blocks (CLIP).
+    layer_norm_epsilon: added to the variance in every LayerNorm.
     rep_size: size of the tanh representation layer before the head, or None.
     num_classes: size of the pre-trained head, or None.
-    gelu: "tanh" (Flax, Big Vision) or "exact" (erf; PyTorch-born models).
+    gelu: "tanh" (Flax, Big Vision), "exact" (erf; most PyTorch-born models) or
+      "quick" (x * sigmoid(1.702 x); CLIP).
+    gated_mlp: the blocks' MLPs are SwiGLU (https://arxiv.org/abs/2002.05202),
+      whose activation is SiLU.
     dtype: dtype of the matrix products and of the stream.
   """
 
@@ -53,11 +73,25 @@ class ViTConfig:
   patch_size: tuple[int, int]
   image_size: tuple[int, int]
   pool_type: Literal["tok", "gap", "map", "0", "mae"] = "tok"
-  posemb: Literal["learn", "sincos2d"] = "learn"
+  class_token: bool | None = None
+  registers: int = 0
+  posemb: Literal["learn", "sincos2d", "rope"] = "learn"
+  rope_theta: float = 100.0
+  pre_norm: bool = False
+  layer_norm_epsilon: float = 1e-6
   rep_size: int | None = None
   num_classes: int | None = None
-  gelu: Literal["tanh", "exact"] = "tanh"
+  gelu: Literal["tanh", "exact", "quick"] = "tanh"
+  gated_mlp: bool = False
   dtype: str = "float32"
+
+  def as_dict(self) -> dict[str, Any]:
+    """Return the fields, without those that Big Vision's ViTs leave alone."""
+    fields = dataclasses.asdict(self)
+    for field in dataclasses.fields(self):
+      if field.name in _OF_FAMILIES and fields[field.name] == field.default:
+        del fields[field.name]
+    return fields
 
   @property
   def grid(self) -> tuple[int, int]:
@@ -69,12 +103,27 @@ class ViTConfig:
 
   @property
   def has_class_token(self) -> bool:
-    return self.pool_type in ("tok", "mae")
+    if self.class_token is None:
+      return self.pool_type in ("tok", "mae")
+    return self.class_token
+
+  @property
+  def num_prefix_tokens(self) -> int:
+    """Number of tokens before the patches: class token and registers."""
+    return self.has_class_token + self.registers
 
   @property
   def num_tokens(self) -> int:
     """Length N of the stream."""
-    return math.prod(self.grid) + self.has_class_token
+    return self.num_prefix_tokens + math.prod(self.grid)
+
+  @property
+  def absorbs_keys(self) -> bool:
+    """Whether queries can read tokens without projecting them to keys.
+
+    They cannot if keys are rotated: then the key projection differs by place.
+    """
+    return self.posemb != "rope"
 
   @property
   def head_dim(self) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 
 from vqt_jax import data
 from vqt_jax.config import fields
-from vqt_jax.models.backbone import VALUE_RANGES
+from vqt_jax.models.backbone import find_scaling
 from vqt_jax.reports import figures
 from vqt_jax.reports import style
 from vqt_jax.runtime import files
@@ -109,11 +109,10 @@ def draw(workdir: files.Path, path: files.Path) -> None:
     )
   )
   weights = model.attention(batch["image"])[0].mean(axis=(2, 3))
-  if c.has_class_token:
-    weights = weights[..., 1:]
+  weights = weights[..., c.num_prefix_tokens :]
   maps = np.moveaxis(weights, 0, 1).reshape(len(weights[0]), -1, *c.grid)
   predicted = model.logits(batch["image"])[0].argmax(axis=-1)
-  mean, std = VALUE_RANGES[model.backbone.value_range]
+  mean, std = find_scaling(model.backbone.value_range)
   images = np.clip(batch["image"] * np.array(std) + np.array(mean), 0, 1)
   labels = [f"{a}, said {b}" for a, b in zip(batch["label"], predicted)]
   attention(images, maps, labels, path)

@@ -60,6 +60,7 @@ def backbone_options(
     ),
     "pool_type": config.pool_type,
     "gelu": config.gelu,
+    "num_heads": config.num_heads or None,
     "dtype": config.dtype or ("float32" if platform == "cpu" else "bfloat16"),
     "trained_size": checkpoints.size_from_fields(
       config.trained_size, config.trained_width

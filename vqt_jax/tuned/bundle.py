@@ -118,6 +118,7 @@ def write(
       **({"revision": backbone.revision} if backbone.revision else {}),
       "sha256": backbone.identity,
       "variant": c.variant,
+      "num_heads": c.num_heads,
       "trained_size": backbone.trained_size,
       "pool_type": c.pool_type,
       "gelu": c.gelu,

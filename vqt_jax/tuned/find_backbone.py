@@ -35,7 +35,7 @@ def find(
   recorded, preprocessing = info["backbone"], info["preprocessing"]
   settings = {
     name: recorded[name]
-    for name in ("trained_size", "pool_type", "gelu", "dtype")
+    for name in ("trained_size", "num_heads", "pool_type", "gelu", "dtype")
     if name in recorded
   }
   settings |= {

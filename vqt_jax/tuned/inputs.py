@@ -33,7 +33,7 @@ def make_prepare(
 
   Args:
     image_size: (height, width), pixels.
-    value_range: key of `backbone.VALUE_RANGES`.
+    value_range: as `backbone.find_scaling` takes it.
     resize: of a TFDS dataset, see `preprocess_lib.make_preprocess`.
     fit: of image files, see `decoding.fit`; else "".
 
@@ -42,10 +42,7 @@ def make_prepare(
   """
   if fit and fit not in decoding.FITS:
     raise errors.unknown_name("fit", fit, decoding.FITS)
-  if value_range not in backbone_lib.VALUE_RANGES:
-    raise errors.unknown_name(
-      "value_range", value_range, backbone_lib.VALUE_RANGES
-    )
+  backbone_lib.find_scaling(value_range)
   image_size = preprocess_lib.checked_size(tuple(image_size))
   if not fit:
     preprocess = preprocess_lib.make_preprocess(image_size, value_range, resize)

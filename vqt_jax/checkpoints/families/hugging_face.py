@@ -1,0 +1,306 @@
+"""Vision Transformers of Hugging Face's transformers.
+
+Settings are in `config.json`, which may leave out what is the default of the
+model's class, and in `preprocessor_config.json`.
+"""
+
+from collections.abc import Mapping
+import functools
+import types
+from typing import Any
+
+from vqt_jax.checkpoints.families import family
+from vqt_jax.errors import UserError
+
+# Keys of config.json -> fields.
+_KEYS = {
+  "hidden_size": "width",
+  "num_hidden_layers": "depth",
+  "num_attention_heads": "num_heads",
+  "intermediate_size": "mlp_dim",
+  "patch_size": "patch_size",
+  "layer_norm_eps": "layer_norm_epsilon",
+  "rope_theta": "rope_theta",
+  "num_register_tokens": "registers",
+}
+
+
+def _settings(
+  shapes: family.Shapes,
+  configs: family.Configs,
+  source: str,
+  *,
+  model_types: tuple[str, ...],
+  value_range: str,
+  defaults: Mapping[str, Any],
+  fixed: Mapping[str, Any] = types.MappingProxyType({}),
+  gated: bool = False,
+  fields: Mapping[str, Any],
+) -> family.Settings:
+  """Read the settings of a ViT.
+
+  Args:
+    shapes: relative name -> shape.
+    configs: by file name.
+    source: name in errors.
+    model_types: of the family, and of models that contain it.
+    value_range: of the family, if there is no preprocessor_config.json.
+    defaults: keys that config.json may leave out.
+    fixed: keys that are so whatever config.json says.
+    gated: whether its MLPs are.
+    fields: that all ViTs of the family have.
+
+  Raises:
+    UserError: the config is of another family, or asks for what the encoder has
+      not.
+  """
+  config = configs.get("config.json", {})
+  if config and config.get("model_type") not in model_types:
+    raise UserError(
+      f"config.json of {source} says model_type {config.get('model_type')!r},"
+      f" but its tensors have the names of {model_types[0]!r}: put the"
+      " config.json of these weights beside them."
+    )
+  found = {**defaults, **config.get("vision_config", config), **fixed}
+  fields = dict(fields) | {
+    field: found[key]
+    for key, field in _KEYS.items()
+    if found.get(key) is not None
+  }
+  if not config:
+    fields.pop("num_heads", None)
+  processor = configs.get("preprocessor_config.json", {})
+  if processor.get("do_normalize", True) is False:
+    value_range = "0..1"
+  elif "image_mean" in processor and "image_std" in processor:
+    value_range = family.name_scaling(
+      processor["image_mean"], processor["image_std"], source
+    )
+  if gated and found["hidden_act"] not in ("silu", "swish"):
+    raise UserError(
+      f"The gated MLPs of {source} have the activation"
+      f" {found['hidden_act']!r}; expected silu."
+    )
+  if not gated:
+    fields["gelu"] = family.find_gelu(found["hidden_act"], source)
+  return family.Settings(
+    {**fields, "gated_mlp": gated},
+    value_range,
+    found.get("image_size") if config else None,
+    ("value_range",) * (not processor) + ("gelu",) * (not config and not gated),
+    antialias="embeddings.register_tokens" in shapes,
+  )
+
+
+_VIT = {
+  "embeddings.cls_token": "cls",
+  "embeddings.register_tokens": "registers",
+  "embeddings.position_embeddings": "pos_embedding",
+  "embeddings.patch_embeddings.projection": "embedding",
+  "layernorm": "Transformer/encoder_norm",
+}
+_VIT_ATTENTION = {
+  "attention.attention.query": family.QUERY,
+  "attention.attention.key": family.KEY,
+  "attention.attention.value": family.VALUE,
+  "attention.output.dense": family.OUT,
+}
+_PATCHES = "embeddings.patch_embeddings.projection.weight"
+
+
+def _vit_settings(shapes, configs, source):
+  model_type = configs.get("config.json", {}).get("model_type")
+  return _settings(
+    shapes,
+    configs,
+    source,
+    model_types=("vit", "vit_mae"),
+    value_range="imagenet" if model_type == "vit_mae" else "-1..1",
+    defaults={
+      "hidden_act": "gelu",
+      "num_attention_heads": 12,
+      "layer_norm_eps": 1e-12,
+      "image_size": 224,
+    },
+    fields={"pool_type": "tok"},
+  )
+
+
+VIT = family.Family(
+  name="a ViT of transformers",
+  patches=_PATCHES,
+  fits=lambda shapes: "encoder.layer.0.layernorm_before.weight" in shapes,
+  top={**_VIT, "/classifier": "head"},
+  blocks="encoder.layer.",
+  block={
+    **_VIT_ATTENTION,
+    "layernorm_before": family.NORM_0,
+    "layernorm_after": family.NORM_1,
+    "intermediate.dense": family.DENSE_0,
+    "output.dense": family.DENSE_1,
+  },
+  settings=_vit_settings,
+  left_out=(r"pooler\..*", r"embeddings\.mask_token", r"/decoder\..*"),
+  optional=r".*/(query|key|value)/bias",
+)
+
+_BLOCK_NORMS = {"norm1": family.NORM_0, "norm2": family.NORM_1}
+_SCALES = {
+  "layer_scale1.lambda1": family.OUT_SCALE,
+  "layer_scale2.lambda1": family.DENSE_1_SCALE,
+}
+
+
+def _dinov2(gated: bool, mlp: family.Table) -> family.Family:
+  settings = functools.partial(
+    _settings,
+    model_types=("dinov2", "dinov2_with_registers"),
+    value_range="imagenet",
+    fixed={"hidden_act": "silu"} if gated else {},
+    defaults={
+      "hidden_act": "gelu",
+      "num_attention_heads": 12,
+      "layer_norm_eps": 1e-6,
+      "image_size": 224,
+    },
+    fields={"pool_type": "tok"},
+    gated=gated,
+  )
+  mark = f"encoder.layer.0.{next(iter(mlp))}.weight"
+  return family.Family(
+    name="a DINOv2 of transformers",
+    patches=_PATCHES,
+    fits=lambda shapes: mark in shapes,
+    top=_VIT,
+    blocks="encoder.layer.",
+    block={**_VIT_ATTENTION, **_BLOCK_NORMS, **_SCALES, **mlp},
+    settings=settings,
+    left_out=(r"embeddings\.mask_token", r"/classifier\..*"),
+    optional=r".*/(query|key|value)/bias",
+  )
+
+
+DINOV2 = _dinov2(False, {"mlp.fc1": family.DENSE_0, "mlp.fc2": family.DENSE_1})
+DINOV2_GATED = _dinov2(
+  True,
+  {
+    "mlp.weights_in": (family.GATE, family.DENSE_0),
+    "mlp.weights_out": family.DENSE_1,
+  },
+)
+
+
+def _dinov3(gated: bool) -> family.Family:
+  mark = "layer.0.mlp.gate_proj.weight"
+  return family.Family(
+    name="a DINOv3 of transformers",
+    patches="embeddings.patch_embeddings.weight",
+    fits=lambda shapes: (mark in shapes) == gated,
+    top={
+      "embeddings.cls_token": "cls",
+      "embeddings.register_tokens": "registers",
+      "embeddings.patch_embeddings": "embedding",
+      "norm": "Transformer/encoder_norm",
+    },
+    blocks="layer.",
+    block={
+      "attention.q_proj": family.QUERY,
+      "attention.k_proj": family.KEY,
+      "attention.v_proj": family.VALUE,
+      "attention.o_proj": family.OUT,
+      **_BLOCK_NORMS,
+      **_SCALES,
+      "mlp.gate_proj": family.GATE,
+      "mlp.up_proj": family.DENSE_0,
+      "mlp.down_proj": family.DENSE_1,
+    },
+    settings=functools.partial(
+      _settings,
+      model_types=("dinov3_vit",),
+      value_range="imagenet",
+      defaults={
+        "hidden_act": "silu" if gated else "gelu",
+        "num_attention_heads": 6,
+        "layer_norm_eps": 1e-5,
+        "rope_theta": 100.0,
+        "image_size": 224,
+      },
+      gated=gated,
+      fields={"pool_type": "tok", "posemb": "rope"},
+    ),
+    left_out=(r"embeddings\.mask_token", r"/classifier\..*"),
+    optional=r".*/(query|key|value|out|gate|Dense_[01])/bias",
+  )
+
+
+DINOV3, DINOV3_GATED = _dinov3(False), _dinov3(True)
+
+_TOWER = {
+  "embeddings.class_embedding": "cls",
+  "embeddings.patch_embedding": "embedding",
+  "embeddings.position_embedding.weight": "pos_embedding",
+  "pre_layrnorm": "pre_norm",  # A typing error of the library.
+  "post_layernorm": "Transformer/encoder_norm",
+  "head.probe": f"{family.MAP}/probe",
+  "head.attention.in_proj_": tuple(f"{family.MAP}/{x}" for x in family.QKV),
+  "head.attention.out_proj": f"{family.MAP}/{family.OUT}",
+  "head.layernorm": f"{family.MAP}/{family.NORM_0}",
+  "head.mlp.fc1": f"{family.MAP}/{family.DENSE_0}",
+  "head.mlp.fc2": f"{family.MAP}/{family.DENSE_1}",
+}
+
+
+def _tower(name, fits, optional="", **settings) -> family.Family:
+  return family.Family(
+    name=name,
+    patches="embeddings.patch_embedding.weight",
+    fits=fits,
+    top=_TOWER,
+    blocks="encoder.layers.",
+    block={
+      "layer_norm1": family.NORM_0,
+      "self_attn.q_proj": family.QUERY,
+      "self_attn.k_proj": family.KEY,
+      "self_attn.v_proj": family.VALUE,
+      "self_attn.out_proj": family.OUT,
+      "layer_norm2": family.NORM_1,
+      "mlp.fc1": family.DENSE_0,
+      "mlp.fc2": family.DENSE_1,
+    },
+    settings=functools.partial(_settings, **settings),
+    left_out=(
+      *family.OTHER_TOWER,
+      r"embeddings\.position_ids",
+      r"/classifier\..*",
+    ),
+    optional=optional,
+  )
+
+
+CLIP = _tower(
+  "an image tower of CLIP of transformers",
+  lambda shapes: "embeddings.class_embedding" in shapes,
+  optional="embedding/bias",
+  model_types=("clip_vision_model", "clip"),
+  value_range="clip",
+  defaults={
+    "hidden_act": "quick_gelu",
+    "num_attention_heads": 12,
+    "layer_norm_eps": 1e-5,
+    "image_size": 224,
+  },
+  fields={"pool_type": "tok"},
+)
+SIGLIP = _tower(
+  "an image tower of SigLIP of transformers",
+  lambda shapes: "embeddings.class_embedding" not in shapes,
+  model_types=("siglip_vision_model", "siglip"),
+  value_range="-1..1",
+  defaults={
+    "hidden_act": "gelu_pytorch_tanh",
+    "num_attention_heads": 12,
+    "layer_norm_eps": 1e-6,
+    "image_size": 224,
+  },
+  fields={},
+)

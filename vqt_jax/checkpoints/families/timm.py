@@ -1,0 +1,228 @@
+"""Vision Transformers of timm: `vision_transformer.py`, and DINOv3 of `eva.py`.
+
+Its `config.json` has the name of the architecture, `pretrained_cfg` with mean,
+deviation and size of images, and what differs from the architecture. What that
+name stands for is in the tables here.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import re
+from typing import Any
+
+from vqt_jax.checkpoints.families import family
+from vqt_jax.errors import UserError
+
+# Architectures whose tensors do not show that they are no plain ViTs: rotary
+# positions, norms behind their operations.
+_REFUSED = re.compile(
+  r"(?!vit_|deit3?_|flexivit_)|.*(_pe_|rope|relpos|rpn|_xp_)"
+)
+_TANH = re.compile(
+  r"vit_(base_patch32|(so400m|giantopt)_patch16)_siglip_"
+  r"|vit_large_patch16_siglip_(gap_)?512"
+)
+_POOLING = {"token": "tok", "avg": "gap", "map": "map"}
+_HEADS = {320: 5, 640: 10, 832: 13, 896: 14, 1152: 16, 1280: 16, 1408: 16}
+_DINOV3_WIDTHS = (192, 384, 768, 1024, 1280, 4096)
+_HEADS |= {192: 3, 256: 4, 384: 6, 512: 8, 768: 12, 1024: 16, 1664: 16}
+
+
+def _settings(
+  shapes: family.Shapes,
+  configs: family.Configs,
+  source: str,
+  *,
+  gated: bool = False,
+  rotary: bool = False,
+) -> family.Settings:
+  """Read the settings of a ViT, of timm's repositories or OpenCLIP's.
+
+  Args:
+    shapes: relative name -> shape.
+    configs: by file name.
+    source: name in errors.
+    gated: whether MLPs are.
+    rotary: whether it is DINOv3.
+
+  Raises:
+    UserError: the architecture is no plain ViT.
+  """
+  config = configs.get("config.json", {})
+  if "open_clip_config.json" in configs and "architecture" not in config:
+    config = _from_open_clip(configs["open_clip_config.json"])
+  name = str(config.get("architecture", ""))
+  args = config.get("model_args", {})
+  pooling = config.get("global_pool", args.get("global_pool"))
+  images = config.get("pretrained_cfg", config)
+  if name and _REFUSED.match(name):
+    raise UserError(
+      f"{source} is a {name}, which is not a plain ViT; take a vit_* of timm"
+      " without relative or rotary positions, or a DINOv3."
+    )
+  width = shapes["patch_embed.proj.weight"][0]
+  clip_like = "norm_pre.weight" in shapes or "_clip_" in name
+  fields = {
+    "gated_mlp": gated,
+    "layer_norm_epsilon": 1e-5 if clip_like or rotary else 1e-6,
+  }
+  if "num_heads" in args:
+    fields["num_heads"] = args["num_heads"]
+  elif name == "vit_base_patch16_gap_224":
+    fields["num_heads"] = 16
+  elif width == 1536:
+    fields["num_heads"] = 24 if gated else 16
+  elif rotary and width == 4096:
+    fields["num_heads"] = 32
+  elif rotary and width % 64 == 0:
+    fields["num_heads"] = width // 64
+  elif width in _HEADS:
+    fields["num_heads"] = _HEADS[width]
+  if rotary:
+    fields["posemb"] = "rope"
+  if pooling:
+    if pooling not in _POOLING:
+      raise UserError(
+        f"{source} pools by {pooling!r}; expected one of {', '.join(_POOLING)}."
+      )
+    fields["pool_type"] = _POOLING[pooling]
+  if "fc_norm.weight" in shapes and pooling in (None, "", "avg"):
+    fields["pool_type"] = "mae"
+  activation = "quick_gelu" if "quickgelu" in name else "gelu"
+  if _TANH.match(name):
+    activation = "gelu_tanh"
+  if not gated:
+    activation = args.get("act_layer", activation)
+    fields["gelu"] = family.find_gelu(activation, source)
+  assumed = () if name or gated else ("gelu",)
+  if "mean" in images and "std" in images:
+    value_range = family.name_scaling(images["mean"], images["std"], source)
+  else:
+    value_range = "clip" if clip_like else "imagenet" if rotary else "-1..1"
+    assumed += ("value_range",)
+  size = images.get("input_size")
+  return family.Settings(
+    fields,
+    value_range,
+    size[1:] if size else None,
+    assumed,
+    antialias=True,
+    # All registered ones rotate halves; the default of `Eva` is neighbours.
+    interleaved=rotary
+    and not args.get("rope_rotate_half", width in _DINOV3_WIDTHS),
+  )
+
+
+def _from_open_clip(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Return the content of timm's config.json for a tower of OpenCLIP."""
+  tower = config.get("model_cfg", {}).get("vision_cfg", {})
+  images = dict(config.get("preprocess_cfg", {}))
+  if size := tower.get("image_size"):
+    images["input_size"] = [
+      3,
+      *(size if isinstance(size, list) else [size] * 2),
+    ]
+  return {
+    "architecture": tower.get("timm_model_name", ""),
+    "global_pool": tower.get("timm_pool"),
+    "model_args": tower.get("timm_model_kwargs") or {},
+    "pretrained_cfg": images,
+  }
+
+
+_TOP = {
+  "cls_token": "cls",
+  "reg_token": "registers",
+  "pos_embed": "pos_embedding",
+  "patch_embed.proj": "embedding",
+  "norm_pre": "pre_norm",
+  "norm": "Transformer/encoder_norm",
+  "fc_norm": "Transformer/encoder_norm",
+  "attn_pool.latent": f"{family.MAP}/probe",
+  "attn_pool.q": f"{family.MAP}/{family.QUERY}",
+  "attn_pool.kv": tuple(
+    f"{family.MAP}/{leaf}" for leaf in (family.KEY, family.VALUE)
+  ),
+  "attn_pool.proj": f"{family.MAP}/{family.OUT}",
+  "attn_pool.norm": f"{family.MAP}/{family.NORM_0}",
+  "attn_pool.mlp.fc1": f"{family.MAP}/{family.DENSE_0}",
+  "attn_pool.mlp.fc2": f"{family.MAP}/{family.DENSE_1}",
+  "head": "head",
+}
+_BLOCK = {
+  "norm1": family.NORM_0,
+  "attn.qkv": family.QKV,
+  "attn.proj": family.OUT,
+  "ls1.gamma": family.OUT_SCALE,
+  "norm2": family.NORM_1,
+  "mlp.fc1": family.DENSE_0,
+  "mlp.fc2": family.DENSE_1,
+  "ls2.gamma": family.DENSE_1_SCALE,
+}
+
+
+def _is_packed(shapes: family.Shapes) -> bool:
+  """Return whether the first layer of MLPs holds their gate as well."""
+  first = shapes.get("blocks.0.mlp.fc1.weight", (0,))
+  second = shapes.get("blocks.0.mlp.fc2.weight", (0, 0))
+  return len(second) == 2 and first[0] == 2 * second[1] > 0
+
+
+def _is_dinov3(shapes: family.Shapes) -> bool:
+  return "pos_embed" not in shapes and "blocks.0.gamma_1" in shapes
+
+
+VIT = family.Family(
+  name="a ViT of timm",
+  patches="patch_embed.proj.weight",
+  top=_TOP,
+  blocks="blocks.",
+  block=_BLOCK,
+  settings=_settings,
+  fits=lambda shapes: not _is_packed(shapes) and not _is_dinov3(shapes),
+  left_out=(*family.OTHER_TOWER, r"/visual\.head\..*"),
+  optional=r".*/(query|key|value)/bias",
+)
+CLIP = dataclasses.replace(
+  VIT,
+  fits=lambda shapes: VIT.fits(shapes) and "norm_pre.weight" in shapes,
+  optional=f"embedding/bias|{VIT.optional}",
+)
+VIT_GATED = dataclasses.replace(
+  VIT,
+  block={**_BLOCK, "mlp.fc1": (family.GATE, family.DENSE_0)},
+  settings=functools.partial(_settings, gated=True),
+  fits=lambda shapes: _is_packed(shapes) and not _is_dinov3(shapes),
+)
+_DINOV3 = {
+  **_BLOCK,
+  "gamma_1": family.OUT_SCALE,
+  "gamma_2": family.DENSE_1_SCALE,
+  "attn.q_bias": f"{family.QUERY}/bias",
+  "attn.v_bias": f"{family.VALUE}/bias",
+}
+DINOV3 = dataclasses.replace(
+  VIT,
+  name="a DINOv3 of timm",
+  block=_DINOV3,
+  settings=functools.partial(_settings, rotary=True),
+  fits=lambda shapes: (
+    _is_dinov3(shapes) and "blocks.0.mlp.fc1_g.weight" not in shapes
+  ),
+  left_out=(r"rope\.periods",),
+)
+DINOV3_GATED = dataclasses.replace(
+  DINOV3,
+  block={
+    **_DINOV3,
+    "mlp.fc1_g": family.GATE,
+    "mlp.fc1_x": family.DENSE_0,
+    "mlp.fc1": (family.GATE, family.DENSE_0),
+  },
+  settings=functools.partial(_settings, gated=True, rotary=True),
+  fits=lambda shapes: (
+    _is_dinov3(shapes)
+    and ("blocks.0.mlp.fc1_g.weight" in shapes or _is_packed(shapes))
+  ),
+)
