@@ -119,6 +119,13 @@ def test_damaged_configs(tmp_path, content):
     safetensors_files.configs(tmp_path)
 
 
+def test_a_config_of_a_terabyte(tmp_path):
+  (tmp_path / "config.json").touch()
+  os.truncate(tmp_path / "config.json", 2**40)
+  with pytest.raises(UserError, match="expected at most 10,000,000 bytes"):
+    safetensors_files.configs(tmp_path)
+
+
 def raw(header, content=bytes(8), length=None):
   if not isinstance(header, bytes):
     header = json.dumps(header).encode()
