@@ -17,6 +17,7 @@ if metadata.version("jaxlib").startswith("0.10."):
   # Small programs are not worth cutting up for threads.
   os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ["HF_HUB_OFFLINE"] = "1"  # No test asks the true hub.
 if "PYTEST_XDIST_WORKER" not in os.environ:  # Else it has these already.
   _compiled = tempfile.TemporaryDirectory(prefix="vqt_jax_compiled_")
   os.environ |= {

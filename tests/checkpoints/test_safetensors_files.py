@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import zipfile
 
 import ml_dtypes
 import numpy as np
@@ -118,6 +119,13 @@ def test_damaged_configs(tmp_path, content):
     safetensors_files.configs(tmp_path)
 
 
+def test_a_config_of_a_terabyte(tmp_path):
+  (tmp_path / "config.json").touch()
+  os.truncate(tmp_path / "config.json", 2**40)
+  with pytest.raises(UserError, match="expected at most 10,000,000 bytes"):
+    safetensors_files.configs(tmp_path)
+
+
 def raw(header, content=bytes(8), length=None):
   if not isinstance(header, bytes):
     header = json.dumps(header).encode()
@@ -171,6 +179,11 @@ def test_files_that_are_not_what_they_claim(tmp_path, content, match):
   path.write_bytes(content)
   bad(tmp_path, match)
   bad(path, match)
+
+
+def test_a_link_of_which_the_file_is_gone(tmp_path):
+  (tmp_path / "model.safetensors").symlink_to(tmp_path / "blob")
+  bad(tmp_path, "There is no .*model.safetensors")
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
@@ -281,8 +294,6 @@ def test_weights_of_other_kinds(tmp_path, name, match):
 
 
 def test_a_pickle_as_pytorch_saves_it(tmp_path):
-  import zipfile
-
   with zipfile.ZipFile(tmp_path / "weights", "w") as archive:
     archive.writestr("archive/data.pkl", b"\x80\2}")
     archive.writestr("archive/data/0", bytes(8))
@@ -291,4 +302,4 @@ def test_a_pickle_as_pytorch_saves_it(tmp_path):
 
 def test_a_folder_with_a_file_of_another_name(tmp_path):
   save(tmp_path / "adapter.safetensors", TENSORS)
-  bad(tmp_path, "no model.safetensors; name a file in it, such as adapter.")
+  bad(tmp_path, "no model.safetensors; if adapter.safetensors is")

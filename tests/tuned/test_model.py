@@ -5,12 +5,15 @@ import json
 import os
 import pathlib
 import pickle
+import shutil
 
+from huggingface_hub import constants
 import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+import safetensors.numpy
 
 from tests import helpers
 from tests import runs
@@ -296,14 +299,17 @@ def test_a_bundle_opens_no_place_of_its_choice(tmp_path, monkeypatch):
   helpers.write_bundle(folder, tmp_path / "vit.npz", model)
   info = runs.read_json(folder / "bundle.json")
   fetched = []
-  monkeypatch.setattr(
-    "vqt_jax.checkpoints.load.download.fetch",
-    lambda address, *_: fetched.append(address),
-  )
+  for room in ("download", "hub"):
+    monkeypatch.setattr(
+      f"vqt_jax.checkpoints.load.{room}.fetch",
+      lambda address, *_: fetched.append(address),
+    )
   for source in (
     "https://127.0.0.1:9/vit.npz",
     "gs://bucket/vit.npz",
     "../../vit.npz",
+    "hf://owner/name",
+    "owner/name",
     str(tmp_path / "vit.npz"),
     "/etc/passwd",
   ):
@@ -312,6 +318,36 @@ def test_a_bundle_opens_no_place_of_its_choice(tmp_path, monkeypatch):
     with pytest.raises(vqt_jax.UserError, match="not at hand|Cannot use"):
       vqt_jax.load(folder)
   assert not fetched
+
+
+def test_a_backbone_of_the_hub_is_found_in_its_cache(tmp_path, monkeypatch):
+  """By its commit, without the hub, also once the branch has moved on."""
+  monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+  snapshots = tmp_path / "models--owner--name" / "snapshots"
+  commits = ["0" * 39 + x for x in "12"]
+  for i, commit in enumerate(commits):
+    shutil.copytree(helpers.GOLDENS / "foreign/hf_vit", snapshots / commit)
+    weights = snapshots / commit / "model.safetensors"
+    tensors = safetensors.numpy.load_file(weights)
+    tensors = {name: x + i for name, x in tensors.items()}
+    safetensors.numpy.save_file(tensors, weights)
+  (snapshots.parent / "refs").mkdir()
+  (snapshots.parent / "refs" / "main").write_text(commits[0])
+  backbone = vqt_jax.load_backbone("owner/name", image_size=16)
+  assert backbone.revision == commits[0]
+  tuner = vqt_jax.make_tuner("linear", backbone, CLASSES)
+  model = helpers.tuned_model(backbone, tuner, tuner.init(jax.random.key(0)))
+  for source in ("owner/name", "hf://owner/name@main"):
+    helpers.write_bundle(tmp_path / "tuned", source, model)
+    found = runs.read_json(tmp_path / "tuned" / "bundle.json")["backbone"]
+    assert (found["source"], found["revision"]) == (source, commits[0])
+    (snapshots.parent / "refs" / "main").write_text(commits[1])
+    assert vqt_jax.load(tmp_path / "tuned").backbone.digest == backbone.digest
+  (snapshots / commits[0]).rename(tmp_path / "gone")
+  with pytest.raises(
+    vqt_jax.UserError, match=f"'hf://owner/name@{commits[0]}', .* not at hand"
+  ):
+    vqt_jax.load(tmp_path / "tuned")
 
 
 def test_a_trained_size_is_kept(tmp_path):

@@ -1,10 +1,11 @@
-"""Pre-trained ViTs in and out: Big Vision and vision_transformer files."""
+"""Pre-trained ViTs in and out: files, their formats, and where they are."""
 
 from vqt_jax.checkpoints.architecture import check_finite
 from vqt_jax.checkpoints.architecture import check_floats
 from vqt_jax.checkpoints.containers import local_path
 from vqt_jax.checkpoints.containers import save_npz
 from vqt_jax.checkpoints.download import without_secrets
+from vqt_jax.checkpoints.hub import find_cached
 from vqt_jax.checkpoints.load import load_backbone
 from vqt_jax.checkpoints.load import read_config
 from vqt_jax.checkpoints.positions import check_image_size
@@ -17,6 +18,7 @@ __all__ = [
   "check_finite",
   "check_floats",
   "check_image_size",
+  "find_cached",
   "find_name",
   "load_backbone",
   "local_path",

@@ -76,7 +76,8 @@ def leaf_names(path: pathlib.Path) -> list[str]:
   """
   names = _library(path).leaf_names(path)
   if path.is_dir() and not names:
-    raise UserError(f"The folder {path} {file_kinds.describe_folder(path)}")
+    text = file_kinds.describe_names(files.list_names(path))
+    raise UserError(f"The folder {path} {text}")
   return names
 
 

@@ -1,9 +1,8 @@
 """What files and folders without a checkpoint are, and what to do with them."""
 
+from collections.abc import Iterable
 import pathlib
 import re
-
-from vqt_jax.runtime import files
 
 _OTHER = "; take the safetensors of the same model."
 _CONVERT = (
@@ -55,15 +54,15 @@ def describe(path: pathlib.Path) -> str:
   )
 
 
-def describe_folder(folder: pathlib.Path) -> str:
-  """Describe a folder that has no weights, as the end of a sentence."""
-  names = files.list_names(folder)
+def describe_names(names: Iterable[str]) -> str:
+  """Describe the files of a model without weights that are read, likewise."""
+  names = sorted(names)
   for name in names:
     if name.endswith(".safetensors"):
       if re.search(r"-\d+-of-\d+\.", name):
         index = re.sub(r"-\d+-of-\d+(.*)", r"\1.index.json", name)
         return f"has parts of a model, but no {index}. Copy it too."
-      return f"has no model.safetensors; name a file in it, such as {name}."
+      return f"has no model.safetensors; if {name} is the one, give its path."
   for name in names:
     if text := _describe_name(name):
       return f"has no safetensors: {name} {text}"
@@ -71,6 +70,12 @@ def describe_folder(folder: pathlib.Path) -> str:
     "holds no Big Vision arrays and no safetensors; name an npz file, a"
     " checkpoint.bv-STEP folder, or a folder with model.safetensors."
   )
+
+
+def has_known_ending(name: str) -> bool:
+  """Return whether a name ends as files of weights do, read or not."""
+  known = name.endswith((".npz", ".safetensors"))
+  return known or _describe_name(name) is not None
 
 
 def _describe_name(name: str) -> str | None:

@@ -14,6 +14,7 @@ from vqt_jax.checkpoints import containers
 from vqt_jax.checkpoints import download
 from vqt_jax.checkpoints import families
 from vqt_jax.checkpoints import found as found_lib
+from vqt_jax.checkpoints import hub
 from vqt_jax.checkpoints import names
 from vqt_jax.checkpoints import positions as positions_lib
 from vqt_jax.checkpoints import public
@@ -57,10 +58,12 @@ def load_backbone(
   unpickled.
 
   Args:
-    source: path of an npz file or of a tensorstore folder (`checkpoint.bv`
-      means its last step), of a safetensors file or a folder with one, an
-      https:// or gs:// address of one, or a name in `PUBLIC`. `PLACE:img`
-      takes the sub-tree `img` of what is there.
+    source: path of an npz file, a file of safetensors, a folder that holds one
+      (or several and their index), or a tensorstore folder (`checkpoint.bv`
+      means its last step); an https:// or gs:// address of a file or
+      tensorstore folder; a model of the Hugging Face hub,
+      hf://OWNER/NAME[@REVISION], also without hf:// if no such path exists; or
+      a name in `PUBLIC`. `PLACE:img` takes the sub-tree `img` of what is there.
     variant: Big Vision's name, e.g. "B/16" or "B"; only checked.
     image_size: side, or (height, width), of the images it is to run on, pixels;
       the positions are resized to fit. Default: what it was trained on.
@@ -72,7 +75,7 @@ def load_backbone(
       Vision's files.
     dtype: of the matrix products; the parameters stay float32.
     cache_dir: where downloads are kept. Default: $VQT_JAX_CACHE, or
-      ~/.cache/vqt_jax.
+      ~/.cache/vqt_jax; for models of the hub, its own cache.
     trained_size: side, or (height, width), of the images it was trained on,
       pixels; needed only if its positions do not form a square and
       `image_size` is another size.
@@ -101,10 +104,7 @@ def load_backbone(
   if known:
     variant = variant or known.variant
     trained_size = trained_size or positions_lib.as_pair(known.image_size)
-  if "://" in place:
-    path = download.fetch(place, cache_dir, progress)
-  else:
-    path = containers.find(files.path(place)) or _raise_not_found(place)
+  path = _fetch(place, name, cache_dir, progress)
   found = _inspect(path, subtree, variant, name, num_heads)
   image_size = image_size or trained_size or found.image_size
   config = dataclasses.replace(
@@ -133,6 +133,7 @@ def load_backbone(
     source=name,
     trained_size=trained_size if config.posemb == "learn" else None,
     assumed=tuple(f for f in found.assumed if not given[f]),
+    revision=path.parent.name if hub.is_address(place) else "",
   )
 
 
@@ -157,7 +158,11 @@ def read_config(
   """
   name, known, place, subtree = _parse_source(source, variant)
   image_size = positions_lib.as_pair(image_size)
-  path = None if "://" in place else containers.find(files.path(place))
+  path = None
+  if hub.is_address(place):
+    path = _fetch(place, name)
+  elif "://" not in place:
+    path = containers.find(files.path(place))
   if path:
     found = _inspect(path, subtree, variant, name, num_heads)
     config = found.config
@@ -178,7 +183,7 @@ def read_config(
       " variant, e.g. variant=B/16."
     )
   else:
-    _raise_not_found(place)
+    raise _not_found(place)
   return dataclasses.replace(
     config,
     image_size=image_size,
@@ -201,9 +206,12 @@ def _parse_source(
     raise UserError(
       f"source must be a path, an address or a public name, not {source!r}."
     )
-  source, known = os.fspath(source), None
+  source, known, scheme = os.fspath(source), None, ""
   if "://" not in source and not containers.find(files.path(source)):
     known = public.PUBLIC.get(public.find_name(source))
+    bare, _ = containers.split_subtree(source)
+    if not known and hub.is_name(bare) and not os.path.exists(bare):
+      scheme = "hf://"
   name = download.without_secrets(source)
   if known and known.refused:
     raise UserError(f"{name} is {known.refused}; choose another checkpoint.")
@@ -211,7 +219,32 @@ def _parse_source(
     sizes = architecture.decode_variant(known.variant)
     architecture.check_variant(sizes, variant, name)
   place, subtree = containers.split_subtree(known.address if known else source)
-  return name, known, place, subtree
+  return name, known, scheme + place, subtree
+
+
+def _fetch(
+  place: str,
+  name: str,
+  cache_dir: str | os.PathLike[str] | None = None,
+  progress: download.Progress | None = None,
+) -> pathlib.Path:
+  """Return the local file or folder of a source; download it if need be.
+
+  Raises:
+    UserError: there is none, or it cannot be fetched.
+  """
+  if hub.is_address(place):
+    try:
+      return hub.fetch(place, cache_dir, progress)
+    except hub.NotFetched as error:
+      if "://" in name:
+        raise
+      raise UserError(f"{_not_found(name)} {error}") from error
+  if "://" in place:
+    return containers.find(download.fetch(place, cache_dir, progress))
+  if not (path := containers.find(files.path(place))):
+    raise _not_found(place)
+  return path
 
 
 def _as_pair(
@@ -228,9 +261,9 @@ def _check_choices(**settings: str | None) -> None:
       )
 
 
-def _raise_not_found(place: str) -> pathlib.Path:
+def _not_found(place: str) -> UserError:
   close = public.nearest_names(place)
-  raise UserError(
+  return UserError(
     f"{place} is neither a file or folder nor the name of a public"
     " checkpoint."
     + (f" Did you mean {' or '.join(close)}?" if close else " Check the path.")

@@ -47,7 +47,8 @@ def find_in(folder: pathlib.Path) -> pathlib.Path | None:
     folder: as `save_pretrained` or a snapshot of the hub leaves it.
   """
   there = (folder / name for name in WEIGHTS)
-  return next((each for each in there if each.exists()), None)
+  # Also a link of which the file is gone, so that this is told.
+  return next((x for x in there if x.exists() or x.is_symlink()), None)
 
 
 def is_one(file: pathlib.Path) -> bool:

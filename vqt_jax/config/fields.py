@@ -173,8 +173,8 @@ SECTIONS = {
   "Backbone": {
     "init": Field(
       "howto-i21k-B/16",
-      "Checkpoint of the frozen ViT: a file, an https:// or gs:// address, or a"
-      " public name.",
+      "Checkpoint of the frozen ViT: a file or folder, an https://, gs:// or"
+      " hf:// address, a public name, or OWNER/NAME of the Hugging Face hub.",
     ),
     "variant": Field(
       "", "Expected size, e.g. B/16, which the checkpoint is checked against."

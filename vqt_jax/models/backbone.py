@@ -83,6 +83,7 @@ class Backbone:
       on, pixels; None if unknown, or if positions are computed.
     assumed: those of "value_range" and "gelu" that were neither given nor read
       from the checkpoint.
+    revision: commit of the model on the hub; "" if it is not from there.
   """
 
   config: vit_config.ViTConfig
@@ -91,6 +92,7 @@ class Backbone:
   source: str = ""
   trained_size: tuple[int, int] | None = None
   assumed: tuple[str, ...] = ()
+  revision: str = ""
 
   def __repr__(self) -> str:
     c = self.config

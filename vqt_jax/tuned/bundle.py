@@ -115,6 +115,7 @@ def write(
       "source": files.path(path).name
       if path
       else checkpoints.without_secrets(source),
+      **({"revision": backbone.revision} if backbone.revision else {}),
       "sha256": backbone.identity,
       "variant": c.variant,
       "num_heads": c.num_heads,

@@ -49,7 +49,8 @@ def find(
       raise errors.UserError(f"{folder} was trained on {problem}. {_ADVICE}")
     return found
   problems = []
-  for source in _places(folder, recorded["source"]):
+  revision = recorded.get("revision")
+  for source in _places(folder, recorded["source"], revision):
     try:
       found = checkpoints.load_backbone(source, **settings)
     except errors.UserError as e:
@@ -59,11 +60,14 @@ def find(
     if not problem:
       return found
     problems.append(f"It was trained on {problem}.")
+  name = recorded["source"]
+  if revision:
+    name = f"{name.partition('@')[0]}@{revision}"
   raise errors.UserError(
     " ".join(
       [
         f"{folder} needs the backbone that it was trained on, ViT-"
-        f"{recorded['variant']} {recorded['source']!r}, which is not at hand.",
+        f"{recorded['variant']} {name!r}, which is not at hand.",
         *problems[-1:],
         _ADVICE,
       ]
@@ -71,12 +75,17 @@ def find(
   )
 
 
-def _places(folder: files.Path, source: str) -> Iterator[str]:
+def _places(
+  folder: files.Path, source: str, revision: str | None
+) -> Iterator[str]:
   """Yield sources that may be the backbone, likeliest first.
 
   An address is followed only if the run's own config has it: a bundle from
-  elsewhere cannot make this machine fetch what it likes.
+  elsewhere cannot make this machine fetch what it likes. Models of the hub are
+  looked for in the cache.
   """
+  if revision and (cached := checkpoints.find_cached(source, revision)):
+    yield str(cached)
   for parent in (folder.parent, folder.parent.parent):
     with contextlib.suppress(errors.UserError):  # Of another program.
       config = files.read_json(parent / "config.json")

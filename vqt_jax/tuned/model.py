@@ -261,7 +261,8 @@ def load(
     path: the workdir of a finished run, its `tuned/`, or a copy of that; local
       or `gs://BUCKET/FOLDER`. A list of them on one backbone makes `Models`.
     backbone: a `Backbone`, or what `load_backbone` takes. Default: where the
-      run had it, a public name, or a file of its name beside the bundle.
+      run had it, a public name, the cache of the hub, or a file of its name
+      beside the bundle.
 
   Raises:
     UserError: a file is missing or damaged or holds NaN; the backbone is not
