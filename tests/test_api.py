@@ -38,7 +38,7 @@ IMAGES = np.zeros((2, 12, 12, 3), np.float32)
   [
     ("-1..1", np.uint8(IMAGES), r"found uint8 .*: images / 127.5 - 1\.$"),
     ("0..1", np.int64(IMAGES), r"found int64 .*: images / 255\.$"),
-    ("imagenet", IMAGES > 0, r'found bool .*VALUE_RANGES\["imagenet"\]\.$'),
+    ("imagenet", IMAGES > 0, r"found bool .*find_scaling\('imagenet'\)\.$"),
     ("-1..1", IMAGES[0], r"found float32 \(12, 12, 3\)\. .*images\[None\]"),
     ("-1..1", IMAGES.swapaxes(1, 3), r"\(2, 3, 12, 12\)\. Three channels "),
     ("-1..1", IMAGES[..., :1], r"\(B, 12, 12, 3\) .* Three channels come"),
@@ -185,7 +185,7 @@ def test_arguments_of_make_tuner(changes, words):
     ({"image_size": True}, "image_size must be .* not True"),
     ({"trained_size": 0.5}, "trained_size must be .* not 0.5"),
     ({"variant": 16}, "variant must be text, .* not 16"),
-    ({"gelu": True}, "gelu must be one of tanh, exact, not True"),
+    ({"gelu": True}, "gelu must be one of tanh, exact, quick, not True"),
     ({"source": None}, "source must be a path, .* not None"),
   ],
 )

@@ -318,7 +318,8 @@ def test_the_command_itself():
   assert done.returncode == 2
   assert done.stdout == ""
   assert done.stderr == (
-    "error: Unknown config field 'num_querys'. Did you mean num_queries?\n"
+    "error: Unknown config field 'num_querys'. Did you mean num_queries or"
+    " num_heads?\n"
   )
 
 
