@@ -25,6 +25,7 @@ from vqt_jax.checkpoints.families import openclip
 from vqt_jax.checkpoints.families import timm
 from vqt_jax.errors import UserError
 from vqt_jax.models import vit_config
+from vqt_jax.runtime import files
 
 FAMILIES = (
   hugging_face.VIT,
@@ -96,7 +97,9 @@ def inspect(
     for name, shape in shapes.items()
     if name.startswith(prefix)
   }
-  settings = family.settings(own, safetensors_files.configs(path), source)
+  configs = safetensors_files.configs(path)
+  with files.explain_damage(f"what {', '.join(configs)} of {source} says"):
+    settings = family.settings(own, configs, source)
   depth = _depth(family, own)
   tensors, taken = {}, set()
   for name, leaves in family_lib.tensors(family, prefix, depth):
@@ -106,7 +109,8 @@ def inspect(
   match = _Match(family, prefix, shapes, tensors, source)
   config = _make_config(match, settings, depth, num_heads)
   size = settings.image_size
-  size = positions_lib.as_pair(size, "image_size") if size else None
+  if size is not None:
+    size = positions_lib.as_pair(size, f"{source}: image_size")
   positions = next(
     (
       shapes[n] for n, leaves in tensors.items() if leaves == ("pos_embedding",)

@@ -221,9 +221,12 @@ def name_scaling(mean: Any, std: Any, source: str) -> str:
     std: likewise.
     source: name in errors.
   """
+  of_channels = lambda x: [x] * 3 if isinstance(x, (int, float)) else x
   try:
-    return backbone.name_scaling(mean, std)
-  except (TypeError, ValueError) as error:
+    name = backbone.name_scaling(of_channels(mean), of_channels(std))
+    backbone.find_scaling(name)
+    return name
+  except (TypeError, ValueError, UserError) as error:
     raise UserError(
       f"The config of {source} gives images the mean {mean!r} and the"
       f" deviation {std!r}: expected three numbers each, and no deviation 0."
