@@ -1,0 +1,145 @@
+"""The frozen forward pass, against timm in PyTorch and ONNX Runtime, on a CPU.
+
+  python -m benchmarks.forward --python=OTHER/bin/python [--batch=32]
+      [--rounds=7]
+
+OTHER has torch, timm, onnx, onnxscript and onnxruntime. Each contender is a
+process of its own that runs one batch of 224 px when it is asked to; all are
+asked in turn, round after round. Prints images a second, the median over
+rounds, and each against the best.
+"""
+
+from collections.abc import Sequence
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+# Variant -> timm's name of it.
+MODELS = {"S/14": "vit_small_patch14_dinov2", "B/16": "vit_base_patch16_224"}
+CONTENDERS = (
+  ("vqt_jax", "float32"),
+  ("eager", "float32"),
+  ("compile", "float32"),
+  ("onnx", "float32"),
+  ("vqt_jax", "bfloat16"),
+  ("eager", "bfloat16"),
+)
+
+
+def ours(variant: str, dtype: str, batch: int):
+  import jax
+
+  from vqt_jax.checkpoints import architecture
+  from vqt_jax.models import vit
+  from vqt_jax.models import vit_config
+
+  sizes = architecture.decode_variant(variant)
+  config = vit_config.ViTConfig(
+    **sizes, image_size=(224, 224), gelu="exact", dtype=dtype
+  )
+  params = jax.jit(lambda key: vit.init_params(config, key))(jax.random.key(0))
+  images = np.random.default_rng(0).standard_normal((batch, 224, 224, 3))
+  images = jax.numpy.asarray(images, "float32")
+  run = jax.jit(lambda p, x: vit.ViT(config).apply({"params": p}, x).final)
+  return lambda: run(params, images).block_until_ready()
+
+
+def theirs(how: str, variant: str, dtype: str, batch: int):
+  import timm
+  import torch
+
+  model = timm.create_model(MODELS[variant], img_size=224, num_classes=0).eval()
+  images = torch.randn(batch, 3, 224, 224)
+  if how == "onnx":
+    import onnxruntime
+
+    torch.onnx.export(model, (images,), "/tmp/forward.onnx", dynamo=True)
+    session = onnxruntime.InferenceSession(
+      "/tmp/forward.onnx", providers=["CPUExecutionProvider"]
+    )
+    given = {session.get_inputs()[0].name: images.numpy()}
+    return lambda: session.run(None, given)
+  if how == "compile":
+    model = torch.compile(model)
+
+  @torch.inference_mode()
+  def run():
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+      return model(images)
+
+  return run
+
+
+def answer(how: str, variant: str, dtype: str, batch: str) -> None:
+  """Run a batch for each line that comes in, and print its seconds."""
+  make = ours if how == "vqt_jax" else lambda *args: theirs(how, *args)
+  run = make(variant, dtype, int(batch))
+  for _ in range(2):  # Compile, and warm up.
+    run()
+  print("ready", flush=True)
+  for _ in sys.stdin:
+    start = time.perf_counter()
+    run()
+    print(time.perf_counter() - start, flush=True)
+
+
+def start(python: str, how: str, variant: str, dtype: str, batch: int):
+  """Start a contender; None if it cannot do this."""
+  python = sys.executable if how == "vqt_jax" else python
+  process = subprocess.Popen(
+    [python, __file__, "answer", how, variant, dtype, str(batch)],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+    env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])},
+  )
+  for line in process.stdout:
+    if line.strip() == "ready":
+      return process
+  return None
+
+
+def main(argv: Sequence[str]) -> None:
+  from absl import flags  # OTHER has neither.
+  import rich.console
+  import rich.table
+
+  values = flags.FlagValues()
+  flags.DEFINE_string("python", sys.executable, "", flag_values=values)
+  for name, default in (("batch", 32), ("rounds", 7)):
+    flags.DEFINE_integer(name, default, "", flag_values=values)
+  values(argv)
+  columns = ("ViT", "dtype", "program", "images/s", "of the best")
+  table = rich.table.Table(*columns)
+  for variant in MODELS:
+    running = {
+      (how, dtype): process
+      for how, dtype in CONTENDERS
+      if (process := start(values.python, how, variant, dtype, values.batch))
+    }
+    seconds = {each: [] for each in running}
+    for _ in range(values.rounds):
+      for each, process in running.items():
+        process.stdin.write("\n")
+        process.stdin.flush()
+        seconds[each].append(float(process.stdout.readline()))
+    for process in running.values():
+      process.stdin.close()
+      process.wait()
+    medians = {each: np.median(times) for each, times in seconds.items()}
+    for (how, dtype), median in medians.items():
+      best = min(m for (_, d), m in medians.items() if d == dtype)
+      rate = f"{values.batch / median:.1f}"
+      table.add_row(variant, dtype, how, rate, f"{best / median:.2f}")
+  rich.console.Console().print(table)
+
+
+if __name__ == "__main__":
+  if sys.argv[1:2] == ["answer"]:
+    answer(*sys.argv[2:])
+  else:
+    main(sys.argv)
