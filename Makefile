@@ -6,8 +6,11 @@
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
+# Meanwhile .created has this name. Pip takes a package that it was killed over
+# for a whole one, so a set-up that did not end begins anew.
+UNFINISHED := $(VENV)/.unfinished
 # What is built there asks for a home folder, which not every user has.
-PIP := HOME="$${HOME:-/nonexistent}" \
+PIP := mv $(VENV)/.created $(UNFINISHED) && HOME="$${HOME:-/nonexistent}" \
   $(PYTHON) -m pip install --quiet --disable-pip-version-check
 # The first of these that is there and fits makes the virtual environment.
 CANDIDATES := python3.11 python3.12 python3.13 python3
@@ -19,7 +22,7 @@ demo: $(VENV)/.installed
 	$(PYTHON) main.py --config configs/compare.py:task=digits,methods=linear,vqt --workdir runs/demo
 
 test: $(VENV)/.installed-test
-	$(PYTHON) -m pytest --numprocesses=3 --dist=worksteal
+	$(PYTHON) -m pytest --numprocesses=2 --dist=worksteal
 
 lint: $(VENV)/.installed-test
 	$(PYTHON) -m ruff check
@@ -27,18 +30,20 @@ lint: $(VENV)/.installed-test
 
 $(VENV)/.installed-test: requirements-test.txt $(VENV)/.installed
 	$(PIP) --requirement requirements-test.txt --constraint constraints.txt
-	@touch $@
+	@mv $(UNFINISHED) $(VENV)/.created && touch $@
 
 $(VENV)/.installed: requirements.txt constraints.txt $(VENV)/.created
 	$(PIP) --requirement requirements.txt --constraint constraints.txt
-	@touch $@
+	@mv $(UNFINISHED) $(VENV)/.created && touch $@
 
 $(VENV)/.created:
 	@for python in $(CANDIDATES); do \
 	  if $$python -c "import sys, ensurepip, venv; sys.exit(not (3, 11) <= \
 	      sys.version_info[:2] <= (3, 13))" 2>/dev/null; then \
 	    echo "$$python -m venv $(VENV)"; \
-	    $$python -m venv $(VENV) && touch $@; exit; \
+	    if [ -e $(UNFINISHED) ]; then rm -rf $(VENV)/*; fi; \
+	    mkdir -p $(VENV) && touch $(UNFINISHED) && \
+	    $$python -m venv $(VENV) && mv $(UNFINISHED) $@; exit; \
 	  fi; \
 	done; \
 	echo "error: needs Python 3.11, 3.12 or 3.13 with its venv module" \

@@ -159,9 +159,10 @@ CLIP = dict(gelu="quick", pre_norm=True, layer_norm_epsilon=1e-2)
 @pytest.mark.parametrize(
   "num_queries, per_example, family",
   [
-    *((n, each, {}) for n in (1, 4) for each in (False, True)),
+    (1, False, {}),
+    (4, True, {}),
     (3, True, DINOV3),
-    (3, False, DINOV3),
+    (1, False, DINOV3),
     (3, False, CLIP),
   ],
 )
@@ -191,8 +192,8 @@ def test_reading_equals_direct(num_queries, per_example, family, how):
     out = _direct(config, params, tokens, queries)
     return (out * weights).sum(), out
 
-  ours = jax.grad(read, has_aux=True)(queries)
-  theirs = jax.grad(direct, has_aux=True)(queries)
+  ours = jax.jit(jax.grad(read, has_aux=True))(queries)
+  theirs = jax.jit(jax.grad(direct, has_aux=True))(queries)
   helpers.assert_close(ours[1], theirs[1], 5e-6, "values")
   helpers.assert_close(ours[0], theirs[0], 5e-6, "gradients")
 
@@ -228,8 +229,8 @@ def test_reading_in_bfloat16(how):
     out = exact(jnp.float32(tokens), queries)
     return (out * weights).sum(), out
 
-  ours = jax.grad(read, has_aux=True)(queries)
-  theirs = jax.grad(direct, has_aux=True)(queries)
+  ours = jax.jit(jax.grad(read, has_aux=True))(queries)
+  theirs = jax.jit(jax.grad(direct, has_aux=True))(queries)
   helpers.assert_close(jnp.float32(ours[1]), theirs[1], 0.02, "values")
   helpers.assert_close(ours[0], theirs[0], 0.02, "gradients")
 

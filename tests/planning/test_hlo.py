@@ -168,7 +168,6 @@ def exchanged(method, stored=False, data=8, model=1):
   [
     ("vqt", False),
     ("vqt", True),
-    ("linear", False),
     ("finetune", False),
     ("vqt+vpt_deep", False),
   ],

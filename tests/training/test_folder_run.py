@@ -73,14 +73,18 @@ def test_of_many_classes_some_are_shown(tmp_path, capsys):
   assert "class 30 1 1 1" not in lines and "all 40 40 40" in lines
 
 
-def test_a_folder_from_start_to_end(material, photos, tmp_path, capfd):
+def test_a_folder_from_start_to_end(
+  material, photos, tmp_path, monkeypatch, capfd
+):
   """Interrupted, refused with other images, resumed, and reported."""
   place = pathlib.Path(shutil.copytree(photos, tmp_path / "photos"))
   changes = dict(skip_bad="true", fit="crop", class_weights="balanced")
   argv = command(material, place, tmp_path / "run", **changes)
-  signals = {"vqt_jax.training.step:train_steps": (1, signal.SIGTERM)}
-  process = runs.Process(argv, signals=signals)
-  assert process.wait() == 75 and "expected about" in process.said()
+  with monkeypatch.context() as patch:
+    train = "vqt_jax.training.step:train_steps"
+    runs.signal_on_call(patch.setattr, train, 1, signal.SIGTERM)
+    assert main.main(argv) == 75
+  assert "expected about" in capfd.readouterr().err
   shutil.copy(place / "circle/001.jpg", tmp_path / "kept.jpg")
   make_photos.draw("circle", np.random.default_rng(1)).save(
     place / "circle/001.jpg"

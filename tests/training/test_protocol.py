@@ -11,6 +11,7 @@ from vqt_jax import data
 from vqt_jax import errors
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.training import cross_validation
+from vqt_jax.training import loop
 from vqt_jax.training import protocol
 from vqt_jax.training import stage as stage_lib
 from vqt_jax.training import step as step_lib
@@ -200,7 +201,7 @@ def test_folds_of_what_is_not_kept_are_refused(material, tmp_path, capfd):
   assert not (tmp_path / "metrics.jsonl").exists()  # Said at once.
 
 
-KILL = signal.SIGKILL
+KILL, TERM = signal.SIGKILL, signal.SIGTERM
 ROWS = "vqt_jax.training.stages:_rows"  # As a stage begins; after each epoch.
 WRITE = "vqt_jax.training.stage:write_result"
 
@@ -214,18 +215,28 @@ def _untimed(found):
   return [_untimed(v) for v in found] if isinstance(found, list) else found
 
 
-def test_killed_in_every_kind_of_stage(material, best, tmp_path):
-  argv = runs.command(material, tmp_path, checkpoint_seconds=0, **BEST)
-  was_in = []
-  for name, call in (
-    (ROWS, 3),  # Of its start and three epochs.
-    (WRITE, 3),
-    (ROWS, 18),
-    (WRITE, 6),
+def test_ended_in_every_kind_of_stage(material, best, tmp_path, monkeypatch):
+  """Once by a signal that kills; the others save, and need no new process."""
+  argv, was_in = runs.command(material, tmp_path, **BEST), []
+  for name, call, number in (
+    (ROWS, 3, TERM),  # Of its start and three epochs.
+    (WRITE, 3, TERM),
+    (ROWS, 18, KILL),
+    (WRITE, 6, TERM),
   ):
-    process = runs.Process(argv, devices=8, signals={name: (call, KILL)})
-    status, said = process.wait(), process.said()
-    assert status == -KILL and "Traceback" not in said, (name, call, said)
+    if number == KILL:
+      process = runs.Process(
+        [*argv, "--config.checkpoint_seconds=0"],
+        devices=8,
+        signals={name: (call, KILL)},
+      )
+      status, said = process.wait(), process.said()
+      assert status == -KILL and "Traceback" not in said, (name, call, said)
+    else:
+      with monkeypatch.context() as patch:
+        patch.setattr(loop, "CALL_SECONDS", 1e9)
+        runs.signal_on_call(patch.setattr, name, call, TERM)
+        assert main.main(argv) == 75
     was_in.append(runs.metrics(tmp_path)[-1]["phase"])
   was_in = [name.split("_")[0] for name in was_in]
   assert was_in == ["search", "scores", "fold", "keep"]

@@ -1,7 +1,6 @@
 """Training steps: official trajectories, and the laws of running together."""
 
 import dataclasses
-import itertools
 import types
 
 import jax
@@ -206,8 +205,11 @@ def assert_trees_close(a, b, tolerance):
 @pytest.mark.parametrize(
   "method, how",
   [
-    *itertools.product(["vqt", "head2toe", "linear"], ["device", "host"]),
+    ("vqt", "device"),
     ("vqt", "projected"),
+    ("vqt", "host"),
+    ("head2toe", "device"),
+    ("linear", "host"),
   ],
 )
 def test_stored_equals_live(method, how):
@@ -245,14 +247,15 @@ def test_together_equals_alone(how):
     assert_trees_close(mine, alone, 2e-5)
 
 
-@pytest.mark.parametrize("data, model", [(8, 1), (4, 2), (1, 8)])
 @pytest.mark.parametrize(
-  "how, method",
+  "data, model, how, method",
   [
-    ("live", "vqt"),
-    ("device", "vqt"),
-    ("host", "vqt"),
-    ("device", "head2toe"),
+    (8, 1, "live", "vqt"),
+    (4, 2, "live", "vqt"),
+    (4, 2, "device", "vqt"),
+    (8, 1, "host", "vqt"),
+    (1, 8, "host", "vqt"),
+    (4, 2, "device", "head2toe"),
   ],
 )
 def test_sharded_equals_single(data, model, how, method):
