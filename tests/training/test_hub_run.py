@@ -13,7 +13,7 @@ import vqt_jax
 
 def test_a_run_by_name(material, tmp_path, monkeypatch):
   """It is resumed, and its bundle finds its backbone, without the hub."""
-  folder = helpers.GOLDENS / "foreign" / "hf_vit"
+  folder = helpers.GOLDENS / "foreign" / "hf_dinov3_gated"
   files = {
     name: (folder / name).read_bytes()
     for name in ("config.json", "model.safetensors")
