@@ -11,6 +11,7 @@ import sklearn.pipeline
 
 from tests import helpers
 import vqt_jax
+from vqt_jax.training import preemption
 
 CLASSES = np.array(["blue", "green", "red"])
 
@@ -132,3 +133,20 @@ def test_it_has_to_be_trained(make, tmp_path):
     make().predict(np.zeros((1, 8, 8, 3), np.uint8))
   with pytest.raises(sklearn.exceptions.NotFittedError):
     make().save(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["task", "splits.test", "fit", "num_classes"])
+def test_options_that_describe_data(make, squares, name):
+  with pytest.raises(
+    vqt_jax.UserError, match=f"options: '{name}' describes data"
+  ):
+    make(options={name: "x"}).fit(*squares)
+
+
+def test_a_fit_that_is_interrupted(make, squares, monkeypatch):
+  def stop(*args):
+    raise preemption.Stopped
+
+  monkeypatch.setattr("vqt_jax.training.run.run", stop)
+  with pytest.raises(KeyboardInterrupt):
+    make().fit(*squares)

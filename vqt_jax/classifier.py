@@ -23,10 +23,25 @@ from vqt_jax.data import listing
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import files
 from vqt_jax.runtime import numerics
+from vqt_jax.training import preemption
 from vqt_jax.training import run
 from vqt_jax.tuned import inputs
 from vqt_jax.tuned import model as model_lib
 
+# Fields of a config that images and labels take the place of.
+_OF_DATA = (
+  "task",
+  "methods",
+  "data_dir",
+  "splits",
+  "image_key",
+  "label_key",
+  "split_key",
+  "split_seed",
+  "num_classes",
+  "fit",
+  "skip_bad",
+)
 _SHIPPED = pathlib.Path(__file__).parent / "assets" / "fashion_vit.npz"
 
 
@@ -88,6 +103,7 @@ class Classifier(sklearn.base.ClassifierMixin, sklearn.base.BaseEstimator):
     Raises:
       UserError: an image cannot be read, a class has too few of them, or a
         setting makes no sense.
+      KeyboardInterrupt: it was asked to stop.
     """
     images, y = list(inputs.split(_with_channels(X))), np.asarray(y)
     if y.shape != (len(images),):
@@ -108,7 +124,10 @@ class Classifier(sklearn.base.ClassifierMixin, sklearn.base.BaseEstimator):
       task = self._task(images, numbers, tuple(map(str, classes)), folder)
       config = resolve.resolve(self._config())
       with numerics.jax_defaults():
-        run.run(config, folder / "run", console, task)
+        try:
+          run.run(config, folder / "run", console, task)
+        except preemption.Stopped as e:  # What it saved goes with the folder.
+          raise KeyboardInterrupt from e
       model = model_lib.load(folder / "run")
     chosen = model.info["results"]["chosen"]  # Nothing was left for a test.
     info = model.info | {"results": {"chosen": chosen}}
@@ -123,7 +142,14 @@ class Classifier(sklearn.base.ClassifierMixin, sklearn.base.BaseEstimator):
     config.image_size = self.image_size or (224 if self.backbone else 28)
     config.lr, config.weight_decay = self.lr, self.weight_decay
     config.epochs, config.seeds = self.epochs, self.seeds
-    config.update(self.options or {})
+    options = dict(self.options or {})
+    for name in options:
+      if name.partition(".")[0] in _OF_DATA:
+        raise errors.UserError(
+          f"options: {name!r} describes data, which fit(X, y) is given; leave"
+          " it out."
+        )
+    config.update(options)
     return config
 
   def _task(

@@ -9,8 +9,9 @@ from vqt_jax.data.task import Task
 
 _MOST_NAMED = 5
 _ADVICE = (
-  "Choose splits that share their classes (config.splits); a dataset that is"
-  " stored class by class must be written again, shuffled."
+  "Choose splits that share their classes: of folders and tables leave them"
+  " out, and each class is divided; of TFDS set config.splits, or store a"
+  " dataset that is sorted by class again, shuffled."
 )
 
 
