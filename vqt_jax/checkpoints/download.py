@@ -191,8 +191,12 @@ def _fetch_object(
       _download(filesystem, file, files.below(partial, name), progress)
   if not partial.exists():
     raise FileNotFoundError(path)
-  with contextlib.suppress(OSError):  # Another process was faster.
-    os.replace(partial, target)
+  with files.explain_write_errors(target):
+    try:
+      os.replace(partial, target)
+    except OSError:
+      if not target.exists():  # Else another process was faster.
+        raise
   return target
 
 
@@ -254,12 +258,13 @@ def _resume(
     part.parent.mkdir(parents=True, exist_ok=True)
     out = locks.open_locked(part, wait=True)
   with out:
-    if target.exists():  # Another process was faster.
-      part.unlink(missing_ok=True)
-      return
-    start = out.seek(0, os.SEEK_END)
-    if size is None:
-      out.truncate(start := 0)
+    with writing():
+      if target.exists():  # Another process was faster.
+        part.unlink(missing_ok=True)
+        return
+      start = out.seek(0, os.SEEK_END)
+      if size is None:
+        out.truncate(start := 0)
     for chunk in _chunks(filesystem, path, start, size):
       view = memoryview(chunk)
       with writing():
@@ -267,13 +272,17 @@ def _resume(
           view = view[out.write(view) :]
       start += len(chunk)
       progress(start, size)
-    os.fsync(out.fileno())
-    if problem := _problem(part, size, checksums):
-      part.unlink()
+    with writing():
+      os.fsync(out.fileno())
+      if problem := _problem(part, size, checksums):
+        part.unlink()
+      else:
+        os.replace(part, target)
+    if problem:
       raise ConnectionError(problem)
-    os.replace(part, target)
   for stale in target.parent.glob(f"{glob.escape(target.name)}.*.part"):
-    stale.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      stale.unlink()
 
 
 def _describe(
