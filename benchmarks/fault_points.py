@@ -187,7 +187,7 @@ class Calls:
   def disturb(self, way: str, number: int) -> tuple[Any, list[str], str]:
     """Disturbs the run at a point; returns as `Worker.run`, and the point."""
     status, said = self.worker.run(way, number)
-    return status, said, (self._points() or ["none"])[0]
+    return status, said, (self._points() or ["none reached"])[0]
 
   def outcome(self) -> pathlib.Path:
     return self._folder / "run"
@@ -243,7 +243,11 @@ class Requests:
       return way
 
     status, said, points = self._run(here)
-    return status, said, points[number - 1] if number <= len(points) else "none"
+    return (
+      status,
+      said,
+      points[number - 1] if number <= len(points) else "none reached",
+    )
 
   def _run(self, disturb) -> tuple[Any, list[str], list[str]]:
     points = []
@@ -268,12 +272,17 @@ class Requests:
     return {re.sub(r"[0-9a-f]{32}|\d{9,}", "~", name) for name in found}
 
 
-def judge(study: Calls | Requests, way: str, number: int, bits: Any) -> str:
-  """Disturbs the run at a point; returns how that ended."""
+def judge(
+  study: Calls | Requests, way: str, number: int, point: str, bits: Any
+) -> tuple[str, str]:
+  """Disturbs the run at a point; returns how that ended, and at which point.
+
+  With several threads that may be another one than it was the time before.
+  """
   study.begin()
   if way == "copy":
     study.bring_back(number)
-    ended, point = "killed", ""
+    ended = "killed"
   else:
     if way == "kill":
       study.worker.stop()
@@ -286,14 +295,14 @@ def judge(study: Calls | Requests, way: str, number: int, bits: Any) -> str:
     elif status == 2 and errors == said[-1:] and "Traceback" not in said:
       ended = f"sentence: {said[-1]}"
     else:
-      return f"BAD at {point}: {status} {said[-40:]}"
+      return f"BAD: {status} {said[-40:]}", point
   if ended != "went on":
     status, said = study.worker.run()
     if status != 0:
-      return f"BAD when started again, {ended}, {point}: {status} {said[-5:]}"
+      return f"BAD when started again, {ended}: {status} {said[-5:]}", point
   if runs.bits(study.outcome()) != bits:
-    return f"BAD: other bits, {ended}, {point}"
-  return ended
+    return f"BAD: other bits, {ended}", point
+  return ended, point
 
 
 def run(study: Calls | Requests, args: argparse.Namespace) -> bool:
@@ -312,8 +321,7 @@ def run(study: Calls | Requests, args: argparse.Namespace) -> bool:
     began = time.monotonic()
     known = study.copy() if way == "copy" else points
     for number in choose(known, args, rng):
-      end = judge(study, way, number, bits)
-      point = known[number - 1]
+      end, point = judge(study, way, number, known[number - 1], bits)
       print(way, number, point, end, flush=True)
       bad += end.startswith("BAD")
       short = re.split("[ :]", end)[0]

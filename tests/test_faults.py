@@ -4,78 +4,20 @@
 """
 
 import contextlib
-import errno
-import os
 import re
-import resource
 import shutil
-import sys
 
 import pytest
 
-import main
 from benchmarks import mutate_files
+from tests import faults
 from tests import runs
 from vqt_jax import checkpoints
 from vqt_jax import errors
 from vqt_jax import predict
 from vqt_jax.runtime import files
-from vqt_jax.training import loop
 from vqt_jax.training import metrics
 from vqt_jax.training import workdir
-
-# Steps of a write -> the error that they end with here.
-STEPS = {
-  "open": errno.ENOSPC,
-  "os.rename": errno.EIO,
-  "os.mkdir": errno.EACCES,
-  "os.remove": errno.EACCES,
-  "fsync": errno.EIO,
-}
-
-
-class Faults:
-  """Counts the steps of writing below a folder; one of them fails.
-
-  Attributes:
-    count: steps since `below`.
-  """
-
-  def __init__(self):
-    self.count, self._root, self._fail = 0, None, 0
-    sys.addaudithook(self._see)  # For as long as this process lives.
-
-  @contextlib.contextmanager
-  def below(self, root, fail=0):
-    """Counts in the block; the step with the number `fail` fails."""
-    self.count, self._fail, self._root = 0, fail, str(root)
-    fsync = os.fsync
-
-    def checked(fd):
-      self._see("fsync", [os.readlink(f"/proc/self/fd/{fd}")])
-      fsync(fd)
-
-    with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(os, "fsync", checked)
-      try:
-        yield
-      finally:
-        self._root = None
-
-  def _see(self, event, args):
-    if self._root is None or event not in STEPS:
-      return
-    if event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR):
-      return
-    path = args[0] if isinstance(args[0], str | os.PathLike) else ""
-    if os.fspath(path).startswith(self._root):
-      self.count += 1
-      if self.count == self._fail:
-        error = STEPS[event]
-        raise OSError(error, os.strerror(error), str(path))
-
-
-FAULTS = Faults()
 
 
 def write_predictions(folder):
@@ -113,17 +55,6 @@ WRITERS = {
 }
 
 
-@contextlib.contextmanager
-def largest_file(size):
-  """No file grows beyond it, as on a full disk."""
-  before = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-  try:
-    yield
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def names(folder):
   """Of all files but a lock, and TensorBoard's, which are written anew."""
   skipped = (".vqt_jax.lock", "tensorboard/")
@@ -144,13 +75,13 @@ def test_a_step_that_fails(name, folder):
   kind.write(folder)
   good, whole = mutate_files.digest(kind.read(folder)), names(folder)
   refusals, number = 0, 0
-  while not number or number <= FAULTS.count:
+  while not number or number <= faults.FAULTS.count:
     number += 1
     if name == "features":  # A file that is there is left alone.
       shutil.rmtree(folder)
       folder.mkdir()
     try:
-      with FAULTS.below(folder, fail=number):
+      with faults.FAULTS.below(folder, fail=number):
         kind.write(folder)
     except errors.UserError as e:
       check_sentence(str(e), folder)
@@ -179,7 +110,7 @@ def test_a_full_disk(name, folder):
     if name == "features":
       shutil.rmtree(folder)
       folder.mkdir()
-    with pytest.raises(errors.UserError) as caught, largest_file(size):
+    with pytest.raises(errors.UserError) as caught, faults.largest_file(size):
       kind.write(folder)
     check_sentence(str(caught.value), folder)
     assert names(folder) <= {*whole}

@@ -12,6 +12,7 @@ import urllib.parse
 import numpy as np
 import pytest
 
+from tests import faults
 from tests import helpers
 from vqt_jax import UserError
 from vqt_jax.checkpoints import containers
@@ -287,6 +288,27 @@ def test_full_disk(server, tmp_path, monkeypatch):
     UserError, match="No space left on device. Free some space.*cache_dir"
   ):
     fetch(server, tmp_path)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_step_that_fails(server, tmp_path, old):
+  """Also where the part of an older version of the file has to go."""
+  number = 0
+  while not number or number <= faults.FAULTS.count:
+    number += 1
+    cache = tmp_path / str(number)
+    if old:
+      (cache / "a").mkdir(parents=True)
+      (fetch(server, cache).parent / "ckpt.npz.0123.part").write_bytes(b"x")
+      fetch(server, cache).unlink()
+    with faults.FAULTS.below(cache, fail=number):
+      try:
+        fetch(server, cache)
+      except UserError as e:
+        assert str(e).startswith(f"Cannot write {cache}")
+        assert "VQT_JAX_CACHE" in str(e)
+    assert fetch(server, cache).read_bytes() == CONTENT
+  assert number > 3
 
 
 def test_two_downloads_at_once(server, tmp_path):

@@ -13,6 +13,7 @@ import pytest
 import tensorstore
 
 import main
+from tests import faults
 from tests import runs
 from vqt_jax import errors
 from vqt_jax.training import checkpoint
@@ -219,6 +220,25 @@ def test_a_full_disk(material, undisturbed, go, tmp_path):
   assert runs.bits(tmp_path) == runs.bits(undisturbed["kept"])
 
 
+def test_steps_that_fail(undisturbed, go, tmp_path):
+  """Each time a later one; then none."""
+  for place, number in (
+    ("config.json", 2),
+    ("metrics.jsonl", 2),
+    ("stages/search", 2),
+    ("tuned", 3),
+    ("report.png", 3),
+  ):
+    with faults.FAULTS.below(tmp_path / place, fail=number):
+      status, said = go(tmp_path)
+    assert status == 2, place
+    place = tmp_path / place.partition("/")[0]
+    assert said.splitlines()[-1].startswith(f"error: Cannot write {place}")
+  assert go(tmp_path)[0] == 0
+  assert runs.bits(tmp_path) == runs.bits(undisturbed["kept"])
+  assert not [*tmp_path.rglob("*.new")]
+
+
 def test_writes_that_outlive_their_save(monkeypatch):
   """Not all end in time for `test_a_full_disk` to see what they say."""
   said = []
@@ -276,6 +296,19 @@ def test_saves_of_another_program_are_told(tmp_path):
     errors.UserError, match="100 is not a training checkpoint"
   ):
     checkpoint.Checkpointer(tmp_path, 0)
+
+
+def test_a_kill_while_an_old_save_is_deleted(tmp_path):
+  saver = checkpoint.Checkpointer(tmp_path, 0)
+  for i in (1, 2, 3):
+    saver.save({"x": jnp.arange(5.0)}, {"i": i})
+  saver.close()
+  shutil.rmtree(tmp_path / "2" / "progress")
+  saver = checkpoint.Checkpointer(tmp_path, 0)
+  assert saver.progress(dict) == {"i": 3}
+  saver.save({"x": jnp.arange(5.0)}, {"i": 4})
+  saver.close()
+  assert {"3", "4"} == {path.name for path in tmp_path.iterdir()}
 
 
 def test_a_local_folder_is_no_bucket():
