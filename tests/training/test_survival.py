@@ -154,16 +154,47 @@ def test_no_call_takes_long(monkeypatch, compiling, each, calls):
   assert taken == calls
 
 
+def run_epochs(monkeypatch, call=lambda: None, **how):
+  """Runs 9 epochs of a step, of which each is a `call`."""
+
+  def train_steps(tuner, recipe, state, *args):
+    call()
+    return state, np.ones((1, 1)), np.ones((1, 1))
+
+  monkeypatch.setattr(loop_lib.step_lib, "train_steps", train_steps)
+  monkeypatch.setattr(loop_lib.step_lib, "step_bytes", lambda *args: None)
+  chunk = {}, np.zeros((1, 1), np.int32), np.ones((1, 1))
+  source = types.SimpleNamespace(
+    steps=1, num_examples=1, epoch=lambda *args: iter([chunk])
+  )
+  stage = stage_lib.Stage("", "", None, (trial.Trial(1.0, 0.0, 0),), "seed")
+  usual = {
+    "due": lambda: False,
+    "stop": types.SimpleNamespace(received=False),
+    "save": None,
+    "report": lambda *args: None,
+    "timed": lambda *args: None,
+  }
+  loop_lib.run_epochs(
+    stage,
+    source,
+    optim.Schedule(9, 0, 1),
+    *[None] * 3,
+    {},
+    stage_lib.Progress(),
+    **(usual | how),
+  )
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_nobody_waits_for_steps_just_started(monkeypatch, several):
   """Several hear what they asked behind a call after the next; one, at once."""
   calls, heard, saves = [], [], []
   stop = types.SimpleNamespace(received=False)
 
-  def train_steps(tuner, recipe, state, *args):
-    calls.append(args)
+  def call():
+    calls.append(None)
     stop.received = len(calls) == 3
-    return state, np.ones((1, 1)), np.ones((1, 1))
 
   def ask(values):
     behind, own = len(calls), values()
@@ -174,34 +205,43 @@ def test_nobody_waits_for_steps_just_started(monkeypatch, several):
 
     return answer
 
-  monkeypatch.setattr(loop_lib.step_lib, "train_steps", train_steps)
-  monkeypatch.setattr(loop_lib.step_lib, "step_bytes", lambda *args: None)
   if several:
     monkeypatch.setattr(loop_lib.processes, "all_reduce_max_async", ask)
-  chunk = {}, np.zeros((1, 1), np.int32), np.ones((1, 1))
-  source = types.SimpleNamespace(
-    steps=1, num_examples=1, epoch=lambda *args: iter([chunk])
-  )
-  stage = stage_lib.Stage("", "", None, (trial.Trial(1.0, 0.0, 0),), "seed")
-  due = lambda: len(calls) == 1
   with pytest.raises(preemption.Stopped):
-    loop_lib.run_epochs(
-      stage,
-      source,
-      optim.Schedule(9, 0, 1),
-      *[None] * 3,
-      {},
-      stage_lib.Progress(),
-      due=due,
+    run_epochs(
+      monkeypatch,
+      call,
+      due=lambda: len(calls) == 1,
       stop=stop,
       save=lambda state: saves.append(len(calls)),
-      report=lambda *args: None,
-      timed=lambda *args: None,
     )
   if several:
     assert saves == [2, 4] and heard == [(0, 1), (1, 2), (2, 3), (3, 4)]
   else:
     assert saves == [1, 3]
+
+
+@pytest.mark.parametrize("epoch", [0, 7, 8])
+def test_a_report_that_fails(monkeypatch, epoch):
+  """On this process; or on another one, as all of them hear."""
+
+  def report(finished, *args):
+    if finished == epoch:
+      raise errors.UserError("no room")
+
+  with pytest.raises(errors.UserError, match="no room"):
+    run_epochs(monkeypatch, report=report)
+
+  def ask(values):
+    calls.append(values())
+    own = np.array(calls[-1], float)
+    own[-1] = len(calls) > epoch
+    return lambda: own
+
+  calls = []
+  monkeypatch.setattr(loop_lib.processes, "all_reduce_max_async", ask)
+  with pytest.raises(errors.UserError, match="Another process of this run"):
+    run_epochs(monkeypatch)
 
 
 def test_a_full_disk(material, undisturbed, go, tmp_path):
