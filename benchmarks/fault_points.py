@@ -187,7 +187,7 @@ class Calls:
   def disturb(self, way: str, number: int) -> tuple[Any, list[str], str]:
     """Disturbs the run at a point; returns as `Worker.run`, and the point."""
     status, said = self.worker.run(way, number)
-    return status, said, (self._points() or ["none reached"])[0]
+    return status, said, (self._points() or [""])[0]
 
   def outcome(self) -> pathlib.Path:
     return self._folder / "run"
@@ -246,7 +246,7 @@ class Requests:
     return (
       status,
       said,
-      points[number - 1] if number <= len(points) else "none reached",
+      points[number - 1] if number <= len(points) else "",
     )
 
   def _run(self, disturb) -> tuple[Any, list[str], list[str]]:
@@ -287,6 +287,8 @@ def judge(
     if way == "kill":
       study.worker.stop()
     status, said, point = study.disturb(way, number)
+    if not point:  # There are not as many every time.
+      return "not reached", ""
     errors = [line for line in said if line.startswith("error: ")]
     if way == "kill" and status == -9:
       ended = "killed"
@@ -324,9 +326,10 @@ def run(study: Calls | Requests, args: argparse.Namespace) -> bool:
       end, point = judge(study, way, number, known[number - 1], bits)
       print(way, number, point, end, flush=True)
       bad += end.startswith("BAD")
-      short = re.split("[ :]", end)[0]
+      short = end.partition(":")[0]
       for what in ("all", kind_of(point), place_of(point)):
-        ends[way, what][short] += 1
+        if point or what == "all":
+          ends[way, what][short] += 1
       # Which saves are kept depends on how many were made.
       for name in study.names() ^ names:
         left[re.sub(r"(checkpoints/)\d+([^/]*).*", r"\1N\2", name)] += 1
