@@ -227,7 +227,7 @@ def test_growing_files_without_room(server, tmp_path, monkeypatch):
   files.write(files.path("gs://bucket/a/log.txt"), b"1")
   for place, limit in ((tmp_path / "none", 9), (tmp_path, 0)):
     monkeypatch.setattr(tempfile, "tempdir", str(place))
-    with pytest.raises(UserError, match="temporary folder: .* Set TMPDIR to"):
+    with pytest.raises(UserError, match="temporary file: .* Set TMPDIR to"):
       with faults.largest_file(limit):
         mirror_lib.MirroredFolder(files.path("gs://bucket/a"), "log.txt")
 

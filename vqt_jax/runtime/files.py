@@ -367,6 +367,9 @@ def _explain_errors(
 
 explain_read_errors = functools.partial(_explain_errors, "read")
 explain_write_errors = functools.partial(_explain_errors, "write")
+explain_temporary_errors = functools.partial(
+  _explain_errors, "write", "a temporary file", "set TMPDIR to another folder"
+)
 
 
 @contextlib.contextmanager

@@ -28,12 +28,12 @@ class MirroredFolder:
     self._place, self._last = place, time.monotonic()
     self.folder = place
     if files.in_bucket(place):
-      with _writing_here():
+      with files.explain_temporary_errors():
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="vqt_jax_"))
       for name in names:
         with contextlib.suppress(FileNotFoundError):
           content = files.read(place / name)
-          with _writing_here():
+          with files.explain_temporary_errors():
             (self.folder / name).write_bytes(content)
       self._copied = self._states()
 
@@ -63,9 +63,3 @@ class MirroredFolder:
     """Size and time of change of every file."""
     found = [(f, f.stat()) for f in self.folder.rglob("*") if f.is_file()]
     return {file: (stat.st_size, stat.st_mtime_ns) for file, stat in found}
-
-
-def _writing_here() -> contextlib.AbstractContextManager[None]:
-  return files.explain_write_errors(
-    "a temporary folder", "set TMPDIR to another place"
-  )
