@@ -23,10 +23,10 @@
 enum { OFF, COUNT, FAIL, FULL, KILL, SNAPSHOT };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static int mode, wanted, count, log_fd = -1;
-static char root[PATH_MAX], snapshots[PATH_MAX];
+static int mode, wanted, inside, count, log_fd = -1;
+static char root[PATH_MAX], part[PATH_MAX], snapshots[PATH_MAX];
 
-// Errors that fit a call, the first one for odd points.
+// Errors that fit a call, the second one for odd numbers.
 static const struct {
   const char *kind;
   int errors[2];
@@ -38,13 +38,16 @@ static const struct {
     {"unlink", {EACCES, EIO}},   {"rmdir", {EACCES, EIO}},
 };
 
-// Starts or ends (mode OFF) the numbering. A line per call goes to `log`:
-// number, kind, error and path.
-void fault_arm(int new_mode, int new_wanted, const char *new_root,
-               const char *log, const char *new_snapshots) {
+// Starts or ends (mode OFF) the numbering of calls below a root, inside or
+// outside of a part of it. A line per call goes to `log`: number, kind, error
+// and path.
+void fault_arm(int new_mode, int new_wanted, int new_inside,
+               const char *new_root, const char *new_part, const char *log,
+               const char *new_snapshots) {
   pthread_mutex_lock(&lock);
-  mode = new_mode, wanted = new_wanted, count = 0;
+  mode = new_mode, wanted = new_wanted, inside = new_inside, count = 0;
   snprintf(root, sizeof root, "%s", new_root);
+  snprintf(part, sizeof part, "%s", new_part);
   snprintf(snapshots, sizeof snapshots, "%s", new_snapshots);
   if (log_fd >= 0) close(log_fd);
   log_fd = mode ? syscall(SYS_openat, AT_FDCWD, log,
@@ -86,6 +89,8 @@ static int point(const char *kind, int folder, const char *path, int fd,
   size_t length = strlen(root);
   if (strncmp(place, root, length) || (place[length] && place[length] != '/'))
     return errno = before, 0;
+  int is_inside = !strncmp(place, part, strlen(part));
+  if (is_inside != inside) return errno = before, 0;
   pthread_mutex_lock(&lock);
   int number = ++count, hit = number == wanted;
   if (mode == FULL)

@@ -5,8 +5,9 @@
 The run trains two settings and a seed on tiny images; its workdir, feature file
 and the cache of a downloaded backbone are in one folder. First it is left
 alone, and all calls with which it changes or opens files there are numbered.
-Then, at each of them, or in training checkpoints (most of them) at a random
-choice of so many points:
+Then, at each of them, or in training checkpoints, which have most of them and
+are numbered by themselves, as they are written by several threads, at a random
+choice of so many of each kind:
 
   fail  this call ends with an error that fits it (of a write, after its first
         half): there is no room, no permission, or an I/O error
@@ -16,7 +17,7 @@ choice of so many points:
   kill  the process is killed at this moment, really
 
 With --bucket the workdir is in a bucket, and the requests to its server are
-numbered (a choice of all kinds):
+numbered:
 
   500, 403  this one is answered so
   cut       the connection ends, and nothing was done
@@ -104,17 +105,18 @@ def serve_jobs(connection: Any, root: pathlib.Path, workdir: str) -> None:
   screen = os.open(root / "screen", os.O_RDWR | os.O_CREAT | os.O_APPEND)
   os.dup2(screen, 1)
   os.dup2(screen, 2)
-  places = [os.fsencode(root / n) for n in ("point", "calls", "copies")]
+  names = ("point", "point/run/checkpoints", "calls", "copies")
+  places = [os.fsencode(root / name) for name in names]
   while True:
-    way, number = connection.recv()
+    way, number, inside = connection.recv()
     os.ftruncate(screen, 0)
     (root / "calls").unlink(missing_ok=True)
-    arm(WAYS[way], number, *places)
+    arm(WAYS[way], number, inside, *places)
     try:
       status = main.main(command(root, workdir))
     except BaseException:
       status = traceback.format_exc()
-    arm(WAYS["off"], 0, *places)
+    arm(WAYS["off"], 0, 0, *places)
     sys.stderr.flush()
     connection.send(status)
 
@@ -125,10 +127,12 @@ class Worker:
   def __init__(self, root: pathlib.Path, workdir: str):
     self._root, self._workdir, self.process = root, workdir, None
 
-  def run(self, way: str = "off", number: int = 0) -> tuple[Any, list[str]]:
+  def run(
+    self, way: str = "off", number: int = 0, inside: bool = False
+  ) -> tuple[Any, list[str]]:
     """Runs the job; returns its status, or how it ended, and what it said."""
     self.start()
-    self._ours.send((way, number))
+    self._ours.send((way, number, inside))
     try:
       status = self._ours.recv() if self._ours.poll(HANG_SECONDS) else "hangs"
     except EOFError:
@@ -158,10 +162,13 @@ class Worker:
 
 
 class Calls:
-  """The run in a folder, disturbed at its file-system calls."""
+  """The run in a folder, disturbed at its file-system calls.
 
-  def __init__(self, root: pathlib.Path):
-    self.worker = Worker(root, str(root / "point" / "run"))
+  At those in training checkpoints, or at the others.
+  """
+
+  def __init__(self, root: pathlib.Path, worker: Worker, in_saves: bool):
+    self.worker, self._in_saves = worker, in_saves
     self._root, self._folder = root, root / "point"
 
   def begin(self) -> None:
@@ -171,13 +178,15 @@ class Calls:
 
   def count(self) -> tuple[Any, list[str]]:
     """Runs the job; returns its status and its points, "KIND PATH"."""
-    return self.worker.run("count")[0], self._points()
+    status, _ = self.worker.run("count", inside=self._in_saves)
+    return status, self._points()
 
   def copy(self) -> list[str]:
     """Keeps what is there at each point of a run; returns the points."""
+    shutil.rmtree(self._root / "copies", ignore_errors=True)
     (self._root / "copies").mkdir()
     self.begin()
-    self.worker.run("copy")
+    self.worker.run("copy", inside=self._in_saves)
     return self._points()
 
   def bring_back(self, number: int) -> None:
@@ -186,7 +195,7 @@ class Calls:
 
   def disturb(self, way: str, number: int) -> tuple[Any, list[str], str]:
     """Disturbs the run at a point; returns as `Worker.run`, and the point."""
-    status, said = self.worker.run(way, number)
+    status, said = self.worker.run(way, number, self._in_saves)
     return status, said, (self._points() or [""])[0]
 
   def outcome(self) -> pathlib.Path:
@@ -207,9 +216,8 @@ class Calls:
 class Requests:
   """The run in a bucket, disturbed at the requests to its server."""
 
-  def __init__(self, root: pathlib.Path, server: bucket.Server):
-    self.worker = Worker(root, "gs://bucket/run")
-    self._root, self._server = root, server
+  def __init__(self, root: pathlib.Path, worker: Worker, server: bucket.Server):
+    self.worker, self._root, self._server = worker, root, server
     self._copies: list[Any] = []
 
   def begin(self) -> None:
@@ -307,7 +315,7 @@ def judge(
   return ended, point
 
 
-def run(study: Calls | Requests, args: argparse.Namespace) -> bool:
+def run(study: Calls | Requests, args: argparse.Namespace, most: int) -> bool:
   """Disturbs the run in all ways; prints how that ended. True: all well."""
   for _ in range(2):  # The first one compiles.
     study.begin()
@@ -322,7 +330,7 @@ def run(study: Calls | Requests, args: argparse.Namespace) -> bool:
   for way in args.way:
     began = time.monotonic()
     known = study.copy() if way == "copy" else points
-    for number in choose(known, args, rng):
+    for number in choose(known, most, rng):
       end, point = judge(study, way, number, known[number - 1], bits)
       print(way, number, point, end, flush=True)
       bad += end.startswith("BAD")
@@ -343,21 +351,13 @@ def run(study: Calls | Requests, args: argparse.Namespace) -> bool:
   return not bad
 
 
-def choose(
-  points: list[str], args: argparse.Namespace, rng: random.Random
-) -> Iterator[int]:
-  """Numbers of the points to disturb; of many of one kind a random choice."""
-  groups = collections.defaultdict(list)
+def choose(points: list[str], most: int, rng: random.Random) -> list[int]:
+  """Numbers of the points to disturb: all, or at most so many of each kind."""
+  kinds = collections.defaultdict(list)
   for number, point in enumerate(points, 1):
-    if args.bucket:
-      group = kind_of(point)
-    else:
-      group = place_of(point) == "checkpoints/"
-    groups[group].append(number)
-  for group, numbers in groups.items():
-    if args.points and (args.bucket or group or args.sparse):
-      numbers = rng.sample(numbers, min(args.points, len(numbers)))
-    yield from sorted(numbers)
+    kinds[kind_of(point)].append(number)
+  chosen = (rng.sample(x, min(most or len(x), len(x))) for x in kinds.values())
+  return sorted(number for each in chosen for number in each)
 
 
 def kind_of(point: str) -> str:
@@ -408,7 +408,7 @@ CONTEXT.set_forkserver_preload(
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--points", type=int, default=0, help="0: all")
-  parser.add_argument("--sparse", action="store_true", help="in all places")
+  parser.add_argument("--others", type=int, default=0, help="elsewhere")
   parser.add_argument("--bucket", action="store_true")
   parser.add_argument("--seed", type=int, default=0)
   ways = (*OF_REQUESTS, "fail", "full", "copy", "kill")
@@ -429,11 +429,20 @@ def main() -> int:
         "LD_PRELOAD": str(build(root)),
         "TF_CPP_MIN_LOG_LEVEL": "3",
       }
-      study = Requests(root, server) if args.bucket else Calls(root)
+      place = "gs://bucket/run" if args.bucket else str(root / "point" / "run")
+      worker = Worker(root, place)
+      if args.bucket:
+        studies = [(Requests(root, worker, server), args.points)]
+      else:
+        studies = [
+          (Calls(root, worker, False), args.others),
+          (Calls(root, worker, True), args.points),
+        ]
       try:
-        return 0 if run(study, args) else 1
+        fine = [run(study, args, most) for study, most in studies]
       finally:
-        study.worker.stop()
+        worker.stop()
+  return 0 if all(fine) else 1
 
 
 if __name__ == "__main__":
