@@ -205,8 +205,13 @@ def read_safetensors(folder):
 
 
 def write_tuned(folder):
-  checkpoints.save_npz(folder / "vit.npz", backbone())
-  loaded = vqt_jax.load_backbone(folder / "vit.npz")
+  checkpoints.save_npz(folder.parent / "vit.npz", backbone())  # Stays good.
+  write_bundle(folder)
+
+
+def write_bundle(folder):
+  vit = folder.parent / "vit.npz"
+  loaded = vqt_jax.load_backbone(vit)
   mask = np.zeros((2, tuner().num_features), np.float32)
   mask[:, [1, 4, 5]] = 1
   info = {
@@ -219,10 +224,9 @@ def write_tuned(folder):
     "results": {"chosen": {"lr": 0.1}},
   }  # fmt: skip
   bundle.write(
-    folder / "tuned", str(folder / "vit.npz"), loaded, tuner(),
+    folder / "tuned", str(vit), loaded, tuner(),
     tuned_variables(2), info, mask,
   )  # fmt: skip
-  shutil.move(folder / "vit.npz", folder.parent / "vit.npz")  # Stays good.
 
 
 def read_tuned(folder):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import contextlib
 import hashlib
 import http.server
+import io
 import itertools
 import json
 import pathlib
@@ -35,6 +36,9 @@ class Server(http.server.ThreadingHTTPServer):
       raise `Refused`.
     written: names of the objects written, in order.
     refused: how the paths begin that nobody may ask for; "": none.
+    disturb: called for each request with its method and path; returns "", a
+      status to answer with, "cut": the connection ends instead, or "lost": it
+      ends after all is done, but before the answer.
   """
 
   daemon_threads = True
@@ -47,6 +51,7 @@ class Server(http.server.ThreadingHTTPServer):
     self.before_change = lambda name: None
     self.written: list[str] = []
     self.refused = ""
+    self.disturb = lambda method, path: ""
     self.uploads: dict[str, tuple[str, bytearray]] = {}
     self.lock = threading.RLock()
     self.counter = itertools.count(1)
@@ -139,6 +144,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     )
     server = self.server
     with server.lock:
+      disturbed = server.disturb(self.command, url.path)
+      if disturbed in ("cut", "lost"):
+        self.close_connection = True
+      if disturbed == "cut":
+        return None
+      if disturbed == "lost":
+        self.wfile = io.BytesIO()
+      elif disturbed:
+        return self._error(int(disturbed), "as the test wants it")
       if server.refused and url.path.startswith(server.refused):
         return self._error(403, "not for you")
       if self.headers["Host"].startswith("storage.googleapis.com"):

@@ -9,6 +9,7 @@ import sklearn.base
 import sklearn.model_selection
 import sklearn.pipeline
 
+from tests import faults
 from tests import helpers
 import vqt_jax
 from vqt_jax.training import preemption
@@ -126,6 +127,12 @@ def test_scikit_learn_takes_it(make, squares):
 def test_bad_input(make, x, y, words):
   with pytest.raises(vqt_jax.UserError, match=words):
     make().fit(x, y)
+
+
+def test_a_full_temporary_folder(make, squares):
+  with pytest.raises(vqt_jax.UserError, match="temporary file: .* Set TMPDIR"):
+    with faults.largest_file(0):
+      make().fit(*squares)
 
 
 def test_it_has_to_be_trained(make, tmp_path):

@@ -218,12 +218,14 @@ def _as_file(image: Any, path: pathlib.Path) -> pathlib.Path:
   """Return the file of an image; write one if it has none."""
   if isinstance(image, str | os.PathLike):
     return pathlib.Path(image).absolute()
-  if isinstance(image, bytes):
-    path.write_bytes(image)
-  else:
+  if not isinstance(image, bytes):
     if not isinstance(image, PIL.Image.Image):
       image = inputs.to_pillow(image)
-    PIL.Image.fromarray(decoding.decode(image)).save(path)
+    content = io.BytesIO()
+    PIL.Image.fromarray(decoding.decode(image)).save(content, "PNG")
+    image = content.getvalue()
+  with files.explain_temporary_errors():
+    path.write_bytes(image)
   return path
 
 

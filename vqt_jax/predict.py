@@ -175,11 +175,8 @@ def open_output(output: str | None) -> Iterator[IO[str]]:
   if pathlib.Path(output).suffix not in (".csv", ".jsonl"):
     raise errors.UserError(f"--output {output}: expected *.csv or *.jsonl.")
   path = files.path(output)
-  with files.explain_write_errors(path):
-    opened = open(
-      path, "w", encoding="utf-8", errors="surrogateescape", newline=""
-    )
-  with opened:
+  text = dict(encoding="utf-8", errors="surrogateescape", newline="")
+  with files.explain_write_errors(path), open(path, "w", **text) as opened:
     yield opened
 
 

@@ -6,12 +6,14 @@ import http.server
 import json
 import logging
 import os
+import re
 import threading
 import urllib.parse
 
 import numpy as np
 import pytest
 
+from tests import faults
 from tests import helpers
 from vqt_jax import UserError
 from vqt_jax.checkpoints import containers
@@ -206,7 +208,21 @@ def test_changed_file_is_not_glued_to_the_old_part(server, tmp_path):
 @pytest.mark.parametrize("length", [True, False])
 def test_server_without_ranges(server, tmp_path, length):
   server.ranges, server.length = False, length
-  assert fetch(server, tmp_path).read_bytes() == CONTENT
+  done = [0]
+  path = fetch(server, tmp_path, progress=lambda count, _: done.append(count))
+  assert path.read_bytes() == CONTENT
+  assert np.diff(done).max() <= download._CHUNK  # Never all in memory.
+
+
+def test_a_server_that_never_ends(server, tmp_path, monkeypatch):
+  server.length = False
+  monkeypatch.setattr(download, "_MOST", 45_000)
+  with pytest.raises(UserError, match="sends more than 45,000 bytes, and does"):
+    fetch(server, tmp_path)
+  server.ranges = False
+  described = lambda *args: (30_000, "0123", {})
+  monkeypatch.setattr(download, "_describe", described)
+  assert fetch(server, tmp_path).read_bytes() == CONTENT[:30_000]
 
 
 def test_server_without_ranges_resumes(server, tmp_path):
@@ -243,7 +259,7 @@ def test_wrong_size_is_refused(server, tmp_path, monkeypatch):
   describe = download._describe
   longer = lambda *args: (len(CONTENT) + 1, *describe(*args)[1:])
   monkeypatch.setattr(download, "_describe", longer)
-  with pytest.raises(UserError, match="11200 bytes came instead of 11201"):
+  with pytest.raises(UserError, match="51200 bytes came instead of 51201"):
     fetch(server, tmp_path)
   assert not list(tmp_path.rglob("ckpt.npz"))
 
@@ -287,6 +303,27 @@ def test_full_disk(server, tmp_path, monkeypatch):
     UserError, match="No space left on device. Free some space.*cache_dir"
   ):
     fetch(server, tmp_path)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_step_that_fails(server, tmp_path, old):
+  """Also where the part of an older version of the file has to go."""
+  number = 0
+  while not number or number <= faults.FAULTS.count:
+    number += 1
+    cache = tmp_path / str(number)
+    if old:
+      (cache / "a").mkdir(parents=True)
+      (fetch(server, cache).parent / "ckpt.npz.0123.part").write_bytes(b"x")
+      fetch(server, cache).unlink()
+    with faults.FAULTS.below(cache, fail=number):
+      try:
+        fetch(server, cache)
+      except UserError as e:
+        assert str(e).startswith(f"Cannot write {cache}")
+        assert "VQT_JAX_CACHE" in str(e)
+    assert fetch(server, cache).read_bytes() == CONTENT
+  assert number > 3
 
 
 def test_two_downloads_at_once(server, tmp_path):
@@ -454,6 +491,16 @@ def test_secrets_of_an_address_are_not_shown(source, shown):
 )
 def test_other_sources_are_shown_as_they_are(source):
   assert download.without_secrets(source) == source
+
+
+@pytest.mark.parametrize("password", ["a/b", "1/b", "a?b", "a#b:img", "/@b"])
+def test_a_password_that_looks_like_a_path(tmp_path, password):
+  source = f"https://me:x{password}@host/x.npz"
+  shown = download.without_secrets(source)
+  assert re.fullmatch(r"https://host/x\.npz#[0-9a-f]{8}", shown)
+  with pytest.raises(UserError, match="Write %2F in place of /") as caught:
+    download.fetch(source, tmp_path)
+  assert password not in str(caught.value) and not [*tmp_path.iterdir()]
 
 
 def test_a_hash_tells_addresses_apart():

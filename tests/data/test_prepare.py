@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from tests import faults
 from vqt_jax import data
 from vqt_jax import errors
 from vqt_jax.data import digits
@@ -76,6 +77,14 @@ def test_digits_where_nothing_can_be_written(tmp_path):
     tasks.make_task("digits", data_dir=str(tmp_path / "file"))
 
 
+@pytest.mark.parametrize("size", [0, 3000])
+def test_digits_on_a_full_disk(tmp_path, size):
+  with faults.largest_file(size):
+    with pytest.raises(errors.UserError, match="Cannot write.*File too large"):
+      tasks.make_task("digits", data_dir=str(tmp_path))
+  tasks.make_task("digits", data_dir=str(tmp_path))
+
+
 # Preparing.
 
 
@@ -110,6 +119,19 @@ def test_prepare_from_manual_files(tmp_path, capsys):
   assert run_prepare("resisc45", **where) == 0
   assert "resisc45: ready in" in capsys.readouterr().out
   assert run_prepare("resisc45", **where) == 0  # And now does nothing.
+
+
+def test_prepare_on_a_full_disk(tmp_path, capsys):
+  folder = tmp_path / "manual" / "NWPU-RESISC45" / "airplane"
+  folder.mkdir(parents=True)
+  (folder / "airplane_001.jpg").write_bytes(jpeg(256, "red"))
+  where = dict(data_dir=tmp_path / "data", manual_dir=tmp_path / "manual")
+  with faults.largest_file(100):
+    assert run_prepare("resisc45", **where) == 2
+  said = capsys.readouterr().err.splitlines()[-1]
+  assert said.startswith("Preparing 'resisc45' failed: ")
+  assert "File too large" in said
+  assert run_prepare("resisc45", **where) == 0
 
 
 def test_prepare_trusts_other_files_only_when_told(tmp_path, capsys):

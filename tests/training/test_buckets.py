@@ -11,6 +11,7 @@ import pytest
 
 import main
 from tests import bucket
+from tests import faults
 from tests import runs
 from tests.runtime import test_processes
 from vqt_jax import UserError
@@ -220,6 +221,15 @@ def test_growing_files(server):
   assert server.written[2:] == ["a/log.txt"]
   assert server.objects["a/log.txt"] == b"12"
   assert not local.exists()
+
+
+def test_growing_files_without_room(server, tmp_path, monkeypatch):
+  files.write(files.path("gs://bucket/a/log.txt"), b"1")
+  for place, limit in ((tmp_path / "none", 9), (tmp_path, 0)):
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    with pytest.raises(UserError, match="temporary file: .* Set TMPDIR to"):
+      with faults.largest_file(limit):
+        mirror_lib.MirroredFolder(files.path("gs://bucket/a"), "log.txt")
 
 
 def test_metrics(server, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 import tensorstore
 
 import main
+from tests import faults
 from tests import runs
 from vqt_jax import errors
 from vqt_jax.training import checkpoint
@@ -152,16 +153,47 @@ def test_no_call_takes_long(monkeypatch, compiling, each, calls):
   assert taken == calls
 
 
+def run_epochs(monkeypatch, call=lambda: None, **how):
+  """Runs 9 epochs of a step, of which each is a `call`."""
+
+  def train_steps(tuner, recipe, state, *args):
+    call()
+    return state, np.ones((1, 1)), np.ones((1, 1))
+
+  monkeypatch.setattr(loop_lib.step_lib, "train_steps", train_steps)
+  monkeypatch.setattr(loop_lib.step_lib, "step_bytes", lambda *args: None)
+  chunk = {}, np.zeros((1, 1), np.int32), np.ones((1, 1))
+  source = types.SimpleNamespace(
+    steps=1, num_examples=1, epoch=lambda *args: iter([chunk])
+  )
+  stage = stage_lib.Stage("", "", None, (trial.Trial(1.0, 0.0, 0),), "seed")
+  usual = {
+    "due": lambda: False,
+    "stop": types.SimpleNamespace(received=False),
+    "save": None,
+    "report": lambda *args: None,
+    "timed": lambda *args: None,
+  }
+  loop_lib.run_epochs(
+    stage,
+    source,
+    optim.Schedule(9, 0, 1),
+    *[None] * 3,
+    {},
+    stage_lib.Progress(),
+    **(usual | how),
+  )
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_nobody_waits_for_steps_just_started(monkeypatch, several):
   """Several hear what they asked behind a call after the next; one, at once."""
   calls, heard, saves = [], [], []
   stop = types.SimpleNamespace(received=False)
 
-  def train_steps(tuner, recipe, state, *args):
-    calls.append(args)
+  def call():
+    calls.append(None)
     stop.received = len(calls) == 3
-    return state, np.ones((1, 1)), np.ones((1, 1))
 
   def ask(values):
     behind, own = len(calls), values()
@@ -172,34 +204,43 @@ def test_nobody_waits_for_steps_just_started(monkeypatch, several):
 
     return answer
 
-  monkeypatch.setattr(loop_lib.step_lib, "train_steps", train_steps)
-  monkeypatch.setattr(loop_lib.step_lib, "step_bytes", lambda *args: None)
   if several:
     monkeypatch.setattr(loop_lib.processes, "all_reduce_max_async", ask)
-  chunk = {}, np.zeros((1, 1), np.int32), np.ones((1, 1))
-  source = types.SimpleNamespace(
-    steps=1, num_examples=1, epoch=lambda *args: iter([chunk])
-  )
-  stage = stage_lib.Stage("", "", None, (trial.Trial(1.0, 0.0, 0),), "seed")
-  due = lambda: len(calls) == 1
   with pytest.raises(preemption.Stopped):
-    loop_lib.run_epochs(
-      stage,
-      source,
-      optim.Schedule(9, 0, 1),
-      *[None] * 3,
-      {},
-      stage_lib.Progress(),
-      due=due,
+    run_epochs(
+      monkeypatch,
+      call,
+      due=lambda: len(calls) == 1,
       stop=stop,
       save=lambda state: saves.append(len(calls)),
-      report=lambda *args: None,
-      timed=lambda *args: None,
     )
   if several:
     assert saves == [2, 4] and heard == [(0, 1), (1, 2), (2, 3), (3, 4)]
   else:
     assert saves == [1, 3]
+
+
+@pytest.mark.parametrize("epoch", [0, 7, 8])
+def test_a_report_that_fails(monkeypatch, epoch):
+  """On this process; or on another one, as all of them hear."""
+
+  def report(finished, *args):
+    if finished == epoch:
+      raise errors.UserError("no room")
+
+  with pytest.raises(errors.UserError, match="no room"):
+    run_epochs(monkeypatch, report=report)
+
+  def ask(values):
+    calls.append(values())
+    own = np.array(calls[-1], float)
+    own[-1] = len(calls) > epoch
+    return lambda: own
+
+  calls = []
+  monkeypatch.setattr(loop_lib.processes, "all_reduce_max_async", ask)
+  with pytest.raises(errors.UserError, match="Another process of this run"):
+    run_epochs(monkeypatch)
 
 
 def test_a_full_disk(material, undisturbed, go, tmp_path):
@@ -215,6 +256,25 @@ def test_a_full_disk(material, undisturbed, go, tmp_path):
     assert said[-1].startswith(f"error: Cannot write {tmp_path / what}: File")
   assert go(tmp_path)[0] == 0
   assert runs.bits(tmp_path) == runs.bits(undisturbed["kept"])
+
+
+def test_steps_that_fail(undisturbed, go, tmp_path):
+  """Each time a later one; then none."""
+  for place, number in (
+    ("config.json", 2),
+    ("metrics.jsonl", 2),
+    ("stages/search", 2),
+    ("tuned", 3),
+    ("report.png", 3),
+  ):
+    with faults.FAULTS.below(tmp_path / place, fail=number):
+      status, said = go(tmp_path)
+    assert status == 2, place
+    place = tmp_path / place.partition("/")[0]
+    assert said.splitlines()[-1].startswith(f"error: Cannot write {place}")
+  assert go(tmp_path)[0] == 0
+  assert runs.bits(tmp_path) == runs.bits(undisturbed["kept"])
+  assert not [*tmp_path.rglob("*.new")]
 
 
 def test_writes_that_outlive_their_save(monkeypatch):
@@ -274,6 +334,19 @@ def test_saves_of_another_program_are_told(tmp_path):
     errors.UserError, match="100 is not a training checkpoint"
   ):
     checkpoint.Checkpointer(tmp_path, 0)
+
+
+def test_a_kill_while_an_old_save_is_deleted(tmp_path):
+  saver = checkpoint.Checkpointer(tmp_path, 0)
+  for i in (1, 2, 3):
+    saver.save({"x": jnp.arange(5.0)}, {"i": i})
+  saver.close()
+  shutil.rmtree(tmp_path / "2" / "progress")
+  saver = checkpoint.Checkpointer(tmp_path, 0)
+  assert saver.progress(dict) == {"i": 3}
+  saver.save({"x": jnp.arange(5.0)}, {"i": 4})
+  saver.close()
+  assert {"3", "4"} == {path.name for path in tmp_path.iterdir()}
 
 
 def test_a_local_folder_is_no_bucket():

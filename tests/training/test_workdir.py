@@ -452,6 +452,7 @@ def test_secrets_of_an_address_are_not_in_a_workdir(tmp_path):
   files.write_json(tmp_path / "config.json", old)
   with workdir_lib.open_workdir(config, tmp_path) as begun:
     assert begun
+  assert (tmp_path / "config.json").read_text() == stored
   config.init = "https://me:pw@host/x.npz:img?token=other"
   with pytest.raises(errors.UserError, match="init was") as caught:
     with workdir_lib.open_workdir(config, tmp_path):

@@ -31,6 +31,7 @@ Progress = Callable[[int, int | None], None]
 
 _GOOGLE = "https://storage.googleapis.com/"
 _CHUNK = 8 << 20  # Bytes a request.
+_MOST = 64 << 30  # Bytes of a file whose server does not tell how many it has.
 _ATTEMPTS = 5  # In a row without a single new byte.
 _SECONDS = 1.0  # Before the second attempt; doubles each time.
 
@@ -58,6 +59,11 @@ def fetch(
   if "?" not in address:  # Else it is signed for the web.
     address = address.replace(_GOOGLE, "gs://", 1)
   shown = without_secrets(address)
+  if _SLASH_IN_PASSWORD.match(address):
+    raise UserError(
+      f"Cannot read {shown}: its password has a character that ends the name"
+      " of a host. Write %2F in place of /, %3F of ?, and %23 of #."
+    )
   scheme, _, rest = shown.partition("://")
   if scheme not in ("https", "http", "gs") or not address.isprintable():
     raise UserError(
@@ -91,6 +97,13 @@ def fetch(
     ) from error
 
 
+# An address that has `user:password@` with one of /?# in the password. (Digits
+# before it are a port.)
+_SLASH_IN_PASSWORD = re.compile(
+  r"(https?://)([^/?#@]*:(?!\d*[/?#])[^/?#@]*[/?#].*)@", re.S
+)
+
+
 def without_secrets(source: str) -> str:
   """Return a source as it may be shown and stored.
 
@@ -100,6 +113,9 @@ def without_secrets(source: str) -> str:
   Args:
     source: as `load_backbone` takes it.
   """
+  source = _SLASH_IN_PASSWORD.sub(
+    lambda match: f"{match[1]}{urllib.parse.quote(match[2], ':')}@", source
+  )
   place, subtree = containers.split_subtree(source)
   match = re.fullmatch(
     r"(?!gs:)([\w+.-]+://)([^/?#]*)([^?#]*)(.*)", place, re.S
@@ -191,8 +207,12 @@ def _fetch_object(
       _download(filesystem, file, files.below(partial, name), progress)
   if not partial.exists():
     raise FileNotFoundError(path)
-  with contextlib.suppress(OSError):  # Another process was faster.
-    os.replace(partial, target)
+  with files.explain_write_errors(target):
+    try:
+      os.replace(partial, target)
+    except OSError:
+      if not target.exists():  # Else another process was faster.
+        raise
   return target
 
 
@@ -254,12 +274,13 @@ def _resume(
     part.parent.mkdir(parents=True, exist_ok=True)
     out = locks.open_locked(part, wait=True)
   with out:
-    if target.exists():  # Another process was faster.
-      part.unlink(missing_ok=True)
-      return
-    start = out.seek(0, os.SEEK_END)
-    if size is None:
-      out.truncate(start := 0)
+    with writing():
+      if target.exists():  # Another process was faster.
+        part.unlink(missing_ok=True)
+        return
+      start = out.seek(0, os.SEEK_END)
+      if size is None:
+        out.truncate(start := 0)
     for chunk in _chunks(filesystem, path, start, size):
       view = memoryview(chunk)
       with writing():
@@ -267,13 +288,17 @@ def _resume(
           view = view[out.write(view) :]
       start += len(chunk)
       progress(start, size)
-    os.fsync(out.fileno())
-    if problem := _problem(part, size, checksums):
-      part.unlink()
+    with writing():
+      os.fsync(out.fileno())
+      if problem := _problem(part, size, checksums):
+        part.unlink()
+      else:
+        os.replace(part, target)
+    if problem:
       raise ConnectionError(problem)
-    os.replace(part, target)
   for stale in target.parent.glob(f"{glob.escape(target.name)}.*.part"):
-    stale.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      stale.unlink()
 
 
 def _describe(
@@ -300,21 +325,69 @@ def _chunks(
   start: int,
   size: int | None,
 ) -> Iterator[bytes]:
-  """Yield the bytes of a remote file from `start` on."""
-  if size is None:
-    with _request(filesystem.open, path, block_size=0) as stream:
-      while chunk := _request(lambda path: stream.read(_CHUNK), path):
-        yield chunk
+  """Yield the bytes of a remote file from `start` to `size`, if it has one."""
+  if "http" in filesystem.protocol:
+    yield from _stream(filesystem, path, start, size)
     return
   while start < size:
     end = min(start + _CHUNK, size)
     chunk = _request(filesystem.cat_file, path, start=start, end=end)
-    if len(chunk) == size:  # A server that knows no ranges sends everything.
-      chunk = chunk[start:]
-    elif len(chunk) != end - start:
+    if len(chunk) != end - start:
       raise ConnectionError(f"{len(chunk)} bytes came instead of {end - start}")
-    start += len(chunk)
+    start = end
     yield chunk
+
+
+def _stream(
+  filesystem: fsspec.AbstractFileSystem,
+  path: str,
+  start: int,
+  size: int | None,
+) -> Iterator[bytes]:
+  """As `_chunks`, of a server that may send all, whatever it is asked for."""
+  most = _MOST if size is None else size
+  headers = dict(filesystem.kwargs["headers"])
+  while start < most:
+    if size is not None:
+      headers["Range"] = f"bytes={start}-{min(start + _CHUNK, most) - 1}"
+    with _request(
+      filesystem.open,
+      path,
+      block_size=0,
+      size=most,  # Else it asks for that once more.
+      headers=headers,
+    ) as stream:
+      sends_all = stream.r.status == 200
+      for skipped in range(0, start if sends_all else 0, _CHUNK):
+        _read(stream, path, min(_CHUNK, start - skipped))
+      while start < most:
+        count = min(_CHUNK, most - start)
+        chunk = _read(stream, path, count)
+        start += len(chunk)
+        yield chunk
+        if len(chunk) < count and size is None:
+          return
+        if len(chunk) < count:
+          raise ConnectionError(f"{start} bytes came instead of {size}")
+        if not sends_all:
+          break
+  if size is None:
+    raise UserError(
+      f"{without_secrets(path)} sends more than {_MOST:,} bytes, and does not"
+      " tell how many. Download it in another way, and give its path."
+    )
+
+
+def _read(stream: Any, path: str, count: int) -> bytes:
+  """Read so many bytes of a stream; fewer only at its end."""
+  chunk = bytearray()
+  read = lambda path, left: stream.read(left)
+  while left := count - len(chunk):
+    piece = _request(read, path, left=left)
+    if not piece:
+      break
+    chunk += piece
+  return bytes(chunk)
 
 
 def _request(method: Callable[..., Any], path: str, **kwargs: Any) -> Any:

@@ -18,6 +18,7 @@ import numpy as np
 
 from vqt_jax import errors
 from vqt_jax.data.tensorflow_lazy import quiet
+from vqt_jax.data.tensorflow_lazy import tf
 from vqt_jax.data.tensorflow_lazy import tfds
 
 SPLIT_SEED = 0
@@ -105,7 +106,8 @@ def prepare(data_dir: str | None) -> None:
         contextlib.redirect_stderr(unseen),
       ):
         builder.download_and_prepare()
-    except OSError as error:
+    # TFDS makes RuntimeErrors of those of TensorFlow.
+    except (OSError, RuntimeError, tf.errors.OpError) as error:
       if not builder.is_prepared():  # Or another process was faster.
         raise errors.UserError(
           f"Cannot write the dataset 'digits' to {builder.data_path}:"

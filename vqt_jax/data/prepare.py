@@ -32,6 +32,7 @@ from vqt_jax import errors
 from vqt_jax.data import builders
 from vqt_jax.data import vtab
 from vqt_jax.data.tensorflow_lazy import quiet
+from vqt_jax.data.tensorflow_lazy import tf
 from vqt_jax.data.tensorflow_lazy import tfds
 
 FOLDERS = ("data_dir", "download_dir", "manual_dir")
@@ -188,6 +189,8 @@ def _generate(
     download.util.DownloadError,
     download.extractor.ExtractError,
     OSError,
+    RuntimeError,  # TFDS makes them of TensorFlow's errors.
+    tf.errors.OpError,
     AssertionError,
     ImportError,
     ValueError,  # A version that this TFDS can read, but not make.

@@ -154,7 +154,8 @@ class FeatureFile:
     part = self._part
     with self._locked(part) as file:
       if not processes.any_process(not self.path.exists()):
-        part.unlink(missing_ok=True)  # Another run has finished it.
+        with contextlib.suppress(OSError):  # Another run has finished it.
+          part.unlink()
         return
       with _writing(part):
         done = self._complete_records(file)
@@ -184,7 +185,8 @@ class FeatureFile:
       with processes.raise_on_all(), files.explain_write_errors(part):
         part.parent.mkdir(parents=True, exist_ok=True)
         file = open(part, "ab", opener=files.refuse_link)
-      with file:
+      # Closing it may fail as well.
+      with files.explain_write_errors(part), file:
         # All processes or none: two runs might each hold a lock that the other
         # waits for.
         while processes.any_process(not locks.try_lock(file)):
@@ -272,5 +274,6 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
     with processes.raise_on_all(), files.explain_write_errors(path):
       yield
   except errors.UserError:
-    path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      path.unlink()
     raise

@@ -248,11 +248,18 @@ def replacing(file: Path) -> Iterator[IO[bytes]]:
     temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.new")
     file.parent.mkdir(parents=True, exist_ok=True)
     closing.callback(temporary.unlink, missing_ok=True)
-    with open(temporary, "xb") as out:
+    with _new_file(temporary) as out:
       yield out
-      out.flush()
-      os.fsync(out.fileno())
     os.replace(temporary, file)
+
+
+@contextlib.contextmanager
+def _new_file(file: pathlib.Path) -> Iterator[IO[bytes]]:
+  """Open a file to write, which is on the disk at the end."""
+  with open(file, "xb") as out:
+    yield out
+    out.flush()
+    os.fsync(out.fileno())
 
 
 def write(file: Path, content: bytes) -> None:
@@ -302,14 +309,16 @@ def write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
     for name in list_names(place.parent):
       if re.fullmatch(left_over, name):
         remove_folder(place.with_name(name))
-    new.mkdir(parents=True)
-    for name, content in contents.items():
-      write(new / name, content)
-    if place.is_dir():  # Not a file.
-      place.rename(old)
     try:
+      new.mkdir(parents=True)
+      for name, content in contents.items():
+        with _new_file(new / name) as out:
+          out.write(content)
+      if place.is_dir():  # Not a file.
+        place.rename(old)
       new.rename(place)
-    except OSError:
+    except Exception:
+      remove_folder(new)
       if old.is_dir():
         old.rename(place)
       raise
@@ -358,6 +367,9 @@ def _explain_errors(
 
 explain_read_errors = functools.partial(_explain_errors, "read")
 explain_write_errors = functools.partial(_explain_errors, "write")
+explain_temporary_errors = functools.partial(
+  _explain_errors, "write", "a temporary file", "set TMPDIR to another folder"
+)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ What cannot be read or written is a `UserError`.
 from concurrent import futures
 import contextlib
 import pathlib
-import shutil
 import tempfile
 import time
 
@@ -29,10 +28,13 @@ class MirroredFolder:
     self._place, self._last = place, time.monotonic()
     self.folder = place
     if files.in_bucket(place):
-      self.folder = pathlib.Path(tempfile.mkdtemp(prefix="vqt_jax_"))
+      with files.explain_temporary_errors():
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="vqt_jax_"))
       for name in names:
         with contextlib.suppress(FileNotFoundError):
-          (self.folder / name).write_bytes(files.read(place / name))
+          content = files.read(place / name)
+          with files.explain_temporary_errors():
+            (self.folder / name).write_bytes(content)
       self._copied = self._states()
 
   def sync(self, after: float = SYNC_SECONDS) -> None:
@@ -51,7 +53,7 @@ class MirroredFolder:
     """Copy what is left; if that fails the temporary folder stays."""
     self.sync(after=0)
     if files.in_bucket(self._place):
-      shutil.rmtree(self.folder)
+      files.remove_folder(self.folder)
       self.folder = self._place
 
   def _copy(self, file: pathlib.Path) -> None:

@@ -197,13 +197,12 @@ def raise_on_all() -> Iterator[None]:
     yield
   except errors.UserError as e:
     error = e
-  _raise_on_all(error, all_reduce_max_async(lambda: [error is not None]))
+  raise_if_any(error, any_process(error is not None))
 
 
-def _raise_on_all(
-  error: errors.UserError | None, failed: Callable[[], np.ndarray]
-) -> None:
-  if failed().any():
+def raise_if_any(error: errors.UserError | None, failed: bool) -> None:
+  """Raise this process's error, or if `failed` that another one has one."""
+  if failed:
     raise error or errors.UserError(
       "Another process of this run failed; see its message, on its screen or in"
       " log.txt or log_N.txt of the workdir."
@@ -234,7 +233,7 @@ def iterate_together(items: Iterable[T]) -> Iterator[T]:
   while True:
     item, error, failed = following
     following = get()  # Also behind the last one: all ask equally often.
-    _raise_on_all(error, failed)
+    raise_if_any(error, failed().any())
     if item is end:
       return
     yield item

@@ -27,6 +27,9 @@ with epy.lazy_imports():  # Slow to import.
 
 T = TypeVar("T")
 
+# Names in the folder of a save.
+_OF_SAVE = {"state", "progress", "_CHECKPOINT_METADATA", "commit_success.txt"}
+
 
 class _Literal(type(epath.Path("/"))):  # It has no public name.
   """A local path whose own name is not a pattern when its content is globbed.
@@ -69,7 +72,10 @@ class Checkpointer:
       self._manager = ocp.CheckpointManager(place, options=options)
     for number in self._manager.all_steps():
       save = self._directory / str(number)
-      if not files.exists(save / "progress"):  # Orbax would delete it.
+      names = files.list_names(save)
+      # Orbax would delete it. (Of ours parts are missing if a process was
+      # killed while Orbax deleted it; there are later ones then.)
+      if "progress" not in names and not _OF_SAVE.issuperset(names):
         raise errors.UserError(
           f"{save} is not a training checkpoint of vqt_jax. Move it elsewhere,"
           " or choose another --workdir."

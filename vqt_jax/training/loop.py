@@ -52,12 +52,14 @@ def run_epochs(
     stop: its `received` becomes true when this process is asked to stop.
     report: (epoch, loss per trial, accuracy per trial, images per second) ->
       None. The speed is the mean since the first epoch, which compiles; the
-      speed of a single epoch would be wrong, as steps are queued.
+      speed of a single epoch would be wrong, as steps are queued. May raise a
+      `UserError`, on some of the processes: that ends all of them.
     timed: (steps, seconds) -> None; called after every compiled call, of which
       the first also compiles.
 
   Raises:
-    UserError: the loss of too many trials is not finite.
+    UserError: the loss of too many trials is not finite, or what `report`
+      raised on any process.
     Stopped: asked to stop; saved before.
   """
   measured = False
@@ -66,16 +68,17 @@ def run_epochs(
   booked = clock  # Time up to which `progress.seconds` counts.
   compiled = clock  # End of the first epoch; speed counts from here.
   call_length = CallLength()
+  failure = None  # Of `report`, on this process.
 
   def ask():
-    """Reduce over all processes: stop?, save?, minus the call length."""
+    """Reduce over all: stop?, save?, minus the call length, failed?"""
     return processes.all_reduce_max_async(
-      lambda: [stop.received, due(), -call_length.wish]
+      lambda: [stop.received, due(), -call_length.wish, failure is not None]
     )
 
   def settle():
     """Wait for the queued steps and record finished epochs."""
-    nonlocal clock, booked, compiled
+    nonlocal clock, booked, compiled, failure
     for epoch, losses, right, count, last in pending:
       losses, right = (x[:count] for x in processes.to_host((losses, right)))
       seconds = call_length.measure(count)
@@ -100,7 +103,10 @@ def run_epochs(
         else:
           epochs_per_second, compiled = 1 / max(elapsed, 1e-9), clock
         seen = source.num_examples * len(stage.trials)
-        report(epoch, loss, accuracy, seen * epochs_per_second)
+        try:
+          report(epoch, loss, accuracy, seen * epochs_per_second)
+        except errors.UserError as e:
+          failure = e
       timed(count, seconds)
     pending.clear()
     now = time.monotonic()
@@ -128,7 +134,8 @@ def run_epochs(
       # Use the reduction of the call before: waiting for that of now would mean
       # to wait for the steps that were just started.
       asked, before = ask(), asked
-      stopping, saving, minus_steps = before()
+      stopping, saving, minus_steps, failed = before()
+      processes.raise_if_any(failure, failed)
       call_length.steps = int(-minus_steps)
       if stopping or saving:
         settle()
@@ -138,6 +145,7 @@ def run_epochs(
       if saving:
         asked = ask()  # The pending one may ask for a second save.
   settle()
+  processes.raise_if_any(failure, processes.any_process(failure is not None))
   return state
 
 

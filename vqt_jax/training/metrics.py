@@ -180,8 +180,9 @@ class Events:
       writer.flush()
 
   def close(self) -> None:
-    for writer in self._writers.values():
-      writer.close()
+    with contextlib.ExitStack() as closing:  # All, if one of them fails.
+      for writer in self._writers.values():
+        closing.callback(writer.close)
 
   def _add(self, row: Mapping[str, Any], **what: Any) -> None:
     name = _run_name(row)

@@ -60,11 +60,12 @@ def _run(config, workdir, console, task) -> dict[str, Any]:
     with stop.at_once(), processes.raise_on_all():
       context = setup.prepare(config, workdir, console, task)
     with jax.set_mesh(context.mesh):
-      saver = checkpoint.Checkpointer(
-        workdir / "checkpoints", config.checkpoint_seconds
-      )
-      metrics = metrics_lib.MetricsWriter(workdir)
-      try:
+      place = workdir / "checkpoints"
+      saver = checkpoint.Checkpointer(place, config.checkpoint_seconds)
+      with (
+        contextlib.closing(saver),
+        contextlib.closing(metrics_lib.MetricsWriter(workdir)) as metrics,
+      ):
         examples = examples_lib.Examples(
           config,
           console,
@@ -87,9 +88,6 @@ def _run(config, workdir, console, task) -> dict[str, Any]:
         )
         found, candidates = protocol.candidates(context, stages, examples)
         test = _test(context, stages, examples, candidates)
-      finally:
-        saver.close()
-        metrics.close()
     with processes.raise_on_all():
       seconds = time.monotonic() - started
       return results_training.write(

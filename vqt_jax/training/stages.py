@@ -199,7 +199,9 @@ class Stages:
     with context.console.progress(stage.label, c.epochs, detail=detail) as line:
 
       def report(epoch, loss, accuracy, speed):
-        self._log(stage, _rows(stage, progress.history, epoch))
+        rows = _rows(stage, progress.history, epoch)
+        if processes.is_first():
+          self._metrics.epochs(stage.name, rows)
         able = np.isfinite(loss)
         able |= ~able.any()
         line.update(
@@ -242,8 +244,9 @@ class Stages:
     return data.balanced_weights(labels, stage.tuner.num_classes)
 
   def _log(self, stage: stage_lib.Stage, rows: list[dict[str, Any]]) -> None:
-    if processes.is_first():
-      self._metrics.epochs(stage.name, rows)
+    with processes.raise_on_all():
+      if processes.is_first():
+        self._metrics.epochs(stage.name, rows)
 
   def evaluate(
     self,

@@ -64,7 +64,12 @@ def open_workdir(config: Any, workdir: PathLike) -> Iterator[bool]:
   with locks.lock_folder(workdir):
     old, begun = _config_of(workdir), _begun(workdir)
     if begun:
-      _check_same_run(old, now, workdir)
+      shown = old
+      if isinstance(old["init"], str):  # Earlier versions stored all of it.
+        shown = {**old, "init": checkpoints.without_secrets(old["init"])}
+      _check_same_run(shown, now, workdir)
+      if shown != old:
+        files.write_json(workdir / "config.json", shown)
     else:
       files.write_json(workdir / "config.json", now)
     yield begun
@@ -120,8 +125,6 @@ def _check_same_run(
   old: dict[str, Any], now: dict[str, Any], workdir: files.Path
 ) -> None:
   method = methods.parse(now["method"]) if now["method"] else None
-  if isinstance(old["init"], str):  # Earlier versions stored all of it.
-    old = {**old, "init": checkpoints.without_secrets(old["init"])}
   changed = [
     f"{name} was {before!r}, is now {after!r}"
     for name, (before, after) in config_dict.differences(old, now).items()
