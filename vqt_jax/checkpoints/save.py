@@ -199,7 +199,7 @@ def _convert_to(family: family_lib.Family, backbone: Backbone) -> _Files:
         tensors[name] = tensors[name].reshape(
           (-1,) if held[0] == "cls" else (-1, config.width)
         )
-    elif name.endswith(("weight", "_token", "_tokens")):
+    elif not name.endswith("bias"):
       problems.append(f"needs {in_block}")
   for name, shape in outline.unused.items():
     tensors[outline.prefix + name] = np.zeros(shape, np.float32)
@@ -213,11 +213,14 @@ def _convert_to(family: family_lib.Family, backbone: Backbone) -> _Files:
     )
     if lost and not is_head and not is_zero_bias:
       problems.append(f"has no place for {kind}")
-  if not problems:
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    configs = {n: files.to_json_types(x) for n, x in outline.configs.items()}
+  shapes = {name: tensor.shape for name, tensor in tensors.items()}
+  configs = {n: files.to_json_types(x) for n, x in outline.configs.items()}
+  try:
     found = families.recognise(shapes, configs, family.name)
-    problems += _differences(backbone, found)
+    problems = _differences(backbone, found) + problems
+  except errors.UserError:
+    if not problems:
+      raise
   if problems:
     problems[0] = f"{family.name} {problems[0]}"
   return tensors, outline.configs, problems
@@ -228,7 +231,7 @@ def _differences(backbone: Backbone, found: found_lib.Found) -> list[str]:
   config, read = backbone.config, found.config
   same = {"image_size": read.image_size, "dtype": read.dtype}
   same["class_token"] = config.has_class_token
-  if read.posemb == "learn":
+  if config.posemb != "rope":
     same |= {"posemb": "learn", "rope_theta": read.rope_theta}
   if config.gated_mlp:
     same["gelu"] = read.gelu

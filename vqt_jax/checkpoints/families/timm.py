@@ -193,6 +193,7 @@ def _outline(
     "num_heads": c.num_heads,
     "mlp_ratio": _ratio(c.mlp_dim * (2 if packed else 1), c.width),
     "class_token": c.has_class_token,
+    "global_pool": pooling,
   }
   biases = {f"{name}/bias" for name in (family.QUERY, family.VALUE)}
   if rotary:
