@@ -11,6 +11,7 @@ from tests import helpers
 from tests.checkpoints import test_families as foreign
 import vqt_jax
 from vqt_jax import checkpoints
+from vqt_jax.checkpoints.families import timm
 from vqt_jax.models import vit
 from vqt_jax.runtime import files
 
@@ -22,6 +23,13 @@ NONE_IN = {
   ("timm_vit_avg", "hf"): "has pool_type 'tok', not 'mae'.*'timm' or 'big_",
 }
 OWN = [name for name in foreign.NAMES if not name.startswith("openclip")]
+
+OTHERS = [
+  (name, layout)
+  for name in foreign.NAMES
+  for layout in ("hf", "timm")
+  if not name.startswith(layout)
+]
 
 
 def load(name):
@@ -70,11 +78,8 @@ def test_a_backbone_goes_back_to_where_it_came_from(name, tmp_path):
   assert tensor_shapes(tmp_path / "saved/model.safetensors") == theirs
 
 
-@pytest.mark.parametrize("layout", ["hf", "timm"])
-@pytest.mark.parametrize("name", foreign.NAMES)
+@pytest.mark.parametrize("name, layout", OTHERS)
 def test_a_backbone_goes_to_the_other_library(name, layout, tmp_path):
-  if name.startswith(layout):
-    pytest.skip("its own library")
   backbone = load(name)
   if message := NONE_IN.get((name, layout)):
     with pytest.raises(vqt_jax.UserError, match=message):
@@ -107,6 +112,36 @@ def test_big_visions_vits_go_to_other_libraries(changes, layouts, tmp_path):
     assert_same(checkpoints.load_backbone(tmp_path / layout), backbone)
 
 
+def test_timm_is_told_all_that_differs_from_the_architecture(tmp_path):
+  """It takes arguments from here only, whatever stands beside them."""
+  backbone = helpers.tiny_backbone(pool_type="mae", image_size=(12, 16))
+  vqt_jax.save_backbone(tmp_path / "saved", backbone, "timm")
+  config = files.read_json(tmp_path / "saved" / "config.json")
+  assert config["architecture"] == "vit_base_patch16_224"
+  assert config["model_args"] == {
+    "img_size": [12, 16],
+    "patch_size": [4, 4],
+    "embed_dim": 16,
+    "depth": 3,
+    "num_heads": 2,
+    "mlp_ratio": 2.0,
+    "class_token": True,
+    "global_pool": "avg",
+    "act_layer": "gelu_tanh",
+    "reg_tokens": 0,
+    "no_embed_class": False,
+    "pre_norm": False,
+    "fc_norm": True,
+    "init_values": None,
+  }
+
+
+def test_timm_gets_hidden_sizes_that_are_exact():
+  for width in (48, 384, 1152):
+    for hidden in range(1, 5 * width, 7):
+      assert int(width * timm._ratio(hidden, width)) == hidden
+
+
 def test_computed_positions_are_written_as_a_table(tmp_path):
   backbone = helpers.tiny_backbone(posemb="sincos2d")
   vqt_jax.save_backbone(tmp_path / "saved", backbone, "timm")
@@ -115,8 +150,7 @@ def test_computed_positions_are_written_as_a_table(tmp_path):
   np.testing.assert_array_equal(loaded.params["pos_embedding"], table)
 
 
-def test_what_was_folded_in_is_saved(tmp_path):
-  """LoRA moves biases too, also those that a family may lack."""
+def test_a_bias_that_an_editor_has_moved_is_kept_or_refused(tmp_path):
   backbone = load("hf_dinov3")
   params = dict(vqt_jax.checkpoints.names.flatten(backbone.params))
   key = "Transformer/encoderblock/MultiHeadDotProductAttention_0/key/bias"
@@ -143,7 +177,7 @@ def test_what_was_folded_in_is_saved(tmp_path):
     (dict(posemb="rope"), "hf", "DINOv3.* needs embeddings.register_tokens"),
     (dict(image_size=(13, 12)), "timm", "not a multiple of .* 4x4 patch"),
     (dict(), "onnx", "Unknown layout 'onnx'"),
-    (dict(registers=2), "big_vision", "no registers: .* layout='timm'"),
+    (dict(registers=2), "big_vision", "no registers. .*'hf' or 'timm'"),
     (dict(pre_norm=True), "", "no LayerNorm before the blocks"),
     (dict(gated_mlp=True), "", "no gated MLPs"),
     (dict(posemb="rope"), "", "no rotary positions"),
@@ -166,7 +200,7 @@ def test_what_a_layout_cannot_express_is_refused(
 )
 def test_bare_parameters_of_other_families_are_no_npz(changes, tmp_path):
   params = helpers.tiny_backbone(**changes).params
-  with pytest.raises(vqt_jax.UserError, match="Big Vision's ViTs have no"):
+  with pytest.raises(vqt_jax.UserError, match="no .* Give save_backbone the"):
     vqt_jax.save_npz(tmp_path / "vit.npz", params)
 
 

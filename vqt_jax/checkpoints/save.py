@@ -62,12 +62,9 @@ def save_backbone(
   )
   tensors, configs, problems = _convert(backbone, library)
   if problems:
-    others = [name for name in _LIBRARIES if name != library]
-    able = [repr(name) for name in others if not _problems(backbone, name)]
     raise errors.UserError(
       f"No ViT of {_LIBRARIES[library]} computes what this one does:"
-      f" {'; '.join(problems)}."
-      + (f" It can be saved with layout={' or '.join(able)}." if able else "")
+      f" {'; '.join(problems)}.{_name_others(backbone, library)}"
     )
   weights = safetensors.numpy.save(tensors, metadata={"format": "pt"})
   contents = {name: files.json_bytes(x) for name, x in configs.items()}
@@ -95,9 +92,11 @@ def save_npz(path: str | os.PathLike[str], backbone: Backbone | Any) -> None:
   params = backbone.params if isinstance(backbone, Backbone) else backbone
   leaves = {n: np.asarray(a) for n, a in names_lib.flatten(params).items()}
   if problems := _npz_problems(backbone, leaves):
+    advice = " Give save_backbone the Backbone, and layout='hf' or 'timm'."
+    if isinstance(backbone, Backbone):
+      advice = _name_others(backbone, "big_vision")
     raise errors.UserError(
-      f"Big Vision's ViTs have no {', no '.join(problems)}: save this one with"
-      " save_backbone, and layout='hf' or layout='timm'."
+      f"Big Vision's ViTs have no {', no '.join(problems)}.{advice}"
     )
   arrays = dict(sorted(names_lib.unstack_blocks(leaves).items()))
   with files.replacing(files.path(path)) as file:
@@ -130,10 +129,18 @@ def _npz_problems(
   return [name for name, is_so in lacking.items() if is_so]
 
 
-def _problems(backbone: Backbone, library: str) -> list[str]:
-  if library != "big_vision":
-    return _convert(backbone, library)[2]
-  return _npz_problems(backbone, names_lib.flatten(backbone.params))
+def _name_others(backbone: Backbone, library: str) -> str:
+  """Name the layouts other than a library's that can express a backbone."""
+  npz = _npz_problems(backbone, names_lib.flatten(backbone.params))
+  able = [
+    repr(name)
+    for name in _LIBRARIES
+    if name != library
+    and not (npz if name == "big_vision" else _convert(backbone, name)[2])
+  ]
+  if not able:
+    return " No other layout has it either."
+  return f" save_backbone can write it with layout={' or '.join(able)}."
 
 
 _Files = tuple[dict[str, np.ndarray], Mapping[str, Any], list[str]]
