@@ -5,13 +5,14 @@
   python benchmarks/foreign_round_trip.py compare FOLDER
 
 `save` writes every golden of `tests/goldens/foreign` in the layouts of both
-libraries, and one with a LoRA folded in. `compare` prints for each the largest
-difference of the tokens after the last block or final LayerNorm, and of the
-pooled feature, over the largest value or 1. It fails if one exceeds 2e-5, or a
-library reports keys that are missing or unexpected.
+libraries, one with a LoRA folded in, and some ViTs of Big Vision. `compare`
+prints for each the largest difference of the tokens after the last block or
+final LayerNorm, of the pooled feature and of the logits of a pre-trained head,
+over the largest value or 1. It fails if one exceeds 2e-5, or a library reports
+keys that are missing or unexpected.
 
 They are compared with what the golden's own library computed; where that did
-not record what is compared here, and for LoRA, with this package.
+not record what is compared here, and for the others, with this package.
 """
 
 import json
@@ -22,6 +23,15 @@ import sys
 import numpy as np
 
 TOLERANCE = 2e-5
+# Changes of a tiny ViT of Big Vision.
+_BIG_VISION = {
+  "tok": {"num_classes": 5},
+  "gap": {"pool_type": "gap", "gelu": "exact"},
+  "map": {"pool_type": "map", "mlp_dim": 48},
+  "mae": {"pool_type": "mae", "mlp_dim": 37},
+  "sincos2d": {"posemb": "sincos2d"},
+  "rectangles": {"patch_size": (4, 3), "image_size": (12, 15)},
+}
 
 
 def save(folder: pathlib.Path) -> None:
@@ -72,6 +82,10 @@ def save(folder: pathlib.Path) -> None:
       )
       print(f"LoRA moves the feature by {np.abs(after - before).max():.2g}")
       write("hf_dinov2_lora", folded, {}, images)
+  for name, changes in _BIG_VISION.items():
+    backbone = helpers.tiny_backbone(**changes)
+    images = helpers.tiny_examples(backbone, 2, 2)["image"]
+    write(f"big_vision_{name}", backbone, {}, images)
 
 
 def compare(folder: pathlib.Path) -> None:

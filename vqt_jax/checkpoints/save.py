@@ -210,16 +210,13 @@ def _convert_to(family: family_lib.Family, backbone: Backbone) -> _Files:
       problems.append(f"needs {in_block}")
   for name, shape in outline.unused.items():
     tensors[outline.prefix + name] = np.zeros(shape, np.float32)
-  for name in stacked:
-    kind = name.removeprefix(names_lib.STACKED)
-    lost = {n for n in leaves.keys() - written if n.endswith(f"/{kind}")}
-    lost |= {kind} & (leaves.keys() - written)
-    is_head = kind.startswith("head/")
-    is_zero_bias = kind in zeros and all(
-      re.fullmatch(family.optional, each) for each in lost
-    )
-    if lost and not is_head and not is_zero_bias:
-      problems.append(f"has no place for {kind}")
+  lost = set()
+  for leaf in leaves.keys() - written:
+    kind = re.sub(rf"{family_lib.BLOCK}\d+/", "", leaf)
+    is_zero_bias = kind in zeros and re.fullmatch(family.optional, leaf)
+    if not is_zero_bias and not kind.startswith("head/"):
+      lost.add(kind)
+  problems += [f"has no place for {kind}" for kind in sorted(lost)]
   shapes = {name: tensor.shape for name, tensor in tensors.items()}
   configs = {n: files.to_json_types(x) for n, x in outline.configs.items()}
   try:
