@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from vqt_jax.checkpoints import load_backbone
+from vqt_jax.checkpoints import save_backbone
 from vqt_jax.checkpoints import save_npz
 from vqt_jax.errors import UserError
 from vqt_jax.experiments.train import train
@@ -36,6 +37,7 @@ __all__ = [
   "load",
   "load_backbone",
   "make_tuner",
+  "save_backbone",
   "save_npz",
   "train",
 ]

@@ -3,7 +3,6 @@
 from vqt_jax.checkpoints.architecture import check_finite
 from vqt_jax.checkpoints.architecture import check_floats
 from vqt_jax.checkpoints.containers import local_path
-from vqt_jax.checkpoints.containers import save_npz
 from vqt_jax.checkpoints.download import without_secrets
 from vqt_jax.checkpoints.hub import find_cached
 from vqt_jax.checkpoints.load import load_backbone
@@ -12,6 +11,8 @@ from vqt_jax.checkpoints.positions import check_image_size
 from vqt_jax.checkpoints.positions import size_from_fields
 from vqt_jax.checkpoints.public import PUBLIC
 from vqt_jax.checkpoints.public import find_name
+from vqt_jax.checkpoints.save import save_backbone
+from vqt_jax.checkpoints.save import save_npz
 
 __all__ = [
   "PUBLIC",
@@ -23,6 +24,7 @@ __all__ = [
   "load_backbone",
   "local_path",
   "read_config",
+  "save_backbone",
   "save_npz",
   "size_from_fields",
   "without_secrets",

@@ -8,17 +8,14 @@ import os
 import pathlib
 import re
 import types
-from typing import Any
 
 import numpy as np
 
 from vqt_jax.checkpoints import file_kinds
-from vqt_jax.checkpoints import names as names_lib
 from vqt_jax.checkpoints import npz_files
 from vqt_jax.checkpoints import safetensors_files
 from vqt_jax.checkpoints import zarr_folders
 from vqt_jax.errors import UserError
-from vqt_jax.models.backbone import Backbone
 from vqt_jax.runtime import files
 
 
@@ -120,26 +117,3 @@ def _library(path: pathlib.Path) -> types.ModuleType:
   if path.is_dir():
     return zarr_folders
   return safetensors_files if safetensors_files.is_one(path) else npz_files
-
-
-def save_npz(path: str | os.PathLike[str], backbone: Backbone | Any) -> None:
-  """Write a backbone's parameters as Big Vision writes them.
-
-  One sub-tree per block, no prefix: the layout that Big Vision,
-  vision_transformer and third-party converters all read. Leaves keep their
-  dtype (bfloat16 becomes two-byte void, as in Big Vision); `load_backbone`
-  returns the same bits. Settings that the format lacks (gelu, value range, a
-  non-square grid, "mae" and "0" as pooling) must be given again when loading.
-
-  Args:
-    path: of the file, which appears at once, when it is complete.
-    backbone: a `Backbone`, or its `params`.
-
-  Raises:
-    UserError: the file cannot be written.
-  """
-  params = backbone.params if isinstance(backbone, Backbone) else backbone
-  leaves = {n: np.asarray(a) for n, a in names_lib.flatten(params).items()}
-  arrays = dict(sorted(names_lib.unstack_blocks(leaves).items()))
-  with files.replacing(files.path(path)) as file:
-    np.savez(file, **arrays)

@@ -29,6 +29,7 @@ class Found:
     image_size: (height, width) of the images it was trained on, pixels, if it
       has no positions that tell it; or None.
     assumed: those of "value_range" and "gelu" that nothing in the file tells.
+    layout: as `Backbone` has it.
   """
 
   config: vit_config.ViTConfig
@@ -41,3 +42,4 @@ class Found:
   value_range: str = "-1..1"
   image_size: Pair | None = None
   assumed: Sequence[str] = ("value_range", "gelu")
+  layout: str = "big_vision"

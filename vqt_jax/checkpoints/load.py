@@ -134,6 +134,7 @@ def load_backbone(
     trained_size=trained_size if config.posemb == "learn" else None,
     assumed=tuple(f for f in found.assumed if not given[f]),
     revision=path.parent.name if hub.is_address(place) else "",
+    layout=found.layout,
   )
 
 

@@ -84,6 +84,8 @@ class Backbone:
     assumed: those of "value_range" and "gelu" that were neither given nor read
       from the checkpoint.
     revision: commit of the model on the hub; "" if it is not from there.
+    layout: of the file that it was loaded from: "big_vision", or library and
+      kind of model, such as "hf-dinov2"; see `save_backbone`.
   """
 
   config: vit_config.ViTConfig
@@ -93,6 +95,7 @@ class Backbone:
   trained_size: tuple[int, int] | None = None
   assumed: tuple[str, ...] = ()
   revision: str = ""
+  layout: str = "big_vision"
 
   def __repr__(self) -> str:
     c = self.config

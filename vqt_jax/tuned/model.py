@@ -175,7 +175,7 @@ class Model:
   def folded(self) -> "Model":
     """Fold the editor into the backbone, which is a plain ViT then.
 
-    `save_npz` writes that backbone for Big Vision.
+    `save_backbone` writes that backbone for transformers, timm or Big Vision.
 
     Raises:
       UserError: no plain ViT computes what the editor does, or there are

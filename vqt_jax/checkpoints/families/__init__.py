@@ -91,13 +91,29 @@ def inspect(
       model; or nothing tells the number of heads.
   """
   shapes = containers.leaf_shapes(path, containers.leaf_names(path))
+  return recognise(shapes, safetensors_files.configs(path), source, num_heads)
+
+
+def recognise(
+  shapes: family_lib.Shapes,
+  configs: family_lib.Configs,
+  source: str,
+  num_heads: int | None = None,
+) -> found_lib.Found:
+  """Find out which ViT has tensors of these names and shapes; see `inspect`.
+
+  Args:
+    shapes: name -> shape.
+    configs: file name -> content of the JSON files beside the weights.
+    source: name of the file in errors.
+    num_heads: if nothing else tells it.
+  """
   family, prefix = _find_family(shapes, source)
   own = {
     name.removeprefix(prefix): shape
     for name, shape in shapes.items()
     if name.startswith(prefix)
   }
-  configs = safetensors_files.configs(path)
   with files.explain_damage(f"what {', '.join(configs)} of {source} says"):
     settings = family.settings(own, configs, source)
   depth = _depth(family, own)
@@ -130,6 +146,7 @@ def inspect(
     value_range=settings.value_range,
     image_size=size if config.posemb == "rope" else None,
     assumed=settings.assumed,
+    layout=family.layout,
   )
 
 

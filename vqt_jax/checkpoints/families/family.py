@@ -9,7 +9,7 @@ All functions work on flat dicts. *Leaves* have Big Vision's names joined with
 "/", one sub-tree per block; *tensors* have the names in the file.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 import dataclasses
 import math
 import re
@@ -74,11 +74,37 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
+class Outline:
+  """How a backbone is written as a family's files.
+
+  Attributes:
+    configs: file name -> content of the JSON files beside the weights.
+    prefix: of the names of tensors.
+    absent: patterns of relative names in the family's tables that such a model
+      of the library does not have.
+    unused: relative name -> shape of tensors that the library expects though
+      nothing that is written here uses them; they are zeros.
+    class_position: the class token has a row among the positions.
+    bare_tokens: class token and positions have no leading axes of size 1.
+    problems: what the library cannot compute, in the words "NAME does not ...".
+  """
+
+  configs: Mapping[str, Any]
+  prefix: str = ""
+  absent: tuple[str, ...] = ()
+  unused: Shapes = dataclasses.field(default_factory=dict)
+  class_position: bool = False
+  bare_tokens: bool = False
+  problems: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
   """ViTs whose files have the same names.
 
   Attributes:
     name: as messages have it.
+    layout: library and kind of model, as `Backbone.layout` has it.
     patches: name of the tensor of the patch embedding; what a file has before
       it, such as "vision_model.", belongs to all names of the ViT.
     top: table of what lies outside of the blocks; "/" precedes whole names.
@@ -90,9 +116,13 @@ class Family:
     left_out: patterns of tensors that are rightly not used; "/" precedes
       patterns of whole names.
     optional: pattern of biases that a file may lack.
+    outline: (backbone, names of leaves that are zeros in all blocks, without
+      those of the blocks before them) -> how it is written; None if a file of
+      an image tower alone is of no use to the library.
   """
 
   name: str
+  layout: str
   patches: str
   top: Table
   blocks: str
@@ -101,6 +131,7 @@ class Family:
   fits: Callable[[Shapes], bool] = lambda shapes: True
   left_out: tuple[str, ...] = ()
   optional: str = ""
+  outline: Callable[[backbone.Backbone, Collection[str]], Outline] | None = None
 
 
 def tensors(

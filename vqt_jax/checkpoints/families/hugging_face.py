@@ -4,13 +4,14 @@ Settings are in `config.json`, which may leave out what is the default of the
 model's class, and in `preprocessor_config.json`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import functools
 import types
 from typing import Any
 
 from vqt_jax.checkpoints.families import family
 from vqt_jax.errors import UserError
+from vqt_jax.models import backbone as backbone_lib
 
 # Keys of config.json -> fields.
 _KEYS = {
@@ -109,6 +110,59 @@ def _settings(
   )
 
 
+# Our names of activations -> transformers'.
+_GELUS = {"exact": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}
+
+
+def _configs(
+  backbone: backbone_lib.Backbone,
+  model_type: str,
+  architecture: str,
+  **more: Any,
+) -> dict[str, Any]:
+  """Describe a backbone as `save_pretrained` of model and processor does.
+
+  Args:
+    backbone: to be written.
+    model_type: as in config.json.
+    architecture: class of the model.
+    **more: keys of config.json that not all families have.
+  """
+  c = backbone.config
+  side = lambda pair: pair[0] if pair[0] == pair[1] else list(pair)
+  mean, std = backbone_lib.find_scaling(backbone.value_range)
+  config = {
+    "architectures": [architecture],
+    "model_type": model_type,
+    "dtype": "float32",
+    "hidden_act": "silu" if c.gated_mlp else _GELUS[c.gelu],
+    "image_size": side(c.image_size),
+    "num_channels": 3,
+  }
+  for key, field in _KEYS.items():
+    config[key] = getattr(c, field)
+  config["patch_size"] = side(c.patch_size)
+  if c.posemb != "rope":
+    del config["rope_theta"]
+  if not c.registers:
+    del config["num_register_tokens"]
+  processor = {
+    "image_processor_type": "ViTImageProcessor",
+    "do_resize": True,
+    "size": dict(zip(("height", "width"), c.image_size)),
+    "resample": 2,  # Bilinear, as runs prepare images.
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": mean,
+    "image_std": std,
+  }
+  return {
+    "config.json": config | more,
+    "preprocessor_config.json": processor,
+  }
+
+
 _VIT = {
   "embeddings.cls_token": "cls",
   "embeddings.register_tokens": "registers",
@@ -143,8 +197,28 @@ def _vit_settings(shapes, configs, source):
   )
 
 
+def _vit_outline(
+  backbone: backbone_lib.Backbone, zeros: Collection[str]
+) -> family.Outline:
+  del zeros
+  classes, name, more = backbone.config.num_classes, "ViTModel", {}
+  if classes:
+    name = "ViTForImageClassification"
+    more["id2label"] = {str(i): f"LABEL_{i}" for i in range(classes)}
+  return family.Outline(
+    _configs(backbone, "vit", name, **more),
+    prefix="vit." if classes else "",
+    absent=(
+      r"embeddings\.register_tokens",
+      *(() if classes else (r"classifier\..*",)),
+    ),
+    class_position=True,
+  )
+
+
 VIT = family.Family(
   name="a ViT of transformers",
+  layout="hf-vit",
   patches=_PATCHES,
   fits=lambda shapes: "encoder.layer.0.layernorm_before.weight" in shapes,
   top={**_VIT, "/classifier": "head"},
@@ -159,6 +233,7 @@ VIT = family.Family(
   settings=_vit_settings,
   left_out=(r"pooler\..*", r"embeddings\.mask_token", r"/decoder\..*"),
   optional=r".*/(query|key|value)/bias",
+  outline=_vit_outline,
 )
 
 _BLOCK_NORMS = {"norm1": family.NORM_0, "norm2": family.NORM_1}
@@ -166,6 +241,33 @@ _SCALES = {
   "layer_scale1.lambda1": family.OUT_SCALE,
   "layer_scale2.lambda1": family.DENSE_1_SCALE,
 }
+
+
+def _dinov2_outline(
+  backbone: backbone_lib.Backbone, zeros: Collection[str]
+) -> family.Outline:
+  del zeros
+  c = backbone.config
+  model_type, name = "dinov2", "Dinov2Model"
+  if c.registers:
+    model_type, name = "dinov2_with_registers", "Dinov2WithRegistersModel"
+  # The library has whole numbers here only, and for gated MLPs its own size.
+  ratio, problems = c.mlp_dim // c.width, ()
+  size = c.width * ratio
+  if c.gated_mlp:
+    ratio = round(c.mlp_dim * 1.5 / c.width)
+    size = (int(c.width * ratio * 2 / 3) + 7) // 8 * 8
+  if size != c.mlp_dim:
+    problems = (f"have MLPs of {c.mlp_dim} at width {c.width}",)
+  return family.Outline(
+    _configs(
+      backbone, model_type, name, mlp_ratio=ratio, use_swiglu_ffn=c.gated_mlp
+    ),
+    absent=() if c.registers else (r"embeddings\.register_tokens",),
+    unused={"embeddings.mask_token": (1, c.width)},
+    class_position=True,
+    problems=problems,
+  )
 
 
 def _dinov2(gated: bool, mlp: family.Table) -> family.Family:
@@ -186,6 +288,7 @@ def _dinov2(gated: bool, mlp: family.Table) -> family.Family:
   mark = f"encoder.layer.0.{next(iter(mlp))}.weight"
   return family.Family(
     name="a DINOv2 of transformers",
+    layout="hf-dinov2",
     patches=_PATCHES,
     fits=lambda shapes: mark in shapes,
     top=_VIT,
@@ -194,6 +297,7 @@ def _dinov2(gated: bool, mlp: family.Table) -> family.Family:
     settings=settings,
     left_out=(r"embeddings\.mask_token", r"/classifier\..*"),
     optional=r".*/(query|key|value)/bias",
+    outline=_dinov2_outline,
   )
 
 
@@ -207,10 +311,29 @@ DINOV2_GATED = _dinov2(
 )
 
 
+def _dinov3_outline(
+  backbone: backbone_lib.Backbone, zeros: Collection[str]
+) -> family.Outline:
+  c, key_bias = backbone.config, f"{family.KEY}/bias" not in zeros
+  absent = () if c.gated_mlp else (r"mlp\.gate_proj\..*",)
+  return family.Outline(
+    _configs(
+      backbone,
+      "dinov3_vit",
+      "DINOv3ViTModel",
+      use_gated_mlp=c.gated_mlp,
+      key_bias=key_bias,
+    ),
+    absent=absent if key_bias else (*absent, r"attention\.k_proj\.bias"),
+    unused={"embeddings.mask_token": (1, 1, c.width)},
+  )
+
+
 def _dinov3(gated: bool) -> family.Family:
   mark = "layer.0.mlp.gate_proj.weight"
   return family.Family(
     name="a DINOv3 of transformers",
+    layout="hf-dinov3",
     patches="embeddings.patch_embeddings.weight",
     fits=lambda shapes: (mark in shapes) == gated,
     top={
@@ -247,6 +370,7 @@ def _dinov3(gated: bool) -> family.Family:
     ),
     left_out=(r"embeddings\.mask_token", r"/classifier\..*"),
     optional=r".*/(query|key|value|out|gate|Dense_[01])/bias",
+    outline=_dinov3_outline,
   )
 
 
@@ -267,9 +391,42 @@ _TOWER = {
 }
 
 
-def _tower(name, fits, optional="", **settings) -> family.Family:
+def _tower_outline(
+  backbone: backbone_lib.Backbone, zeros: Collection[str]
+) -> family.Outline:
+  del zeros
+  c = backbone.config
+  if c.has_class_token:
+    configs = _configs(backbone, "clip_vision_model", "CLIPVisionModel")
+    absent = (r"embeddings\.patch_embedding\.bias", r"head\..*")
+  else:
+    has_head = c.pool_type == "map"
+    configs = _configs(
+      backbone,
+      "siglip_vision_model",
+      "SiglipVisionModel",
+      vision_use_head=has_head,
+    )
+    absent = (r"embeddings\.class_embedding", r"pre_layrnorm\..*")
+    absent += () if has_head else (r"head\..*",)
+  sizes = {"patches": c.patch_size, "images": c.image_size}
+  return family.Outline(
+    configs,
+    absent=absent,
+    class_position=c.has_class_token,
+    bare_tokens=True,
+    problems=tuple(
+      f"have {name} that are not square"
+      for name, size in sizes.items()
+      if size[0] != size[1]
+    ),
+  )
+
+
+def _tower(name, layout, fits, optional="", **settings) -> family.Family:
   return family.Family(
     name=name,
+    layout=layout,
     patches="embeddings.patch_embedding.weight",
     fits=fits,
     top=_TOWER,
@@ -291,11 +448,13 @@ def _tower(name, fits, optional="", **settings) -> family.Family:
       r"/classifier\..*",
     ),
     optional=optional,
+    outline=_tower_outline,
   )
 
 
 CLIP = _tower(
   "an image tower of CLIP of transformers",
+  "hf-clip",
   lambda shapes: "embeddings.class_embedding" in shapes,
   optional="embedding/bias",
   model_types=("clip_vision_model", "clip"),
@@ -310,6 +469,7 @@ CLIP = _tower(
 )
 SIGLIP = _tower(
   "an image tower of SigLIP of transformers",
+  "hf-siglip",
   lambda shapes: "embeddings.class_embedding" not in shapes,
   model_types=("siglip_vision_model", "siglip"),
   value_range="-1..1",

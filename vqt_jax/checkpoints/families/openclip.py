@@ -50,6 +50,7 @@ def _settings(
 
 OPENCLIP = family.Family(
   name="an image tower of OpenCLIP",
+  layout="openclip",
   patches="conv1.weight",
   fits=lambda shapes: "class_embedding" in shapes,
   top={

@@ -5,14 +5,16 @@ deviation and size of images, and what differs from the architecture. What that
 name stands for is in the tables here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import dataclasses
 import functools
+import math
 import re
 from typing import Any
 
 from vqt_jax.checkpoints.families import family
 from vqt_jax.errors import UserError
+from vqt_jax.models import backbone as backbone_lib
 
 # Architectures whose tensors do not show that they are no plain ViTs: rotary
 # positions, norms behind their operations.
@@ -162,6 +164,111 @@ _BLOCK = {
 }
 
 
+# Our names of activations -> timm's.
+_GELUS = {"exact": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu"}
+
+
+def _outline(
+  backbone: backbone_lib.Backbone, zeros: Collection[str]
+) -> family.Outline:
+  """Describe a backbone as an architecture of timm with other arguments.
+
+  Some arguments are classes or functions, which a file cannot hold: they are
+  those of the architecture.
+
+  Args:
+    backbone: to be written.
+    zeros: see `Family`.
+  """
+  c, rotary = backbone.config, backbone.config.posemb == "rope"
+  pooling = {theirs: name for name, theirs in _POOLING.items()}
+  pooling = {**pooling, "mae": "avg"}.get(c.pool_type, "token")
+  packed = c.gated_mlp and not rotary
+  norm_after_pooling = c.pool_type == "mae"
+  args = {
+    "img_size": c.image_size,
+    "patch_size": c.patch_size,
+    "embed_dim": c.width,
+    "depth": c.depth,
+    "num_heads": c.num_heads,
+    "mlp_ratio": _ratio(c.mlp_dim * (2 if packed else 1), c.width),
+    "class_token": c.has_class_token,
+    "global_pool": pooling,
+  }
+  biases = {f"{name}/bias" for name in (family.QUERY, family.VALUE)}
+  if rotary:
+    has_bias = not biases <= set(zeros)
+    name = "vit_small_plus" if c.gated_mlp else "vit_small"
+    name += "_patch16_dinov3"
+    args |= {
+      "num_reg_tokens": c.registers,
+      "qkv_bias": has_bias,
+      "rope_rotate_half": True,
+      "use_fc_norm": norm_after_pooling,
+    }
+    if c.gated_mlp:
+      args["swiglu_align_to"] = 1
+  else:
+    name = "vit_base_patch16_224"
+    if c.gated_mlp:
+      name = "vit_giant_patch14_reg4_dinov2"
+    elif c.layer_norm_epsilon == 1e-5:
+      name = "vit_base_patch16_clip_224"
+    if not c.gated_mlp:
+      args["act_layer"] = _GELUS[c.gelu]
+    args |= {
+      "reg_tokens": c.registers,
+      "no_embed_class": c.registers > 0,
+      "pre_norm": c.pre_norm,
+      "fc_norm": norm_after_pooling,
+      "init_values": None,
+    }
+  absent = {
+    r"cls_token": not c.has_class_token,
+    r"reg_token": not c.registers,
+    r"pos_embed|ls[12]\.gamma|attn\.qkv\.bias": rotary,
+    r"attn\.[qv]_bias": rotary and not has_bias,
+    r"mlp\.fc1\..*": rotary and c.gated_mlp,
+    r"mlp\.fc1_[gx]\..*": not c.gated_mlp,
+    r"ls[12]\.gamma": True,
+    r"patch_embed\.proj\.bias": c.pre_norm,
+    r"norm_pre\..*": not c.pre_norm,
+    r"norm\..*": norm_after_pooling,
+    r"fc_norm\..*": not norm_after_pooling,
+    r"attn_pool\..*": c.pool_type != "map",
+    r"head\..*": not c.num_classes,
+  }
+  mean, std = backbone_lib.find_scaling(backbone.value_range)
+  config = {
+    "architecture": name,
+    "num_classes": c.num_classes or 0,
+    "num_features": c.width,
+    "global_pool": pooling,
+    "model_args": args,
+    "pretrained_cfg": {
+      "mean": mean,
+      "std": std,
+      "input_size": (3, *c.image_size),
+      "interpolation": "bilinear",
+      "crop_pct": 1.0,
+      "num_classes": c.num_classes or 0,
+      "first_conv": "patch_embed.proj",
+      "classifier": "head",
+    },
+  }
+  return family.Outline(
+    {"config.json": config},
+    absent=tuple(name for name, is_so in absent.items() if is_so),
+    class_position=c.has_class_token and not c.registers,
+  )
+
+
+def _ratio(hidden: int, width: int) -> float:
+  """The number of which timm's `int(width * ratio)` is the hidden size."""
+  ratio = hidden / width
+  return ratio if int(width * ratio) == hidden else math.nextafter(ratio, 1e9)
+
+
 def _is_packed(shapes: family.Shapes) -> bool:
   """Return whether the first layer of MLPs holds their gate as well."""
   first = shapes.get("blocks.0.mlp.fc1.weight", (0,))
@@ -175,6 +282,7 @@ def _is_dinov3(shapes: family.Shapes) -> bool:
 
 VIT = family.Family(
   name="a ViT of timm",
+  layout="timm-vit",
   patches="patch_embed.proj.weight",
   top=_TOP,
   blocks="blocks.",
@@ -183,6 +291,7 @@ VIT = family.Family(
   fits=lambda shapes: not _is_packed(shapes) and not _is_dinov3(shapes),
   left_out=(*family.OTHER_TOWER, r"/visual\.head\..*"),
   optional=r".*/(query|key|value)/bias",
+  outline=_outline,
 )
 CLIP = dataclasses.replace(
   VIT,
@@ -205,6 +314,7 @@ _DINOV3 = {
 DINOV3 = dataclasses.replace(
   VIT,
   name="a DINOv3 of timm",
+  layout="timm-dinov3",
   block=_DINOV3,
   settings=functools.partial(_settings, rotary=True),
   fits=lambda shapes: (
