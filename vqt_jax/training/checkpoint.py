@@ -170,7 +170,7 @@ def _stop_waiting(thread: threading.Thread) -> None:
   """Have a thread of a failed save end that waits for what will not come.
 
   If one part of a save cannot make its folder, Orbax has those of the others
-  wait for it for 20 minutes.
+  wait for it for 5 minutes.
   """
   if signals := getattr(thread, "_receive_signals", None):
     module = sys.modules[type(thread).__module__]
