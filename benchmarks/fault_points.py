@@ -367,7 +367,7 @@ def kind_of(point: str) -> str:
 
 
 def place_of(point: str) -> str:
-  path = re.sub(".*/o/", "", point.split(" ")[-1].replace("%2F", "/"))
+  path = re.sub(".*/o/", "", point.split(" ", 2)[-1].replace("%2F", "/"))
   path = path.lstrip("/")
   return next(told for place, told in PLACES.items() if path.startswith(place))
 

@@ -1,9 +1,11 @@
 """Runs that are stopped or killed end with the same bits as others."""
 
 import asyncio
+import contextlib
 import shutil
 import signal
 import sys
+import threading
 import types
 
 import jax
@@ -334,6 +336,21 @@ def test_saves_of_another_program_are_told(tmp_path):
     errors.UserError, match="100 is not a training checkpoint"
   ):
     checkpoint.Checkpointer(tmp_path, 0)
+
+
+@pytest.mark.parametrize("part", ["state", "progress"])
+def test_a_part_of_a_save_that_gets_no_folder(tmp_path, part):
+  """The others do not wait for it."""
+  saver = checkpoint.Checkpointer(tmp_path, 0)
+  folder = tmp_path / "1.orbax-checkpoint-tmp" / part
+  with faults.FAULTS.below(folder, fail=1):
+    with pytest.raises(errors.UserError, match="Cannot write .*: Permission"):
+      saver.save({"x": jnp.arange(5.0)}, {"i": 1})
+      saver.close()
+    with contextlib.suppress(errors.UserError):
+      saver.close()
+  for thread in threading.enumerate():
+    assert not type(thread).__module__.startswith("orbax."), thread
 
 
 def test_a_kill_while_an_old_save_is_deleted(tmp_path):
