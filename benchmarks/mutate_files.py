@@ -583,8 +583,8 @@ def mutate(folder: pathlib.Path, rng: random.Random) -> str:
     replace(path, rng)
   else:
     path.write_bytes(way(content, rng))
-    if path.name == bundle.WEIGHTS and rng.random() < 0.8:
-      info = path.with_name(bundle.INFO)
+    info = path.with_name(bundle.INFO)
+    if path.name == bundle.WEIGHTS and info.exists() and rng.random() < 0.8:
       told = json.loads(info.read_bytes())
       told["weights_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
       info.write_text(json.dumps(told))
