@@ -154,6 +154,33 @@ def write_zarr(folder):
   (folder / "checkpoint.bv-LAST").write_text("000000005")
 
 
+def write_folder(folder):
+  tensors = {
+    "cls_token": (1, 1, 8), "pos_embed": (1, 5, 8),
+    "patch_embed.proj.weight": (8, 3, 4, 4), "patch_embed.proj.bias": (8,),
+    "norm.weight": (8,), "norm.bias": (8,),
+  }  # fmt: skip
+  for i in range(2):
+    for name, shape in (
+      ("norm1", (8,)), ("attn.qkv", (24, 8)), ("attn.proj", (8, 8)),
+      ("norm2", (8,)), ("mlp.fc1", (16, 8)), ("mlp.fc2", (8, 16)),
+    ):  # fmt: skip
+      tensors[f"blocks.{i}.{name}.weight"] = shape
+      tensors[f"blocks.{i}.{name}.bias"] = shape[:1]
+  arrays = {name: np.ones(s, np.float32) for name, s in tensors.items()}
+  content = array_files.to_safetensors(arrays, {})
+  (folder / "model.safetensors").write_bytes(content)
+  config = {
+    "architecture": "vit_tiny_patch16_224",
+    "global_pool": "token",
+    "model_args": {"num_heads": 2, "init_values": None, "img_size": [8, 8]},
+    "pretrained_cfg": {
+      "input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.5] * 3
+    },
+  }  # fmt: skip
+  files.write_json(folder / "config.json", config)
+
+
 def read_backbone(name):
   def read(folder):
     with contextlib.suppress(errors.UserError):
@@ -393,6 +420,7 @@ KINDS = {
   "npz": Kind(write_npz, read_backbone("vit.npz")),
   "npz, compressed": Kind(write_compressed, read_backbone("vit.npz")),
   "checkpoint.bv": Kind(write_zarr, read_backbone("checkpoint.bv")),
+  "safetensors folder": Kind(write_folder, read_backbone(".")),
   "safetensors": Kind(write_safetensors, read_safetensors),
   "stages/": Kind(write_stage, read_stage),
   "features": Kind(write_features, read_features),
@@ -559,8 +587,8 @@ def mutate(folder: pathlib.Path, rng: random.Random) -> str:
     replace(path, rng)
   else:
     path.write_bytes(way(content, rng))
-    if path.name == bundle.WEIGHTS and rng.random() < 0.8:
-      info = path.with_name(bundle.INFO)
+    info = path.with_name(bundle.INFO)
+    if path.name == bundle.WEIGHTS and info.exists() and rng.random() < 0.8:
       told = json.loads(info.read_bytes())
       told["weights_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
       info.write_text(json.dumps(told))
@@ -675,11 +703,11 @@ def report(ends: list[tuple]) -> bool:
   """Prints a table; returns whether all ended well."""
   fine = ("same", "other", "sentence")
   counts = collections.Counter((kind, end) for _, kind, _, end, _ in ends)
-  print(f"{'kind':18}{'mutants':>9}" + "".join(f"{end:>10}" for end in fine))
+  print(f"{'kind':19}{'mutants':>9}" + "".join(f"{end:>10}" for end in fine))
   for kind in KINDS:
     of_kind = [end for end in ends if end[1] == kind]
     each = "".join(f"{counts[kind, end]:10,}" for end in fine)
-    print(f"{kind:18}{len(of_kind):9,}{each}")
+    print(f"{kind:19}{len(of_kind):9,}{each}")
   ways = collections.Counter(
     f"{kind}: {way.split()[0]}"
     for _, kind, way, end, _ in ends

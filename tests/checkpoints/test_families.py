@@ -280,6 +280,9 @@ def test_other_networks(tmp_path, name, tensors, words):
     ({"architecture": "vit_pe_core_tiny_patch16_384"}, "not a plain ViT"),
     ({"global_pool": "avgmax"}, "pools by 'avgmax'"),
     ({"model_args": {"num_heads": 3}}, "3 attention heads do not divide"),
+    ({"model_args": {"norm_layer": "layernorm"}}, "norm_layer='layernorm'"),
+    ({"model_args": {"pool_include_prefix": True}}, "include_prefix=True"),
+    ({"model_args": {"embed_dim": 32}}, "tells its number of attention heads"),
     ({"model_args": [1]}, "Cannot read what config.json of .*: "),
     ({"pretrained_cfg": "none"}, "no three channels|Cannot read what"),
     ({"pretrained_cfg": {"input_size": 3}}, "Cannot read what"),
@@ -333,3 +336,51 @@ def test_a_bundle_finds_a_backbone_whose_heads_were_given(tmp_path):
   model = helpers.tuned_model(backbone, tuner, variables)
   helpers.write_bundle(tmp_path / "tuned", tmp_path / "vit", model)
   assert vqt_jax.load(tmp_path / "tuned").backbone.config == backbone.config
+
+
+@pytest.mark.parametrize(
+  "name, args, words",
+  [
+    ("timm_dinov3", {"rope_type": "cat"}, "rope_type='cat'"),
+    ("timm_dinov3", {"rope_grid_offset": 0.5}, "rope_grid_offset=0.5"),
+    ("timm_dinov3", {"use_rot_pos_emb": False}, "use_rot_pos_emb=False"),
+    ("timm_swiglu_reg", {"act_layer": "gelu"}, "activation 'gelu'"),
+  ],
+)
+def test_arguments_of_timm_that_are_not_read(tmp_path, name, args, words):
+  folder = write(tmp_path / "vit", name, model_args=args)
+  with pytest.raises(errors.UserError, match=words):
+    load("", folder, image_size=64)
+
+
+def test_arguments_of_timm_that_are_read(tmp_path):
+  args = {"rope_temperature": 7.0, "rope_type": "dinov3", "rope_grid_offset": 0}
+  folder = write(tmp_path / "timm_dinov3", "timm_dinov3", model_args=args)
+  loaded = load(folder.name, tmp_path, image_size=64)
+  assert loaded.config.rope_theta == 7.0
+  # LayerNorm before the blocks, but the name is not of a CLIP.
+  folder = write(
+    tmp_path / "timm_clip", "timm_clip", architecture="vit_tiny_patch16"
+  )
+  assert load(folder.name, tmp_path).config.layer_norm_epsilon == 1e-6
+
+
+def test_attention_pooling_before_a_last_norm(tmp_path):
+  def rename(tensors):
+    return {
+      n.replace("norm.", "fc_norm.", n.startswith("norm.")): x
+      for n, x in tensors.items()
+    }
+
+  folder = write(tmp_path / "vit", "timm_siglip", rename)
+  with pytest.raises(errors.UserError, match="before its last LayerNorm"):
+    load("", folder)
+
+
+def test_no_registers_that_have_a_tensor(tmp_path):
+  def add(tensors):
+    none = np.zeros((1, 0, 32), np.float32)
+    return {**tensors, "embeddings.register_tokens": none}
+
+  folder = write(tmp_path / "vit", "hf_dinov2", add)
+  assert load("", folder).config == load("hf_dinov2").config

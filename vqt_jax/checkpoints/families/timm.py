@@ -25,6 +25,27 @@ _TANH = re.compile(
   r"vit_(base_patch32|(so400m|giantopt)_patch16)_siglip_"
   r"|vit_large_patch16_siglip_(gap_)?512"
 )
+# Arguments that are read here, that tensors show, or that only training uses.
+_READ = re.compile(
+  "img_size|patch_size|in_chans|num_classes|global_pool|embed_dim|depth"
+  "|num_heads|num_kv_heads|mlp_ratio|qkv_bias|qkv_fused|qk_norm"
+  "|scale_attn_norm|scale_mlp_norm|scale_mlp|scale_attn_inner|proj_bias"
+  "|init_values|attn_only_layer_scale|class_token|pos_embed|no_embed_class"
+  "|reg_tokens|num_reg_tokens|pre_norm|final_norm|fc_norm|use_fc_norm"
+  "|dynamic_img_size|strict_img_size|drop_rate|pos_drop_rate|patch_drop_rate"
+  "|proj_drop_rate|attn_drop_rate|drop_path_rate|weight_init|fix_init"
+  "|embed_norm_layer|act_layer|mlp_layer|swiglu_mlp|swiglu_align_to|attn_type"
+  "|use_abs_pos_emb|use_post_norm|use_pre_transformer_norm"
+  "|use_post_transformer_norm|ref_feat_shape|rope_rotate_half|rope_temperature"
+  "|rope_shift_coords|rope_jitter_coords|rope_rescale_coords|head_init_scale"
+  "|attn_pool_mlp_ratio|model_name|pretrained"
+)
+# Others -> the values that they have in the models that are read.
+_ONLY = {
+  "use_rot_pos_emb": True,
+  "rope_type": "dinov3",
+  "rope_grid_indexing": "ij",
+}
 _POOLING = {"token": "tok", "avg": "gap", "map": "map"}
 _HEADS = {320: 5, 640: 10, 832: 13, 896: 14, 1152: 16, 1280: 16, 1408: 16}
 _DINOV3_WIDTHS = (192, 384, 768, 1024, 1280, 4096)
@@ -63,14 +84,32 @@ def _settings(
       f"{source} is a {name}, which is not a plain ViT; take a vit_* of timm"
       " without relative or rotary positions, or a DINOv3."
     )
+  for key, value in args.items():
+    if not _READ.fullmatch(key) and value != (
+      _ONLY.get(key) if rotary else None
+    ):
+      # None, False and 0 switch off whatever there is.
+      if value or key in _ONLY and rotary:
+        raise UserError(
+          f"{source} was made with {key}={value!r} by its config, which is not"
+          " read: take a model without it."
+        )
+  if "attn_pool.latent" in shapes and (rotary or "fc_norm.weight" in shapes):
+    raise UserError(
+      f"{source} pools by attention before its last LayerNorm, or over its"
+      " class token and registers: expected attention pooling of a vit_*."
+    )
   width = shapes["patch_embed.proj.weight"][0]
   clip_like = "norm_pre.weight" in shapes or "_clip_" in name
+  clip_norms = "_clip_" in name if name else clip_like
   fields = {
     "gated_mlp": gated,
-    "layer_norm_epsilon": 1e-5 if clip_like or rotary else 1e-6,
+    "layer_norm_epsilon": 1e-5 if rotary or clip_norms else 1e-6,
   }
   if "num_heads" in args:
     fields["num_heads"] = args["num_heads"]
+  elif "embed_dim" in args:
+    pass  # The number of heads remains that of the architecture.
   elif name == "vit_base_patch16_gap_224":
     fields["num_heads"] = 16
   elif width == 1536:
@@ -83,6 +122,7 @@ def _settings(
     fields["num_heads"] = _HEADS[width]
   if rotary:
     fields["posemb"] = "rope"
+    fields["rope_theta"] = args.get("rope_temperature", 100.0)
   if pooling:
     if pooling not in _POOLING:
       raise UserError(
@@ -94,8 +134,13 @@ def _settings(
   activation = "quick_gelu" if "quickgelu" in name else "gelu"
   if _TANH.match(name):
     activation = "gelu_tanh"
+  if gated and args.get("act_layer") not in (None, "silu", "swish"):
+    raise UserError(
+      f"The gated MLPs of {source} have the activation {args['act_layer']!r};"
+      " expected silu."
+    )
   if not gated:
-    activation = args.get("act_layer", activation)
+    activation = args.get("act_layer") or activation
     fields["gelu"] = family.find_gelu(activation, source)
   assumed = () if name or gated else ("gelu",)
   if "mean" in images and "std" in images:
