@@ -384,3 +384,9 @@ def test_no_registers_that_have_a_tensor(tmp_path):
 
   folder = write(tmp_path / "vit", "hf_dinov2", add)
   assert load("", folder).config == load("hf_dinov2").config
+
+
+def test_no_class_token_to_pool_by(tmp_path):
+  with pytest.raises(errors.UserError, match="has no class token to pool by"):
+    load("hf_siglip", pool_type="tok")
+  assert load("hf_siglip", pool_type="gap").config.num_prefix_tokens == 0

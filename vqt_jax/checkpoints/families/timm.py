@@ -84,16 +84,15 @@ def _settings(
       f"{source} is a {name}, which is not a plain ViT; take a vit_* of timm"
       " without relative or rotary positions, or a DINOv3."
     )
+  only = _ONLY if rotary else {}
   for key, value in args.items():
-    if not _READ.fullmatch(key) and value != (
-      _ONLY.get(key) if rotary else None
-    ):
-      # None, False and 0 switch off whatever there is.
-      if value or key in _ONLY and rotary:
-        raise UserError(
-          f"{source} was made with {key}={value!r} by its config, which is not"
-          " read: take a model without it."
-        )
+    # None, False and 0 switch off whatever there is.
+    fits = value == only[key] if key in only else not value
+    if not fits and not _READ.fullmatch(key):
+      raise UserError(
+        f"{source} was made with {key}={value!r} by its config, which is not"
+        " read: take a model without it."
+      )
   if "attn_pool.latent" in shapes and (rotary or "fc_norm.weight" in shapes):
     raise UserError(
       f"{source} pools by attention before its last LayerNorm, or over its"
