@@ -1,7 +1,7 @@
 """The frozen forward pass, against timm in PyTorch and ONNX Runtime, on a CPU.
 
-  python -m benchmarks.forward --python=OTHER/bin/python [--batch=32]
-      [--rounds=7]
+  python -m benchmarks.forward --python=OTHER/bin/python [--variant=S/14]
+      [--batch=32] [--rounds=5]
 
 OTHER has torch, timm, onnx, onnxscript and onnxruntime. Each contender is a
 process of its own that runs one batch of 224 px when it is asked to; all are
@@ -15,6 +15,7 @@ import pathlib
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 
@@ -87,11 +88,11 @@ def answer(how: str, variant: str, dtype: str, batch: str) -> None:
     print(time.perf_counter() - start, flush=True)
 
 
-def start(python: str, how: str, variant: str, dtype: str, batch: int):
+def start(values: Any, how: str, dtype: str):
   """Start a contender; None if it cannot do this."""
-  python = sys.executable if how == "vqt_jax" else python
+  python = sys.executable if how == "vqt_jax" else values.python
   process = subprocess.Popen(
-    [python, __file__, "answer", how, variant, dtype, str(batch)],
+    [python, __file__, "answer", how, values.variant, dtype, str(values.batch)],
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
     text=True,
@@ -110,31 +111,33 @@ def main(argv: Sequence[str]) -> None:
 
   values = flags.FlagValues()
   flags.DEFINE_string("python", sys.executable, "", flag_values=values)
-  for name, default in (("batch", 32), ("rounds", 7)):
+  for name, default in (("batch", 32), ("rounds", 5)):
     flags.DEFINE_integer(name, default, "", flag_values=values)
+  flags.DEFINE_string("variant", "S/14", "", flag_values=values)
   values(argv)
-  columns = ("ViT", "dtype", "program", "images/s", "of the best")
-  table = rich.table.Table(*columns)
-  for variant in MODELS:
-    running = {
-      (how, dtype): process
-      for how, dtype in CONTENDERS
-      if (process := start(values.python, how, variant, dtype, values.batch))
-    }
-    seconds = {each: [] for each in running}
-    for _ in range(values.rounds):
-      for each, process in running.items():
-        process.stdin.write("\n")
-        process.stdin.flush()
-        seconds[each].append(float(process.stdout.readline()))
-    for process in running.values():
-      process.stdin.close()
-      process.wait()
-    medians = {each: np.median(times) for each, times in seconds.items()}
-    for (how, dtype), median in medians.items():
-      best = min(m for (_, d), m in medians.items() if d == dtype)
-      rate = f"{values.batch / median:.1f}"
-      table.add_row(variant, dtype, how, rate, f"{best / median:.2f}")
+  running = {
+    (how, dtype): process
+    for how, dtype in CONTENDERS
+    if (process := start(values, how, dtype))
+  }
+  seconds = {each: [] for each in running}
+  for _ in range(values.rounds):
+    for each, process in running.items():
+      process.stdin.write("\n")
+      process.stdin.flush()
+      seconds[each].append(float(process.stdout.readline()))
+  for process in running.values():
+    process.stdin.close()
+    process.wait()
+  title = f"ViT-{values.variant}"
+  table = rich.table.Table(
+    "dtype", "program", "images/s", "of the best", title=title
+  )
+  medians = {each: np.median(times) for each, times in seconds.items()}
+  for (how, dtype), median in medians.items():
+    best = min(m for (_, d), m in medians.items() if d == dtype)
+    rate = f"{values.batch / median:.1f}"
+    table.add_row(dtype, how, rate, f"{best / median:.2f}")
   rich.console.Console().print(table)
 
 
