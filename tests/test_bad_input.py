@@ -177,7 +177,9 @@ NO_OTHERS = ("--coordinator=host:1", "--num_processes=2")
 MISTAKES = (
   command("--config is missing. Usage"),
   command("--workdir is missing. Usage", VTAB),
-  command("Did you mean num_queries or num_heads?", VTAB, "--config.num_querys=3"),
+  command(
+    "Did you mean num_queries or num_heads?", VTAB, "--config.num_querys=3"
+  ),
   command("Did you mean splits.train", VTAB, "--config.splits.trian=a"),
   command("is a group of fields", VTAB, "--config.splits=a"),
   command("Did you mean num_queries", VTAB, "--config.num_queries.x=3"),
