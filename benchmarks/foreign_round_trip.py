@@ -1,4 +1,4 @@
-"""What `save_backbone` writes, loaded and run by transformers and timm.
+"""Folders of `save_backbone`, loaded and run by transformers and timm.
 
   python -m benchmarks.foreign_round_trip save FOLDER
   pip install torch transformers timm   (elsewhere, if you like)

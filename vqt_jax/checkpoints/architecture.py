@@ -175,16 +175,36 @@ def check_leaves(
     for name in sorted(shapes.keys() & expected)
     if not _shape_fits(name, shapes[name], expected[name])
   ]
-  problems = missing + surplus + misshapen
+  raise_misfit(
+    f"{source} does not fit the ViT that it seems to hold",
+    config,
+    ("Leaves", missing, surplus, misshapen),
+  )
+
+
+def raise_misfit(
+  start: str,
+  config: vit_config.ViTConfig,
+  found: tuple[str, list[str], list[str], list[str]],
+) -> None:
+  """Raise a `UserError` that lists how a file differs from a model, if it does.
+
+  Args:
+    start: of the sentence.
+    config: the model.
+    found: what its arrays are called, and lines about those that are missing,
+      unused and misshapen.
+  """
+  kind, missing, unused, misshapen = found
+  problems = missing + unused + misshapen
   if len(problems) > _MAX_LINES:
     rest = len(problems) - _MAX_LINES
     problems[_MAX_LINES:] = [f"... and {rest} more"]
   if problems:
     raise UserError(
-      f"{source} does not fit the ViT that it seems to hold (width"
-      f" {config.width}, depth {config.depth}, pool_type"
-      f" {config.pool_type!r}). Leaves missing: {len(missing)}, unused:"
-      f" {len(surplus)}, of another shape: {len(misshapen)}. Use an undamaged"
+      f"{start} (width {config.width}, depth {config.depth}, pool_type"
+      f" {config.pool_type!r}). {kind} missing: {len(missing)}, unused:"
+      f" {len(unused)}, of another shape: {len(misshapen)}. Use an undamaged"
       " checkpoint of a plain ViT.\n  " + "\n  ".join(problems)
     )
 

@@ -344,7 +344,7 @@ def _stream(
   start: int,
   size: int | None,
 ) -> Iterator[bytes]:
-  """As `_chunks`, of a server that may send all, whatever it is asked for."""
+  """Yield like `_chunks`, from a server that may ignore ranges."""
   most = _MOST if size is None else size
   headers = dict(filesystem.kwargs["headers"])
   while start < most:

@@ -1,4 +1,4 @@
-"""What files and folders without a checkpoint are, and what to do with them."""
+"""Descriptions of files and folders that hold no checkpoint."""
 
 from collections.abc import Iterable
 import pathlib

@@ -1,4 +1,4 @@
-"""What is known of a ViT in a file before its weights are read."""
+"""A ViT in a file, before its weights are read."""
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses

@@ -106,7 +106,7 @@ def save_npz(path: str | os.PathLike[str], backbone: Backbone | Any) -> None:
 def _npz_problems(
   backbone: Backbone | Any, leaves: Mapping[str, np.ndarray]
 ) -> list[str]:
-  """What Big Vision's ViTs do not have, of a backbone or its parameters."""
+  """Name the parts of a backbone, or of parameters, that Big Vision lacks."""
   lacking = {
     "registers": "registers" in leaves,
     "LayerNorm before the blocks": "pre_norm/scale" in leaves,
@@ -231,7 +231,7 @@ def _convert_to(family: family_lib.Family, backbone: Backbone) -> _Files:
 
 
 def _differences(backbone: Backbone, found: found_lib.Found) -> list[str]:
-  """How a backbone that was written differs from the one that is read."""
+  """List how a backbone that was written differs from what is read."""
   config, read = backbone.config, found.config
   same = {"image_size": read.image_size, "dtype": read.dtype}
   same["class_token"] = config.has_class_token

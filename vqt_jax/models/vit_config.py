@@ -119,7 +119,7 @@ class ViTConfig:
 
   @property
   def absorbs_keys(self) -> bool:
-    """Whether queries can read tokens without projecting them to keys.
+    """True if queries can read tokens without projecting them to keys.
 
     They cannot if keys are rotated: then the key projection differs by place.
     """

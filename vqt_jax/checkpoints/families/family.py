@@ -52,11 +52,13 @@ OTHER_TOWER = (
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What tensors do not show of a ViT, from config files or a family's table.
+  """Settings of a ViT that its tensors do not show.
+
+  They are from config files, or the defaults of the family.
 
   Attributes:
     fields: of `ViTConfig`. Sizes among them are compared with the tensors.
-    value_range: as of `Backbone`, or None if nothing tells it.
+    value_range: as of `Backbone`.
     image_size: side, or (height, width), of the images it was trained on,
       pixels, or None.
     assumed: those of "gelu" and "value_range" that nothing tells.
@@ -66,7 +68,7 @@ class Settings:
   """
 
   fields: Mapping[str, Any]
-  value_range: str | None = None
+  value_range: str
   image_size: Any = None
   assumed: tuple[str, ...] = ()
   antialias: bool = False
@@ -75,7 +77,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Outline:
-  """How a backbone is written as a family's files.
+  """Names and config files with which a backbone is written.
 
   Attributes:
     configs: file name -> content of the JSON files beside the weights.

@@ -24,6 +24,8 @@ _KEYS = {
   "rope_theta": "rope_theta",
   "num_register_tokens": "registers",
 }
+# What config.json of any family may leave out.
+_DEFAULTS = {"num_attention_heads": 12, "image_size": 224}
 _MODEL_TYPES = (
   "vit",
   "vit_mae",
@@ -57,14 +59,13 @@ def _settings(
     source: name in errors.
     model_types: of the family, and of models that contain it.
     value_range: of the family, if there is no preprocessor_config.json.
-    defaults: keys that config.json may leave out.
+    defaults: keys that config.json may leave out, besides `_DEFAULTS`.
     fixed: keys that are so whatever config.json says.
     gated: whether its MLPs are.
     fields: that all ViTs of the family have.
 
   Raises:
-    UserError: the config is of another family, or asks for what the encoder has
-      not.
+    UserError: the config is of another family, or its activation is unknown.
   """
   config = configs.get("config.json", {})
   model_type = config.get("model_type", model_types[0])
@@ -79,7 +80,12 @@ def _settings(
       f" but its tensors have the names of {model_types[0]!r}: put the"
       " config.json of these weights beside them."
     )
-  found = {**defaults, **config.get("vision_config", config), **fixed}
+  found = {
+    **_DEFAULTS,
+    **defaults,
+    **config.get("vision_config", config),
+    **fixed,
+  }
   fields = dict(fields) | {
     field: found[key]
     for key, field in _KEYS.items()
@@ -189,9 +195,7 @@ def _vit_settings(shapes, configs, source):
     value_range="imagenet" if model_type == "vit_mae" else "-1..1",
     defaults={
       "hidden_act": "gelu",
-      "num_attention_heads": 12,
       "layer_norm_eps": 1e-12,
-      "image_size": 224,
     },
     fields={"pool_type": "tok"},
   )
@@ -278,9 +282,7 @@ def _dinov2(gated: bool, mlp: family.Table) -> family.Family:
     fixed={"hidden_act": "silu"} if gated else {},
     defaults={
       "hidden_act": "gelu",
-      "num_attention_heads": 12,
       "layer_norm_eps": 1e-6,
-      "image_size": 224,
     },
     fields={"pool_type": "tok"},
     gated=gated,
@@ -363,7 +365,6 @@ def _dinov3(gated: bool) -> family.Family:
         "num_attention_heads": 6,
         "layer_norm_eps": 1e-5,
         "rope_theta": 100.0,
-        "image_size": 224,
       },
       gated=gated,
       fields={"pool_type": "tok", "posemb": "rope"},
@@ -461,9 +462,7 @@ CLIP = _tower(
   value_range="clip",
   defaults={
     "hidden_act": "quick_gelu",
-    "num_attention_heads": 12,
     "layer_norm_eps": 1e-5,
-    "image_size": 224,
   },
   fields={"pool_type": "tok"},
 )
@@ -475,9 +474,7 @@ SIGLIP = _tower(
   value_range="-1..1",
   defaults={
     "hidden_act": "gelu_pytorch_tanh",
-    "num_attention_heads": 12,
     "layer_norm_eps": 1e-6,
-    "image_size": 224,
   },
   fields={},
 )

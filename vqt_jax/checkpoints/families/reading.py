@@ -21,11 +21,13 @@ from vqt_jax.errors import UserError
 from vqt_jax.models import vit_config
 from vqt_jax.runtime import files
 
-_MAX_LINES = 100
-# Pattern of names of tensors -> what such a file holds.
-_OTHERS = {
+# Pattern of names of tensors -> what such a file holds. These have the names of
+# a family as well.
+_RELATED = {
   r"(.*\.)?(distillation_token|dist_token)": "a DeiT with distillation",
   r".*relative_position.*": "a Swin, BEiT or other ViT of relative positions",
+}
+_OTHERS = {
   r".*(downsample_layers|dwconv|conv_dw).*": "a ConvNeXt or other convnet",
   r"(.*\.)?layer1\.0\.conv1\.weight": "a ResNet",
   r"(.*\.)?stages\.0\..*": "a network of several stages",
@@ -106,12 +108,8 @@ def recognise(
   size = settings.image_size
   if size is not None:
     size = positions_lib.as_pair(size, f"{source}: image_size")
-  positions = next(
-    (
-      shapes[n] for n, leaves in tensors.items() if leaves == ("pos_embedding",)
-    ),
-    (0, 0),
-  )
+  by_leaves = {leaves: shapes[name] for name, leaves in tensors.items()}
+  positions = by_leaves.get(("pos_embedding",), (0, 0))
   return found_lib.Found(
     config=config,
     shapes={name: shapes[name] for name in tensors},
@@ -248,18 +246,11 @@ def _check(match: _Match, config: vit_config.ViTConfig) -> None:
         unused.append(f"unused: {name} {shape}")
     elif problem := _problem(leaves, shape, expected | scales):
       misshapen.append(f"wrong shape: {name} is {shape}, expected {problem}")
-  problems = missing + unused + misshapen
-  if len(problems) > _MAX_LINES:
-    rest = len(problems) - _MAX_LINES
-    problems[_MAX_LINES:] = [f"... and {rest} more"]
-  if problems:
-    raise UserError(
-      f"{match.source} does not fit {match.family.name} (width {config.width},"
-      f" depth {config.depth}, pool_type {config.pool_type!r}). Tensors"
-      f" missing: {len(missing)}, unused: {len(unused)}, of another shape:"
-      f" {len(misshapen)}. Use an undamaged file of a plain ViT.\n  "
-      + "\n  ".join(problems)
-    )
+  architecture.raise_misfit(
+    f"{match.source} does not fit {match.family.name}",
+    config,
+    ("Tensors", missing, unused, misshapen),
+  )
 
 
 def _convert(
@@ -298,9 +289,7 @@ def _find_family(
   shapes: family_lib.Shapes, source: str
 ) -> tuple[family_lib.Family, str]:
   """Return the family of a file, and the prefix of its ViT's names."""
-  for pattern, kind in list(_OTHERS.items())[:2]:
-    if any(re.fullmatch(pattern, name) for name in shapes):
-      raise UserError(f"{source} is {kind}, not a plain ViT.")
+  _refuse(_RELATED, shapes, source)
   for family in FAMILIES:
     for name, shape in shapes.items():
       prefix = name.removesuffix(family.patches)
@@ -313,15 +302,21 @@ def _find_family(
       own = {n.removeprefix(prefix): s for n, s in shapes.items()}
       if family.fits(own):
         return family, prefix
-  for pattern, kind in _OTHERS.items():
-    if any(re.fullmatch(pattern, name) for name in shapes):
-      raise UserError(f"{source} is {kind}, not a plain ViT.")
+  _refuse(_OTHERS, shapes, source)
   some = ", ".join(sorted(shapes)[:4])
   kinds = dict.fromkeys(family.name for family in FAMILIES)
   raise UserError(
     f"{source} holds none of {', '.join(kinds)}; found tensors such as"
     f" {some or 'none'}."
   )
+
+
+def _refuse(
+  kinds: Mapping[str, str], shapes: family_lib.Shapes, source: str
+) -> None:
+  for pattern, kind in kinds.items():
+    if any(re.fullmatch(pattern, name) for name in shapes):
+      raise UserError(f"{source} is {kind}, not a plain ViT.")
 
 
 def _depth(family: family_lib.Family, own: family_lib.Shapes) -> int:

@@ -47,9 +47,12 @@ _ONLY = {
   "rope_grid_indexing": "ij",
 }
 _POOLING = {"token": "tok", "avg": "gap", "map": "map"}
-_HEADS = {320: 5, 640: 10, 832: 13, 896: 14, 1152: 16, 1280: 16, 1408: 16}
-_DINOV3_WIDTHS = (192, 384, 768, 1024, 1280, 4096)
-_HEADS |= {192: 3, 256: 4, 384: 6, 512: 8, 768: 12, 1024: 16, 1664: 16}
+# Width -> attention heads.
+_HEADS = {
+  **{192: 3, 256: 4, 320: 5, 384: 6, 512: 8, 640: 10, 768: 12, 832: 13},
+  **{896: 14, 1024: 16, 1152: 16, 1280: 16, 1408: 16, 1664: 16},
+}
+_DINOV3_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 20, 4096: 32}
 
 
 def _settings(
@@ -105,20 +108,13 @@ def _settings(
     "gated_mlp": gated,
     "layer_norm_epsilon": 1e-5 if rotary or clip_norms else 1e-6,
   }
+  heads = _DINOV3_HEADS if rotary else _HEADS | {1536: 24 if gated else 16}
   if "num_heads" in args:
     fields["num_heads"] = args["num_heads"]
-  elif "embed_dim" in args:
-    pass  # The number of heads remains that of the architecture.
   elif name == "vit_base_patch16_gap_224":
     fields["num_heads"] = 16
-  elif width == 1536:
-    fields["num_heads"] = 24 if gated else 16
-  elif rotary and width == 4096:
-    fields["num_heads"] = 32
-  elif rotary and width % 64 == 0:
-    fields["num_heads"] = width // 64
-  elif width in _HEADS:
-    fields["num_heads"] = _HEADS[width]
+  elif width in heads and "embed_dim" not in args:  # Else its own are kept.
+    fields["num_heads"] = heads[width]
   if rotary:
     fields["posemb"] = "rope"
     fields["rope_theta"] = args.get("rope_temperature", 100.0)
@@ -156,7 +152,7 @@ def _settings(
     antialias=True,
     # All registered ones rotate halves; the default of `Eva` is neighbours.
     interleaved=rotary
-    and not args.get("rope_rotate_half", width in _DINOV3_WIDTHS),
+    and not args.get("rope_rotate_half", width in _DINOV3_HEADS),
   )
 
 
