@@ -15,6 +15,18 @@ _ACCURACY = {
 }
 _SETTING = dict[str, int | float | bool | str | None]
 _SPLIT = {"slices": str, "images": int}
+# Of heads that were computed: per trial. None of those that were trained.
+_SOLVED = (
+  None,
+  [
+    {
+      "penalty": float,
+      "accuracy": float,
+      "loss": float,
+      "tried": [{"penalty": float, "accuracy": float, "loss": float | None}],
+    }
+  ],
+)
 _RUN = {"lr": float, "weight_decay": float}
 # What a comparison reads; None of what an earlier version left out.
 _COMPARED = {
@@ -89,6 +101,7 @@ _WHOLE = {
       "training_seconds": float,
     }
   ],
+  "solved": _SOLVED,
   "seeds": {
     "history": [{"loss": list[float | None], "accuracy": list[float | None]}]
   },
@@ -164,7 +177,11 @@ def _check_lengths(results: dict[str, Any]) -> None:
   """Raise a `ValueError` if lists and numbers do not fit together."""
   history = results["seeds"]["history"]
   count = {len(values) for epoch in history for values in epoch.values()}
-  fits = bool(results["tested"]) and len(count) == 1 and 0 not in count
+  fits = bool(results["tested"]) and 0 not in count
+  if solved := results.get("solved"):
+    fits &= not history and all(each["tried"] for each in solved)
+  else:
+    fits &= len(count) == 1
   fits &= all(t["kept_share"] != [] for t in results["tested"])
   if search := results["search"]:
     trials = len(search["runs"])

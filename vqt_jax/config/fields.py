@@ -225,8 +225,8 @@ SECTIONS = {
     "num_queries": Field(
       0,
       "Queries per block; 0: the authors' number for the task, which is 1 for"
-      " all but seven VTAB-1k tasks.",
-      used_by=("vqt",),
+      " all but seven VTAB-1k tasks; of instant 4.",
+      used_by=("vqt", "instant"),
       tuner_option=True,
     ),
     "query_dropout": Field(
@@ -300,6 +300,15 @@ SECTIONS = {
     ),
   },
   "Training": {
+    "solver": Field(
+      "",
+      "How a linear head on features that nothing changes is trained: by"
+      " gradient, as other methods, or solved exactly, by which the fields of"
+      " the gradient (from here to weight_decay, and keep_fraction) are not"
+      " used; empty: exact for linear and instant.",
+      choices=("", "exact", "gradient"),
+      used_by=("linear", "instant"),
+    ),
     "epochs": Field(100, "Epochs of every trial.", least=1),
     "warmup_epochs": Field(
       -1,
@@ -328,7 +337,8 @@ SECTIONS = {
       f"reader_lr.{name}": Field(
         (0.0,), "Rates without an editor, if lr is 0.", used_by=(name,)
       )
-      for name in readers.READERS
+      for name, reader in readers.READERS.items()
+      if not reader.is_fixed
     },
     "weight_decay": Field(
       (1e-2, 1e-3, 1e-4, 0.0), "Weight decays to try, not applied to biases."

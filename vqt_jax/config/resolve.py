@@ -14,7 +14,6 @@ from vqt_jax.config import validate
 from vqt_jax.data import vtab
 from vqt_jax.models import editors
 from vqt_jax.models import methods as methods_lib
-from vqt_jax.models import readers
 
 # Differences of the authors' program from the defaults: noise on the frozen
 # stream while queries train (it trains other methods without), TensorFlow 1's
@@ -50,6 +49,9 @@ AUTHORS_KEEP = 0.7
 # The Head2Toe authors' commands have 0.01 and 0.2, but of more features, see
 # docs/methods.md.
 HEAD2TOE_KEEP = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+
+# More of them help little: docs/methods.md.
+INSTANT_QUERIES = 4
 
 # Optimiser and peak learning rates per 256 images: of readers those of the VQT
 # and Head2Toe authors (0.1 and 0.01 at batch 128); of prompts, and of all other
@@ -105,9 +107,12 @@ def resolve(
     config.method = ""
     return config
   method = methods_lib.parse(config.method)
-  _fill_recipe(config, method)
-  if config.settings:
-    _limit_settings(config)
+  if not config.solver:
+    config.solver = "exact" if method.is_linear else "gradient"
+  if config.solver == "gradient":
+    _fill_recipe(config, method)
+    if config.settings:
+      _limit_settings(config)
   if config.task != vtab.ALL:
     _fill_task_defaults(config, method)
   validate.check(config)
@@ -176,8 +181,11 @@ def _apply_authors_preset(
 ) -> None:
   defaults = config_dict.default_config()
   values = {name: defaults[name] for name in _AUTHORS_DEFAULTS} | _AUTHORS
-  if methods_lib.parse(config.method) != methods_lib.Method("vqt"):
+  method = methods_lib.parse(config.method)
+  if method != methods_lib.Method("vqt"):
     values["embedding_dropout"] = 0.0
+  if method == methods_lib.Method("linear"):
+    values["solver"] = "gradient"
   for name, value in values.items():
     if name not in keep:
       config[name] = value
@@ -190,7 +198,7 @@ def _fill_recipe(
   """Set the fields of the method's recipe that still have their defaults."""
   if _is_default(config, "lr") and not method.editor:
     config.lr = config.reader_lr[method.reader]
-  for name in readers.READERS:
+  for name in config.reader_lr:
     config.reader_lr[name] = fields.FIELDS[f"reader_lr.{name}"].default
   for name, value in recipe(method).items():
     if _is_default(config, name):
@@ -212,6 +220,8 @@ def _fill_task_defaults(
   task = vtab.find_task(config.task)
   if _is_default(config, "num_queries"):
     config.num_queries = vtab.NUM_QUERIES.get(task.name, 1) if task else 1
+    if method.reader == "instant":
+      config.num_queries = INSTANT_QUERIES
   if _is_default(config, "keep_fraction"):
     is_vqt = method == methods_lib.Method("vqt")
     selects = is_vqt and config.num_queries == 1 and task

@@ -8,6 +8,7 @@ from vqt_jax.config import fields
 from vqt_jax.data import vtab
 from vqt_jax.models import backbone
 from vqt_jax.models import methods as methods_lib
+from vqt_jax.models import readers
 from vqt_jax.models import vit_config
 
 # Fields, and a group of fields, for datasets that are no VTAB task.
@@ -42,6 +43,8 @@ def check(config: ConfigDict) -> None:
     _check_all_tasks(config)
   if config.methods:
     _check_several_methods(config)
+  else:
+    _check_solver(config)
 
 
 def _check_names(config: ConfigDict) -> None:
@@ -106,6 +109,37 @@ def _check_computation(config: ConfigDict) -> None:
     raise errors.UserError(
       f"config.embedding_dropout={config.embedding_dropout} makes the stream"
       " differ in every step, so it cannot be stored: use features=live."
+    )
+
+
+def _check_solver(config: ConfigDict) -> None:
+  """Check `solver` against the method, and fields that it cannot respect."""
+  method = methods_lib.parse(config.method, "config.method")
+  fixed = readers.READERS[method.reader].is_fixed
+  if config.solver == "gradient" and fixed:
+    raise errors.UserError(
+      f"config.solver=gradient: {config.method} has an exact head only. Leave"
+      " config.solver empty."
+    )
+  if config.solver == "exact" and not method.is_linear:
+    raise errors.UserError(
+      f"config.solver=exact: {config.method} learns by gradients. Leave"
+      " config.solver empty, or take config.method=linear or instant."
+    )
+  exact = config.solver == "exact" or (not config.solver and method.is_linear)
+  if not exact or config.preset:
+    return
+  if not set(config.keep_fraction) <= {0.0, 1.0}:
+    raise errors.UserError(
+      f"config.keep_fraction={config.keep_fraction}: the exact head of"
+      f" {config.method} uses all features. Leave it out"
+      f"{'' if fixed else ', or set config.solver=gradient'}."
+    )
+  if config.embedding_dropout:
+    raise errors.UserError(
+      f"config.embedding_dropout={config.embedding_dropout}: the exact head of"
+      f" {config.method} sees every image once, without noise. Leave it out"
+      f"{'' if fixed else ', or set config.solver=gradient'}."
     )
 
 

@@ -25,6 +25,12 @@ class Method:
   reader: str
   editor: str | None = None
 
+  @property
+  def is_linear(self) -> bool:
+    """True if only a head trains, on all features of a frozen stream."""
+    fixed = readers.READERS[self.reader].is_fixed
+    return not self.editor and (fixed or self.reader == "linear")
+
 
 def parse(name: str, kind: str = "method") -> Method:
   """Parse a method's name.
@@ -35,7 +41,8 @@ def parse(name: str, kind: str = "method") -> Method:
     kind: noun for the name in error messages.
 
   Raises:
-    UserError: the name is unknown; the message suggests the nearest ones.
+    UserError: the name is unknown; the message suggests the nearest ones. Or
+      the reader takes no editor.
   """
   reader, plus, editor = name.partition("+")
   if not plus:
@@ -48,6 +55,11 @@ def parse(name: str, kind: str = "method") -> Method:
     raise errors.unknown_name(f"reader of {kind}", reader, readers.READERS)
   if editor not in editors.EDITORS:
     raise errors.unknown_name(f"editor of {kind}", editor, editors.EDITORS)
+  if readers.READERS[reader].is_fixed:
+    raise errors.UserError(
+      f"{kind} {name}: an editor learns by gradients, but {reader} computes its"
+      f" head from the frozen stream. Take {reader} alone, or {editor}."
+    )
   return Method(reader, editor)
 
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from vqt_jax.models import attention
 from vqt_jax.models import chunked_attention
+from vqt_jax.models import head
 from vqt_jax.models import vit
 from vqt_jax.models import vit_config
 from vqt_jax.runtime import mesh
@@ -46,6 +47,7 @@ class Reader:
       features and weights.
     has_queries: its weights hold "queries" (L, T, D), which drop out in
       training, and `read` takes a store of keys and values as well.
+    is_fixed: its weights stay as they were drawn; only the head is fitted.
   """
 
   read: Callable[..., tuple[jax.Array, jax.Array | None]] | None = None
@@ -54,6 +56,7 @@ class Reader:
   window: Callable[[Any], int] | None = None
   gradient_numbers: Callable[[Any], int] = lambda t: 0
   has_queries: bool = False
+  is_fixed: bool = False
 
 
 # Ways to turn the outputs of a block's queries into features, see `combine`.
@@ -255,6 +258,41 @@ def combine(
   raise ValueError(f"combine must be concat, mean or weighted_sum, not {how!r}")
 
 
+def moments(config: vit_config.ViTConfig, tokens: jax.Array) -> jax.Array:
+  """Describe a block's tokens (B, N, D) without weights, (B, 2 or 3, D).
+
+  Mean and standard deviation over the patches, and the class token if there is
+  one, float32.
+  """
+  tokens = tokens.astype(jnp.float32)
+  patches = tokens[:, config.num_prefix_tokens :]
+  found = [patches.mean(axis=1), patches.std(axis=1)]
+  if config.has_class_token:
+    found.append(tokens[:, 0])
+  return jnp.stack(found, axis=1)
+
+
+def _moments_and_queries(config: vit_config.ViTConfig, edit: None) -> Step:
+  """Make a step that joins `moments` and `query_step`, (B, 2 or 3 + T, D).
+
+  Each vector is divided by its L2 norm.
+  """
+  read = query_step(config, edit)
+
+  def step(block_params, queries, tokens, carry):
+    carry, outputs = read(block_params, queries, tokens, carry)
+    both = (moments(config, tokens), outputs)
+    return carry, head.normalize(jnp.concatenate(both, axis=1))
+
+  return step
+
+
+def _read_fixed(tuner, variables, tokens, rows):
+  queries = variables["tuner"]["queries"]
+  found = tuner.read(_moments_and_queries, variables, queries, tokens, rows)
+  return found.reshape(*found.shape[:2], -1), None
+
+
 def _read_queries(tuner, variables, tokens, rows):
   own = variables["tuner"]
   outputs = tuner.read(
@@ -263,14 +301,19 @@ def _read_queries(tuner, variables, tokens, rows):
   return combine(outputs, tuner.combine, own.get("combine")), outputs
 
 
-def _init_queries(tuner, key):
+def _draw_queries(tuner, key):
   """Draw queries uniformly within `token_bound`."""
   c, bound = tuner.config, token_bound(tuner.config)
   shape = (c.depth, tuner.num_queries, c.width)
-  queries = jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+  return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def _init_queries(tuner, key):
+  queries = _draw_queries(tuner, key)
   if tuner.combine != "weighted_sum":
     return {"queries": queries}
-  return {"queries": queries, "combine": jnp.ones(shape[:2], jnp.float32)}
+  weights = jnp.ones(queries.shape[:2], jnp.float32)
+  return {"queries": queries, "combine": weights}
 
 
 def _gradient_numbers(tuner):
@@ -299,6 +342,14 @@ READERS = {
     read=lambda t, variables, tokens, rows: (flatten(tokens, rows), None),
     block_features=lambda t: t.config.width * (t.config.num_tokens // t.window),
     window=lambda t: window(t.config, t.target_size),
+  ),
+  "instant": Reader(
+    read=_read_fixed,
+    block_features=lambda t: (
+      t.config.width * (t.num_queries + 2 + t.config.has_class_token)
+    ),
+    init=lambda t, key: {"queries": _draw_queries(t, key)},
+    is_fixed=True,
   ),
   "linear": Reader(),
 }

@@ -13,7 +13,8 @@ from vqt_jax.reports import style
 
 def report(results: dict[str, Any], path: str | os.PathLike) -> None:
   """Draw one run: search, training, test, and the search of protocol=best."""
-  panels = [_training, _tested if len(results["tested"]) > 1 else _test]
+  training = _penalties if results.get("solved") else _training
+  panels = [training, _tested if len(results["tested"]) > 1 else _test]
   if results["search"]:
     panels.insert(0, _search)
   if results["best"]:
@@ -116,6 +117,35 @@ def _training(ax: Any, results: dict[str, Any]) -> None:
   ax.set(xlabel="epoch", xlim=(1, max(2, len(history))))
   ax.grid(axis="y")
   ax.set_title("Training: each seed, and their mean", loc="left")
+
+
+def _penalties(ax: Any, results: dict[str, Any]) -> None:
+  """Draw loss (left axis) and accuracy (right) of each penalty and seed."""
+  other = ax.twinx()
+  sides = (
+    (ax, "loss", style.COLOURS[0]),
+    (other, "accuracy", style.COLOURS[1]),
+  )
+  for solved in results["solved"]:
+    tried = [each for each in solved["tried"] if each["loss"] is not None]
+    penalties = [each["penalty"] for each in tried]
+    for axes, name, colour in sides:
+      axes.plot(
+        penalties, [x[name] for x in tried], color=colour, linewidth=1.2
+      )
+      at = solved["penalty"], solved[name]
+      axes.plot(*at, "D", color=colour, markersize=7)
+  for axes, name, colour in sides:
+    axes.set_ylabel(name, color=colour)
+    axes.tick_params(axis="y", colors=colour)
+  other.yaxis.set_major_formatter(style.percent_axis())
+  other.spines["left"].set_visible(False)
+  ax.set_xscale("log")
+  ax.set(xlabel="penalty, relative to the features")
+  ax.grid(axis="y")
+  left_out = "temperature" in results["solved"][0]
+  how = "each image left out" if left_out else "cross-validation"
+  ax.set_title(f"Head: {how}; the chosen (◆)", loc="left")
 
 
 def _test(ax: Any, results: dict[str, Any]) -> None:

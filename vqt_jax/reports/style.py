@@ -18,6 +18,7 @@ METHODS = {
   "vqt": "VQT",
   "head2toe": "Head2Toe",
   "linear": "linear probe",
+  "instant": "instant",
   "finetune": "full fine-tuning",
   "bitfit": "BitFit",
   "partial": "partial fine-tuning",

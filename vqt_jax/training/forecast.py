@@ -58,6 +58,8 @@ class Forecast:
     if not self._live:
       seconds["extract"] = compiling + self._count["trainval"] * each
     for stage in self._planned:
+      if stage.solver:
+        continue  # Little beside the other parts.
       took = self._steps_of(stage) * unit * self._work(stage)
       took += COMPILE_STEP * compiling
       if stage.judge:

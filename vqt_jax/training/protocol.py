@@ -10,6 +10,7 @@ and the fraction of features, and chooses by cross-validation on trainval.
 from collections.abc import Sequence
 import dataclasses
 import itertools
+import statistics
 from typing import Any
 
 import jax
@@ -53,8 +54,13 @@ class Candidate:
 
   @property
   def num_trained(self) -> int:
-    """Number of parameters of one trial: queries, and head rows in use."""
+    """Number of parameters of one trial that were trained.
+
+    Queries, and head rows in use.
+    """
     size = lambda tree: sum(x[0].size for x in jax.tree.leaves(tree))
+    if self.tuner.reader.is_fixed:
+      return size(self.variables["head"])
     kernel = self.variables["head"]["kernel"][0]
     left_out = (
       0 if self.feature_mask is None else int((self.feature_mask[0] == 0).sum())
@@ -79,6 +85,10 @@ class Candidate:
   def setting(self) -> dict[str, Any]:
     """The setting, JSON-able."""
     chosen = cross_validation.setting(self.tuner, self.trials[0])
+    if solved := self.trained.solved:
+      chosen = {"penalty": statistics.median(x["penalty"] for x in solved)}
+      if self.tuner.reader.is_fixed:
+        chosen["num_queries"] = self.tuner.num_queries
     return {**chosen, "keep_fraction": self.keep_fraction}
 
 
@@ -94,6 +104,8 @@ def candidates(
     of which the last one is the protocol's result.
   """
   c = context.config
+  if c.solver == "exact":
+    return _solve(context, stages)
   if c.protocol == "best":  # Fail before hours have gone by.
     cross_validation.folds(examples.count("trainval"), c.best.folds)
     examples.check_rows("trainval")
@@ -120,6 +132,8 @@ def planned(
   What only training can tell is left open: the chosen setting is some setting
   of the grid, and frozen parts are missing.
   """
+  if config.solver == "exact":
+    return [exact_stage(config, tuner)]
   search = search_stage(config, tuner)
   chosen, fractions = search.trials[0], config.keep_fraction
   found = [search] if len(search.trials) > 1 else []
@@ -132,6 +146,49 @@ def planned(
       "", tuner, seeds.trials, fractions[:1]
     )
   return found
+
+
+def exact_stage(
+  config: ml_collections.ConfigDict, tuner: tuner_lib.Tuner
+) -> stage_lib.Stage:
+  """Return the stage that computes the heads on trainval.
+
+  One if there is nothing random, else one per seed.
+  """
+  seeds = config.seeds if tuner.reader.is_fixed else config.seeds[:1]
+  return stage_lib.Stage(
+    "seeds",
+    "head",
+    tuner,
+    tuple(
+      trial_lib.Trial(0.0, 0.0, seed, normalize=config.normalize)
+      for seed in seeds
+    ),
+    "seed",
+    trains=("head",),
+    solver="ridge" if tuner.reader.is_fixed else "logistic",
+  )
+
+
+def _solve(
+  context: setup.RunContext, stages: stages_lib.Stages
+) -> tuple[dict[str, Any], list[Candidate]]:
+  """Compute the heads; nothing is searched but their penalty."""
+  stage = exact_stage(context.config, context.tuner)
+  out = stages.run(stage)
+  found = {"search": None, "selection": None, "best": None}
+  return found, [
+    Candidate(
+      "all",
+      stage.tuner,
+      stage.trials,
+      out.variables,
+      out,
+      1.0,
+      None,
+      out.seconds,
+    )
+  ]
 
 
 def search_stage(

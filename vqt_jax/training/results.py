@@ -95,6 +95,7 @@ def _results(context, found, candidates, test, seconds, peak) -> dict[str, Any]:
       "runs": [dataclasses.asdict(trial) for trial in result.trials],
       "history": result.trained.history,
     },
+    "solved": result.trained.solved,
     "trained_parameters": result.num_trained,
     "seconds": {
       "training": result.seconds,

@@ -43,6 +43,8 @@ class Stage:
     min_finite: trials whose loss must stay finite; others may diverge. None:
       all of them.
     keeps_weights: whether later stages need the trained variables.
+    solver: "ridge" or "logistic" if the heads are computed, see `exact`; ""
+      if they are trained by gradients.
   """
 
   name: str
@@ -59,6 +61,7 @@ class Stage:
   feature_mask: np.ndarray | None = None
   min_finite: int | None = None
   keeps_weights: bool = True
+  solver: str = ""
 
   @property
   def must_stay_finite(self) -> int:
@@ -116,6 +119,8 @@ class StageResult:
       without the first epoch, which compiles; None if there was no other.
     step_bytes: memory of the compiled step, see `step.step_bytes`.
     peak_bytes: peak memory of the run so far; None if unknown.
+    solved: of each trial how its head was computed, see `exact.solve`; None if
+      it was trained by gradients.
   """
 
   history: list[dict[str, list[float]]]
@@ -127,6 +132,7 @@ class StageResult:
   epoch_seconds: float | None = None
   step_bytes: int | None = None
   peak_bytes: int | None = None
+  solved: list[dict[str, Any]] | None = None
 
 
 @dataclasses.dataclass

@@ -1,8 +1,9 @@
 """Runs stages; finished ones are loaded, an interrupted one is resumed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+import time
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from vqt_jax.runtime import mesh
 from vqt_jax.runtime import processes
 from vqt_jax.runtime import units
 from vqt_jax.training import checkpoint
+from vqt_jax.training import exact
 from vqt_jax.training import forecast as forecast_lib
 from vqt_jax.training import loop
 from vqt_jax.training import metrics as metrics_lib
@@ -96,6 +98,8 @@ class Stages:
 
   def run(self, stage: stage_lib.Stage) -> stage_lib.StageResult:
     """Train and evaluate a stage, in packs of trials that memory holds."""
+    if stage.solver:
+      return self._load_or(self._solve, stage)
     self._size = trial_memory.trials_at_once(
       stage.tuner,
       self._context.config.batch_size,
@@ -104,9 +108,11 @@ class Stages:
     )
     parts = stage_lib.packs(stage, self._size)
     if len(parts) == 1:
-      return self._pack(stage)
+      return self._load_or(self._pack, stage)
     starts = range(0, len(stage.trials), self._size)
-    joined = stage_lib.join_packs([self._pack(part) for part in parts], starts)
+    joined = stage_lib.join_packs(
+      [self._load_or(self._pack, part) for part in parts], starts
+    )
     if len(stage.trials) - len(joined.diverged) < (stage.min_finite or 0):
       raise errors.UserError(
         f"The loss of all {len(stage.trials)} trials of stage {stage.name}"
@@ -115,7 +121,12 @@ class Stages:
       )
     return joined
 
-  def _pack(self, stage: stage_lib.Stage) -> stage_lib.StageResult:
+  def _load_or(
+    self,
+    make: Callable[[stage_lib.Stage], stage_lib.StageResult],
+    stage: stage_lib.Stage,
+  ) -> stage_lib.StageResult:
+    """Load the result of a stage if there is one; else make and write it."""
     path = self._folder / f"{stage.name}{stage_lib.SUFFIX}"
     if processes.any_process(stage.name in self._done):
       with processes.raise_on_all():
@@ -123,6 +134,15 @@ class Stages:
       self._peak.include(result.peak_bytes)
       self._log(stage, _rows(stage, result.history))
       return result
+    result = make(stage)
+    result.peak_bytes = self._peak.bytes()
+    with processes.raise_on_all():
+      if processes.is_first():
+        stage_lib.write_result(path, result)
+    return result
+
+  def _pack(self, stage: stage_lib.Stage) -> stage_lib.StageResult:
+    """Train and evaluate trials that memory holds side by side."""
     state, progress = self._train(stage)
     result = stage_lib.StageResult(
       history=progress.history,
@@ -147,11 +167,51 @@ class Stages:
       result.accuracy = [a if ok else 0.0 for a, ok in zip(accuracy, able)]
     if stage.keeps_weights:
       result.variables = jax.tree.map(processes.to_host, ready.variables)
-    result.peak_bytes = self._peak.bytes()
-    with processes.raise_on_all():
-      if processes.is_first():
-        stage_lib.write_result(path, result)
     return result
+
+  def _solve(self, stage: stage_lib.Stage) -> stage_lib.StageResult:
+    """Compute the heads of a stage from the features of its examples."""
+    context, tuner = self._context, stage.tuner
+    count = self._examples.count(stage.split)
+    weights, each, solved = self._class_weights(stage), [], []
+    show = functools.partial(context.console.progress, stage.label)
+    detail = units.format_count(len(stage.trials), stage.trial_noun)
+    with self._stop.at_once():
+      with processes.raise_on_all():  # With a line of its own, if it extracts.
+        calls = self._examples.evaluation_calls(stage.split)
+      started, total = time.monotonic(), count * len(stage.trials)
+      with show(total, "image", f"{detail}, {stage.solver}") as line:
+        for i, trial in enumerate(stage.trials):
+          variables = step_lib.initial_variables(
+            context.mesh, tuner, trial.seed
+          )
+          with processes.raise_on_all():
+            if i:
+              calls = self._examples.evaluation_calls(stage.split)
+            features, labels = exact.read_features(
+              tuner,
+              variables,
+              trial.normalize,
+              context.params,
+              calls,
+              count,
+              lambda done, i=i: line.update(i * count + done),
+            )
+          with processes.raise_on_all():
+            head, found = exact.solve(
+              stage.solver, features, labels, tuner.num_classes, weights
+            )
+          each.append({**processes.to_host(variables), "head": head})
+          solved.append(found)
+        line.summary = _describe_solved(solved)
+    return stage_lib.StageResult(
+      history=[],
+      seconds=time.monotonic() - started,
+      diverged=[],
+      accuracy=None,
+      variables=jax.tree.map(lambda *x: np.stack(x), *each),
+      solved=solved,
+    )
 
   def _train(
     self, stage: stage_lib.Stage
@@ -336,6 +396,13 @@ def _variables(state: step_lib.State, stage: stage_lib.Stage) -> Any:
       variables["head"], stage.feature_mask
     )
   return variables
+
+
+def _describe_solved(solved: Sequence[dict[str, Any]]) -> str:
+  """Describe how good computed heads are without a validation split."""
+  accuracy = np.mean([each["accuracy"] for each in solved])
+  how = "leave-one-out" if "temperature" in solved[0] else "cross-validation"
+  return f"{100 * accuracy:.1f} % by {how}"
 
 
 def _rows(

@@ -16,6 +16,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+import numpy as np
 import optax
 
 from vqt_jax.models import head
@@ -122,6 +123,22 @@ def init_on(
     functools.partial(init, tuner, static),
     out_shardings=mesh_lib.replicated_sharding(mesh),
   )
+
+
+def initial_variables(
+  mesh: jax.sharding.Mesh, tuner: tuner_lib.Tuner, seed: int
+) -> dict[str, Any]:
+  """Return {"tuner", "head"} of a seed, as `init` draws them.
+
+  Without an editor, so the backbone is not needed. Replicated over a mesh.
+  """
+
+  def draw(seed):
+    init_key, _ = jax.random.split(jax.random.key(seed))
+    return tuner.init(init_key)
+
+  place = mesh_lib.replicated_sharding(mesh)
+  return jax.jit(draw, out_shardings=place)(np.uint32(seed))
 
 
 def take(data: Batch, index: jax.Array) -> Batch:
@@ -348,6 +365,32 @@ def step_bytes(*args: Any) -> int | None:
     return None
   new = found.output_size_in_bytes - found.alias_size_in_bytes
   return found.argument_size_in_bytes + found.temp_size_in_bytes + new
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def features_of(
+  tuner: tuner_lib.Tuner,
+  variables: Any,
+  normalize: jax.typing.ArrayLike,
+  params: Any,
+  data: Batch,
+  order: jax.Array,
+) -> jax.Array:
+  """Return the features of a batch that the head of a tuner sees, (B, F).
+
+  Args:
+    tuner: the method, without an editor.
+    variables: {"tuner", "head"} of one trial.
+    normalize: as in `Settings`, of one trial.
+    params: of the backbone.
+    data: examples, resident or one batch.
+    order: (B,) int32 rows of `data`.
+  """
+  batch = take(data, order)
+  variables = {**variables, "backbone": params}
+  tokens, rows, final = _tokens_and_final(tuner, variables, batch)
+  found = tuner(variables, tokens, final, None, normalize, rows)
+  return mesh_lib.constrain(found.features)  # Replicated.
 
 
 @flax.struct.dataclass

@@ -1,0 +1,119 @@
+"""Heads that are computed from the features of all examples, not trained."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from vqt_jax import errors
+from vqt_jax.features import batches
+from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.runtime import memory
+from vqt_jax.runtime import mesh as mesh_lib
+from vqt_jax.runtime import processes
+from vqt_jax.runtime import units
+from vqt_jax.training import logistic
+from vqt_jax.training import ridge
+from vqt_jax.training import step as step_lib
+
+# Of the cross-validation of the penalty of logistic regression; each has its
+# share of every class.
+FOLDS = 5
+
+
+def read_features(
+  tuner: tuner_lib.Tuner,
+  variables: Any,
+  normalize: bool,
+  params: Any,
+  calls: Iterable[batches.Call],
+  count: int,
+  progress: Callable[[int], None] = lambda done: None,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Collect the features of examples, as the head sees them, on the host.
+
+  Args:
+    tuner: the method, without an editor.
+    variables: {"tuner", "head"} of one trial.
+    normalize: whether feature groups are divided by their norms.
+    params: of the backbone, on the devices.
+    calls: over the examples, each once.
+    count: number of examples n.
+    progress: called with the number of examples done.
+
+  Returns:
+    Features (n, F) float32, and labels (n,) int32.
+
+  Raises:
+    UserError: they do not fit in memory.
+  """
+  needed, free = 4 * count * tuner.num_features, memory.host_memory()
+  if needed > free:
+    raise errors.UserError(
+      f"The {tuner.num_features:,} features of {count:,} images take"
+      f" {units.format_bytes(needed)}, and {units.format_bytes(free)} of memory"
+      " are free. Take fewer queries (config.num_queries), or another method."
+    )
+  features = np.empty((count, tuner.num_features), np.float32)
+  labels, done = np.empty(count, np.int32), 0
+  for data, order, mask in calls:
+    for rows, real in zip(order, np.asarray(processes.to_host(mask)) > 0):
+      found = step_lib.features_of(
+        tuner, variables, normalize, params, data, rows
+      )
+      label = jax.numpy.take(data["label"], rows)
+      found, label = processes.to_host((found, label))
+      end = done + int(real.sum())
+      features[done:end], labels[done:end] = found[real], label[real]
+      done = end
+      progress(done)
+  return features, labels
+
+
+def solve(
+  solver: str,
+  features: np.ndarray,
+  labels: np.ndarray,
+  num_classes: int,
+  class_weights: np.ndarray | None = None,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+  """Compute a head, the same on all processes.
+
+  Args:
+    solver: "ridge" or "logistic".
+    features: (n, F) float32; overwritten.
+    labels: (n,).
+    num_classes: C.
+    class_weights: (C,), or None.
+
+  Returns:
+    {"kernel", "bias"}; and what is known of it: `penalty`, `accuracy` and
+    `loss` without a validation split, `tried` penalties, and of "ridge"
+    `temperature`.
+
+  Raises:
+    UserError: the problem is too large or too small, or not finite.
+  """
+  if not np.isfinite(features).all():
+    raise errors.UserError(
+      "The features of some images are infinite or NaN: look at the value range"
+      " of the inputs (config.value_range), or compute in float32"
+      " (config.dtype=float32)."
+    )
+  # Every process does it alone, on one device.
+  with jax.set_mesh(mesh_lib.make_mesh(devices=jax.local_devices()[:1])):
+    if solver == "ridge":
+      fit = ridge.fit(features, labels, num_classes, class_weights)
+    else:
+      sorted_rows = np.argsort(labels, kind="stable")
+      count = min(FOLDS, len(labels))
+      folds = [sorted_rows[i::count] for i in range(count)]
+      fit = logistic.fit(features, labels, num_classes, folds, class_weights)
+  head, found = {"kernel": fit.kernel, "bias": fit.bias}, dict(vars(fit))
+  if jax.process_count() > 1:  # Rounding may differ between machines.
+    head = multihost_utils.broadcast_one_to_all(head)
+  for name in head:
+    del found[name]
+  return jax.tree.map(np.asarray, head), found

@@ -1,0 +1,265 @@
+"""Linear heads in closed form, and what leaving each example out would give.
+
+Ridge regression of one-hot labels on features, with a bias that is not
+penalised, is a linear smoother: what it predicts of an example that it was not
+fitted to follows from the fit to all (Allen, 1974, "PRESS"). So penalty and
+temperature are chosen by all n examples and no validation split.
+
+With features and one-hot labels X (n, F) and Y (n, C), centred and multiplied
+by the square root s of the examples' weights, and u = s / |s|:
+
+  dual, n <= F     A = X X^T + p I + q u u^T    a = A^-1 Y        W = X^T a
+                   1 - h_i = p [A^-1]_ii - u_i^2 p / (p + q)
+  primal, n > F    A = X^T X + p I              W = A^-1 X^T Y
+                   1 - h_i = 1 - x_i^T A^-1 x_i - u_i^2
+  without i        y_i - (Y - X W)_i / (s_i (1 - h_i))
+
+X^T u = 0, so any q > 0 gives the same W; with q = 0 the small 1 - h_i would be
+a difference of large numbers.
+
+Everything is float32; A is factorised (Cholesky), never inverted to solve.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vqt_jax import errors
+from vqt_jax.runtime import memory
+from vqt_jax.runtime import units
+
+# Penalties that are tried, as multiples of the mean squared norm of the centred
+# features; then others around the best. Smaller ones drown in rounding.
+PENALTIES = tuple(10.0**e for e in range(-4, 3))
+FINER = tuple(10.0 ** (e / 4) for e in (-3, -2, -1, 1, 2, 3))
+TEMPERATURES = (0.1, 100.0)  # Bounds of the factor of the logits.
+AT_ONCE = 4096  # Rows or columns of features that are on the device.
+# Matrices of the size of A that there are at a time: A, its factor, an inverse.
+MATRICES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+  """A head in closed form.
+
+  Attributes:
+    kernel: (F, C) float32.
+    bias: (C,) float32.
+    penalty: as a multiple of the mean squared norm of the centred features.
+    temperature: factor in kernel and bias that makes the softmax of the logits
+      fit the labels best.
+    accuracy: of the predictions of each example by a fit to all others.
+    loss: their mean cross-entropy, nats.
+    tried: of every penalty {"penalty", "accuracy", "loss"}, increasing.
+  """
+
+  kernel: np.ndarray
+  bias: np.ndarray
+  penalty: float
+  temperature: float
+  accuracy: float
+  loss: float
+  tried: list[dict[str, float]]
+
+
+def fit(
+  features: np.ndarray,
+  labels: np.ndarray,
+  num_classes: int,
+  class_weights: np.ndarray | None = None,
+) -> Fit:
+  """Fit a head, with the penalty that is best if each example is left out.
+
+  Args:
+    features: (n, F) float32, finite, on the host; overwritten.
+    labels: (n,) whole numbers below `num_classes`.
+    num_classes: C.
+    class_weights: (C,), weights of the examples of each class; None: all 1.
+
+  Raises:
+    UserError: there are fewer than two examples, or the matrix to factorise
+      does not fit in memory.
+  """
+  count, width = features.shape
+  _check(count, width)
+  weights = np.ones(count, np.float32)
+  if class_weights is not None:
+    weights = class_weights[labels].astype(np.float32)
+  share = weights / weights.sum()
+  one_hot = np.eye(num_classes, dtype=np.float32)[labels]
+  target_mean, mean = share @ one_hot, share @ features
+  features -= mean
+  root = np.sqrt(weights)[:, None]
+  if class_weights is not None:
+    features *= root
+  target = root * (one_hot - target_mean)
+  scale = float(np.einsum("nf,nf->", features, features) / count) or 1.0
+  dual = count <= width
+  if dual:
+    matrix = _squared(features.T)
+    matrix += scale * np.outer(np.sqrt(share), np.sqrt(share))
+    evaluate = functools.partial(_solve_dual, matrix, scale)
+  else:
+    matrix = _squared(features)
+    side = _transpose_times(features, target)
+    evaluate = functools.partial(_solve_primal, matrix, side, features)
+  tried = {}
+
+  def attempt(penalty):
+    solution, error = evaluate(target, share, jnp.float32(penalty * scale))
+    temperature, loss, right = _judge(error / root, one_hot, share)
+    tried[penalty] = (float(loss), float(right) / count, float(temperature))
+    return np.asarray(solution)
+
+  for penalty in PENALTIES:
+    attempt(penalty)
+  rank = lambda penalty: (*tried[penalty][:1], -penalty)
+  middle = min(tried, key=rank)
+  for factor in FINER:
+    attempt(middle * factor)
+  best = min(tried, key=rank)
+  loss, accuracy, temperature = tried[best]
+  kernel = attempt(best)
+  if dual:
+    kernel = _transpose_times(features, kernel)
+  kernel = temperature * kernel
+  return Fit(
+    kernel=kernel,
+    bias=temperature * target_mean - mean @ kernel,
+    penalty=best,
+    temperature=temperature,
+    accuracy=accuracy,
+    loss=loss,
+    tried=[
+      {"penalty": p, "accuracy": tried[p][1], "loss": tried[p][0]}
+      for p in sorted(tried)
+    ],
+  )
+
+
+def _check(count: int, width: int) -> None:
+  if count < 2:
+    raise errors.UserError(
+      f"Expected at least two images to train on, found {count}."
+    )
+  needed = MATRICES * 4 * min(count, width) ** 2
+  available = memory.device_memory()
+  if needed > available:
+    raise errors.UserError(
+      f"The exact head of {count:,} images and {width:,} features needs"
+      f" {units.format_bytes(needed)} of a device, which has"
+      f" {units.format_bytes(available)}. Take fewer queries"
+      " (config.num_queries), or another method."
+    )
+
+
+def _squared(x: np.ndarray) -> jax.Array:
+  """Return x^T x, a few rows of x at a time."""
+  matrix = jnp.zeros((x.shape[1],) * 2, jnp.float32)
+  for start in range(0, len(x), AT_ONCE):
+    matrix = _add_square(matrix, x[start : start + AT_ONCE])
+  return matrix
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add_square(matrix: jax.Array, x: jax.Array) -> jax.Array:
+  return matrix + _product(x.T, x)
+
+
+@jax.jit
+def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+  return jnp.dot(x, y, precision=jax.lax.Precision.HIGHEST)
+
+
+def _transpose_times(features: np.ndarray, right: np.ndarray) -> np.ndarray:
+  """Return features^T right, (F, C), a few columns of features at a time."""
+  starts = range(0, features.shape[1], AT_ONCE)
+  parts = [_product(features[:, s : s + AT_ONCE].T, right) for s in starts]
+  return np.concatenate([np.asarray(part) for part in parts])
+
+
+@jax.jit
+def _solve_dual(
+  matrix: jax.Array,
+  shift: float,
+  target: jax.Array,
+  share: jax.Array,
+  penalty: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Return a (n, C), and the errors of predictions without each example.
+
+  Args:
+    matrix: A without the penalty.
+    shift: q.
+    target: Y.
+    share: u^2.
+    penalty: p.
+  """
+  size = len(matrix)
+  factor = jnp.linalg.cholesky(matrix + penalty * jnp.eye(size))
+  solve = functools.partial(jax.scipy.linalg.solve_triangular, factor)
+  solution = solve(solve(target, lower=True), lower=True, trans=1)
+  inverse = solve(jnp.eye(size), lower=True)
+  kept = jnp.sum(inverse**2, axis=0) - share / (penalty + shift)
+  return solution, solution / kept[:, None]
+
+
+@jax.jit
+def _solve_primal(
+  matrix: jax.Array,
+  side: jax.Array,
+  features: jax.Array,
+  target: jax.Array,
+  share: jax.Array,
+  penalty: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Return W (F, C), and the errors of predictions without each example."""
+  size = len(matrix)
+  factor = jnp.linalg.cholesky(matrix + penalty * jnp.eye(size))
+  solve = functools.partial(jax.scipy.linalg.solve_triangular, factor)
+  kernel = solve(solve(side, lower=True), lower=True, trans=1)
+  half = solve(features.T, lower=True)
+  kept = 1 - jnp.sum(half**2, axis=0) - share
+  return kernel, (target - _product(features, kernel)) / kept[:, None]
+
+
+@jax.jit
+def _judge(
+  error: jax.Array, one_hot: jax.Array, share: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Return temperature, cross-entropy and number of right predictions.
+
+  The cross-entropy is infinite where the matrix could not be factorised.
+  """
+  predicted = one_hot - error
+  temperature = _temperature(predicted, one_hot, share)
+  loss = _loss(temperature * predicted, one_hot, share)
+  right = jnp.argmax(predicted, axis=1) == jnp.argmax(one_hot, axis=1)
+  return temperature, jnp.where(jnp.isfinite(loss), loss, jnp.inf), right.sum()
+
+
+def _loss(logits: jax.Array, one_hot: jax.Array, share: jax.Array) -> jax.Array:
+  return -jnp.sum(share * jnp.sum(one_hot * jax.nn.log_softmax(logits), axis=1))
+
+
+def _temperature(
+  logits: jax.Array, one_hot: jax.Array, share: jax.Array
+) -> jax.Array:
+  """Return the factor of logits with the least cross-entropy.
+
+  It is convex in the factor, so bisection on its derivative finds it.
+  """
+  slope = jax.grad(lambda factor: _loss(factor * logits, one_hot, share))
+
+  def halve(_, bounds):
+    low, high = bounds
+    middle = jnp.sqrt(low * high)
+    rising = slope(middle) > 0
+    return jnp.where(rising, low, middle), jnp.where(rising, middle, high)
+
+  bounds = tuple(map(jnp.float32, TEMPERATURES))
+  low, high = jax.lax.fori_loop(0, 30, halve, bounds)
+  return jnp.sqrt(low * high)
