@@ -22,7 +22,7 @@ from vqt_jax import config as config_lib
 
 def get_config(arg: str | None = None) -> ConfigDict:
   """Return the config for e.g. "method=linear"."""
-  args = config_lib.parse_arg(arg, method="vqt", num_queries=1)
+  args = config_lib.parse_arg(arg, method="vqt", num_queries=0)
   config = config_lib.default_config()
   config.update(args)
   config.task = "digits"

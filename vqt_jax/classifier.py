@@ -79,7 +79,8 @@ class Classifier(sklearn.base.ClassifierMixin, sklearn.base.BaseEstimator):
       image_size: pixels; None: 28 for the shipped backbone, else 224.
       image_fit: "squash", "crop" or "pad": how images are made to fit.
       lr: learning rates to try, per 256 images; the best one on a fifth of the
-        images is trained on all.
+        images is trained on all. This and the next two do not apply to
+        "instant" and "linear", whose heads are computed.
       weight_decay: weight decays to try.
       epochs: passes over the images.
       seeds: of the trained models, which answer together.

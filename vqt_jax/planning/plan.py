@@ -226,8 +226,10 @@ def run(
   _show_steps(console, context, found)
   _show_protocol(console, context, found)
   fits = all(estimate.fits(context.chip) for estimate in found)
-  batch, too_large = largest_batch(context)
-  console.note(_batch_line(context, batch, too_large), "batch")
+  batch = None
+  if config.solver == "gradient":
+    batch, too_large = largest_batch(context)
+    console.note(_batch_line(context, batch, too_large), "batch")
   if fits:
     console.note("it fits", "verdict")
   else:

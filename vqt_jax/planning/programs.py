@@ -25,6 +25,7 @@ from vqt_jax.models import vit
 from vqt_jax.planning import tpus
 from vqt_jax.runtime import mesh as mesh_lib
 from vqt_jax.training import protocol
+from vqt_jax.training import ridge
 from vqt_jax.training import stage as stage_lib
 from vqt_jax.training import stages as stages_lib
 from vqt_jax.training import step as step_lib
@@ -143,6 +144,12 @@ def all_programs(context: PlanContext) -> list[Program]:
   selection counts as two more trainings of the seeds, of which it is a part;
   the choice of a fraction as three more searches, which it is at most.
   """
+  if context.config.solver == "exact":
+    heads = [reading(context)]
+    if context.tuner.reader.is_fixed:
+      heads.append(solving(context))
+    first = [extraction(context)] if context.stored else []
+    return [*first, *heads, test(context)]
   stages = _stages(context)
   times = [1, 1 + 2 * context.selects][-len(stages) :]
   times[0] += 3 * (len(context.config.keep_fraction) > 1)
@@ -250,10 +257,55 @@ def training(context: PlanContext, stage: stage_lib.Stage) -> Program:
   )
 
 
+def reading(context: PlanContext) -> Program:
+  """Return a batch of the features from which a head is computed."""
+  size, count = context.eval_batch_size, context.counts["trainval"]
+  tuner, params = context.tuner, context.params()
+  (stage,) = protocol.planned(context.config, tuner)
+  on_device = _resident(context, "trainval")
+  data = _batch(context, size) if on_device is None else on_device
+  variables, normalize, order = context.replicated(
+    (tuner.shapes(), np.bool_(True), np.zeros(size, np.int32))
+  )
+  return Program(
+    name=stage.label,
+    function=step_lib.features_of,
+    args=(tuner, variables, normalize, params, data, order),
+    images=size,
+    trials=1,
+    steps=1,
+    in_all=len(stage.trials) * -(-count // size),
+    weights=params,
+    data=on_device if on_device is not None else [data] * 2,
+    trained=variables,
+  )
+
+
+def solving(context: PlanContext) -> Program:
+  """Return the solution of a head for one penalty, in closed form."""
+  tuner, count = context.tuner, context.counts["trainval"]
+  (stage,) = protocol.planned(context.config, tuner)
+  penalties = len(ridge.PENALTIES) + len(ridge.FINER) + 1
+  function, args = ridge.largest_program(
+    count, tuner.num_features, tuner.num_classes
+  )
+  return Program(
+    name="penalty",
+    function=function,
+    args=context.replicated(args),
+    images=count,
+    trials=1,
+    steps=1,
+    in_all=len(stage.trials) * penalties,
+    weights=(),
+    data=_resident(context, "trainval"),
+  )
+
+
 def test(context: PlanContext) -> Program:
   """Return all seeds over the test set, with and without selected features."""
   size, c = context.eval_batch_size, context.tuner.config
-  trials = len(context.config.seeds)
+  trials = len(protocol.planned(context.config, context.tuner)[-1].trials)
   several = lambda x: jax.ShapeDtypeStruct((trials, *x.shape), x.dtype)
   ready = context.replicated(
     step_lib.TrainedTrials(

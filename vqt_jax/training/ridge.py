@@ -20,8 +20,10 @@ a difference of large numbers.
 Everything is float32; A is factorised (Cholesky), never inverted to solve.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -138,6 +140,24 @@ def fit(
       for p in sorted(tried)
     ],
   )
+
+
+def largest_program(
+  count: int, width: int, num_classes: int
+) -> tuple[Callable[..., Any], tuple[jax.ShapeDtypeStruct, ...]]:
+  """Return the function that solves for a penalty, with its arguments' shapes.
+
+  Args:
+    count: n.
+    width: F.
+    num_classes: C.
+  """
+  shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+  last = (shape(count, num_classes), shape(count), shape())
+  if count <= width:
+    return _solve_dual, (shape(count, count), shape(), *last)
+  first = (shape(width, width), shape(width, num_classes), shape(count, width))
+  return _solve_primal, (*first, *last)
 
 
 def _check(count: int, width: int) -> None:

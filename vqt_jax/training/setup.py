@@ -216,9 +216,13 @@ def _describe(context: RunContext) -> list[str]:
   size = "x".join(map(str, dict.fromkeys(c.image_size)))
   group = " (vtab-1k)" if context.task.group else ""
   trained = tuner.shapes()
+  if tuner.reader.is_fixed:
+    trained["tuner"] = {}
   shapes = f"head {tuner.num_features:,} x {tuner.num_classes}"
   if tuner.has_queries:
     shapes = f"queries {c.depth} x {tuner.num_queries} x {c.width}, {shapes}"
+  elif tuner.reader.is_fixed:
+    shapes += f" (read by {tuner.num_queries} random queries per block)"
   elif tuner.reader.window:
     count = c.num_tokens // tuner.window
     shapes += f" (of {c.depth} blocks {count} x {tuner.window} tokens each)"
