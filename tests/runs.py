@@ -50,6 +50,7 @@ def get_config():
   c.warmup_epochs = 1
   c.lr = (4.0, 0.1)
   c.weight_decay = (1e-4,)
+  c.solver = "gradient"  # So that a linear probe has epochs to be stopped in.
   c.seeds = (7, 8)
   return c
 """

@@ -326,7 +326,14 @@ def test_the_command_itself():
 @pytest.mark.parametrize(
   "changes, noted",
   [
-    ({"method": "linear"}, ["num_queries is not used by linear"]),
+    (
+      {"method": "linear"},
+      ["num_queries is not used by linear", "epochs is not used by linear"],
+    ),
+    (
+      {"method": "linear", "solver": "gradient"},
+      ["num_queries is not used by linear"],
+    ),
     ({"method": "vqt+lora"}, []),
     ({"method": "", "methods": "linear,vqt"}, []),
     (

@@ -245,9 +245,8 @@ def note_unused(
 ) -> None:
   """Note which of the fields given as flags no method of a config uses."""
   names = methods_lib.split_list(config.methods or config.method)
-  methods = [methods_lib.parse(name) for name in names]
   for field in given:
-    if not any(fields.is_used(field, method) for method in methods):
+    if not fields.is_used_in(field, config):
       console.note(f"{field} is not used by {', '.join(names)}", "note")
 
 

@@ -520,6 +520,34 @@ def is_used(name: str, method: methods_lib.Method | None) -> bool:
   )
 
 
+# Fields that a head which is computed, not trained, does not depend on.
+_OF_GRADIENT = (
+  "epochs",
+  "warmup_epochs",
+  "schedule",
+  "batch_size",
+  "optimizer",
+  "lr",
+  "weight_decay",
+  "settings",
+  "protocol",
+)
+
+
+def is_used_in(name: str, config: ConfigDict) -> bool:
+  """Return whether results of any method of a config may depend on a field."""
+  methods = map(
+    methods_lib.parse, methods_lib.split_list(config.methods or config.method)
+  )
+  return any(
+    is_used(name, method)
+    and not (
+      name in _OF_GRADIENT and method.is_linear and config.solver != "gradient"
+    )
+    for method in methods
+  )
+
+
 def may_change(name: str, method: methods_lib.Method | None) -> bool:
   """Return whether a run may be resumed with another value of a field.
 

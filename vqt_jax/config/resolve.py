@@ -107,9 +107,9 @@ def resolve(
     config.method = ""
     return config
   method = methods_lib.parse(config.method)
-  if not config.solver:
-    config.solver = "exact" if method.is_linear else "gradient"
-  if config.solver == "gradient":
+  if not config.solver and method.is_linear:
+    config.solver = "exact"
+  if config.solver != "exact":
     _fill_recipe(config, method)
     if config.settings:
       _limit_settings(config)

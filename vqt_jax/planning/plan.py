@@ -227,7 +227,7 @@ def run(
   _show_protocol(console, context, found)
   fits = all(estimate.fits(context.chip) for estimate in found)
   batch = None
-  if config.solver == "gradient":
+  if config.solver != "exact":
     batch, too_large = largest_batch(context)
     console.note(_batch_line(context, batch, too_large), "batch")
   if fits:

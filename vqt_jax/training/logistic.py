@@ -26,7 +26,7 @@ import optax
 PENALTIES = tuple(10.0 ** (-e / 2) for e in range(4, 13))
 # A fit ends at this norm of the gradient, scaled as above, or after so many
 # steps.
-TOLERANCE = 3e-4
+TOLERANCE = 1e-4
 STEPS = 1000
 
 
