@@ -114,9 +114,9 @@ def test_rows_are_written_as_they_are_made(start, place, tmp_path, monkeypatch):
   output, seen = tmp_path / "out.csv", []
   pad = predict.model_lib.inputs.pad
 
-  def watched(images):
+  def watched(images, size):
     seen.append(len(output.read_text().splitlines()))
-    return pad(images)
+    return pad(images, size)
 
   monkeypatch.setattr("vqt_jax.tuned.inputs.pad", watched)
   start("vqt", *NAMES, *NAMES[:2], f"--output={output}")

@@ -98,7 +98,7 @@ def predict(
   started, bad = time.monotonic(), 0
   with open_output(output) as out:
     write = row_writer(out, output, list(models.models), top)
-    answers = itertools.chain.from_iterable(models.stream(iter(names)))
+    answers = itertools.chain.from_iterable(models.stream(names))
     for number, (name, answer) in enumerate(zip(names, answers), 1):
       for run, model in models.models.items():
         if isinstance(answer, errors.UserError):

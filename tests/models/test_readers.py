@@ -10,6 +10,7 @@ from tests import helpers
 from tests import runs
 import vqt_jax
 from vqt_jax.config import fields
+from vqt_jax.models import chunks
 from vqt_jax.models import readers
 from vqt_jax.models import tuner as tuner_lib
 
@@ -49,7 +50,7 @@ def test_a_batch_that_others_read_in_chunks(monkeypatch):
   shape = (tuner.config.depth, 20, tuner.config.num_tokens, tuner.config.width)
   tokens = np.random.default_rng(0).standard_normal(shape, np.float32)
   rows, final = jnp.arange(16), jnp.zeros((16, tuner.config.width))
-  monkeypatch.setattr(readers, "CACHE_BYTES", tokens[0, :8].nbytes)
+  monkeypatch.setattr(chunks, "CACHE_BYTES", tokens[0, :8].nbytes)
   assert readers._num_chunks(tokens, rows) == 2
   out = jax.jit(tuner)(variables, tokens, final, rows=rows)
   expected = tokens[:, :16].mean(axis=2).swapaxes(0, 1).reshape(16, -1)

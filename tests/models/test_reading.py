@@ -11,6 +11,7 @@ import pytest
 
 from tests import helpers
 import vqt_jax
+from vqt_jax.models import chunks
 from vqt_jax.models import head
 from vqt_jax.models import readers
 from vqt_jax.models import tuner as tuner_lib
@@ -270,7 +271,7 @@ def test_a_batch_read_in_chunks_is_the_same(monkeypatch, dropout, projected):
     lambda *args: asked.append(args[2].shape) or attend(*args),
   )
   size = tokens[0, :8].nbytes // (2 if projected else 1)
-  monkeypatch.setattr(readers, "CACHE_BYTES", size)
+  monkeypatch.setattr(chunks, "CACHE_BYTES", size)
   parts = jax.jit(lambda queries: grad(queries))(queries)
   assert set(asked) == {(2, 8)}
   helpers.assert_close(parts[1], whole[1], 5e-6, "values")
@@ -387,3 +388,35 @@ def test_unknown_method_and_sizes():
     vqt_jax.make_tuner("vpq", config, 3)
   with pytest.raises(vqt_jax.UserError, match="num_queries: .* found 0"):
     vqt_jax.make_tuner("vqt", config, 3, num_queries=0)
+
+
+def test_a_stream_in_chunks_is_the_stream(monkeypatch):
+  """A CPU computes a large batch in chunks, with the same result."""
+  backbone = helpers.tiny_backbone()
+  images = helpers.tiny_examples(backbone, 6, 3)["image"]
+
+  def run():
+    run_backbone = jax.jit(
+      lambda x: vit.ViT(backbone.config).apply(
+        {"params": backbone.params}, x, collect=("tokens", "blocks")
+      )
+    )
+    return run_backbone(images)
+
+  whole = run()
+  monkeypatch.setattr(vit, "_LEAST_ROWS", 1)
+  monkeypatch.setattr(
+    chunks,
+    "CACHE_BYTES",
+    8 * backbone.config.num_tokens * backbone.config.mlp_dim,
+  )
+  asked = []
+  split = chunks.split
+  monkeypatch.setattr(
+    chunks, "split", lambda x, count: asked.append(count) or split(x, count)
+  )
+  parts = run()
+  assert set(asked) == {3}
+  for name in ("tokens", "blocks", "final"):
+    found, expected = getattr(parts, name), getattr(whole, name)
+    helpers.assert_close(found, expected, 1e-6, name)

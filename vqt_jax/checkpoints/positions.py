@@ -5,7 +5,6 @@ import math
 import numbers
 
 import numpy as np
-import scipy.ndimage
 
 from vqt_jax.errors import UserError
 
@@ -201,6 +200,8 @@ def resize_positions(table: np.ndarray, old: Pair, new: Pair) -> np.ndarray:
   """
   if old == new:
     return table
+  import scipy.ndimage  # Here, as it takes a while.
+
   grid = table.reshape(*old, -1)
   zoom = (new[0] / old[0], new[1] / old[1], 1)
   return scipy.ndimage.zoom(grid, zoom, order=1).reshape(1, -1, grid.shape[-1])

@@ -24,6 +24,7 @@ from vqt_jax.data.task import TfdsTask
 from vqt_jax.data.tensorflow_lazy import quiet
 from vqt_jax.data.tensorflow_lazy import tf
 from vqt_jax.data.tensorflow_lazy import tfds
+from vqt_jax.data.tensorflow_lazy import tfds_code
 from vqt_jax.runtime import files
 
 # Packages whose failures are a bucket's.
@@ -81,7 +82,7 @@ def _find(wanted: names.Request) -> Any:
   if folder:
     return tfds.builder_from_directory(folder)
   try:
-    tfds.builder_cls(wanted.name)
+    tfds_code.builder_cls(wanted.name)
   except ValueError as error:  # Not found, or no name that code can have.
     raise errors.UserError(names.explain_unknown(wanted)) from error
   return tfds.builder(str(wanted), data_dir=os.fspath(wanted.place.parent))

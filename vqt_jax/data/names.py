@@ -19,7 +19,7 @@ from etils import epath
 from vqt_jax import errors
 from vqt_jax.data import listing
 from vqt_jax.data import vtab
-from vqt_jax.data.tensorflow_lazy import tfds
+from vqt_jax.data.tensorflow_lazy import tfds_code
 
 # The project's own dataset; see `digits.py`.
 DIGITS = "digits"
@@ -124,13 +124,13 @@ def find_version_folder(request: Request) -> epath.Path | None:
 
 def is_tfds_name(name: str) -> bool:
   """Return whether TFDS can prepare a dataset of that name (again)."""
-  known = tfds.list_builders(with_community_datasets=False)
+  known = tfds_code.list_builders(with_community_datasets=False)
   return name == DIGITS or name in known
 
 
 def data_folder(data_dir: str | None) -> epath.Path:
   """Path of the TFDS folder; None is TFDS's own."""
-  folder = data_dir or tfds.core.constants.DATA_DIR
+  folder = data_dir or tfds_code.core.constants.DATA_DIR
   return epath.Path(os.path.expanduser(folder))
 
 
@@ -152,7 +152,7 @@ def explain_unknown(request: Request) -> str:
 def explain_unusable(request: Request, error: Exception) -> str:
   """Say what is wrong with a request that TFDS refuses."""
   if is_tfds_name(request.name):
-    configs = tfds.builder_cls(request.name).builder_configs
+    configs = tfds_code.builder_cls(request.name).builder_configs
     if request.config and request.config not in configs:
       known = ", ".join(configs) or "none"
       return (
@@ -168,7 +168,7 @@ def explain_unusable(request: Request, error: Exception) -> str:
 
 def _explain_path(text: str) -> str:
   path = epath.Path(os.path.expanduser(text))
-  if tfds.core.Version.is_valid(path.name):
+  if tfds_code.core.Version.is_valid(path.name):
     path = path.parent
   return (
     f"{text!r} is the path of a dataset: expected its name. If TFDS wrote it"
@@ -218,22 +218,24 @@ def _tfds_versions(request: Request) -> list[Any]:
   """Versions that TFDS's code can prepare, newest first."""
   if not is_tfds_name(request.name):
     return []
-  cls = tfds.builder_cls(request.name)
+  cls = tfds_code.builder_cls(request.name)
   configs = cls.builder_configs
   config = configs.get(request.config) or next(iter(configs.values()), None)
   found = [cls.VERSION, *cls.SUPPORTED_VERSIONS]
   if config:
     found += [config.version, *config.supported_versions]
-  found = {tfds.core.Version(version) for version in found if version}
+  found = {tfds_code.core.Version(version) for version in found if version}
   return sorted(found, reverse=True)
 
 
 def _versions_in(folder: epath.Path) -> list[Any]:
   """Versions that have a folder in a folder, oldest first."""
-  is_version = tfds.core.Version.is_valid
+  is_version = tfds_code.core.Version.is_valid
   with contextlib.suppress(FileNotFoundError, NotADirectoryError):
     names = [path.name for path in folder.iterdir()]
-    return sorted(tfds.core.Version(name) for name in names if is_version(name))
+    return sorted(
+      tfds_code.core.Version(name) for name in names if is_version(name)
+    )
   return []
 
 
@@ -247,7 +249,7 @@ def _matching(versions: list[Any], request: Request) -> list[Any]:
 def _suggest_names(request: Request) -> str:
   """A sentence with the nearest known names, or ""."""
   known = {*vtab.VTAB, *vtab.OFFICIAL_NAMES, DIGITS}
-  known.update(tfds.list_builders(with_community_datasets=False))
+  known.update(tfds_code.list_builders(with_community_datasets=False))
   folder = request.place.parent
   if folder.is_dir():
     known.update(path.name for path in folder.iterdir() if path.is_dir())

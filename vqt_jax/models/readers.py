@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from vqt_jax.models import attention
 from vqt_jax.models import chunked_attention
+from vqt_jax.models import chunks
 from vqt_jax.models import head
 from vqt_jax.models import vit
 from vqt_jax.models import vit_config
@@ -130,17 +131,17 @@ def scan(
   """
   if rows is None:
     return _scan(step, blocks, weights, tokens)
-  depth, count = tokens.shape[:2]
-  flat = tokens.reshape(depth * count, *tokens.shape[2:])
-  chunks = _num_chunks(tokens, rows) if fetches else 1
+  depth, size = tokens.shape[:2]
+  flat = tokens.reshape(depth * size, *tokens.shape[2:])
+  count = _num_chunks(tokens, rows) if fetches else 1
 
   def fetch(block_params, own, index, carry):
-    if chunks > 1 or tokens.ndim > 4:
-      return step(block_params, own, flat, carry, index.reshape(chunks, -1))
+    if count > 1 or tokens.ndim > 4:
+      return step(block_params, own, flat, carry, index.reshape(count, -1))
     fetched = jnp.take(flat, index, axis=0, mode="clip")
     return step(block_params, own, mesh.constrain(fetched, "data"), carry)
 
-  index = rows + count * jnp.arange(depth, dtype=rows.dtype)[:, None]
+  index = rows + size * jnp.arange(depth, dtype=rows.dtype)[:, None]
   return _scan(fetch, blocks, weights, index)
 
 
@@ -161,24 +162,15 @@ def _scan(step: Step, blocks: Any, weights: Any, tokens: jax.Array):
   return jax.lax.scan(body, None, (blocks, weights, tokens))[1]
 
 
-# Size of the tokens in a chunk: a fraction of a usual L3 cache.
-CACHE_BYTES = 8 * 2**20
-
-
 def _num_chunks(tokens: jax.Array, rows: jax.Array) -> int:
   """Number of chunks in which a batch is read from a store.
 
-  On a CPU the chunks fit in the cache, see `chunked_attention`; elsewhere there
-  is one. Of keys and values only one of the two counts: the keys are done with
-  before the values are read.
+  Of keys and values only one of the two counts: the keys are done with before
+  the values are read.
   """
-  if mesh.backend() != "cpu" or mesh.axis_size("data") > 1:
-    return 1
-  count = len(rows)
   row = tokens.shape[2:] if tokens.ndim == 4 else tokens.shape[3:]
-  size = count * math.prod(row) * tokens.dtype.itemsize
-  candidates = range(-(-size // CACHE_BYTES), count // 8 + 1)
-  return next((n for n in candidates if count % n == 0), 1)
+  each = math.prod(row) * tokens.dtype.itemsize
+  return chunks.count(len(rows), each, 8)
 
 
 def window(config: vit_config.ViTConfig, target_size: int) -> int:

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vqt_jax.models import attention as attention_lib
+from vqt_jax.models import chunks
 from vqt_jax.models import vit_config
 
 
@@ -56,6 +57,9 @@ _GELU = {
   "exact": functools.partial(nn.gelu, approximate=False),
   "quick": _quick_gelu,
 }
+
+# Of the products on a chunk of the batch: with fewer they are slower.
+_LEAST_ROWS = 256
 
 
 class Mlp(nn.Module):
@@ -111,6 +115,26 @@ class Block(nn.Module):
   def __call__(
     self, z: jax.Array, weights: Any = None
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return z_{m+1} of z_m (B, N, D), and what is collected.
+
+    A CPU takes the batch in chunks, see `chunks`, if nothing is edited.
+    """
+    count = 1 if self.edit else self._num_chunks(z)
+    if count == 1:
+      return self.whole(z, weights)
+    block, variables = self.unbind()
+    run = lambda z: block.apply(variables, z, method="whole")
+    return chunks.join(jax.lax.map(run, chunks.split(z, count)))
+
+  def _num_chunks(self, z: jax.Array) -> int:
+    batch, tokens, _ = z.shape
+    hidden = tokens * self.config.mlp_dim * np.dtype(self.config.dtype).itemsize
+    return chunks.count(batch, hidden, -(-_LEAST_ROWS // tokens))
+
+  def whole(
+    self, z: jax.Array, weights: Any = None
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Do the same with the batch in one piece."""
     edited = attention_lib.bind_edit(self.edit, weights)
     z = edited("input", z, z)
     tokens = edited("LayerNorm_0", z, self.LayerNorm_0(z))

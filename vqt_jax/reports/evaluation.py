@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 import numpy as np
-import scipy.optimize
 
 from vqt_jax import accuracy as accuracy_lib
 from vqt_jax.reports import evaluation_figure
@@ -123,6 +122,8 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _fit_temperature(log_p: np.ndarray, labels: np.ndarray) -> float:
+  import scipy.optimize  # Here, as it takes a while.
+
   rows = np.arange(len(labels))
 
   def loss(log_t):

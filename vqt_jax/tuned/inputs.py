@@ -17,7 +17,7 @@ from vqt_jax.models import backbone as backbone_lib
 # From one image to the backbone's input, (height, width, 3) float32.
 Prepare = Callable[[Any], np.ndarray]
 
-BATCH = 32  # Images in a pass, if there are as many.
+BATCH = 32  # Images in a pass, at most.
 _THREADS = min(8, os.cpu_count() or 1)
 _FILES = str | bytes | os.PathLike | PIL.Image.Image
 _EXPECTED = (
@@ -89,28 +89,33 @@ def batches(
 
   Yields:
     (B, height, width, 3) float32, and how many of them are images; the rest are
-    0. B is `BATCH`, or for fewer images the next power of two.
+    0. B is as in `prepared`.
 
   Raises:
     UserError: an image cannot be read, or does not fit.
   """
   if hasattr(x, "__array__") and np.asarray(x).dtype.kind == "f":
     images = np.asarray(backbone.checked(x), np.float32)
-    for start in range(0, len(images), BATCH):
-      some = images[start : start + BATCH]
-      yield pad(list(some)), len(some)
+    size = batch_size(len(images))
+    for start in range(0, len(images), size):
+      some = images[start : start + size]
+      yield pad(list(some), size), len(some)
     return
-  for results in prepared(x, prepare):
+  for results, size in prepared(x, prepare):
     for result in results:
       if isinstance(result, errors.UserError):
         raise result
-    yield pad(results), len(results)
+    yield pad(results, size), len(results)
 
 
 def prepared(
   x: Any, prepare: Prepare
-) -> Iterator[list[np.ndarray | errors.UserError]]:
-  """Yield up to `BATCH` images at a time, prepared, or why one cannot be."""
+) -> Iterator[tuple[list[np.ndarray | errors.UserError], int]]:
+  """Yield images, prepared, or why one cannot be, batch by batch.
+
+  With each batch comes the size to which it is to be filled up: that of all of
+  them, or if the number of images is unknown, for the last one its own.
+  """
 
   def attempt(image):
     try:
@@ -118,25 +123,38 @@ def prepared(
     except errors.UserError as e:
       return e
 
-  images = iter(split(x))
+  x = split(x)
+  size = batch_size(len(x)) if hasattr(x, "__len__") else None
+  images = iter(x)
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
     start = lambda: [
       threads.submit(attempt, image)
-      for image in itertools.islice(images, BATCH)
+      for image in itertools.islice(images, size or BATCH)
     ]
     now, ahead = start(), start()
     while now:
-      yield [future.result() for future in now]
+      results = [future.result() for future in now]
+      yield results, size or batch_size(len(results))
       now, ahead = ahead, start()
 
 
-def pad(images: list[np.ndarray]) -> np.ndarray:
-  """Stack images, and fill up to a size for which programs are compiled."""
-  count = len(images)
-  size = BATCH if count > BATCH // 2 else 1 << (count - 1).bit_length()
-  return np.concatenate(
-    [np.stack(images), np.zeros((size - count, *images[0].shape), np.float32)]
-  )
+def batch_size(count: int) -> int:
+  """Size of the batches for some images, so that one program is compiled.
+
+  Up to `BATCH` it is the next power of two, so that calls with other numbers
+  of images often find a compiled program. More images are divided into batches
+  of nearly the same size.
+  """
+  if count <= BATCH:
+    return 1 << max(count - 1, 0).bit_length()
+  batches = -(-count // BATCH)
+  return 2 * -(-count // (2 * batches))
+
+
+def pad(images: list[np.ndarray], size: int) -> np.ndarray:
+  """Stack images, and fill up to a number of them with zeros."""
+  fill = np.zeros((size - len(images), *images[0].shape), np.float32)
+  return np.concatenate([np.stack(images), fill])
 
 
 def split(x: Any) -> Iterable[Any]:

@@ -238,11 +238,11 @@ class Models:
       why it cannot be read.
     """
     first, run = _compiled(tuple(self.models.values()))
-    for results in inputs.prepared(x, first.prepare):
+    for results, size in inputs.prepared(x, first.prepare):
       images = [r for r in results if not isinstance(r, errors.UserError)]
       answers = []
       if images:
-        found = [z[:, : len(images)] for z in run(inputs.pad(images))]
+        found = [z[:, : len(images)] for z in run(inputs.pad(images, size))]
         each = zip(*map(probabilities, found))
         answers = [dict(zip(self.models, answer)) for answer in each]
       left = iter(answers)
