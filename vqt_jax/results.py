@@ -64,6 +64,19 @@ _WHOLE = {
     None,
     {
       "searched": int,
+      "tried": (
+        None,
+        [
+          {
+            **_RUN,
+            "val_accuracy": float | None,
+            "extended": bool,
+            "query_dropout": float | None,
+            "num_queries": int | None,
+            "normalize": bool | None,
+          }
+        ],
+      ),
       "finalists": [
         {
           **_RUN,
