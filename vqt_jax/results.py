@@ -26,6 +26,7 @@ _COMPARED = {
   "test_accuracy": _ACCURACY,
   "chosen": _SETTING,
   "search": (None, {"runs": list}),
+  "best": (None, {"tried": list | None}),
   "trained_parameters": int,
   "tuned_bytes": int | None,
   "batch_size": int | None,

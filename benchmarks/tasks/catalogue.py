@@ -40,7 +40,7 @@ SCENES = {
   "textures": Scene("dev", 16, scenes.textures),
   "mirror": Scene("dev", 4, scenes.mirror),
   "angle": Scene("report", 16, scenes.angle),
-  "distance": Scene("report", 8, scenes.distance),
+  "distance": Scene("report", 5, scenes.distance),
   "shapes": Scene("report", 16, scenes.shapes),
   "depth": Scene("report", 8, scenes.depth),
   "fonts": Scene("report", len(drawing.FONTS), scenes.fonts),

@@ -61,10 +61,10 @@ def place(rng: Generator, label: int) -> np.ndarray:
   """Draw a star in one of 16 columns, among objects of other forms."""
   image = drawing.background(rng)
   paper = drawing.mean_colour(image)
-  radius, margin = rng.uniform(6, 9), 9
+  radius, margin = rng.uniform(12, 17), 16
   x = margin + (label + rng.uniform()) * (SIZE - 2 * margin) / 16
   star = (x, rng.uniform(margin, SIZE - margin), radius)
-  radii = rng.uniform(5, 9, rng.integers(3, 8))
+  radii = rng.uniform(4, 7, rng.integers(0, 4))
   others = (drawing.DISC, drawing.SQUARE, drawing.TRIANGLE, drawing.HEXAGON)
   for other in drawing.scatter(rng, radii, [star]):
     _object(rng, image, _pick(rng, others), other, paper)
@@ -153,25 +153,23 @@ def angle(rng: Generator, label: int) -> np.ndarray:
 
 
 def distance(rng: Generator, label: int) -> np.ndarray:
-  """Draw two crosses in one of 8 distances, among other objects."""
+  """Draw two crosses in one of 5 distances, on scribbles."""
   image = drawing.background(rng)
   paper = drawing.mean_colour(image)
-  radius = rng.uniform(5, 8)
-  apart = 17 + (label + rng.uniform(0.1, 0.9)) * 9
+  radius = rng.uniform(8, 12)
+  apart = 26 + (label + rng.uniform(0.1, 0.9)) * 12
   while True:
     one = rng.uniform(radius + 1, SIZE - radius - 1, 2)
     turn = _turn(rng)
     two = one + apart * np.array([np.cos(turn), np.sin(turn)])
     if radius < two.min() and two.max() < SIZE - radius:
       break
+  _scribble(rng, image, rng.integers(0, 4))
   crosses = [(*one, radius), (*two, radius * rng.uniform(0.8, 1.2))]
-  others = (drawing.DISC, drawing.SQUARE, drawing.TRIANGLE, drawing.HEXAGON)
-  radii = rng.uniform(4, 9, rng.integers(2, 6))
-  for other in drawing.scatter(rng, radii, crosses):
-    _object(rng, image, _pick(rng, others), other, paper)
+  colour = drawing.contrasting(rng, paper)
   for cross in crosses:
     points = drawing.place(drawing.CROSS, cross[:2], cross[2], _turn(rng))
-    drawing.fill(image, points, drawing.contrasting(rng, paper))
+    drawing.fill(image, points, colour)
   return drawing.finish(rng, image)
 
 
@@ -201,10 +199,12 @@ def shapes(rng: Generator, label: int) -> np.ndarray:
   paper = drawing.mean_colour(image)
   _scribble(rng, image, rng.integers(1, 6))
   stretch = np.array([1, rng.uniform(0.75, 1)])
-  outline = drawing.place(_CURVES[label], (0, 0), 1, _turn(rng)) * stretch
+  turn = _turn(rng)
+  outline = drawing.place(_CURVES[label], (0, 0), 1, -turn)
   radius = rng.uniform(20, 40)
   centre = rng.uniform(radius * 0.9, SIZE - radius * 0.9, 2)
-  points = drawing.place(outline, centre, radius, rng.uniform(-0.5, 0.5))
+  turn += rng.uniform(-0.5, 0.5)
+  points = drawing.place(outline * stretch, centre, radius, turn)
   colour = drawing.contrasting(rng, paper)
   kind = rng.uniform()
   edge = drawing.contrasting(rng, paper) if kind > 0.5 else None

@@ -227,7 +227,8 @@ def test_ended_in_every_kind_of_stage(material, best, tmp_path, monkeypatch):
     (ROWS, 3, TERM),  # Of its start and three epochs.
     (WRITE, 3, TERM),
     (ROWS, 18, KILL),
-    (WRITE, 6, TERM),
+    (WRITE, 2, TERM),
+    (WRITE, 3, TERM),
   ):
     if number == KILL:
       process = runs.Process(
@@ -243,8 +244,9 @@ def test_ended_in_every_kind_of_stage(material, best, tmp_path, monkeypatch):
         runs.signal_on_call(patch.setattr, name, call, TERM)
         assert main.main(argv) == 75
     was_in.append(runs.metrics(tmp_path)[-1]["phase"])
+  assert was_in[2] == "search_1_beyond_1"
   was_in = [name.split("_")[0] for name in was_in]
-  assert was_in == ["search", "scores", "fold", "keep"]
+  assert was_in == ["search", "scores", "search", "fold", "keep"]
 
   assert main.main(argv) == 0
   whole, _ = best

@@ -356,9 +356,9 @@ def _show_protocol(console, context, found: Sequence[ResourceEstimate]) -> None:
   if c.protocol == "best":
     beyond = grid.most(len(c.lr), len(c.weight_decay)) if c.extend_grid else 0
     console.note(
-      "protocol=best adds a wider search, its folds and seeds, which are not"
-      f" in here; of settings beyond the grid up to {beyond} for each number"
-      " of queries",
+      "protocol=best adds a wider search, folds and seeds, which are not"
+      f" counted here; of the search up to {beyond} settings are beyond the"
+      " grid",
       "best",
     )
 

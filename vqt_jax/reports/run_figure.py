@@ -61,25 +61,28 @@ def _search(ax: Any, results: dict[str, Any]) -> None:
 
 
 def _beyond(ax: Any, results: dict[str, Any]) -> None:
-  """Draw the grid that was extended last, and frame its best on val."""
+  """Draw the grid that was extended last, and frame its best on val.
+
+  Values that were added have labels in blue.
+  """
   tried = _tried(results)
   alike = lambda x: [
     x.get(key) for key in ("num_queries", "query_dropout", "normalize")
   ]
   last = [x for x in tried if x["extended"]][-1]
-  accuracy = {
-    (x["lr"], x["weight_decay"]): x["val_accuracy"]
-    for x in tried
-    if alike(x) == alike(last)
-  }
-  rank = lambda place: (-(accuracy[place] or 0.0), *place)
-  _heat_map(ax, accuracy, min(accuracy, key=rank))
+  shown = [x for x in tried if alike(x) == alike(last)]
+  place = lambda x: (x["lr"], x["weight_decay"])
+  accuracy = {place(x): x["val_accuracy"] for x in shown}
+  _heat_map(ax, accuracy, min(accuracy, key=lambda p: (-(accuracy[p] or 0), p)))
+  ticks = (ax.get_xticklabels(), ax.get_yticklabels())
+  for labels, *values in zip(ticks, zip(*map(place, shown))):
+    given = {v for v, x in zip(*values, shown) if not x["extended"]}
+    for label, value in zip(labels, sorted(set(*values))):
+      label.set_color(style.INK if value in given else style.COLOURS[0])
   count = sum(x["extended"] for x in tried)
   queries = f", T={last['num_queries']}" if "num_queries" in last else ""
   norm = "" if last.get("normalize", True) else ", not normalised"
-  ax.set_title(
-    f"{count} settings beyond the grid: val{queries}{norm}, %", loc="left"
-  )
+  ax.set_title(f"{count} beyond the grid: val{queries}{norm}, %", loc="left")
 
 
 def _tried(results: dict[str, Any]) -> list[dict[str, Any]]:
