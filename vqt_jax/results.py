@@ -38,6 +38,7 @@ _COMPARED = {
   "test_accuracy": _ACCURACY,
   "chosen": _SETTING,
   "search": (None, {"runs": list}),
+  "best": (None, {"tried": list | None}),
   "trained_parameters": int,
   "tuned_bytes": int | None,
   "batch_size": int | None,
@@ -76,6 +77,19 @@ _WHOLE = {
     None,
     {
       "searched": int,
+      "tried": (
+        None,
+        [
+          {
+            **_RUN,
+            "val_accuracy": float | None,
+            "extended": bool,
+            "query_dropout": float | None,
+            "num_queries": int | None,
+            "normalize": bool | None,
+          }
+        ],
+      ),
       "finalists": [
         {
           **_RUN,

@@ -84,8 +84,14 @@ def _best(method):
     setting |= {"num_queries": 2, "query_dropout": 0.1, "normalize": False}
   other = setting | {"lr": 0.2}
   fractions = (0.5, 1.0) if method == "vqt" else (1.0,)
+  wide = [{**setting, "lr": 0.1 * n, "val_accuracy": 0.1 * n} for n in (1, 2)]
+  beyond = [{**setting, "lr": 0.1 * n, "val_accuracy": None} for n in (4, 8)]
   return {
     "searched": 60,
+    "tried": [
+      *({**each, "extended": False} for each in wide),
+      *({**each, "extended": True} for each in beyond),
+    ],
     "folds": 5,
     "finalists": [
       {**setting, "val_accuracy": 0.8, "cv_accuracy": 0.7, "full": False},

@@ -1,6 +1,7 @@
 """Protocols: packs, folds, the wider search; and that all of it resumes."""
 
 import signal
+import types
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from vqt_jax import data
 from vqt_jax import errors
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.training import cross_validation
+from vqt_jax.training import grid
 from vqt_jax.training import loop
 from vqt_jax.training import protocol
 from vqt_jax.training import stage as stage_lib
@@ -178,7 +180,10 @@ def test_the_best_protocol_never_looks_at_the_test_split(best):
   )
 
   found = runs.results(workdir)
-  assert found["best"]["searched"] == 8
+  # Two values beyond an end of the grid, at which the best was.
+  tried = found["best"]["tried"]
+  assert len(tried) == found["best"]["searched"] == 10
+  assert sum(each["extended"] for each in tried) == 2
   assert sum(f["full"] for f in found["best"]["finalists"]) == 1
   _check_choice(found["best"])
   names = [tested["name"] for tested in found["tested"]]
@@ -222,7 +227,8 @@ def test_ended_in_every_kind_of_stage(material, best, tmp_path, monkeypatch):
     (ROWS, 3, TERM),  # Of its start and three epochs.
     (WRITE, 3, TERM),
     (ROWS, 18, KILL),
-    (WRITE, 6, TERM),
+    (WRITE, 2, TERM),
+    (WRITE, 3, TERM),
   ):
     if number == KILL:
       process = runs.Process(
@@ -238,8 +244,9 @@ def test_ended_in_every_kind_of_stage(material, best, tmp_path, monkeypatch):
         runs.signal_on_call(patch.setattr, name, call, TERM)
         assert main.main(argv) == 75
     was_in.append(runs.metrics(tmp_path)[-1]["phase"])
+  assert was_in[2] == "search_1_beyond_1"
   was_in = [name.split("_")[0] for name in was_in]
-  assert was_in == ["search", "scores", "fold", "keep"]
+  assert was_in == ["search", "scores", "search", "fold", "keep"]
 
   assert main.main(argv) == 0
   whole, _ = best
@@ -265,6 +272,86 @@ def test_a_choice_at_an_end_of_the_grid_is_told(rates, chosen, end):
     "diverged": [],
   }
   assert protocol._choice(found, 256).endswith(f" within 0.5 points{end})")
+
+
+@pytest.mark.parametrize(
+  "values, best, beyond",
+  [
+    ((1.0, 0.5, 0.25), 0.25, (0.125, 0.0625)),
+    ((0.25, 0.5, 1.0), 1.0, (2.0, 4.0)),
+    ((1.0, 0.5, 0.25), 0.5, ()),
+    ((8.0, 1.0, 0.5), 8.0, (64.0, 512.0)),  # The neighbouring step.
+    ((0.5,), 0.5, ()),  # No step at all,
+    ((0.5, 0.0), 0.5, ()),  # nor here.
+    ((0.25, 0.125, 0.0), 0.0, ()),
+    ((0.25, 0.125, 0.0), 0.125, ()),
+    ((0.25, 0.125, 0.0), 0.25, (0.5, 1.0)),
+  ],
+)
+def test_what_lies_beyond_an_end_of_a_grid(values, best, beyond):
+  assert grid.beyond(values, best) == beyond
+
+
+def _extend(accuracy, rates, decays=(0.0,)):
+  """What is added to a grid, by its accuracies (None: diverged); the notes."""
+  notes, names = [], []
+  tuner = tuner_lib.Tuner("linear", None, 3)
+
+  class FakeStages:
+    def run(self, stage):
+      names.append(stage.name)
+      found = [accuracy(t.lr, t.weight_decay) for t in stage.trials]
+      return stage_lib.StageResult(
+        history=[],
+        seconds=1.0,
+        diverged=[i for i, share in enumerate(found) if share is None],
+        accuracy=[share or 0.0 for share in found],
+      )
+
+  context = types.SimpleNamespace(
+    config=types.SimpleNamespace(batch_size=256),
+    console=types.SimpleNamespace(note=lambda text, label: notes.append(text)),
+  )
+  tried = {
+    (tuner, trial.Trial(lr, decay, 1)): accuracy(lr, decay)
+    for lr in rates
+    for decay in decays
+  }
+  added, seconds = cross_validation._extend(context, FakeStages(), tried)
+  assert seconds == len(names) == len(set(names))
+  return [(t.lr, t.weight_decay) for _, t in added], notes
+
+
+def test_a_grid_is_extended_until_the_best_is_inside():
+  nearer = lambda best: lambda lr, decay: 1 / (1 + abs(lr - best) + decay)
+  assert _extend(nearer(0.5), (1.0, 0.5, 0.25)) == ([], [])
+  added, notes = _extend(nearer(0.03125), (1.0, 0.5, 0.25))
+  assert added == [(2.0**-n, 0.0) for n in (3, 4, 5, 6)]
+  assert notes[0].endswith(
+    "0.25, the best, is at an end of its grid: beyond it, 0.125, 0.0625"
+  )
+  # With all decays.
+  added, _ = _extend(nearer(2.0), (1.0, 0.5), (0.0, 0.5))
+  assert added == [(2.0, 0.0), (2.0, 0.5), (4.0, 0.0), (4.0, 0.5)]
+
+
+def test_decays_are_extended_likewise():
+  added, _ = _extend(lambda lr, decay: decay * (decay < 4), (1.0,), (0.5, 1.0))
+  assert added == [(1.0, 2.0), (1.0, 4.0)]
+
+
+def test_nothing_is_tried_beyond_what_diverges():
+  higher = lambda lr, decay: lr if lr < 8 else None
+  added, _ = _extend(higher, (1.0, 2.0))
+  assert added == [(4.0, 0.0), (8.0, 0.0)]
+  assert _extend(lambda *_: None, (1.0, 2.0)) == ([], [])
+
+
+def test_the_extension_of_a_grid_is_bounded():
+  added, notes = _extend(lambda lr, decay: lr * decay, (1.0, 2.0), (1.0, 2.0))
+  assert notes[-1] == "the best is still at an end of its grid"
+  assert len(added) == grid.most(2, 2) == 8 * 8 - 4
+  assert grid.most(2, 1) == 6
 
 
 @pytest.mark.parametrize(

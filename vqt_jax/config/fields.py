@@ -377,6 +377,11 @@ SECTIONS = {
       (42, 44, 82, 100, 800), "Seeds of the final trials.", most=2**32 - 1
     ),
     "seed": Field(0, "Seed of the order of the examples.", most=2**32 - 1),
+    "extend_grid": Field(
+      True,
+      "protocol=best: while the best learning rate, or weight decay, lies at"
+      " an end of its grid, try values beyond it.",
+    ),
     "best.num_queries": Field(
       (1, 10),
       "protocol=best: numbers of queries to try too.",

@@ -28,6 +28,7 @@ from vqt_jax.planning import programs
 from vqt_jax.planning import tpus
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import units
+from vqt_jax.training import grid
 from vqt_jax.training import setup
 
 TRIES = 6  # Batches that are compiled to find the largest that fits.
@@ -353,6 +354,15 @@ def _show_protocol(console, context, found: Sequence[ResourceEstimate]) -> None:
     rows.append(["all", "", f"{total:,.2f}"])
   if rows:
     console.table(["whole protocol", "steps", "seconds at least"], rows)
+  c = context.config
+  if c.protocol == "best":
+    beyond = grid.most(len(c.lr), len(c.weight_decay)) if c.extend_grid else 0
+    console.note(
+      "protocol=best adds a wider search, folds and seeds, which are not"
+      f" counted here; of the search up to {beyond} settings are beyond the"
+      " grid",
+      "best",
+    )
 
 
 def _batch_line(context, fits: int | None, fails: int | None) -> str:

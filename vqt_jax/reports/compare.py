@@ -159,10 +159,12 @@ def _entry(results: Mapping[str, Any]) -> dict[str, Any]:
   entry = {key: results.get(key) for key in FIELDS}
   search = entry.pop("search")
   memory = entry.pop("memory") or {}
+  # Of protocol=best; not of earlier versions.
+  tried = (results.get("best") or {}).get("tried") or ()
   return {
     **entry,
     "setup": _setup(results),
-    "settings": len(search["runs"]) if search else 1,
+    "settings": len(tried) or (len(search["runs"]) if search else 1),
     **{
       key: memory.get(key)
       for key in ("peak_bytes", "step_bytes", "side_by_side")

@@ -18,6 +18,7 @@ def report(results: dict[str, Any], path: str | os.PathLike) -> None:
   if results["search"]:
     panels.insert(0, _search)
   if results["best"]:
+    panels += [_beyond] * any(x["extended"] for x in _tried(results))
     panels.append(_finalists)
   if _fractions(results):
     panels.append(_keep_fractions)
@@ -47,19 +48,61 @@ def report(results: dict[str, Any], path: str | os.PathLike) -> None:
 
 
 def _search(ax: Any, results: dict[str, Any]) -> None:
-  """Draw val accuracy of every setting as a heat map; the chosen is framed."""
+  """Draw val accuracy of every setting; the chosen one is framed."""
   search = results["search"]
-  runs, accuracy = search["runs"], search["val_accuracy"]
-  rates = sorted({run["lr"] for run in runs})
-  decays = sorted({run["weight_decay"] for run in runs})
+  accuracy = {
+    (run["lr"], run["weight_decay"]): None if i in search["diverged"] else value
+    for i, (run, value) in enumerate(
+      zip(search["runs"], search["val_accuracy"])
+    )
+  }
+  chosen = search["runs"][search["chosen"]]
+  _heat_map(ax, accuracy, (chosen["lr"], chosen["weight_decay"]))
+  ax.set_title("Search: accuracy on val, %", loc="left")
+
+
+def _beyond(ax: Any, results: dict[str, Any]) -> None:
+  """Draw the grid that was extended last, and frame its best on val.
+
+  Values that were added have labels in blue.
+  """
+  tried = _tried(results)
+  alike = lambda x: [
+    x.get(key) for key in ("num_queries", "query_dropout", "normalize")
+  ]
+  last = [x for x in tried if x["extended"]][-1]
+  shown = [x for x in tried if alike(x) == alike(last)]
+  place = lambda x: (x["lr"], x["weight_decay"])
+  accuracy = {place(x): x["val_accuracy"] for x in shown}
+  _heat_map(ax, accuracy, min(accuracy, key=lambda p: (-(accuracy[p] or 0), p)))
+  ticks = (ax.get_xticklabels(), ax.get_yticklabels())
+  for labels, *values in zip(ticks, zip(*map(place, shown))):
+    given = {v for v, x in zip(*values, shown) if not x["extended"]}
+    for label, value in zip(labels, sorted(set(*values))):
+      label.set_color(style.INK if value in given else style.COLOURS[0])
+  count = sum(x["extended"] for x in tried)
+  queries = f", T={last['num_queries']}" if "num_queries" in last else ""
+  norm = "" if last.get("normalize", True) else ", not normalised"
+  ax.set_title(f"{count} beyond the grid: val{queries}{norm}, %", loc="left")
+
+
+def _tried(results: dict[str, Any]) -> list[dict[str, Any]]:
+  """Return all settings of protocol=best; [] where they were not recorded."""
+  return results["best"].get("tried") or []
+
+
+def _heat_map(
+  ax: Any,
+  accuracy: dict[tuple[float, float], float | None],
+  framed: tuple[float, float],
+) -> None:
+  """Draw accuracy over (learning rate, weight decay); None: it diverged."""
+  rates, decays = (sorted(set(values)) for values in zip(*accuracy))
   table = np.full((len(decays), len(rates)), np.nan)
-  place = lambda run: (
-    decays.index(run["weight_decay"]),
-    rates.index(run["lr"]),
-  )
-  for i, (run, value) in enumerate(zip(runs, accuracy)):
-    if value is not None and i not in search["diverged"]:
-      table[place(run)] = value
+  place = lambda lr, decay: (decays.index(decay), rates.index(lr))
+  for setting, value in accuracy.items():
+    if value is not None:
+      table[place(*setting)] = value
   low, high = np.nanmin(table), np.nanmax(table)
   ax.imshow(
     table,
@@ -68,10 +111,12 @@ def _search(ax: Any, results: dict[str, Any]) -> None:
     vmax=high + 0.6 * (high - low) + 1e-6,
     aspect="auto",
   )
-  for (y, x), value in np.ndenumerate(table):
-    text = "diverged" if np.isnan(value) else f"{100 * value:.1f}"
-    ax.text(x, y, text, ha="center", va="center", color=style.INK)
-  y, x = place(runs[search["chosen"]])
+  small = {"fontsize": 8} if len(rates) > 6 else {}
+  for setting, value in accuracy.items():
+    text = "diverged" if value is None else f"{100 * value:.1f}"
+    y, x = place(*setting)
+    ax.text(x, y, text, ha="center", va="center", color=style.INK, **small)
+  y, x = place(*framed)
   ax.add_patch(
     figures.matplotlib.patches.Rectangle(
       (x - 0.5, y - 0.5),
@@ -84,12 +129,11 @@ def _search(ax: Any, results: dict[str, Any]) -> None:
       zorder=3,
     )
   )
-  ax.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
-  ax.set_yticks(range(len(decays)), [f"{decay:g}" for decay in decays])
+  ax.set_xticks(range(len(rates)), [f"{rate:.3g}" for rate in rates], **small)
+  ax.set_yticks(range(len(decays)), [f"{decay:.3g}" for decay in decays])
   ax.set(xlabel="learning rate, as used", ylabel="weight decay")
   ax.tick_params(length=0)
   ax.spines[:].set_visible(False)
-  ax.set_title("Search: accuracy on val, %", loc="left")
 
 
 def _training(ax: Any, results: dict[str, Any]) -> None:

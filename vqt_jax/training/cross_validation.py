@@ -1,9 +1,10 @@
 """The search of protocol=best: more out of the same labels.
 
 Beside learning rates and weight decays it tries query counts, normalisation and
-query dropout. The finalists on val (and the choice of the full protocol) are
-compared by cross-validation on all of trainval, and so are the fractions of
-features to keep. The test set plays no part.
+query dropout, and rates and decays beyond an end of the grid that is best. The
+finalists on val (and the choice of the full protocol) are compared by
+cross-validation on all of trainval, and so are the fractions of features to
+keep. The test set plays no part.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import numpy as np
 from vqt_jax import errors
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.training import feature_selection
+from vqt_jax.training import grid
 from vqt_jax.training import setup
 from vqt_jax.training import stage
 from vqt_jax.training import stages as stages_lib
@@ -82,7 +84,13 @@ def search(
   """
   c, first = context.config.best, (context.tuner, first)
   parts = folds(count, c.folds)
-  val, seconds = _wide(context, stages, known)
+  searched, seconds = _wide(context, stages, known)
+  beyond = {}
+  if context.config.extend_grid:
+    beyond, more = _extend(context, stages, searched)
+    seconds += more
+  searched |= beyond
+  val = _finite(searched)
   ranked = sorted(val, key=lambda pair: (-val[pair], *simplest(pair)))
   finalists = list(dict.fromkeys([*ranked[: c.finalists], first]))
 
@@ -107,6 +115,10 @@ def search(
   )
   found = {
     "searched": len(val),
+    "tried": [
+      {**setting(*p), "val_accuracy": searched[p], "extended": p in beyond}
+      for p in searched
+    ],
     "finalists": [
       {
         **setting(*p),
@@ -141,17 +153,17 @@ def _wide(
   context: setup.RunContext,
   stages: stages_lib.Stages,
   known: dict[str, Any] | None,
-) -> tuple[dict[Setting, float], float]:
-  """Return the val accuracy of every setting that did not diverge; seconds."""
+) -> tuple[dict[Setting, float | None], float]:
+  """Return the val accuracy of every setting, None if it diverged; seconds."""
   c = context.config
-  val, seconds = {}, 0.0
+  tried, seconds = {}, 0.0
   if known:
-    val = {
+    tried = {
       (context.tuner, trial_lib.Trial(**trial)): known["val_accuracy"][i]
-      for i, trial in enumerate(known["runs"])
       if i not in known["diverged"]
+      else None
+      for i, trial in enumerate(known["runs"])
     }
-  tried = [trial_lib.Trial(**trial) for trial in known["runs"]] if known else []
   wide = (c.best.query_dropout, (True, False))
   counts = sorted({context.tuner.num_queries, *c.best.num_queries})
   if not context.tuner.has_queries:
@@ -164,27 +176,91 @@ def _wide(
       )
       for lr, decay, *rest in itertools.product(c.lr, c.weight_decay, *wide)
     )
-    if tuner == context.tuner:
-      trials = tuple(trial for trial in trials if trial not in tried)
-    if not trials:
-      continue
-    out = stages.run(
-      stage.settings_stage(
-        f"search_{num_queries}",
-        "search",
-        tuner,
-        trials,
-        ("val", None),
-        split="train",
-      )
+    trials = tuple(trial for trial in trials if (tuner, trial) not in tried)
+    if trials:
+      found, more = _try(stages, f"search_{num_queries}", tuner, trials)
+      tried |= found
+      seconds += more
+  return tried, seconds
+
+
+def _try(
+  stages: stages_lib.Stages,
+  name: str,
+  tuner: tuner_lib.Tuner,
+  trials: tuple[trial_lib.Trial, ...],
+) -> tuple[dict[Setting, float | None], float]:
+  """Train on train; return accuracy on val, None if diverged; seconds."""
+  out = stages.run(
+    stage.settings_stage(
+      name, "search", tuner, trials, ("val", None), split="train"
     )
-    seconds += out.seconds
-    val |= {
-      (tuner, trial): out.accuracy[i]
-      for i, trial in enumerate(trials)
-      if i not in out.diverged
-    }
-  return val, seconds
+  )
+  found = {
+    (tuner, trial): None if i in out.diverged else out.accuracy[i]
+    for i, trial in enumerate(trials)
+  }
+  return found, out.seconds
+
+
+def _finite(tried: dict[Setting, float | None]) -> dict[Setting, float]:
+  """Return those that did not diverge."""
+  return {pair: share for pair, share in tried.items() if share is not None}
+
+
+def _extend(
+  context: setup.RunContext,
+  stages: stages_lib.Stages,
+  tried: dict[Setting, float | None],
+) -> tuple[dict[Setting, float | None], float]:
+  """Search beyond the grid while the best on val lies at an end of it.
+
+  New rates are tried with all decays, and new decays with all rates, that were
+  tried with the query count, dropout and normalisation of the best. It ends
+  when the best is inside: a rate that diverged is an end beyond which there is
+  nothing. Each axis is extended `grid.ROUNDS` times at most.
+
+  Returns:
+    What was added, as `_wide` returns it; seconds.
+  """
+  added, seconds = {}, 0.0
+  rounds = {"lr": 0, "weight_decay": 0}
+  for number in itertools.count(1):
+    val = _finite(tried | added)
+    if not val:
+      break
+    tuner, best = min(val, key=lambda pair: (-val[pair], *simplest(pair)))
+    alike = [
+      trial
+      for other, trial in tried | added
+      if other == tuner
+      and dataclasses.replace(trial, lr=best.lr, weight_decay=best.weight_decay)
+      == best
+    ]
+    axes = {n: sorted({getattr(t, n) for t in alike}) for n in rounds}
+    new = {n: grid.beyond(axes[n], getattr(best, n)) for n in rounds}
+    name = next((n for n in rounds if new[n] and rounds[n] < grid.ROUNDS), None)
+    if name is None:
+      if any(new.values()):
+        context.console.note("the best is still at an end of its grid", "grid")
+      break
+    rounds[name] += 1
+    scale = 256 / context.config.batch_size if name == "lr" else 1
+    shown = [f"{x * scale:g}" for x in (getattr(best, name), *new[name])]
+    context.console.note(
+      f"{name} {shown[0]}, the best, is at an end of its grid: beyond it,"
+      f" {', '.join(shown[1:])}",
+      "grid",
+    )
+    trials = tuple(
+      dataclasses.replace(best, lr=lr, weight_decay=decay)
+      for lr, decay in itertools.product(*(axes | {name: new[name]}).values())
+    )
+    stage_name = f"search_{tuner.num_queries}_beyond_{number}"
+    found, more = _try(stages, stage_name, tuner, trials)
+    added |= found
+    seconds += more
+  return added, seconds
 
 
 def _cross_validate(
