@@ -38,6 +38,7 @@ from vqt_jax import errors
 from vqt_jax.data import listing
 from vqt_jax.models.backbone import find_scaling
 from vqt_jax.reports import attention_figure
+from vqt_jax.reports import style
 from vqt_jax.runtime import files
 from vqt_jax.runtime import logfile
 from vqt_jax.runtime import numerics
@@ -237,7 +238,8 @@ class Attention:
       maps.append(weights.reshape(-1, *c.grid))
       mean, std = map(np.array, find_scaling(model.backbone.value_range))
       shown.append(np.clip(image * std + mean, 0, 1))
-      (label,) = model.predict(image[None])
+      likeliest = model.predict_proba(image[None])[0].argmax()
+      label = style.legible(model.classes)[likeliest]
       labels.append(label if len(self._models) == 1 else f"{run}: {label}")
     file = self._folder / f"{number}_{pathlib.PurePath(name).stem[:80]}.png"
     attention_figure.attention(np.stack(shown), np.stack(maps), labels, file)
