@@ -176,6 +176,11 @@ def open_output(output: str | None) -> Iterator[IO[str]]:
   if pathlib.Path(output).suffix not in (".csv", ".jsonl"):
     raise errors.UserError(f"--output {output}: expected *.csv or *.jsonl.")
   path = files.path(output)
+  if files.in_bucket(path) or files.exists(path) and not path.is_file():
+    raise errors.UserError(
+      f"--output {output}: expected a local file, as it grows line by line."
+      " Without --output, lines go to standard output."
+    )
   text = dict(encoding="utf-8", errors="surrogateescape", newline="")
   with files.explain_write_errors(path), open(path, "w", **text) as opened:
     yield opened
