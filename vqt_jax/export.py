@@ -6,8 +6,9 @@ and `python -m vqt_jax.export` with the same arguments: first the workdir of a
 finished run, or a bundle (its tuned/), or several on one backbone, then images
 to compare answers on, as for predict; default: photographs of scikit-learn.
 
---output PLACE   NAME.stablehlo: for jax.export; and NAME.json, with the names
-                 of the classes. A folder: a SavedModel of TensorFlow
+--output PLACE   NAME.stablehlo for jax.export, NAME.onnx for ONNX (by jax2onnx,
+                 if that is installed), or a folder for a SavedModel of
+                 TensorFlow; the names of the classes in NAME.json, or in it
 --backbone FILE  the backbone, if it is elsewhere than in training
 
 The program takes uint8 images (b, h, w, 3), RGB, of any size, and returns
@@ -46,6 +47,7 @@ from vqt_jax.tuned import run_exported
 
 USAGE = "Usage: RUN... [IMAGES...] --output PLACE (--help tells more)."
 INFO = "export.json"  # In a SavedModel.
+_KINDS = {".stablehlo": exporting.to_stablehlo, ".onnx": exporting.to_onnx}
 _MOST_IMAGES = 32
 # Of differences, against the largest logit or 1: of float32, and of what cannot
 # be the same, bfloat16 and crops, for which Pillow rounds edges.
@@ -103,7 +105,8 @@ def export(
     try:
       program = temporary / place.name
       if place.suffix:
-        files.write(program, exporting.to_stablehlo(models))
+        to_bytes = _KINDS[place.suffix]
+        files.write(program, to_bytes(models))
       else:
         exporting.write_saved_model(models, program)
       difference = compare(program, models, images)
@@ -137,10 +140,10 @@ def _places(output: str) -> tuple[pathlib.Path, pathlib.Path]:
     UserError: it is of no kind that can be written, or there is something.
   """
   place = files.path(output)
-  if files.in_bucket(place) or place.suffix not in ("", ".stablehlo"):
+  if files.in_bucket(place) or place.suffix not in ("", *_KINDS):
     raise errors.UserError(
-      f"--output {output}: expected NAME.stablehlo, or a folder without a dot"
-      " in its name for a SavedModel, on this machine."
+      f"--output {output}: expected NAME.stablehlo, NAME.onnx, or a folder"
+      " without a dot in its name for a SavedModel, on this machine."
     )
   beside = place.with_suffix(".json") if place.suffix else place / INFO
   for each in (place, beside):

@@ -5,16 +5,19 @@ all seeds of one model, or of several on one backbone. Its weights are in it.
 """
 
 from collections.abc import Callable, Mapping
+import functools
 import os
 import pathlib
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 
 from vqt_jax import errors
 from vqt_jax.data.tensorflow_lazy import tf
 from vqt_jax.models.backbone import find_scaling
+from vqt_jax.runtime import files
 from vqt_jax.tuned import model as model_lib
 from vqt_jax.tuned import resizing
 
@@ -130,3 +133,35 @@ def write_saved_model(
   module.serve = serve
   signatures = {"serving_default": serve}
   tf.saved_model.save(module, os.fspath(folder), signatures=signatures)
+
+
+def to_onnx(models: Mapping[str, model_lib.Model]) -> bytes:
+  """Return a program as an ONNX model with the input `images`.
+
+  Raises:
+    UserError: jax2onnx is not installed, or cannot convert it.
+  """
+  try:
+    import jax2onnx
+  except ImportError as e:
+    raise errors.UserError(
+      "ONNX needs two more packages: pip install jax2onnx onnxruntime"
+    ) from e
+  program, weights = make_program(models)
+  shape = jax.export.symbolic_shape(_ANY_IMAGES)
+  images = jax.ShapeDtypeStruct(shape, jnp.uint8)
+  # Traced first: jax2onnx replaces functions of jax.numpy that Flax uses.
+  traced, outputs = jax.make_jaxpr(
+    functools.partial(program, weights), return_shape=True
+  )(images)
+  try:
+    return jax2onnx.to_onnx(
+      jax.extend.core.jaxpr_as_fun(traced),
+      [images],
+      input_names=["images"],
+      output_names=sorted(outputs),
+    ).SerializeToString()
+  except Exception as e:  # Of any kind, and of libraries below it.
+    raise errors.UserError(
+      f"jax2onnx cannot convert this model: {files.first_line(e)}"
+    ) from e

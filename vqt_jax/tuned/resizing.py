@@ -21,8 +21,8 @@ _SOMETIMES_ROWS_FIRST = int(PIL.__version__.partition(".")[0]) >= 13
 def fit(images: jax.Array, size: tuple[int, int], how: str) -> jax.Array:
   """Make images fit as `decoding.fit` does, all with the same size.
 
-  Where it squashes or pads, all bits are Pillow's. Where it crops, Pillow rounds
-  edges to float32, and a few pixels differ by 1.
+  Where it squashes or pads, all bits are Pillow's. Where it crops, Pillow
+  rounds edges to float32, and a few pixels differ by 1.
 
   Args:
     images: uint8 (B, h, w, 3).

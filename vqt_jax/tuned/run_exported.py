@@ -2,8 +2,8 @@
 
   python run_exported.py PROGRAM IMAGES.npz ANSWERS.npz
 
-PROGRAM is a .stablehlo file, or the folder of a SavedModel. IMAGES.npz holds
-uint8 arrays (b, h, w, 3); ANSWERS.npz gets NAME/OUTPUT for each.
+PROGRAM is a .stablehlo or .onnx file, or the folder of a SavedModel. IMAGES.npz
+holds uint8 arrays (b, h, w, 3); ANSWERS.npz gets NAME/OUTPUT for each.
 """
 
 import os
@@ -19,6 +19,14 @@ def main(place: str, images: str, answers: str) -> None:
 
     serve = tf.saved_model.load(place).signatures["serving_default"]
     call = lambda x: serve(images=tf.constant(x))
+  elif place.endswith(".onnx"):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # It tells of each constant it folds.
+    session = onnxruntime.InferenceSession(place, options)
+    names = [output.name for output in session.get_outputs()]
+    call = lambda x: dict(zip(names, session.run(None, {"images": x})))
   else:
     import jax
 
