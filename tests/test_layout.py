@@ -18,6 +18,7 @@ FLOORS = (
     "cli",
     "compare",
     "evaluate",
+    "export",
     "predict",
   ),
   ("experiments",),

@@ -39,6 +39,7 @@ def place(tmp_path_factory):
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = rng.integers(0, 255, (9, 14, 3), np.uint8)
     PIL.Image.fromarray(pixels).save(path, "PNG")
+  os.mkfifo(place / "pipe.csv")
   (place / "images" / "b" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
   return place
 
@@ -142,6 +143,8 @@ def test_attention_is_drawn(start, tmp_path):
     (["vqt", "none/*.png"], "No file matches none/.*png"),
     (["vqt", "images", "--output=x.txt"], r"expected \*.csv or \*.jsonl"),
     (["vqt", "images", "--output=no/x.csv"], "Cannot write no/x.csv: No such"),
+    (["vqt", "images", "--output=pipe.csv"], "pipe.csv: expected a local file"),
+    (["vqt", "images", "--output=gs://b/x.csv"], "expected a local file"),
     (["vqt", "images", "--top=0"], "top"),
     (["vqt", "images", "--tpo=1"], "tpo"),
     (["linear", "images", "--attention=x"], "linear has no queries"),

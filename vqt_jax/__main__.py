@@ -5,12 +5,14 @@
   vqt-jax compare runs/linear runs/vqt
   vqt-jax predict runs/photos new/
   vqt-jax evaluate runs/photos holdout/
+  vqt-jax export runs/photos --output photos.stablehlo
 
 prepare   download and prepare datasets
 train     train a method on a task and test it
 compare   compare finished runs
 predict   classify images with what a run has trained
 evaluate  judge what a run has trained on labelled images
+export    write it as a program for JAX or TensorFlow
 
 `vqt-jax COMMAND --help` tells more; `python -m vqt_jax` is the same as vqt-jax.
 """
@@ -28,6 +30,7 @@ COMMANDS = {
   "compare": "vqt_jax.compare",
   "predict": "vqt_jax.predict",
   "evaluate": "vqt_jax.evaluate",
+  "export": "vqt_jax.export",
 }
 
 

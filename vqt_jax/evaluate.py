@@ -32,6 +32,7 @@ from typing import Any
 from absl import flags
 import numpy as np
 
+from vqt_jax import checkpoints
 from vqt_jax import data
 from vqt_jax import errors
 from vqt_jax.config import fields
@@ -95,7 +96,7 @@ def evaluate(
 ) -> int:
   """Judge a run, see the top of this file; return the exit status."""
   console = console_lib.Console()
-  if output and os.path.isfile(output):
+  if output and os.path.exists(output) and not os.path.isdir(output):
     raise errors.UserError(f"--output {output}: expected a folder.")
   model = model_lib.load(run, backbone)
   is_path = (
@@ -179,6 +180,8 @@ def _failed(answer: Any) -> bool:
 
 def _config(run: str) -> dict[str, Any]:
   """Return the config of a run; {} of a bundle that is elsewhere."""
+  if checkpoints.is_address(run):
+    return {}
   path = files.path(run) / "config.json"
   config = files.read_json(path) if files.exists(path) else {}
   return config if isinstance(config.get("task"), str) else {}

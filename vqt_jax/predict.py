@@ -19,10 +19,9 @@ Exit status: 0, 1 if an image could not be read, 2 if there is something to
 correct.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import csv
-import glob
 import itertools
 import json
 import os
@@ -35,13 +34,13 @@ from absl import flags
 import numpy as np
 
 from vqt_jax import errors
-from vqt_jax.data import listing
 from vqt_jax.models.backbone import find_scaling
 from vqt_jax.reports import attention_figure
+from vqt_jax.reports import style
 from vqt_jax.runtime import files
 from vqt_jax.runtime import logfile
 from vqt_jax.runtime import numerics
-from vqt_jax.tuned import bundle
+from vqt_jax.tuned import arguments as arguments_lib
 from vqt_jax.tuned import model as model_lib
 
 USAGE = "Usage: RUN... IMAGES... [--top K] [--output FILE] (--help tells more)."
@@ -87,11 +86,11 @@ def predict(
   attention: str | None = None,
 ) -> int:
   """Classify images, see the top of this file; return the exit status."""
-  runs, rest = split_arguments(arguments)
+  runs, rest = arguments_lib.split(arguments, USAGE)
   if not rest:
     raise errors.UserError(f"No images given. {USAGE}")
   models = model_lib.load(runs, backbone)
-  names = list(find_images(rest))
+  names = list(arguments_lib.find_images(rest))
   if not names:
     raise errors.UserError("No path of an image came on standard input.")
   draw = Attention(models, attention) if attention else None
@@ -118,44 +117,6 @@ def predict(
   return 1 if bad else 0
 
 
-def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-  """Split arguments into tuned models, which come first, and the others.
-
-  Raises:
-    UserError: the first one is no tuned model.
-  """
-  if not arguments:
-    raise errors.UserError(f"No run given. {USAGE}")
-  bundle.find(arguments[0])
-  count = 1
-  while count < len(arguments) and bundle.is_model(arguments[count]):
-    count += 1
-  return list(arguments[:count]), list(arguments[count:])
-
-
-def find_images(arguments: Iterable[str]) -> Iterator[str]:
-  """Yield paths of images: files, those in folders, patterns, from stdin."""
-  for argument in arguments:
-    path = os.path.expanduser(argument)
-    if argument == "-":
-      lines = (line.rstrip("\r\n").lstrip("\ufeff") for line in sys.stdin)
-      yield from (os.path.expanduser(line) for line in lines if line.strip())
-    elif os.path.isdir(path):
-      found = listing.find_images(path)
-      if not found:
-        raise errors.UserError(
-          f"There is no image in {argument}: expected files such as .jpg."
-        )
-      yield from map(str, found)
-    elif glob.has_magic(path) and not os.path.exists(path):
-      found = sorted(glob.glob(path, recursive=True))
-      if not found:
-        raise errors.UserError(f"No file matches {argument}.")
-      yield from found
-    else:
-      yield path
-
-
 def best(
   probability: np.ndarray, classes: Sequence[str], top: int
 ) -> list[tuple[str, float]]:
@@ -175,6 +136,11 @@ def open_output(output: str | None) -> Iterator[IO[str]]:
   if pathlib.Path(output).suffix not in (".csv", ".jsonl"):
     raise errors.UserError(f"--output {output}: expected *.csv or *.jsonl.")
   path = files.path(output)
+  if files.in_bucket(path) or files.exists(path) and not path.is_file():
+    raise errors.UserError(
+      f"--output {output}: expected a local file, as it grows line by line."
+      " Without --output, lines go to standard output."
+    )
   text = dict(encoding="utf-8", errors="surrogateescape", newline="")
   with files.explain_write_errors(path), open(path, "w", **text) as opened:
     yield opened
@@ -237,7 +203,8 @@ class Attention:
       maps.append(weights.reshape(-1, *c.grid))
       mean, std = map(np.array, find_scaling(model.backbone.value_range))
       shown.append(np.clip(image * std + mean, 0, 1))
-      (label,) = model.predict(image[None])
+      likeliest = model.predict_proba(image[None])[0].argmax()
+      label = style.legible(model.classes)[likeliest]
       labels.append(label if len(self._models) == 1 else f"{run}: {label}")
     file = self._folder / f"{number}_{pathlib.PurePath(name).stem[:80]}.png"
     attention_figure.attention(np.stack(shown), np.stack(maps), labels, file)

@@ -230,3 +230,9 @@ def test_bombs_are_refused_before_they_go_off(side, tmp_path):
       decoding.decode(bomb)
   assert not caught
   assert "make it smaller" in decoding.find_fault(bomb)
+
+
+def test_a_crop_whose_edge_is_rounded_below_zero():
+  image = np.arange(55 * 56 * 3, dtype=np.uint8).reshape(55, 56, 3)
+  found = decoding.fit(image, (28, 28), "crop")
+  assert found.shape == (28, 28, 3)

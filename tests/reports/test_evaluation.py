@@ -1,13 +1,19 @@
 """What answers are worth: the numbers of scikit-learn, and calibration."""
 
 import csv
+import warnings
 
+from fontTools import fontBuilder
+from fontTools.pens import ttGlyphPen
+from matplotlib import font_manager
 import numpy as np
 import pytest
 import sklearn.metrics
 
 from tests import helpers
 from vqt_jax.reports import evaluation
+from vqt_jax.reports import evaluation_figure
+from vqt_jax.reports import style
 from vqt_jax.runtime import console as console_lib
 
 CLASSES = ("a", "b", "$c_1$", "never")
@@ -74,6 +80,54 @@ def test_a_temperature_is_found_again(answers):
 def test_one_image_is_enough():
   found = evaluation.summarize(np.eye(2)[:1], np.array([0]), ("a", "b"))
   assert found["accuracy"] == 1 and found["calibration"]["ece"] == 0
+
+
+def test_letters_that_the_usual_font_lacks(tmp_path, monkeypatch):
+  """Drawn with an installed font that has them; else numbers stand for them."""
+  names, drawn = ("a", "日本", "日"), []
+  monkeypatch.setattr(style, "save", lambda figure, path: drawn.append(figure))
+  monkeypatch.setattr(style, "_installed_fonts", lambda: {})
+  assert style.legible(names) == ["a", "#2", "#3"]
+  evaluation_figure.confusion(np.eye(3, dtype=int), names, "x.png")
+  (ax, _), said = drawn[0].axes, "true class (#N: row N of per_class.csv)"
+  assert ax.get_ylabel() == said
+  assert [t.get_text() for t in ax.get_yticklabels()] == ["a", "#2", "#3"]
+
+  monkeypatch.undo()
+  make_font(tmp_path / "made.ttf", "Made for this", "日")
+  monkeypatch.setattr(
+    font_manager.fontManager, "ttflist", [*font_manager.fontManager.ttflist]
+  )
+  font_manager.fontManager.addfont(tmp_path / "made.ttf")
+  style._installed_fonts.cache_clear()
+  assert style.legible(names) == ["a", "#2", "日"]
+  figure = style.figure_of(1, 1)
+  text = figure.text(0, 0, "日 a")
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    style.save(figure, tmp_path / "x.png")
+  assert text.get_fontfamily()[1:] == ["Made for this"]
+  style._installed_fonts.cache_clear()
+
+
+def make_font(path, family, letters):
+  """A font that has squares for some letters."""
+  names = [".notdef", *(f"u{ord(x):x}" for x in letters)]
+  pen = ttGlyphPen.TTGlyphPen(None)
+  pen.moveTo((0, 0))
+  for corner in ((0, 700), (700, 700), (700, 0)):
+    pen.lineTo(corner)
+  pen.closePath()
+  font = fontBuilder.FontBuilder(1000, isTTF=True)
+  font.setupGlyphOrder(names)
+  font.setupCharacterMap(dict(zip(map(ord, letters), names[1:])))
+  font.setupGlyf(dict.fromkeys(names, pen.glyph()))
+  font.setupHorizontalMetrics(dict.fromkeys(names, (800, 0)))
+  font.setupHorizontalHeader(ascent=800, descent=-200)
+  font.setupNameTable({"familyName": family, "styleName": "Regular"})
+  font.setupOS2()
+  font.setupPost()
+  font.save(path)
 
 
 def test_names_of_classes_and_files_of_any_kind(answers, tmp_path):

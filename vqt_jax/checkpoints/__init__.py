@@ -4,6 +4,8 @@ from vqt_jax.checkpoints.architecture import check_finite
 from vqt_jax.checkpoints.architecture import check_floats
 from vqt_jax.checkpoints.containers import local_path
 from vqt_jax.checkpoints.download import without_secrets
+from vqt_jax.checkpoints.folders import fetch_folder
+from vqt_jax.checkpoints.folders import is_address
 from vqt_jax.checkpoints.hub import find_cached
 from vqt_jax.checkpoints.load import load_backbone
 from vqt_jax.checkpoints.load import read_config
@@ -19,8 +21,10 @@ __all__ = [
   "check_finite",
   "check_floats",
   "check_image_size",
+  "fetch_folder",
   "find_cached",
   "find_name",
+  "is_address",
   "load_backbone",
   "local_path",
   "read_config",

@@ -5,7 +5,7 @@ offline mode hold here too. Only safetensors and their small JSON files are
 fetched.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import logging
 import os
@@ -45,6 +45,7 @@ def fetch(
   address: str,
   cache_dir: str | os.PathLike[str] | None = None,
   progress: Callable[[int, int | None], None] | None = None,
+  names: Sequence[str] = (),
 ) -> pathlib.Path:
   """Return the weights of a model on the hub; download them if need be.
 
@@ -54,6 +55,8 @@ def fetch(
     address: `hf://OWNER/NAME`, with `@` and a branch, tag or commit.
     cache_dir: where copies are kept; default: the hub's own cache.
     progress: called with bytes so far and in all (None: unknown), if any come.
+    names: of the files to fetch, weights last, all of which must be there;
+      default: what `load_backbone` reads.
 
   Returns:
     File of safetensors, or index of several, among the other files of the
@@ -77,11 +80,11 @@ def fetch(
 
     cache = cache_dir or constants.HF_HUB_CACHE
     try:
-      return _download(name, revision, cache, progress)
+      return _download(name, revision, cache, progress, names)
     except UserError:
       raise
     except Exception as error:
-      if cached := _find_cached(name, revision, cache):
+      if cached := _find_cached(name, revision, cache, names[-1:]):
         return cached
       # Without its cause, which may show the token.
       raise _explain(error, name, revision, cache) from None
@@ -127,6 +130,7 @@ def _download(
   revision: str | None,
   cache: str | os.PathLike[str],
   progress: Callable[[int, int | None], None] | None,
+  names: Sequence[str],
 ) -> pathlib.Path:
   """Download what is not in the cache; raise whatever the library raises."""
   import huggingface_hub
@@ -134,7 +138,9 @@ def _download(
   hub = huggingface_hub.HfApi()
   listed = hub.model_info(name, revision=revision, files_metadata=True).siblings
   sizes = {each.rfilename: each.size for each in listed or ()}
-  wanted, done = _choose(sizes), 0
+  wanted, done = names or _choose(sizes), 0
+  if missing := [file for file in wanted if file not in sizes]:
+    raise UserError(f"hf://{name} has no file {missing[0]}.")
   if not wanted:
     raise UserError(f"hf://{name} {file_kinds.describe_names(sizes)}")
   total = (
@@ -156,7 +162,7 @@ def _download(
     done = before + (sizes[file] or 0)
     folder = pathlib.Path(found).parent
     commit = folder.name  # A branch may move on between two files.
-  return safetensors_files.find_in(folder)
+  return folder / names[-1] if names else safetensors_files.find_in(folder)
 
 
 def _choose(names: Iterable[str]) -> list[str]:
@@ -198,11 +204,14 @@ def _bar(report: Callable[[int], None]) -> type:
 
 
 def _find_cached(
-  name: str, revision: str | None, cache: str | os.PathLike[str]
+  name: str,
+  revision: str | None,
+  cache: str | os.PathLike[str],
+  weights: Sequence[str] = (),
 ) -> pathlib.Path | None:
   import huggingface_hub
 
-  for file in safetensors_files.WEIGHTS:
+  for file in weights or safetensors_files.WEIGHTS:
     found = huggingface_hub.try_to_load_from_cache(
       name, file, cache_dir=cache, revision=revision
     )

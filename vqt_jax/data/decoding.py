@@ -198,8 +198,9 @@ def _fit(
   x_scale, y_scale = width / image.width, height / image.height
   if how == "crop":
     scale = max(x_scale, y_scale)
-    left = (image.width - width / scale) / 2
-    top = (image.height - height / scale) / 2
+    # Rounded it may be below 0, which Pillow refuses.
+    left = max(0.0, (image.width - width / scale) / 2)
+    top = max(0.0, (image.height - height / scale) / 2)
     box = (left, top, image.width - left, image.height - top)
   elif how == "pad":
     scale = min(x_scale, y_scale)

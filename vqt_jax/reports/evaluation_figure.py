@@ -32,11 +32,14 @@ def confusion(
   ax = figure.subplots()
   shades = ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
   if count <= MOST_NAMED:
-    short = [c if len(c) <= 24 else f"{c[:23]}…" for c in classes]
+    shown = style.legible(classes)
+    short = [c if len(c) <= 24 else f"{c[:23]}…" for c in shown]
     short = [c.replace("$", r"\$") for c in short]
     ax.set_xticks(range(count), short, rotation=90)
     ax.set_yticks(range(count), short)
-  ax.set(xlabel="predicted", ylabel="true class")
+  numbered = count <= MOST_NAMED and shown != list(classes)
+  legend = " (#N: row N of per_class.csv)" if numbered else ""
+  ax.set(xlabel="predicted", ylabel=f"true class{legend}")
   if count <= MOST_COUNTED:
     for (row, column), number in np.ndenumerate(matrix):
       if number:

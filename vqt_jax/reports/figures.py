@@ -27,8 +27,10 @@ def _matplotlib() -> types.ModuleType:
     import matplotlib.cm
     import matplotlib.colors
     import matplotlib.figure
+    import matplotlib.font_manager
     import matplotlib.lines
     import matplotlib.patches
+    import matplotlib.text
     import matplotlib.ticker
     import matplotlib.transforms
   finally:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+import contextlib
+import functools
 import io
 import os
 from typing import Any
@@ -76,6 +79,55 @@ def write_title(
   figure.text(0.01, y, below, color=FAINT, va="top")
 
 
+def legible(names: Sequence[str]) -> list[str]:
+  """Return names as they can be drawn: `#3` where no font has the third's."""
+  fonts = _installed_fonts() if _without_default("".join(names)) else {}
+  known = frozenset().union(*fonts.values())
+  return [
+    name if _without_default(name) <= known else f"#{number}"
+    for number, name in enumerate(names, 1)
+  ]
+
+
+def _find_fonts(letters: Iterable[str]) -> list[str]:
+  """Return families of installed fonts with letters that the usual one lacks.
+
+  Matplotlib takes each glyph from the first family that has it.
+  """
+  missing, families = _without_default(letters), []
+  if missing:
+    for family, known in _installed_fonts().items():
+      if missing & known:
+        missing -= known
+        families.append(family)
+  return families
+
+
+def _without_default(letters: Iterable[str]) -> set[int]:
+  """Return the code points that the usual font has no glyph for."""
+  manager = figures.matplotlib.font_manager
+  properties = manager.FontProperties()
+  usual = manager.get_font(manager.findfont(properties)).get_charmap()
+  return {ord(x) for x in letters if not x.isspace()} - usual.keys()
+
+
+@functools.cache
+def _installed_fonts() -> dict[str, frozenset[int]]:
+  """Return the code points that each family of installed fonts has.
+
+  Of Matplotlib's own fonts, one has a box for every letter, and others have
+  letters in places of others.
+  """
+  manager, own = figures.matplotlib.font_manager, figures.matplotlib
+  found = {}
+  for font in manager.fontManager.ttflist:
+    if font.fname.startswith(own.get_data_path()) or font.name in found:
+      continue
+    with contextlib.suppress(OSError, RuntimeError):  # No longer there.
+      found[font.name] = frozenset(manager.get_font(font.fname).get_charmap())
+  return found
+
+
 def save(
   figure: figures.matplotlib.figure.Figure, path: str | os.PathLike
 ) -> None:
@@ -86,8 +138,12 @@ def save(
       line.set_color(GRID)
     ax.set_axisbelow(True)
     ax.title.set_color(INK)
+  texts = figure.findobj(figures.matplotlib.text.Text)
+  if others := _find_fonts("".join(text.get_text() for text in texts)):
+    for text in texts:
+      text.set_fontfamily([*text.get_fontfamily(), *others])
   content = io.BytesIO()
-  with warnings.catch_warnings():  # Of letters that the font lacks.
+  with warnings.catch_warnings():  # Of letters that no font has.
     warnings.filterwarnings("ignore", "Glyph .* missing")
     figure.savefig(content, format="png")
   files.write(files.path(path), content.getvalue())

@@ -14,6 +14,7 @@ the machine that trained it.
 from collections.abc import Mapping
 import dataclasses
 import hashlib
+import os
 import pathlib
 from typing import Any
 
@@ -139,9 +140,13 @@ def write(
 def find(place: PathLike) -> files.Path:
   """Return the folder of a bundle: `place`, or `tuned/` in a workdir.
 
+  Of a bundle at an address that `checkpoints.is_address` knows, its copy.
+
   Raises:
     UserError: there is none.
   """
+  if checkpoints.is_address(os.fspath(place)):
+    return checkpoints.fetch_folder(os.fspath(place), (INFO, WEIGHTS))
   place = files.path(place)
   if folder := _find(place):
     return folder
@@ -157,7 +162,9 @@ def find(place: PathLike) -> files.Path:
 
 
 def is_model(place: PathLike) -> bool:
-  """Return whether `find` finds a bundle there."""
+  """Return whether `find` finds a bundle there, or would at an address."""
+  if checkpoints.is_address(os.fspath(place)):
+    return True
   try:
     return _find(files.path(place)) is not None
   except errors.UserError:

@@ -20,7 +20,7 @@ _ADVICE = (
 
 
 def find(
-  folder: files.Path, info: Mapping[str, Any], given: Any
+  folder: files.Path, info: Mapping[str, Any], given: Any, fetched: bool
 ) -> backbone_lib.Backbone:
   """Load the backbone of a bundle, and compare its hash.
 
@@ -28,6 +28,7 @@ def find(
     folder: the bundle.
     info: contents of its `bundle.json`.
     given: a `Backbone`, or its source; None: it is looked for.
+    fetched: the folder is a copy, and what is around it is no run.
 
   Raises:
     UserError: it is not found, has other weights, or is set up otherwise.
@@ -50,7 +51,7 @@ def find(
     return found
   problems = []
   revision = recorded.get("revision")
-  for source in _places(folder, recorded["source"], revision):
+  for source in _places(folder, recorded["source"], revision, fetched):
     try:
       found = checkpoints.load_backbone(source, **settings)
     except errors.UserError as e:
@@ -76,7 +77,7 @@ def find(
 
 
 def _places(
-  folder: files.Path, source: str, revision: str | None
+  folder: files.Path, source: str, revision: str | None, fetched: bool
 ) -> Iterator[str]:
   """Yield sources that may be the backbone, likeliest first.
 
@@ -86,7 +87,7 @@ def _places(
   """
   if revision and (cached := checkpoints.find_cached(source, revision)):
     yield str(cached)
-  for parent in (folder.parent, folder.parent.parent):
+  for parent in () if fetched else (folder.parent, folder.parent.parent):
     with contextlib.suppress(errors.UserError):  # Of another program.
       config = files.read_json(parent / "config.json")
       if isinstance(config, dict) and isinstance(config.get("init"), str):

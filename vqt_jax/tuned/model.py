@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
+import os
 from typing import Any
 
 import flax.traverse_util
@@ -259,7 +260,9 @@ def load(
 
   Args:
     path: the workdir of a finished run, its `tuned/`, or a copy of that; local
-      or `gs://BUCKET/FOLDER`. A list of them on one backbone makes `Models`.
+      or `gs://BUCKET/FOLDER`. Also the https:// address of a `tuned/`, or
+      `hf://OWNER/NAME` of a copy on the hub. A list of them on one backbone
+      makes `Models`.
     backbone: a `Backbone`, or what `load_backbone` takes. Default: where the
       run had it, a public name, the cache of the hub, or a file of its name
       beside the bundle.
@@ -299,7 +302,8 @@ def _load(place: PathLike, given: Any) -> Model:
   with files.explain_damage(folder / bundle_lib.INFO):
     inputs.make_prepare(**info["preprocessing"])
     options = editors.Options(**info["tuner"]["options"])
-    backbone = find_backbone.find(folder, info, given)
+    fetched = checkpoints.is_address(os.fspath(place))
+    backbone = find_backbone.find(folder, info, given, fetched)
     tuner = tuner_lib.make_tuner(
       backbone=backbone,
       num_classes=len(info["classes"]),

@@ -1,0 +1,281 @@
+"""Export what a run has trained as a program that needs nothing of vqt_jax.
+
+  vqt-jax export runs/photos --output photos.stablehlo
+
+and `python -m vqt_jax.export` with the same arguments: first the workdir of a
+finished run, or a bundle (its tuned/), or several on one backbone, then images
+to compare answers on, as for predict; default: photographs of scikit-learn.
+
+--output PLACE   NAME.stablehlo for jax.export, NAME.onnx for ONNX (by jax2onnx,
+                 if that is installed), or a folder for a SavedModel of
+                 TensorFlow; the names of the classes in NAME.json, or in it
+--backbone FILE  the backbone, if it is elsewhere than in training
+
+The program takes uint8 images (b, h, w, 3), RGB, of any size, and returns
+logits (b, seeds, classes) and probabilities (b, classes). It is run in a new
+process, and only kept if it answers as `vqt-jax predict` does.
+
+Exit status: 0, or 2 if there is something to correct.
+"""
+
+from collections.abc import Mapping, Sequence
+import itertools
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from absl import flags
+import jax
+import numpy as np
+
+from vqt_jax import errors
+from vqt_jax import version
+from vqt_jax.data import decoding
+from vqt_jax.runtime import console as console_lib
+from vqt_jax.runtime import files
+from vqt_jax.runtime import logfile
+from vqt_jax.runtime import numerics
+from vqt_jax.runtime import units
+from vqt_jax.tuned import arguments as arguments_lib
+from vqt_jax.tuned import exporting
+from vqt_jax.tuned import model as model_lib
+from vqt_jax.tuned import run_exported
+
+USAGE = "Usage: RUN... [IMAGES...] --output PLACE (--help tells more)."
+INFO = "export.json"  # In a SavedModel.
+_KINDS = {".stablehlo": exporting.to_stablehlo, ".onnx": exporting.to_onnx}
+_MOST_IMAGES = 32
+# Of differences, against the largest logit or 1: of float32, and of what cannot
+# be the same, bfloat16 and crops, for which Pillow rounds edges.
+_EXACT, _NEAR = 1e-5, 0.1
+
+
+def main(argv: Sequence[str]) -> int:
+  """Export as a command line says; return the exit status."""
+  logfile.reopen_closed_streams()
+  values = flags.FlagValues()
+  for text in ("output", "backbone"):
+    flags.DEFINE_string(text, None, "", flag_values=values)
+  flags.DEFINE_boolean("help", False, "", short_name="h", flag_values=values)
+  try:
+    arguments = values(list(argv))[1:]
+    if values.help:
+      print(__doc__)
+      return 0
+    # Answers are compared there: others round products of float32.
+    jax.config.update("jax_platforms", "cpu")
+    with numerics.jax_defaults():
+      export(arguments, values.output, values.backbone)
+    return 0
+  except (errors.UserError, flags.Error) as e:
+    print(f"error: {e}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print("Interrupted; nothing is written.", file=sys.stderr)
+    return 130
+
+
+def export(
+  arguments: Sequence[str], output: str | None, backbone: str | None = None
+) -> None:
+  """Export a program, see the top of this file.
+
+  Raises:
+    UserError: a model or an image cannot be read, the place cannot be written,
+      or the program answers otherwise than the models.
+  """
+  console = console_lib.Console()
+  runs, rest = arguments_lib.split(arguments, USAGE)
+  if not output:
+    raise errors.UserError(f"No --output given. {USAGE}")
+  place, beside = _places(output)
+  images = _images(rest)
+  found = model_lib.load(runs, backbone).models.values()
+  models = dict(zip(_short_names(runs), found))
+  console.note(_describe(models), "export")
+  with files.explain_write_errors(place):
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(
+      tempfile.mkdtemp(".new", f"{place.name}.", place.parent)
+    )
+    try:
+      program = temporary / place.name
+      if place.suffix:
+        to_bytes = _KINDS[place.suffix]
+        files.write(program, to_bytes(models))
+      else:
+        exporting.write_saved_model(models, program)
+      difference = compare(program, models, images)
+      most = _allowed(models)
+      if not difference <= most:
+        raise errors.UserError(
+          "The program answers otherwise than predict: logits differ by"
+          f" {difference:.1e}, and {most:.0e} is allowed. Nothing is kept."
+        )
+      info = _info(models) | {"logits_differ": difference}
+      if place.suffix:
+        files.write_json(beside, info)
+      else:
+        files.write_json(program / beside.name, info)
+      os.rename(program, place)
+    finally:
+      shutil.rmtree(temporary, ignore_errors=True)
+  console.note(
+    f"{units.format_count(len(images), 'image')} in a new process: logits"
+    f" differ by {difference:.1e} at most, of the largest",
+    "check",
+  )
+  size = units.format_bytes(_size(place))
+  console.note(f"{place} ({size})   {beside}", "results")
+
+
+def _places(output: str) -> tuple[pathlib.Path, pathlib.Path]:
+  """Return the path of the program, and of the JSON file beside or in it.
+
+  Raises:
+    UserError: it is of no kind that can be written, or there is something.
+  """
+  place = files.path(output)
+  if files.in_bucket(place) or place.suffix not in ("", *_KINDS):
+    raise errors.UserError(
+      f"--output {output}: expected NAME.stablehlo, NAME.onnx, or a folder"
+      " without a dot in its name for a SavedModel, on this machine."
+    )
+  beside = place.with_suffix(".json") if place.suffix else place / INFO
+  for each in (place, beside):
+    if os.path.lexists(each):
+      raise errors.UserError(
+        f"--output {output}: there is {each} already, which would be lost."
+        " Choose another place, or remove it."
+      )
+  return place, beside
+
+
+def _short_names(runs: Sequence[str]) -> list[str]:
+  """Return the last parts of places, or the places if these do not differ."""
+  parts = [pathlib.PurePath(run).parts for run in runs]
+  names = [(p[-2:-1] if p[-1] == "tuned" else p[-1:])[-1:] for p in parts]
+  short = [name[0] if name else run for name, run in zip(names, runs)]
+  return short if len({*short}) == len(short) else list(runs)
+
+
+def _images(arguments: Sequence[str]) -> list[np.ndarray]:
+  """Return images (h, w, 3) to compare answers on.
+
+  Raises:
+    UserError: one cannot be read.
+  """
+  if arguments:
+    names = arguments_lib.find_images(arguments)
+    return [decoding.decode(x) for x in itertools.islice(names, _MOST_IMAGES)]
+  import sklearn.datasets
+
+  first, second = sklearn.datasets.load_sample_images().images
+  return [first, second, second[:301, :222]]
+
+
+def compare(
+  program: pathlib.Path,
+  models: Mapping[str, model_lib.Model],
+  images: Sequence[np.ndarray],
+) -> float:
+  """Run a program in a new process; return how much its logits differ.
+
+  Args:
+    program: file or folder.
+    models: that are in it, by name.
+    images: uint8 (h, w, 3).
+
+  Returns:
+    The largest difference, against the largest logit or 1.
+
+  Raises:
+    UserError: the process failed.
+  """
+  groups = {}  # One batch for each size.
+  for image in images:
+    groups.setdefault(image.shape, []).append(image)
+  batches = {str(i): np.stack(x) for i, x in enumerate(groups.values())}
+  with (
+    files.explain_temporary_errors(),
+    tempfile.TemporaryDirectory(prefix="vqt_jax_") as folder,
+  ):
+    inputs, answers = (pathlib.Path(folder) / f"{i}.npz" for i in "ia")
+    np.savez(inputs, **batches)
+    command = [sys.executable, run_exported.__file__, program, inputs, answers]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    if ended.returncode:
+      said = (ended.stderr.strip().splitlines() or ["nothing"])[-1]
+      raise errors.UserError(
+        f"The program was written, but does not run: {errors.printable(said)}"
+        " Nothing is kept."
+      )
+    with np.load(answers, allow_pickle=False) as file:
+      found = {name: file[name] for name in file.files}
+  differences = [0.0]
+  for batch, pixels in batches.items():
+    for name, expected in model_lib.Models(models).logits(pixels).items():
+      prefix = exporting.prefix_of(name, models)
+      answer = np.swapaxes(found[f"{batch}/{prefix}logits"], 0, 1)
+      scale = max(1.0, float(np.abs(expected).max()))
+      differences.append(float(np.abs(answer - expected).max()) / scale)
+  return float(np.max(differences))  # NaN, if there is one.
+
+
+def _allowed(models: Mapping[str, model_lib.Model]) -> float:
+  """Return how much logits may differ."""
+  first = next(iter(models.values()))
+  cut = first.info["preprocessing"].get("fit") == "crop"
+  exact = first.backbone.config.dtype == "float32" and not cut
+  return _EXACT if exact else _NEAR
+
+
+def _info(models: Mapping[str, model_lib.Model]) -> dict[str, Any]:
+  """Return what the JSON file says of a program."""
+  first = next(iter(models.values()))
+  return {
+    "program": f"vqt_jax {version.__version__}",
+    "inputs": {"images": "uint8 (b, h, w, 3), RGB, any b, h and w"},
+    "outputs": {
+      f"{exporting.prefix_of(name, models)}{output}": shape
+      for name, model in models.items()
+      for output, shape in (
+        ("logits", f"float32 (b, {model.num_seeds}, {len(model.classes)})"),
+        ("probabilities", f"float32 (b, {len(model.classes)})"),
+      )
+    },
+    "preprocessing": first.info["preprocessing"],
+    "models": {
+      name: {
+        "task": model.info["task"],
+        "method": model.tuner.method,
+        "seeds": model.info["seeds"],
+        "classes": model.classes,
+      }
+      for name, model in models.items()
+    },
+  }
+
+
+def _describe(models: Mapping[str, model_lib.Model]) -> str:
+  each = [
+    f"{name}: {model.tuner.method} on {model.info['task']},"
+    f" {len(model.classes)} classes, "
+    + units.format_count(model.num_seeds, "seed")
+    for name, model in models.items()
+  ]
+  return "; ".join(each)
+
+
+def _size(place: pathlib.Path) -> int:
+  """Return the bytes of a file, or of all in a folder."""
+  every = place.rglob("*") if place.is_dir() else [place]
+  return sum(each.stat().st_size for each in every if each.is_file())
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv))

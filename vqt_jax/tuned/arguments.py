@@ -1,0 +1,48 @@
+"""Command lines of tuned models and images."""
+
+from collections.abc import Iterable, Iterator, Sequence
+import glob
+import os
+import sys
+
+from vqt_jax import errors
+from vqt_jax.data import listing
+from vqt_jax.tuned import bundle
+
+
+def split(arguments: Sequence[str], usage: str) -> tuple[list[str], list[str]]:
+  """Split arguments into tuned models, which come first, and the others.
+
+  Raises:
+    UserError: the first one is no tuned model.
+  """
+  if not arguments:
+    raise errors.UserError(f"No run given. {usage}")
+  bundle.find(arguments[0])
+  count = 1
+  while count < len(arguments) and bundle.is_model(arguments[count]):
+    count += 1
+  return list(arguments[:count]), list(arguments[count:])
+
+
+def find_images(arguments: Iterable[str]) -> Iterator[str]:
+  """Yield paths of images: files, those in folders, patterns, from stdin."""
+  for argument in arguments:
+    path = os.path.expanduser(argument)
+    if argument == "-":
+      lines = (line.rstrip("\r\n").lstrip("\ufeff") for line in sys.stdin)
+      yield from (os.path.expanduser(line) for line in lines if line.strip())
+    elif os.path.isdir(path):
+      found = listing.find_images(path)
+      if not found:
+        raise errors.UserError(
+          f"There is no image in {argument}: expected files such as .jpg."
+        )
+      yield from map(str, found)
+    elif glob.has_magic(path) and not os.path.exists(path):
+      found = sorted(glob.glob(path, recursive=True))
+      if not found:
+        raise errors.UserError(f"No file matches {argument}.")
+      yield from found
+    else:
+      yield path
