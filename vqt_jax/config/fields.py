@@ -536,6 +536,7 @@ _OF_GRADIENT = (
   "weight_decay",
   "settings",
   "protocol",
+  "extend_grid",
 )
 
 
