@@ -78,6 +78,17 @@ def rotary_angles(config: vit_config.ViTConfig) -> np.ndarray:
   return angles.reshape(len(angles), -1).astype(np.float32)
 
 
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """Compute `softmax(q k) v`, (..., N, K) each.
+
+  Unlike `jax.nn.dot_product_attention` it has the scores' layout for softmax,
+  with N last, from the first product on, which saves a CPU copies of them.
+  """
+  scores = chunked_attention.dot("...nk,...mk->...nm", q, k)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  return chunked_attention.dot("...nm,...mk->...nk", weights, v).astype(v.dtype)
+
+
 class Attention(nn.Module):
   """Multi-head attention with the leaves of `nn.MultiHeadDotProductAttention`.
 
@@ -118,14 +129,16 @@ class Attention(nn.Module):
       return self._merge_heads(fused_attention.attend(q, k, v), edited)
     shards = math.gcd(mesh.axis_size("model"), self.config.num_heads)
 
-    def heads_first(x):
-      return jnp.moveaxis(x.reshape(*x.shape[:2], shards, -1, x.shape[3]), 3, 0)
+    def heads_first(x):  # (heads of a shard, B, shards, N, K)
+      return x.reshape(*x.shape[:2], shards, -1, x.shape[3]).transpose(
+        3, 0, 2, 1, 4
+      )
 
+    q *= self.config.head_dim**-0.5
     heads = jax.lax.map(
-      lambda x: jax.nn.dot_product_attention(*x),
-      (heads_first(q), heads_first(k), heads_first(v)),
+      lambda x: _attend(*x), (heads_first(q), heads_first(k), heads_first(v))
     )
-    heads = jnp.moveaxis(heads, 0, 3).reshape(q.shape)
+    heads = heads.transpose(1, 3, 2, 0, 4).reshape(q.shape)
     return self._merge_heads(heads, edited)
 
   def _rotate(self, x: jax.Array) -> jax.Array:
