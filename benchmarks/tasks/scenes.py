@@ -76,10 +76,10 @@ def letters(rng: Generator, label: int) -> np.ndarray:
   """Draw a capital letter, in any font, among scribbles and small signs."""
   image = drawing.background(rng)
   paper = drawing.mean_colour(image)
-  _scribble(rng, image, rng.integers(2, 7))
-  height = rng.uniform(26, 60)
+  _scribble(rng, image, rng.integers(1, 5))
+  height = rng.uniform(36, 66)
   centre = rng.uniform(0.33, 0.67, 2) * SIZE
-  for _ in range(rng.integers(2, 6)):
+  for _ in range(rng.integers(1, 4)):
     drawing.write(
       image,
       _pick(rng, "0123456789+=%&?!"),
@@ -95,19 +95,31 @@ def letters(rng: Generator, label: int) -> np.ndarray:
     _pick(rng, drawing.FONTS),
     height,
     centre,
-    rng.uniform(-30, 30),
-    drawing.contrasting(rng, paper, least=90),
+    rng.uniform(-20, 20),
+    drawing.contrasting(rng, paper),
   )
-  _scribble(rng, image, rng.integers(0, 4))
+  _scribble(rng, image, rng.integers(0, 2))
   return drawing.finish(rng, image)
 
 
+_FACES = (
+  "DejaVuSans",
+  "DejaVuSans-Bold",
+  "DejaVuSansMono",
+  "DejaVuSerif-Bold",
+  "DejaVuSerif-Italic",
+  "STIXGeneral",
+  "STIXGeneralBolIta",
+  "cmtt10",
+)
+
+
 def fonts(rng: Generator, label: int) -> np.ndarray:
-  """Write random lines of letters in one of the fonts."""
+  """Write random lines of letters in one of 8 fonts."""
   image = drawing.background(rng)
   paper = drawing.mean_colour(image)
   colour = drawing.contrasting(rng, paper)
-  height, angle = rng.uniform(11, 20), rng.uniform(-20, 20)
+  height, angle = rng.uniform(15, 25), rng.uniform(-15, 15)
   pitch = height * rng.uniform(1.7, 2.3)
   alphabet = "abcdefghijklmnopqrstuvwxyz" * 2 + "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
   first = rng.uniform(0, pitch)
@@ -115,10 +127,8 @@ def fonts(rng: Generator, label: int) -> np.ndarray:
     text = "".join(_pick(rng, alphabet) for _ in range(rng.integers(4, 10)))
     y = first + (line - 0.5) * pitch
     x = rng.uniform(0.3, 0.7) * SIZE
-    drawing.write(
-      image, text, drawing.FONTS[label], height, (x, y), angle, colour
-    )
-  _scribble(rng, image, rng.integers(0, 4))
+    drawing.write(image, text, _FACES[label], height, (x, y), angle, colour)
+  _scribble(rng, image, rng.integers(0, 3))
   return drawing.finish(rng, image)
 
 
