@@ -146,11 +146,20 @@ def test_stablehlo(start, tmp_path):
   output = tmp_path / "new" / "a.stablehlo"
   status, said = start("vqt", f"--output={output}")
   assert status == 0 and "3 images in a new process: logits differ by" in said
-  assert sorted(os.listdir(output.parent)) == ["a.json", "a.stablehlo"]
-  info = runs.read_json(output.with_suffix(".json"))
+  assert sorted(os.listdir(output.parent)) == [
+    "a.stablehlo",
+    "a.stablehlo.json",
+  ]
+  info = runs.read_json(f"{output}.json")
   assert info["models"]["vqt"]["classes"] == ["class 0", "class 1", "class 2"]
   assert info["outputs"]["logits"] == "float32 (b, 2, 3)"
   assert info["logits_differ"] < 1e-5
+
+
+def test_short_names_of_runs():
+  short = export._short_names
+  assert short(["a/b", "c/tuned/", "."]) == ["b", "c", "."]
+  assert short(["a/b", "c/b"]) == ["a/b", "c/b"]
 
 
 def test_saved_model_of_several(start, tmp_path):

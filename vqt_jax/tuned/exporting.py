@@ -111,6 +111,9 @@ def write_saved_model(
   """Write a program as a SavedModel of TensorFlow.
 
   Its signature `serving_default` takes `images`.
+
+  Raises:
+    UserError: the folder cannot be written.
   """
   from jax.experimental import jax2tf
 
@@ -132,7 +135,12 @@ def write_saved_model(
 
   module.serve = serve
   signatures = {"serving_default": serve}
-  tf.saved_model.save(module, os.fspath(folder), signatures=signatures)
+  try:
+    tf.saved_model.save(module, os.fspath(folder), signatures=signatures)
+  except tf.errors.OpError as e:
+    raise errors.UserError(
+      f"Cannot write {folder}: {files.first_line(e)}"
+    ) from e
 
 
 def to_onnx(models: Mapping[str, model_lib.Model]) -> bytes:
