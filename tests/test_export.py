@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 
 import jax
 import numpy as np
@@ -155,6 +156,13 @@ def test_stablehlo(start, tmp_path):
   assert info["logits_differ"] < 1e-5
 
 
+def test_onnx_without_its_packages(start, tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "jax2onnx", None)
+  status, said = start("linear", f"--output={tmp_path / 'a.onnx'}")
+  assert status == 2 and "pip install jax2onnx onnxruntime" in said
+  assert not os.listdir(tmp_path)
+
+
 def test_short_names_of_runs():
   short = export._short_names
   assert short(["a/b", "c/tuned/", "."]) == ["b", "c", "."]
@@ -181,7 +189,7 @@ def test_what_answers_otherwise_is_not_kept(
   monkeypatch.setattr(export, "compare", lambda *args: difference)
   monkeypatch.setitem(export._KINDS, ".stablehlo", lambda models: b"wrong")
   status, said = start("linear", f"--output={tmp_path / 'a.stablehlo'}")
-  assert status == 2 and "answers otherwise than predict" in said
+  assert status == 2 and "answers otherwise than the run" in said
   assert not os.listdir(tmp_path)
 
 

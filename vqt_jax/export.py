@@ -13,7 +13,7 @@ to compare answers on, as for predict; default: photographs of scikit-learn.
 
 The program takes uint8 images (b, h, w, 3), RGB, of any size, and returns
 logits (b, seeds, classes) and probabilities (b, classes). It is run in a new
-process, and only kept if it answers as `vqt-jax predict` does.
+process, and only kept if it answers as `vqt_jax.load` does on these pixels.
 
 Exit status: 0, or 2 if there is something to correct.
 """
@@ -113,7 +113,7 @@ def export(
       most = _allowed(models)
       if not difference <= most:
         raise errors.UserError(
-          "The program answers otherwise than predict: logits differ by"
+          "The program answers otherwise than the run: logits differ by"
           f" {difference:.1e}, and {most:.0e} is allowed. Nothing is kept."
         )
       info = _info(models) | {"logits_differ": difference}
