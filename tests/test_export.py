@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 
 import jax
 import numpy as np
@@ -73,9 +74,8 @@ def check(models, answers, images):
 @pytest.mark.parametrize(
   "methods, seeds, fit",
   [
-    (["vqt"], 2, "squash"),
+    (["vqt"], 2, ""),
     (["vqt", "linear", "vpt_deep"], 2, "pad"),
-    (["linear"], 1, ""),
   ],
 )
 def test_stablehlo_answers_as_the_models_do(methods, seeds, fit):
@@ -146,11 +146,27 @@ def test_stablehlo(start, tmp_path):
   output = tmp_path / "new" / "a.stablehlo"
   status, said = start("vqt", f"--output={output}")
   assert status == 0 and "3 images in a new process: logits differ by" in said
-  assert sorted(os.listdir(output.parent)) == ["a.json", "a.stablehlo"]
-  info = runs.read_json(output.with_suffix(".json"))
+  assert sorted(os.listdir(output.parent)) == [
+    "a.stablehlo",
+    "a.stablehlo.json",
+  ]
+  info = runs.read_json(output.with_name("a.stablehlo.json"))
   assert info["models"]["vqt"]["classes"] == ["class 0", "class 1", "class 2"]
   assert info["outputs"]["logits"] == "float32 (b, 2, 3)"
   assert info["logits_differ"] < 1e-5
+
+
+def test_onnx_without_its_packages(start, tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "jax2onnx", None)
+  status, said = start("linear", f"--output={tmp_path / 'a.onnx'}")
+  assert status == 2 and "pip install jax2onnx onnxruntime" in said
+  assert not os.listdir(tmp_path)
+
+
+def test_short_names_of_runs():
+  short = export._short_names
+  assert short(["a/b", "c/tuned/", "."]) == ["b", "c", "."]
+  assert short(["a/b", "c/b"]) == ["a/b", "c/b"]
 
 
 def test_saved_model_of_several(start, tmp_path):
@@ -166,19 +182,14 @@ def test_saved_model_of_several(start, tmp_path):
   ]
 
 
-def test_what_answers_otherwise_is_not_kept(start, tmp_path, monkeypatch):
-  changed = lambda *args: [x + 1e-3 for x in classify(*args)]
-  classify = exporting.model_lib.classify
-  to_stablehlo = exporting.to_stablehlo
-
-  def wrong(models):
-    with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(exporting.model_lib, "classify", changed)
-      return to_stablehlo(models)
-
-  monkeypatch.setitem(export._KINDS, ".stablehlo", wrong)
+@pytest.mark.parametrize("difference", [1e-3, np.nan])
+def test_what_answers_otherwise_is_not_kept(
+  difference, start, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(export, "compare", lambda *args: difference)
+  monkeypatch.setitem(export._KINDS, ".stablehlo", lambda models: b"wrong")
   status, said = start("linear", f"--output={tmp_path / 'a.stablehlo'}")
-  assert status == 2 and "answers otherwise than predict" in said
+  assert status == 2 and "answers otherwise than the run" in said
   assert not os.listdir(tmp_path)
 
 

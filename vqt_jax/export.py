@@ -8,12 +8,12 @@ to compare answers on, as for predict; default: photographs of scikit-learn.
 
 --output PLACE   NAME.stablehlo for jax.export, NAME.onnx for ONNX (by jax2onnx,
                  if that is installed), or a folder for a SavedModel of
-                 TensorFlow; the names of the classes in NAME.json, or in it
+                 TensorFlow; names of classes: PLACE.json, or export.json in it
 --backbone FILE  the backbone, if it is elsewhere than in training
 
 The program takes uint8 images (b, h, w, 3), RGB, of any size, and returns
 logits (b, seeds, classes) and probabilities (b, classes). It is run in a new
-process, and only kept if it answers as `vqt-jax predict` does.
+process, and only kept if it answers as `vqt_jax.load` does on these pixels.
 
 Exit status: 0, or 2 if there is something to correct.
 """
@@ -48,7 +48,7 @@ from vqt_jax.tuned import run_exported
 USAGE = "Usage: RUN... [IMAGES...] --output PLACE (--help tells more)."
 INFO = "export.json"  # In a SavedModel.
 _KINDS = {".stablehlo": exporting.to_stablehlo, ".onnx": exporting.to_onnx}
-_MOST_IMAGES = 32
+_MOST_IMAGES = 8  # Programs are compiled for each of their sizes.
 # Of differences, against the largest logit or 1: of float32, and of what cannot
 # be the same, bfloat16 and crops, for which Pillow rounds edges.
 _EXACT, _NEAR = 1e-5, 0.1
@@ -113,7 +113,7 @@ def export(
       most = _allowed(models)
       if not difference <= most:
         raise errors.UserError(
-          "The program answers otherwise than predict: logits differ by"
+          "The program answers otherwise than the run: logits differ by"
           f" {difference:.1e}, and {most:.0e} is allowed. Nothing is kept."
         )
       info = _info(models) | {"logits_differ": difference}
@@ -145,7 +145,8 @@ def _places(output: str) -> tuple[pathlib.Path, pathlib.Path]:
       f"--output {output}: expected NAME.stablehlo, NAME.onnx, or a folder"
       " without a dot in its name for a SavedModel, on this machine."
     )
-  beside = place.with_suffix(".json") if place.suffix else place / INFO
+  json = place.with_name(f"{place.name}.json")
+  beside = json if place.suffix else place / INFO
   for each in (place, beside):
     if os.path.lexists(each):
       raise errors.UserError(
@@ -157,9 +158,9 @@ def _places(output: str) -> tuple[pathlib.Path, pathlib.Path]:
 
 def _short_names(runs: Sequence[str]) -> list[str]:
   """Return the last parts of places, or the places if these do not differ."""
-  parts = [pathlib.PurePath(run).parts for run in runs]
-  names = [(p[-2:-1] if p[-1] == "tuned" else p[-1:])[-1:] for p in parts]
-  short = [name[0] if name else run for name, run in zip(names, runs)]
+  paths = [pathlib.PurePath(run) for run in runs]
+  paths = [p.parent if p.name == "tuned" else p for p in paths]
+  short = [path.name or run for path, run in zip(paths, runs)]
   return short if len({*short}) == len(short) else list(runs)
 
 
@@ -170,8 +171,11 @@ def _images(arguments: Sequence[str]) -> list[np.ndarray]:
     UserError: one cannot be read.
   """
   if arguments:
-    names = arguments_lib.find_images(arguments)
-    return [decoding.decode(x) for x in itertools.islice(names, _MOST_IMAGES)]
+    names = itertools.islice(arguments_lib.find_images(arguments), _MOST_IMAGES)
+    images = [decoding.decode(name) for name in names]
+    if not images:
+      raise errors.UserError("No path of an image came on standard input.")
+    return images
   import sklearn.datasets
 
   first, second = sklearn.datasets.load_sample_images().images
@@ -206,8 +210,14 @@ def compare(
   ):
     inputs, answers = (pathlib.Path(folder) / f"{i}.npz" for i in "ia")
     np.savez(inputs, **batches)
-    command = [sys.executable, run_exported.__file__, program, inputs, answers]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    # Without this package's folder, whose modules have common names.
+    command = [sys.executable, "-P", run_exported.__file__]
+    ended = subprocess.run(
+      [*command, program, inputs, answers],
+      env=os.environ | {"JAX_PLATFORMS": "cpu"},
+      capture_output=True,
+      text=True,
+    )
     if ended.returncode:
       said = (ended.stderr.strip().splitlines() or ["nothing"])[-1]
       raise errors.UserError(

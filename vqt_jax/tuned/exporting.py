@@ -6,6 +6,7 @@ all seeds of one model, or of several on one backbone. Its weights are in it.
 
 from collections.abc import Callable, Mapping
 import functools
+import logging
 import os
 import pathlib
 from typing import Any
@@ -111,6 +112,9 @@ def write_saved_model(
   """Write a program as a SavedModel of TensorFlow.
 
   Its signature `serving_default` takes `images`.
+
+  Raises:
+    UserError: the folder cannot be written.
   """
   from jax.experimental import jax2tf
 
@@ -132,7 +136,12 @@ def write_saved_model(
 
   module.serve = serve
   signatures = {"serving_default": serve}
-  tf.saved_model.save(module, os.fspath(folder), signatures=signatures)
+  try:
+    tf.saved_model.save(module, os.fspath(folder), signatures=signatures)
+  except tf.errors.OpError as e:
+    raise errors.UserError(
+      f"Cannot write {folder}: {files.first_line(e)}"
+    ) from e
 
 
 def to_onnx(models: Mapping[str, model_lib.Model]) -> bytes:
@@ -150,6 +159,8 @@ def to_onnx(models: Mapping[str, model_lib.Model]) -> bytes:
   program, weights = make_program(models)
   shape = jax.export.symbolic_shape(_ANY_IMAGES)
   images = jax.ShapeDtypeStruct(shape, jnp.uint8)
+  # It warns of each value whose type it does not know.
+  logging.getLogger("onnx_ir").setLevel(logging.ERROR)
   # Traced first: jax2onnx replaces functions of jax.numpy that Flax uses.
   traced, outputs = jax.make_jaxpr(
     functools.partial(program, weights), return_shape=True
