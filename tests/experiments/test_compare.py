@@ -184,7 +184,9 @@ def test_what_does_not_go_with_methods(changes, words):
 
 def test_a_comparison_has_the_configs_of_single_runs():
   arg = "methods=linear,vqt, lora,task=digits,settings=3"
-  config = resolve.resolve(compare_config.get_config(arg))
+  config = compare_config.get_config(arg)
+  config.solver = "gradient"
+  config = resolve.resolve(config)
   assert config.methods == "linear,vqt,lora"
   assert resolve.resolve(config) == config
   for method, rates in {
@@ -192,7 +194,7 @@ def test_a_comparison_has_the_configs_of_single_runs():
     "lora": (5e-3, 5e-4, 1e-4),
   }.items():
     alone = digits.get_config(f"method={method}")
-    alone.settings = 3
+    alone.settings, alone.solver = 3, config.solver
     alone = resolve.resolve(alone)
     assert resolve.config_for(config, method=method) == alone
     assert (alone.lr, alone.weight_decay) == (rates, (1e-4,))

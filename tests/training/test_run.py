@@ -284,9 +284,6 @@ def test_digits(material, tmp_path, capfd):
     "init": material / "vit.npz",
     "image_size": 8,
     "data_dir": tmp_path / "data",
-    "epochs": 6,
-    "lr": 0.1,
-    "weight_decay": 0.0,
     "seeds": "7",
   }
   argv = runs.command(material, tmp_path / "run", method="linear", **changes)
