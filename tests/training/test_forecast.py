@@ -30,6 +30,7 @@ def start(method, extracted=None, **changes):
       "batch_size": 100,
       "lr": (1.0, 0.1),
       "weight_decay": (0.0, 0.1),
+      "solver": "gradient",
       **changes,
     }
   )
