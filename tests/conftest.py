@@ -25,7 +25,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # Else it has these already.
     "JAX_COMPILATION_CACHE_DIR": _compiled.name,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    # A tenth of the time of these tests would go into where operations are from.
+    # Else a tenth of the time goes into where operations come from.
     "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
   }
 
