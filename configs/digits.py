@@ -9,7 +9,7 @@ to search settings on, 200 to choose by, 797 to test.
       --workdir runs/digits_linear
 
 Arguments:
-  method       "vqt", "head2toe", "linear", or another one, see --help
+  method       "vqt", "instant", "linear", or another one, see --help
   num_queries  queries per block
 """
 

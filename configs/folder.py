@@ -1,7 +1,7 @@
 """Your own images: a folder per class, or a table of files and labels.
 
   python main.py --config configs/folder.py:path=photos --workdir runs/photos
-  python main.py --config configs/folder.py:path=photos,quick=true \\
+  python main.py --config configs/folder.py:path=photos,method=instant \\
       --workdir runs/first_try
   python main.py --config configs/folder.py:path=birds.csv,label=species \\
       --workdir runs/birds --config.init=CHECKPOINT --config.image_size=224
@@ -16,10 +16,9 @@ Arguments:
   label       column of the labels
   split       column of the splits
   fit         "squash", "crop" or "pad": how images are made to fit
-  method      "vqt", "head2toe", "linear", or another one, see --help
+  method      "vqt", "instant", "linear", or another one, see --help
   init        checkpoint of the backbone; default: the small one that is shipped
   image_size  pixels; default: 28 for the shipped backbone, else 224
-  quick       true: one setting, one seed, few epochs
 
 The search is a small one: four learning rates with one weight decay, then three
 seeds.
@@ -33,7 +32,7 @@ from vqt_jax import config as config_lib
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  """Return the config for e.g. "path=photos,quick=true"."""
+  """Return the config for e.g. "path=photos,method=instant"."""
   args = config_lib.parse_arg(
     arg,
     path="photos",
@@ -44,7 +43,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     method="vqt",
     init="",
     image_size=0,
-    quick=False,
   )
   path = args["path"]
   shipped = resources.files("vqt_jax") / "assets" / "fashion_vit.npz"
@@ -55,9 +53,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.method = args["method"]
   config.init = args["init"] or str(shipped)
   config.image_size = args["image_size"] or (224 if args["init"] else 28)
-  config.settings = 1 if args["quick"] else 4
-  config.epochs = 20 if args["quick"] else 50
-  config.seeds = (42,) if args["quick"] else (42, 44, 82)
+  config.settings, config.epochs, config.seeds = 4, 50, (42, 44, 82)
   # At larger rates queries magnify rounding, and results depend on it.
   config.reader_lr.vqt = (0.5, 0.25, 0.1, 0.05)
   return config

@@ -10,7 +10,7 @@
 Arguments:
   task         a VTAB-1k task, "all" for each of the 19 in turn, "digits", or
                any classification dataset of TFDS
-  method       "vqt", "head2toe", "linear", or another one, see --help
+  method       "vqt", "instant", "linear", or another one, see --help
   num_queries  queries per block; 0: the authors' number for the task
   variant      e.g. "S/16": the ImageNet-21k checkpoint of this size
   init         another checkpoint, of that variant if it is given too

@@ -290,7 +290,7 @@ def test_bad_string_arguments_are_refused(arg, words):
   assert words in str(caught.value)
 
 
-def test_folder_takes_path_columns_backbone_and_haste():
+def test_folder_takes_path_columns_backbone_and_method():
   c = folder_config.get_config(
     "path=birds.csv,label=species,image=file,fit=pad"
   )
@@ -298,10 +298,9 @@ def test_folder_takes_path_columns_backbone_and_haste():
   assert (c.image_key, c.label_key, c.split_key) == ("file", "species", "")
   c = folder_config.get_config("path=~/photos,init=howto-i21k-S/16")
   assert (c.task, c.init, c.image_size) == ("~/photos", "howto-i21k-S/16", 224)
-  slow, quick = map(folder_config.get_config, ("", "quick=true"))
-  assert quick.epochs < slow.epochs and len(quick.seeds) < len(slow.seeds)
-  assert len(resolve.resolve(quick).lr) == 1
-  assert len(resolve.resolve(slow).lr) == 4
+  assert len(resolve.resolve(folder_config.get_config("")).lr) == 4
+  first = resolve.resolve(folder_config.get_config("method=instant"))
+  assert (first.solver, first.num_queries) == ("exact", 4)
   # No preset of a VTAB task of the same name.
   c = folder_config.get_config("path=svhn")
   assert resolve.resolve(c).num_queries == 1

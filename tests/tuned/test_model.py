@@ -59,7 +59,9 @@ def prepared(pixels):
   return np.stack([run(each) for each in pixels])
 
 
-@pytest.mark.parametrize("method", ["vqt", "head2toe", "linear", "vqt+lora"])
+@pytest.mark.parametrize(
+  "method", ["vqt", "head2toe", "instant", "linear", "vqt+lora"]
+)
 def test_seeds_answer_in_one_pass_what_each_does_alone(method):
   model = make_model(method)
   images = helpers.tiny_examples(model.backbone, 3, CLASSES)["image"]
