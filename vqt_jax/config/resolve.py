@@ -109,10 +109,12 @@ def resolve(
   method = methods_lib.parse(config.method)
   if not config.solver and method.is_linear:
     config.solver = "exact"
-  if config.solver != "exact":
+  if config.solver == "exact":
+    config.settings = 0
+  else:
     _fill_recipe(config, method)
-    if config.settings:
-      _limit_settings(config)
+  if config.settings:
+    _limit_settings(config)
   if config.task != vtab.ALL:
     _fill_task_defaults(config, method)
   validate.check(config)

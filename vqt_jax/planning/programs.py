@@ -264,13 +264,18 @@ def reading(context: PlanContext) -> Program:
   (stage,) = protocol.planned(context.config, tuner)
   on_device = _resident(context, "trainval")
   data = _batch(context, size) if on_device is None else on_device
-  variables, normalize, order = context.replicated(
-    (tuner.shapes(), np.bool_(True), np.zeros(size, np.int32))
+  variables, normalize, order, mask = context.replicated(
+    (
+      tuner.shapes(),
+      np.bool_(True),
+      np.zeros(size, np.int32),
+      np.zeros(size, np.float32),
+    )
   )
   return Program(
     name=stage.label,
     function=step_lib.features_of,
-    args=(tuner, variables, normalize, params, data, order),
+    args=(tuner, variables, normalize, params, data, order, mask),
     images=size,
     trials=1,
     steps=1,

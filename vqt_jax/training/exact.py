@@ -59,12 +59,13 @@ def read_features(
   features = np.empty((count, tuner.num_features), np.float32)
   labels, done = np.empty(count, np.int32), 0
   for data, order, mask in calls:
-    for rows, real in zip(order, np.asarray(processes.to_host(mask)) > 0):
-      found = step_lib.features_of(
-        tuner, variables, normalize, params, data, rows
+    for i in range(len(order)):
+      found, label, real = processes.to_host(
+        step_lib.features_of(
+          tuner, variables, normalize, params, data, order[i], mask[i]
+        )
       )
-      label = jax.numpy.take(data["label"], rows)
-      found, label = processes.to_host((found, label))
+      real = real > 0
       end = done + int(real.sum())
       features[done:end], labels[done:end] = found[real], label[real]
       done = end

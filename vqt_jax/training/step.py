@@ -375,8 +375,9 @@ def features_of(
   params: Any,
   data: Batch,
   order: jax.Array,
-) -> jax.Array:
-  """Return the features of a batch that the head of a tuner sees, (B, F).
+  mask: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Return the features of a batch that the head of a tuner sees.
 
   Args:
     tuner: the method, without an editor.
@@ -385,12 +386,16 @@ def features_of(
     params: of the backbone.
     data: examples, resident or one batch.
     order: (B,) int32 rows of `data`.
+    mask: (B,) float32, 0 for rows that only fill up a batch.
+
+  Returns:
+    Features (B, F), labels and mask, replicated.
   """
   batch = take(data, order)
   variables = {**variables, "backbone": params}
   tokens, rows, final = _tokens_and_final(tuner, variables, batch)
   found = tuner(variables, tokens, final, None, normalize, rows)
-  return mesh_lib.constrain(found.features)  # Replicated.
+  return mesh_lib.constrain((found.features, batch["label"], mask))
 
 
 @flax.struct.dataclass
