@@ -68,6 +68,15 @@ def test_ridge_is_leaving_each_image_out_by_hand(width, balanced):
   helpers.assert_close(logits / fit.temperature, whole.predict(features), 1e-4)
 
 
+def test_ridge_with_a_few_images_at_a_time_on_the_device(monkeypatch):
+  features, labels = examples(30, 8)
+  whole = ridge.fit(features.copy(), labels, CLASSES)
+  monkeypatch.setattr(ridge, "AT_ONCE", 13)
+  parts = ridge.fit(features.copy(), labels, CLASSES)
+  helpers.assert_close(parts.kernel, whole.kernel, 1e-4)
+  assert (parts.penalty, parts.accuracy) == (whole.penalty, whole.accuracy)
+
+
 def test_ridge_is_that_of_scikit_learn():
   features, labels = examples(40, 12)
   fit = ridge.fit(features.copy(), labels, CLASSES)
@@ -158,7 +167,7 @@ def test_features_that_exceed_memory(monkeypatch):
   tuner = vqt_jax.make_tuner("instant", backbone, CLASSES)
   monkeypatch.setattr(memory, "host_memory", lambda: 1000)
   with pytest.raises(vqt_jax.UserError, match="features of 7 images take"):
-    exact.read_features(tuner, {}, True, {}, (), 7)
+    exact.check_memory(tuner, 7)
 
 
 def start(material, workdir, method, **changes):
@@ -173,7 +182,8 @@ def test_a_run_with_an_exact_head(method, material, tmp_path):
   seeds = {"instant": 2, "linear": 1}[method]
   assert len(kept["solved"]) == len(kept["test_accuracy"]["per_seed"]) == seeds
   assert (tmp_path / "kept" / "report.png").exists()
-  live = start(material, tmp_path / "live", method, features="live")
+  changes = {"features": "live", "data": "stream", "batch_size": 16}
+  live = start(material, tmp_path / "live", method, **changes)
   assert live["test_accuracy"] == kept["test_accuracy"]
   model = vqt_jax.load(tmp_path / "kept")
   arrays = [

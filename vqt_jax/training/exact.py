@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+import jax.numpy as jnp
 import numpy as np
 
 from vqt_jax import errors
@@ -21,6 +22,18 @@ from vqt_jax.training import step as step_lib
 # Of the cross-validation of the penalty of logistic regression; each has its
 # share of every class.
 FOLDS = 5
+
+
+def check_memory(tuner: tuner_lib.Tuner, count: int) -> None:
+  """Raise a `UserError` if the features of `count` examples are too many."""
+  needed, available = 4 * count * tuner.num_features, memory.host_memory()
+  if needed > available:
+    raise errors.UserError(
+      f"The {tuner.num_features:,} features of {count:,} images take"
+      f" {units.format_bytes(needed)}, and this machine has"
+      f" {units.format_bytes(available)} of memory. Take fewer queries"
+      " (config.num_queries), or another method."
+    )
 
 
 def read_features(
@@ -45,31 +58,28 @@ def read_features(
 
   Returns:
     Features (n, F) float32, and labels (n,) int32.
-
-  Raises:
-    UserError: they do not fit in memory.
   """
-  needed, free = 4 * count * tuner.num_features, memory.host_memory()
-  if needed > free:
-    raise errors.UserError(
-      f"The {tuner.num_features:,} features of {count:,} images take"
-      f" {units.format_bytes(needed)}, and {units.format_bytes(free)} of memory"
-      " are free. Take fewer queries (config.num_queries), or another method."
-    )
   features = np.empty((count, tuner.num_features), np.float32)
   labels, done = np.empty(count, np.int32), 0
   for data, order, mask in calls:
-    for rows, real in zip(order, np.asarray(processes.to_host(mask)) > 0):
-      found = step_lib.features_of(
-        tuner, variables, normalize, params, data, rows
+    told = processes.to_host(_labels_and_mask(data["label"], order, mask))
+    for rows, label, real in zip(order, *told):
+      found = processes.to_host(
+        step_lib.features_of(tuner, variables, normalize, params, data, rows)
       )
-      label = jax.numpy.take(data["label"], rows)
-      found, label = processes.to_host((found, label))
       end = done + int(real.sum())
       features[done:end], labels[done:end] = found[real], label[real]
       done = end
       progress(done)
   return features, labels
+
+
+@jax.jit
+def _labels_and_mask(
+  label: jax.Array, order: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Return the labels of rows, and whether they are real, replicated."""
+  return mesh_lib.constrain((jnp.take(label, order, axis=0), mask > 0))
 
 
 def solve(
@@ -79,7 +89,7 @@ def solve(
   num_classes: int,
   class_weights: np.ndarray | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-  """Compute a head, the same on all processes.
+  """Compute a head; every process does it alone, on one device.
 
   Args:
     solver: "ridge" or "logistic".
@@ -102,7 +112,6 @@ def solve(
       " of the inputs (config.value_range), or compute in float32"
       " (config.dtype=float32)."
     )
-  # Every process does it alone, on one device.
   with jax.set_mesh(mesh_lib.make_mesh(devices=jax.local_devices()[:1])):
     if solver == "ridge":
       fit = ridge.fit(features, labels, num_classes, class_weights)
@@ -112,8 +121,14 @@ def solve(
       folds = [sorted_rows[i::count] for i in range(count)]
       fit = logistic.fit(features, labels, num_classes, folds, class_weights)
   head, found = {"kernel": fit.kernel, "bias": fit.bias}, dict(vars(fit))
-  if jax.process_count() > 1:  # Rounding may differ between machines.
-    head = multihost_utils.broadcast_one_to_all(head)
   for name in head:
     del found[name]
   return jax.tree.map(np.asarray, head), found
+
+
+def of_first_process(head: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Return the head of the first process: rounding differs by machine."""
+  if jax.process_count() == 1:
+    return head
+  head = multihost_utils.broadcast_one_to_all(head)
+  return jax.tree.map(np.asarray, head)

@@ -177,11 +177,15 @@ class Stages:
     show = functools.partial(context.console.progress, stage.label)
     detail = units.format_count(len(stage.trials), stage.trial_noun)
     with self._stop.at_once():
+      with processes.raise_on_all():
+        exact.check_memory(tuner, count)
       with processes.raise_on_all():  # With a line of its own, if it extracts.
         calls = self._examples.evaluation_calls(stage.split)
       started, total = time.monotonic(), count * len(stage.trials)
       with show(total, "image", f"{detail}, {stage.solver}") as line:
         for i, trial in enumerate(stage.trials):
+          if self._stop:  # Several processes agree on it here.
+            raise preemption.Stopped
           variables = step_lib.initial_variables(
             context.mesh, tuner, trial.seed
           )
@@ -201,6 +205,7 @@ class Stages:
             head, found = exact.solve(
               stage.solver, features, labels, tuner.num_classes, weights
             )
+          head = exact.of_first_process(head)
           each.append({**processes.to_host(variables), "head": head})
           solved.append(found)
         line.summary = _describe_solved(solved)
