@@ -38,6 +38,10 @@ from vqt_jax.runtime import units
 PENALTIES = tuple(10.0**e for e in range(-4, 3))
 FINER = tuple(10.0 ** (e / 4) for e in (-3, -2, -1, 1, 2, 3))
 TEMPERATURES = (0.1, 100.0)  # Bounds of the factor of the logits.
+# Where all images are told apart with ease, losses near 0 and rounding would
+# choose. So losses that agree to these digits are equal, the larger penalty
+# wins, and a temperature rises no more where it would not change them.
+DIGITS = 5
 AT_ONCE = 4096  # Rows or columns of features that are on the device.
 # Matrices of the size of A that there are at a time: A, its factor, an inverse.
 MATRICES = 4
@@ -119,7 +123,7 @@ def fit(
 
   for penalty in PENALTIES:
     attempt(penalty)
-  rank = lambda penalty: (*tried[penalty][:1], -penalty)
+  rank = lambda penalty: (round(tried[penalty][0], DIGITS), -penalty)
   middle = min(tried, key=rank)
   for factor in FINER:
     attempt(middle * factor)
@@ -291,7 +295,7 @@ def _judge(
   """
   predicted = one_hot - error
   temperature = _temperature(predicted, one_hot, share)
-  loss = _loss(temperature * predicted, one_hot, share)
+  loss = jnp.maximum(0, _loss(temperature * predicted, one_hot, share))
   right = jnp.argmax(predicted, axis=1) == jnp.argmax(one_hot, axis=1)
   return temperature, jnp.where(jnp.isfinite(loss), loss, jnp.inf), right.sum()
 
@@ -312,7 +316,7 @@ def _temperature(
   def halve(_, bounds):
     low, high = bounds
     middle = jnp.sqrt(low * high)
-    rising = slope(middle) > 0
+    rising = middle * slope(middle) > -(10**-DIGITS)
     return jnp.where(rising, low, middle), jnp.where(rising, middle, high)
 
   bounds = tuple(map(jnp.float32, TEMPERATURES))
