@@ -407,7 +407,14 @@ def _describe_solved(solved: Sequence[dict[str, Any]]) -> str:
   """Describe how good computed heads are without a validation split."""
   accuracy = np.mean([each["accuracy"] for each in solved])
   how = "leave-one-out" if "temperature" in solved[0] else "cross-validation"
-  return f"{100 * accuracy:.1f} % by {how}"
+  text = f"{100 * accuracy:.1f} % by {how}"
+  for which, end in (("smallest", min), ("largest", max)):
+    if any(
+      each["penalty"] == end(tried["penalty"] for tried in each["tried"])
+      for each in solved
+    ):
+      text += f"; the {which} penalty that was tried"
+  return text
 
 
 def _rows(
