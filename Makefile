@@ -20,7 +20,7 @@ CANDIDATES := python3.11 python3.12 python3.13 python3
 
 # The dataset is made there, as not every user has a home folder.
 demo: $(VENV)/.installed
-	$(PYTHON) main.py --config configs/compare.py:task=digits,methods=linear,vqt,data_dir=runs/data --workdir runs/demo
+	$(PYTHON) main.py --config configs/compare.py:task=digits,methods=linear,instant,vqt,data_dir=runs/data --workdir runs/demo
 
 test: $(VENV)/.installed-test
 	$(PYTHON) -m pytest --numprocesses=2 --dist=worksteal

@@ -201,6 +201,15 @@ def test_a_comparison_has_the_configs_of_single_runs():
   assert alone.image_size == 28
 
 
+def test_a_solver_is_for_the_methods_that_have_it():
+  for solver, others in (("gradient", "instant"), ("exact", "vqt")):
+    names = f"linear,{others}"
+    config = resolve.resolve({"methods": names, "solver": solver})
+    found = [resolve.config_for(config, method=x) for x in names.split(",")]
+    own = resolve.resolve({"method": others}).solver
+    assert [each.solver for each in found] == [solver, own]
+
+
 def test_all_methods():
   config = compare_config.get_config("task=dtd,variant=S/16")
   config = resolve.resolve(config)

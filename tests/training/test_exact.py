@@ -68,6 +68,26 @@ def test_ridge_is_leaving_each_image_out_by_hand(width, balanced):
   helpers.assert_close(logits / fit.temperature, whole.predict(features), 1e-4)
 
 
+def test_ridge_with_a_few_images_at_a_time_on_the_device(monkeypatch):
+  features, labels = examples(30, 8)
+  whole = ridge.fit(features.copy(), labels, CLASSES)
+  monkeypatch.setattr(ridge, "AT_ONCE", 13)
+  parts = ridge.fit(features.copy(), labels, CLASSES)
+  helpers.assert_close(parts.kernel, whole.kernel, 1e-4)
+  assert (parts.penalty, parts.accuracy) == (whole.penalty, whole.accuracy)
+
+
+def test_rounding_chooses_no_penalty_where_all_is_easy():
+  labels = np.arange(40) % CLASSES
+  features = np.tile(np.eye(CLASSES, dtype=np.float32)[labels], 30)
+  rng = np.random.default_rng(0)
+  features += 0.1 * rng.standard_normal(features.shape).astype(np.float32)
+  fits = [ridge.fit(features + x, labels, CLASSES) for x in (0, 1e-3)]
+  assert fits[0].penalty == fits[1].penalty
+  assert abs(fits[0].temperature / fits[1].temperature - 1) < 0.01
+  assert min(tried["loss"] for tried in fits[0].tried) >= 0
+
+
 def test_ridge_is_that_of_scikit_learn():
   features, labels = examples(40, 12)
   fit = ridge.fit(features.copy(), labels, CLASSES)
@@ -158,7 +178,7 @@ def test_features_that_exceed_memory(monkeypatch):
   tuner = vqt_jax.make_tuner("instant", backbone, CLASSES)
   monkeypatch.setattr(memory, "host_memory", lambda: 1000)
   with pytest.raises(vqt_jax.UserError, match="features of 7 images take"):
-    exact.read_features(tuner, {}, True, {}, (), 7)
+    exact.check_memory(tuner, 7)
 
 
 def start(material, workdir, method, **changes):

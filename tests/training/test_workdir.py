@@ -15,6 +15,7 @@ from tensorboard.compat.tensorflow_stub import pywrap_tensorflow
 from tests import runs
 from vqt_jax import errors
 from vqt_jax.config import config_dict
+from vqt_jax.config import resolve
 from vqt_jax.runtime import files
 from vqt_jax.runtime import locks
 from vqt_jax.training import metrics
@@ -366,6 +367,46 @@ def test_fields_that_a_method_does_not_use_may_change(
     opened(config, tmp_path)
   assert f"{decides} was" in str(caught.value)
   assert f"{ignored} was" not in str(caught.value)
+
+
+def test_fields_of_the_gradient_may_change_where_the_head_is_computed(tmp_path):
+  config = resolve.resolve({"method": "linear"})
+  opened(config, tmp_path)
+  (tmp_path / "results.json").write_text("{}")
+  config.epochs = 7
+  assert opened(config, tmp_path)
+  config.class_weights = "balanced"
+  with pytest.raises(errors.UserError, match="class_weights was '', is now"):
+    opened(config, tmp_path)
+
+
+def test_a_stage_without_epochs_begins_a_run(tmp_path):
+  """Its head would be taken for that of another config."""
+  config = resolve.resolve({"method": "instant"})
+  opened(config, tmp_path)
+  (tmp_path / "stages").mkdir()
+  files.write_json(tmp_path / "stages" / "backbone.json", {})
+  assert not opened(config, tmp_path)
+  (tmp_path / "stages" / "seeds.safetensors").write_bytes(b"")
+  config.seeds = (1,)
+  with pytest.raises(errors.UserError, match="seeds was"):
+    opened(config, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["linear", "vqt", "lora"])
+def test_runs_from_before_there_was_a_solver(method, tmp_path):
+  solver = {"linear": "gradient"}.get(method, "")
+  config = resolve.resolve({"method": method, "solver": solver})
+  opened(config, tmp_path)
+  (tmp_path / "metrics.jsonl").write_text(ROW)
+  old = files.read_json(tmp_path / "config.json")
+  del old["solver"]
+  files.write_json(tmp_path / "config.json", old)
+  assert opened(config, tmp_path)
+  if method == "linear":
+    config = resolve.resolve({"method": method})
+    with pytest.raises(errors.UserError, match="solver was 'gradient', is now"):
+      opened(config, tmp_path)
 
 
 def test_a_workdir_of_all_tasks_is_begun_with_one_of_them(tmp_path):

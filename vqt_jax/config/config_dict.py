@@ -105,10 +105,14 @@ def differences(
   """Compare two results of `to_json`: field -> (old, new) where they differ.
 
   In the old one, written by an earlier version, fields may be missing, which
-  have their default then, and there may be fields that no longer exist.
+  have their default then (but all was trained by gradients before there was
+  `solver`), and there may be fields that no longer exist.
   """
-  old = flatten(to_json(default_config())) | drop_retired(old)
   new = flatten(new)
+  missing = flatten(to_json(default_config()))
+  if new.get("solver"):
+    missing["solver"] = "gradient"
+  old = missing | drop_retired(old)
   return {
     name: (old.get(name), new.get(name))
     for name in {**old, **new}

@@ -554,16 +554,20 @@ def is_used_in(name: str, config: ConfigDict) -> bool:
   )
 
 
-def may_change(name: str, method: methods_lib.Method | None) -> bool:
+def may_change(
+  name: str, method: methods_lib.Method | None, solver: str = ""
+) -> bool:
   """Return whether a run may be resumed with another value of a field.
 
   Args:
     name: of the field, which need not exist.
     method: as for `is_used`.
+    solver: of the run's resolved config.
   """
   if name not in FIELDS:
     return False
-  return FIELDS[name].resumable or not is_used(name, method)
+  of_others = solver == "exact" and name in _OF_GRADIENT
+  return FIELDS[name].resumable or of_others or not is_used(name, method)
 
 
 def tuner_options(config: ConfigDict) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from vqt_jax.config import validate
 from vqt_jax.data import vtab
 from vqt_jax.models import editors
 from vqt_jax.models import methods as methods_lib
+from vqt_jax.models import readers
 
 # Differences of the authors' program from the defaults: noise on the frozen
 # stream while queries train (it trains other methods without), TensorFlow 1's
@@ -133,6 +134,12 @@ def config_for(
   config = copy.deepcopy(config)
   if "method" in changes:
     config.methods = ""
+    method = methods_lib.parse(changes["method"])
+    only_exact = readers.READERS[method.reader].is_fixed
+    if config.solver == "gradient" and only_exact:
+      config.solver = ""  # Of the other methods.
+    if config.solver == "exact" and not method.is_linear:
+      config.solver = ""
   config.update(changes)
   return resolve(config)
 

@@ -183,6 +183,7 @@ def _penalties(ax: Any, results: dict[str, Any]) -> None:
     axes.set_ylabel(name, color=colour)
     axes.tick_params(axis="y", colors=colour)
   other.yaxis.set_major_formatter(style.percent_axis())
+  other.set_ylim(top=min(other.get_ylim()[1], 1.01))
   other.spines["left"].set_visible(False)
   ax.set_xscale("log")
   ax.set(xlabel="penalty, relative to the features")

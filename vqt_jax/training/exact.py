@@ -23,6 +23,18 @@ from vqt_jax.training import step as step_lib
 FOLDS = 5
 
 
+def check_memory(tuner: tuner_lib.Tuner, count: int) -> None:
+  """Raise a `UserError` if the features of `count` examples are too many."""
+  needed, available = 4 * count * tuner.num_features, memory.host_memory()
+  if needed > available:
+    raise errors.UserError(
+      f"The {tuner.num_features:,} features of {count:,} images take"
+      f" {units.format_bytes(needed)}, and this machine has"
+      f" {units.format_bytes(available)} of memory. Take fewer queries"
+      " (config.num_queries), or another method."
+    )
+
+
 def read_features(
   tuner: tuner_lib.Tuner,
   variables: Any,
@@ -45,17 +57,7 @@ def read_features(
 
   Returns:
     Features (n, F) float32, and labels (n,) int32.
-
-  Raises:
-    UserError: they do not fit in memory.
   """
-  needed, free = 4 * count * tuner.num_features, memory.host_memory()
-  if needed > free:
-    raise errors.UserError(
-      f"The {tuner.num_features:,} features of {count:,} images take"
-      f" {units.format_bytes(needed)}, and {units.format_bytes(free)} of memory"
-      " are free. Take fewer queries (config.num_queries), or another method."
-    )
   features = np.empty((count, tuner.num_features), np.float32)
   labels, done = np.empty(count, np.int32), 0
   for data, order, mask in calls:
@@ -80,7 +82,7 @@ def solve(
   num_classes: int,
   class_weights: np.ndarray | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-  """Compute a head, the same on all processes.
+  """Compute a head; every process does it alone, on one device.
 
   Args:
     solver: "ridge" or "logistic".
@@ -103,7 +105,6 @@ def solve(
       " of the inputs (config.value_range), or compute in float32"
       " (config.dtype=float32)."
     )
-  # Every process does it alone, on one device.
   with jax.set_mesh(mesh_lib.make_mesh(devices=jax.local_devices()[:1])):
     if solver == "ridge":
       fit = ridge.fit(features, labels, num_classes, class_weights)
@@ -113,8 +114,14 @@ def solve(
       folds = [sorted_rows[i::count] for i in range(count)]
       fit = logistic.fit(features, labels, num_classes, folds, class_weights)
   head, found = {"kernel": fit.kernel, "bias": fit.bias}, dict(vars(fit))
-  if jax.process_count() > 1:  # Rounding may differ between machines.
-    head = multihost_utils.broadcast_one_to_all(head)
   for name in head:
     del found[name]
   return jax.tree.map(np.asarray, head), found
+
+
+def of_first_process(head: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Return the head of the first process: rounding differs by machine."""
+  if jax.process_count() == 1:
+    return head
+  head = multihost_utils.broadcast_one_to_all(head)
+  return jax.tree.map(np.asarray, head)

@@ -22,8 +22,10 @@ import numpy as np
 import optax
 
 # Penalties that are tried, as multiples of the mean squared norm of the centred
-# features. C of scikit-learn is 1 / (n * penalty), of features of norm 1.
-PENALTIES = tuple(10.0 ** (-e / 2) for e in range(4, 13))
+# features, until so many in a row are worse than the best. C of scikit-learn is
+# 1 / (n * penalty), of features of norm 1.
+PENALTIES = tuple(10.0 ** (-e / 2) for e in range(4, 19))
+WORSE = 2
 # A fit ends at this norm of the gradient, scaled as above, or after so many
 # steps.
 TOLERANCE = 1e-4
@@ -70,7 +72,7 @@ def fit(
     num_classes: C.
     folds: rows that each fold leaves out and is judged by.
     class_weights: (C,), weights of the examples of each class; None: all 1.
-    penalties: to try.
+    penalties: to try, from the largest on.
   """
   count = len(features)
   weights = np.ones(count, np.float32)
@@ -85,29 +87,32 @@ def fit(
   uses = np.ones((1 + len(folds), count), np.float32)
   for use, rows in zip(uses[1:], folds):
     use[rows] = 0
-  penalties = sorted(penalties, reverse=True)
-  kernels, biases, losses, right = jax.tree.map(
-    np.asarray,
-    _path(
+  problem = jax.device_put(
+    (
       x @ vectors,
       np.eye(num_classes, dtype=np.float32)[labels],
       weights,
       uses,
       np.maximum(eigenvalues, 0),
-      np.array(penalties, np.float32),
-    ),
+    )
   )
-  best = int(np.argmin(losses))
-  kernel = vectors @ kernels[best] / scale
-  tried = [
-    {"penalty": p, "accuracy": float(r) / count, "loss": float(loss)}
-    for p, r, loss in zip(penalties, right, losses)
-  ]
+  params = (
+    jnp.zeros((len(uses), x.shape[1], num_classes)),
+    jnp.zeros((len(uses), num_classes)),
+  )
+  best, tried = None, []
+  for penalty in sorted(penalties, reverse=True):
+    # A call for each, between which a signal can end the run.
+    params, loss, right = _fit_all(params, *problem, jnp.float32(penalty))
+    accuracy, loss = float(right) / count, float(loss)
+    tried.append({"penalty": penalty, "accuracy": accuracy, "loss": loss})
+    if best is None or loss < best["loss"]:
+      best, kernel, bias = tried[-1], *(np.asarray(x[0]) for x in params)
+    elif best not in tried[-WORSE:]:
+      break
+  kernel = vectors @ kernel / scale
   return Fit(
-    kernel=kernel,
-    bias=biases[best] - mean @ kernel,
-    **tried[best],
-    tried=tried[::-1],
+    kernel=kernel, bias=bias - mean @ kernel, **best, tried=tried[::-1]
   )
 
 
@@ -160,52 +165,42 @@ def _minimize(params, problem, rates):
 
 
 @jax.jit
-def _path(x, one_hot, weights, uses, eigenvalues, penalties):
-  """Fit with each penalty, in order.
+def _fit_all(params, x, one_hot, weights, uses, eigenvalues, penalty):
+  """Fit to all examples, and to those of each fold, with a penalty.
 
   Args:
+    params: kernels (K + 1, F, C) and biases (K + 1, C) to start from.
     x: (n, F), centred, in the basis of the eigenvectors of X^T X.
     one_hot: (n, C).
     weights: (n,), of the examples, adding up to 1.
     uses: (K + 1, n), 1 for examples that a fit uses: first all, then those of
       each of K folds.
     eigenvalues: (F,).
-    penalties: (P,).
+    penalty: scalar.
 
   Returns:
-    Kernels (P, F, C) and biases (P, C) of the fits to all examples; losses and
-    numbers of right predictions (P,) of each example by the fold without it.
+    Fitted params; loss, and number of right predictions, of each example by the
+    fold without it.
   """
   share = uses * weights
   kept = share.sum(axis=1, keepdims=True)
   share /= kept
   left_out = (1 - uses[1:]) * weights
-  bound = eigenvalues / 2 / kept.min()
-  zeros = (
-    jnp.zeros((len(uses), x.shape[1], one_hot.shape[1])),
-    jnp.zeros((len(uses), one_hot.shape[1])),
-  )
+  scale = 1 / jnp.sqrt(eigenvalues / 2 / kept.min() + penalty)
 
-  def fit_all(params, penalty):
-    scale = 1 / jnp.sqrt(bound + penalty)
-
-    def one(params, share):
-      kernel, bias = params
-      problem = (x * scale, one_hot, share, penalty * scale**2)
-      start = (kernel / scale[:, None], bias)
-      kernel, bias = _minimize(start, problem, (1.0, 2 * kept.min()))
-      return kernel * scale[:, None], bias
-
-    params = jax.vmap(one)(params, share)
-    logits = jax.vmap(_logits, (0, None))(params, x)
-    losses = optax.softmax_cross_entropy(logits[1:], one_hot)
-    same = jnp.argmax(logits[1:], axis=2) == jnp.argmax(one_hot, axis=1)
+  def fit_one(params, share):
     kernel, bias = params
-    return params, (
-      kernel[0],
-      bias[0],
-      jnp.sum(losses * left_out) / left_out.sum(),
-      jnp.sum(same * (1 - uses[1:])),
-    )
+    problem = (x * scale, one_hot, share, penalty * scale**2)
+    start = (kernel / scale[:, None], bias)
+    kernel, bias = _minimize(start, problem, (1.0, 2 * kept.min()))
+    return kernel * scale[:, None], bias
 
-  return jax.lax.scan(fit_all, zeros, penalties)[1]
+  params = jax.vmap(fit_one)(params, share)
+  logits = jax.vmap(_logits, (0, None))(params, x)
+  losses = optax.softmax_cross_entropy(logits[1:], one_hot)
+  same = jnp.argmax(logits[1:], axis=2) == jnp.argmax(one_hot, axis=1)
+  return (
+    params,
+    jnp.sum(losses * left_out) / left_out.sum(),
+    jnp.sum(same * (1 - uses[1:])),
+  )

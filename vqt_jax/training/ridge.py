@@ -38,9 +38,14 @@ from vqt_jax.runtime import units
 PENALTIES = tuple(10.0**e for e in range(-4, 3))
 FINER = tuple(10.0 ** (e / 4) for e in (-3, -2, -1, 1, 2, 3))
 TEMPERATURES = (0.1, 100.0)  # Bounds of the factor of the logits.
+# Where all images are told apart with ease, losses near 0 and rounding would
+# choose. So losses that agree to these digits are equal, the larger penalty
+# wins, and a temperature rises no more where it would not change them.
+DIGITS = 5
 AT_ONCE = 4096  # Rows or columns of features that are on the device.
 # Matrices of the size of A that there are at a time: A, its factor, an inverse.
 MATRICES = 4
+PARTS = 3  # Likewise, arrays of so many rows.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +123,7 @@ def fit(
 
   for penalty in PENALTIES:
     attempt(penalty)
-  rank = lambda penalty: (*tried[penalty][:1], -penalty)
+  rank = lambda penalty: (round(tried[penalty][0], DIGITS), -penalty)
   middle = min(tried, key=rank)
   for factor in FINER:
     attempt(middle * factor)
@@ -153,11 +158,13 @@ def largest_program(
     num_classes: C.
   """
   shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
-  last = (shape(count, num_classes), shape(count), shape())
   if count <= width:
+    last = (shape(count, num_classes), shape(count), shape())
     return _solve_dual, (shape(count, count), shape(), *last)
-  first = (shape(width, width), shape(width, num_classes), shape(count, width))
-  return _solve_primal, (*first, *last)
+  rows = min(count, AT_ONCE)
+  first = (shape(width, width), shape(width, num_classes), shape())
+  some = (shape(rows, width), shape(rows, num_classes), shape(rows))
+  return _solve_first_rows, (*first, *some)
 
 
 def _check(count: int, width: int) -> None:
@@ -165,7 +172,8 @@ def _check(count: int, width: int) -> None:
     raise errors.UserError(
       f"Expected at least two images to train on, found {count}."
     )
-  needed = MATRICES * 4 * min(count, width) ** 2
+  size = min(count, width)
+  needed = 4 * size * (MATRICES * size + PARTS * min(count, AT_ONCE))
   available = memory.device_memory()
   if needed > available:
     raise errors.UserError(
@@ -227,23 +235,54 @@ def _solve_dual(
   return solution, solution / kept[:, None]
 
 
-@jax.jit
 def _solve_primal(
   matrix: jax.Array,
+  side: np.ndarray,
+  features: np.ndarray,
+  target: np.ndarray,
+  share: np.ndarray,
+  penalty: jax.Array,
+) -> tuple[jax.Array, np.ndarray]:
+  """Return W (F, C), and the errors of predictions without each example.
+
+  A few examples at a time are on the device.
+  """
+  parts = [
+    [x[start : start + AT_ONCE] for x in (features, target, share)]
+    for start in range(0, len(features), AT_ONCE)
+  ]
+  factor, kernel, error = _solve_first_rows(matrix, side, penalty, *parts[0])
+  found = [error, *(_errors(factor, kernel, *part) for part in parts[1:])]
+  return kernel, np.concatenate([np.asarray(each) for each in found])
+
+
+@jax.jit
+def _solve_first_rows(
+  matrix: jax.Array,
   side: jax.Array,
+  penalty: jax.Array,
   features: jax.Array,
   target: jax.Array,
   share: jax.Array,
-  penalty: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-  """Return W (F, C), and the errors of predictions without each example."""
-  size = len(matrix)
-  factor = jnp.linalg.cholesky(matrix + penalty * jnp.eye(size))
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Return the factor of A, W, and the errors of the first examples."""
+  factor = jnp.linalg.cholesky(matrix + penalty * jnp.eye(len(matrix)))
   solve = functools.partial(jax.scipy.linalg.solve_triangular, factor)
   kernel = solve(solve(side, lower=True), lower=True, trans=1)
-  half = solve(features.T, lower=True)
+  return factor, kernel, _errors(factor, kernel, features, target, share)
+
+
+@jax.jit
+def _errors(
+  factor: jax.Array,
+  kernel: jax.Array,
+  features: jax.Array,
+  target: jax.Array,
+  share: jax.Array,
+) -> jax.Array:
+  half = jax.scipy.linalg.solve_triangular(factor, features.T, lower=True)
   kept = 1 - jnp.sum(half**2, axis=0) - share
-  return kernel, (target - _product(features, kernel)) / kept[:, None]
+  return (target - _product(features, kernel)) / kept[:, None]
 
 
 @jax.jit
@@ -256,7 +295,7 @@ def _judge(
   """
   predicted = one_hot - error
   temperature = _temperature(predicted, one_hot, share)
-  loss = _loss(temperature * predicted, one_hot, share)
+  loss = jnp.maximum(0, _loss(temperature * predicted, one_hot, share))
   right = jnp.argmax(predicted, axis=1) == jnp.argmax(one_hot, axis=1)
   return temperature, jnp.where(jnp.isfinite(loss), loss, jnp.inf), right.sum()
 
@@ -277,7 +316,7 @@ def _temperature(
   def halve(_, bounds):
     low, high = bounds
     middle = jnp.sqrt(low * high)
-    rising = slope(middle) > 0
+    rising = middle * slope(middle) > -(10**-DIGITS)
     return jnp.where(rising, low, middle), jnp.where(rising, middle, high)
 
   bounds = tuple(map(jnp.float32, TEMPERATURES))

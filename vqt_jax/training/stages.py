@@ -177,11 +177,15 @@ class Stages:
     show = functools.partial(context.console.progress, stage.label)
     detail = units.format_count(len(stage.trials), stage.trial_noun)
     with self._stop.at_once():
+      with processes.raise_on_all():
+        exact.check_memory(tuner, count)
       with processes.raise_on_all():  # With a line of its own, if it extracts.
         calls = self._examples.evaluation_calls(stage.split)
       started, total = time.monotonic(), count * len(stage.trials)
       with show(total, "image", f"{detail}, {stage.solver}") as line:
         for i, trial in enumerate(stage.trials):
+          if self._stop:  # Several processes agree on it here.
+            raise preemption.Stopped
           variables = step_lib.initial_variables(
             context.mesh, tuner, trial.seed
           )
@@ -201,6 +205,7 @@ class Stages:
             head, found = exact.solve(
               stage.solver, features, labels, tuner.num_classes, weights
             )
+          head = exact.of_first_process(head)
           each.append({**processes.to_host(variables), "head": head})
           solved.append(found)
         line.summary = _describe_solved(solved)
@@ -402,7 +407,14 @@ def _describe_solved(solved: Sequence[dict[str, Any]]) -> str:
   """Describe how good computed heads are without a validation split."""
   accuracy = np.mean([each["accuracy"] for each in solved])
   how = "leave-one-out" if "temperature" in solved[0] else "cross-validation"
-  return f"{100 * accuracy:.1f} % by {how}"
+  text = f"{100 * accuracy:.1f} % by {how}"
+  for which, end in (("smallest", min), ("largest", max)):
+    if any(
+      each["penalty"] == end(tried["penalty"] for tried in each["tried"])
+      for each in solved
+    ):
+      text += f"; the {which} penalty that was tried"
+  return text
 
 
 def _rows(

@@ -23,6 +23,7 @@ from vqt_jax.runtime import files
 from vqt_jax.runtime import locks
 from vqt_jax.runtime.files import PathLike
 from vqt_jax.training import metrics
+from vqt_jax.training import stage
 
 # Fields of every config; no other program has all of them.
 _OF_CONFIGS = {"task", "init", "method", "lr", "seeds", "batch_size"}
@@ -118,6 +119,11 @@ def _trained(workdir: files.Path) -> bool:
     files.exists(workdir / "results.json")
     or metrics.metrics_bytes(workdir)
     or files.list_names(workdir / "checkpoints")
+    # An exact head has no epochs, which the others would tell of.
+    or any(
+      name.endswith(stage.SUFFIX)
+      for name in files.list_names(workdir / "stages")
+    )
   )
 
 
@@ -128,7 +134,7 @@ def _check_same_run(
   changed = [
     f"{name} was {before!r}, is now {after!r}"
     for name, (before, after) in config_dict.differences(old, now).items()
-    if not fields.may_change(name, method)
+    if not fields.may_change(name, method, now["solver"])
   ]
   if changed:
     more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""

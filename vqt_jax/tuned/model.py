@@ -112,8 +112,8 @@ class Model:
     """Raise a `UserError` if the method has no queries."""
     if not self.tuner.has_queries:
       raise errors.UserError(
-        f"{self.tuner.method} has no queries, so there is no attention of"
-        " queries to show."
+        f"{self.tuner.method} has no queries that learn, so there is no"
+        " attention of queries to show."
       )
 
   def _batches(self, x: Any) -> Iterator[tuple[np.ndarray, int]]:
