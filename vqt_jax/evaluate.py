@@ -40,8 +40,7 @@ from vqt_jax.data import listing
 from vqt_jax.reports import evaluation
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import files
-from vqt_jax.runtime import logfile
-from vqt_jax.runtime import numerics
+from vqt_jax.tuned import arguments as arguments_lib
 from vqt_jax.tuned import model as model_lib
 
 USAGE = (
@@ -53,36 +52,27 @@ _MOST_NAMED = 5
 
 def main(argv: Sequence[str]) -> int:
   """Evaluate as a command line says; return the exit status."""
-  logfile.reopen_closed_streams()
   values = flags.FlagValues()
   flags.DEFINE_enum("split", None, data.SPLITS, "", flag_values=values)
   for text in ("output", "backbone", "data_dir", *_COLUMNS):
     flags.DEFINE_string(text, None, "", flag_values=values)
-  flags.DEFINE_boolean("help", False, "", short_name="h", flag_values=values)
-  try:
-    arguments = values(list(argv))[1:]
-    if values.help:
-      print(__doc__)
-      return 0
+
+  def command(arguments):
     if len(arguments) != 2:
       raise errors.UserError(
         f"Expected a run and images, found {len(arguments)} arguments. {USAGE}"
       )
-    with numerics.jax_defaults():
-      return evaluate(
-        *arguments,
-        values.split,
-        values.output,
-        values.backbone,
-        values.data_dir,
-        **{name: values[name].value or "" for name in _COLUMNS},
-      )
-  except (errors.UserError, flags.Error) as e:
-    print(f"error: {e}", file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print("Interrupted; nothing is written.", file=sys.stderr)
-    return 130
+    return evaluate(
+      *arguments,
+      values.split,
+      values.output,
+      values.backbone,
+      values.data_dir,
+      **{name: values[name].value or "" for name in _COLUMNS},
+    )
+
+  interrupted = "Interrupted; nothing is written."
+  return arguments_lib.run(argv, values, __doc__, command, interrupted)
 
 
 def evaluate(

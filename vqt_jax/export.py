@@ -37,8 +37,6 @@ from vqt_jax import version
 from vqt_jax.data import decoding
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import files
-from vqt_jax.runtime import logfile
-from vqt_jax.runtime import numerics
 from vqt_jax.runtime import units
 from vqt_jax.tuned import arguments as arguments_lib
 from vqt_jax.tuned import exporting
@@ -56,27 +54,18 @@ _EXACT, _NEAR = 1e-5, 0.1
 
 def main(argv: Sequence[str]) -> int:
   """Export as a command line says; return the exit status."""
-  logfile.reopen_closed_streams()
   values = flags.FlagValues()
   for text in ("output", "backbone"):
     flags.DEFINE_string(text, None, "", flag_values=values)
-  flags.DEFINE_boolean("help", False, "", short_name="h", flag_values=values)
-  try:
-    arguments = values(list(argv))[1:]
-    if values.help:
-      print(__doc__)
-      return 0
+
+  def command(arguments):
     # Answers are compared there: others round products of float32.
     jax.config.update("jax_platforms", "cpu")
-    with numerics.jax_defaults():
-      export(arguments, values.output, values.backbone)
+    export(arguments, values.output, values.backbone)
     return 0
-  except (errors.UserError, flags.Error) as e:
-    print(f"error: {e}", file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print("Interrupted; nothing is written.", file=sys.stderr)
-    return 130
+
+  interrupted = "Interrupted; nothing is written."
+  return arguments_lib.run(argv, values, __doc__, command, interrupted)
 
 
 def export(

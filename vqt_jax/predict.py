@@ -38,8 +38,6 @@ from vqt_jax.models.backbone import find_scaling
 from vqt_jax.reports import attention_figure
 from vqt_jax.reports import style
 from vqt_jax.runtime import files
-from vqt_jax.runtime import logfile
-from vqt_jax.runtime import numerics
 from vqt_jax.tuned import arguments as arguments_lib
 from vqt_jax.tuned import model as model_lib
 
@@ -48,24 +46,16 @@ USAGE = "Usage: RUN... IMAGES... [--top K] [--output FILE] (--help tells more)."
 
 def main(argv: Sequence[str]) -> int:
   """Predict as a command line says; return the exit status."""
-  logfile.reopen_closed_streams()
   values = flags.FlagValues()
   flags.DEFINE_integer("top", 1, "", 1, flag_values=values)
   for text in ("output", "backbone", "attention"):
     flags.DEFINE_string(text, None, "", flag_values=values)
-  flags.DEFINE_boolean("help", False, "", short_name="h", flag_values=values)
+  command = lambda arguments: predict(
+    arguments, values.top, values.output, values.backbone, values.attention
+  )
+  interrupted = "Interrupted; all rows that are done are written."
   try:
-    arguments = values(list(argv))[1:]
-    if values.help:
-      print(__doc__)
-      return 0
-    with numerics.jax_defaults():
-      return predict(
-        arguments, values.top, values.output, values.backbone, values.attention
-      )
-  except (errors.UserError, flags.Error) as e:
-    print(f"error: {e}", file=sys.stderr)
-    return 2
+    return arguments_lib.run(argv, values, __doc__, command, interrupted)
   except BrokenPipeError:  # Of `| head`. Python would complain at its end.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
@@ -73,9 +63,6 @@ def main(argv: Sequence[str]) -> int:
     place = values.output or "standard output"
     print(f"error: Cannot write {place}: {e.strerror}.", file=sys.stderr)
     return 2
-  except KeyboardInterrupt:
-    print("Interrupted; all rows that are done are written.", file=sys.stderr)
-    return 130
 
 
 def predict(

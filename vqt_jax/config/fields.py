@@ -548,7 +548,9 @@ def is_used_in(name: str, config: ConfigDict) -> bool:
   return any(
     is_used(name, method)
     and not (
-      name in _OF_GRADIENT and method.is_linear and config.solver != "gradient"
+      name in _OF_GRADIENT
+      and method.may_be_exact
+      and config.solver != "gradient"
     )
     for method in methods
   )

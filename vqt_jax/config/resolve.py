@@ -51,7 +51,7 @@ AUTHORS_KEEP = 0.7
 # docs/methods.md.
 HEAD2TOE_KEEP = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
-# More of them help little: docs/methods.md.
+# Queries per block of instant; the features grow with them.
 INSTANT_QUERIES = 4
 
 # Optimiser and peak learning rates per 256 images: of readers those of the VQT
@@ -108,7 +108,7 @@ def resolve(
     config.method = ""
     return config
   method = methods_lib.parse(config.method)
-  if not config.solver and method.is_linear:
+  if not config.solver and method.may_be_exact:
     config.solver = "exact"
   if config.solver == "exact":
     config.settings = 0
@@ -138,7 +138,7 @@ def config_for(
     only_exact = readers.READERS[method.reader].is_fixed
     if config.solver == "gradient" and only_exact:
       config.solver = ""  # Of the other methods.
-    if config.solver == "exact" and not method.is_linear:
+    if config.solver == "exact" and not method.may_be_exact:
       config.solver = ""
   config.update(changes)
   return resolve(config)

@@ -121,12 +121,14 @@ def _check_solver(config: ConfigDict) -> None:
       f"config.solver=gradient: {config.method} has an exact head only. Leave"
       " config.solver empty."
     )
-  if config.solver == "exact" and not method.is_linear:
+  if config.solver == "exact" and not method.may_be_exact:
     raise errors.UserError(
       f"config.solver=exact: {config.method} learns by gradients. Leave"
       " config.solver empty, or take config.method=linear or instant."
     )
-  exact = config.solver == "exact" or (not config.solver and method.is_linear)
+  exact = config.solver == "exact" or (
+    not config.solver and method.may_be_exact
+  )
   if not exact or config.preset:
     return
   if not set(config.keep_fraction) <= {0.0, 1.0}:

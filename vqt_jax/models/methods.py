@@ -26,8 +26,8 @@ class Method:
   editor: str | None = None
 
   @property
-  def is_linear(self) -> bool:
-    """True if only a head trains, on all features of a frozen stream."""
+  def may_be_exact(self) -> bool:
+    """True if the head is all that is fitted, so that it can be computed."""
     fixed = readers.READERS[self.reader].is_fixed
     return not self.editor and (fixed or self.reader == "linear")
 

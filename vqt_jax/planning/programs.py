@@ -77,7 +77,7 @@ class PlanContext:
 
   @property
   def selects(self) -> bool:
-    """Whether new heads are trained on some of the features."""
+    """True if new heads are trained on some of the features."""
     return self.config.keep_fraction != (1.0,)
 
   @property
@@ -290,7 +290,7 @@ def solving(context: PlanContext) -> Program:
   """Return the solution of a head for one penalty, in closed form."""
   tuner, count = context.tuner, context.counts["trainval"]
   (stage,) = protocol.planned(context.config, tuner)
-  penalties = len(ridge.PENALTIES) + len(ridge.FINER) + 1
+  penalties = len(ridge.PENALTIES) + len(ridge.FINER)
   function, args = ridge.largest_program(
     count, tuner.num_features, tuner.num_classes
   )

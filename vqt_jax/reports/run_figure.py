@@ -188,7 +188,7 @@ def _penalties(ax: Any, results: dict[str, Any]) -> None:
   ax.set_xscale("log")
   ax.set(xlabel="penalty, relative to the features")
   ax.grid(axis="y")
-  left_out = "temperature" in results["solved"][0]
+  left_out = results["solved"][0].get("temperature")
   how = "each image left out" if left_out else "cross-validation"
   ax.set_title(f"Head: {how}; the chosen (◆)", loc="left")
 

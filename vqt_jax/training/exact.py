@@ -60,18 +60,20 @@ def read_features(
   """
   features = np.empty((count, tuner.num_features), np.float32)
   labels, done = np.empty(count, np.int32), 0
-  for data, order, mask in calls:
-    for i in range(len(order)):
-      found, label, real = processes.to_host(
-        step_lib.features_of(
-          tuner, variables, normalize, params, data, order[i], mask[i]
-        )
-      )
-      real = real > 0
-      end = done + int(real.sum())
-      features[done:end], labels[done:end] = found[real], label[real]
-      done = end
-      progress(done)
+  parts = (
+    step_lib.features_of(
+      tuner, variables, normalize, params, data, order[i], mask[i]
+    )
+    for data, order, mask in calls
+    for i in range(len(order))
+  )
+  for part in batches.delay_by_one(parts):
+    found, label, mask = processes.to_host(part)
+    real = mask > 0
+    end = done + int(real.sum())
+    features[done:end], labels[done:end] = found[real], label[real]
+    done = end
+    progress(done)
   return features, labels
 
 
@@ -93,8 +95,8 @@ def solve(
 
   Returns:
     {"kernel", "bias"}; and what is known of it: `penalty`, `accuracy` and
-    `loss` without a validation split, `tried` penalties, and of "ridge"
-    `temperature`.
+    `loss` without a validation split, `tried` penalties, and
+    `temperature`, None for "logistic".
 
   Raises:
     UserError: the problem is too large or too small, or not finite.

@@ -8,18 +8,18 @@ each from where the one before ended.
 The curvature of the cross-entropy is at most X^T X / 2 for every class
 (Böhning, 1992). Where this and the penalty are the unit matrix, in the
 eigenvectors of X^T X scaled by (eigenvalue / 2 + penalty)^-1/2, a gradient step
-of size 1 never overshoots; with momentum that restarts (O'Donoghue and Candès,
-2015) about a hundred of them are enough. L-BFGS takes fewer, but each is
-several times as long, for its line search.
+of size 1 never overshoots, so there is no line search, and momentum may
+restart (O'Donoghue and Candès, 2015).
 """
 
 from collections.abc import Sequence
-import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from vqt_jax.training import linear_fit
 
 # Penalties that are tried, as multiples of the mean squared norm of the centred
 # features, until so many in a row are worse than the best. C of scikit-learn is
@@ -32,27 +32,6 @@ TOLERANCE = 1e-4
 STEPS = 1000
 
 
-@dataclasses.dataclass(frozen=True)
-class Fit:
-  """A head that minimises cross-entropy and penalty.
-
-  Attributes:
-    kernel: (F, C) float32.
-    bias: (C,) float32.
-    penalty: as a multiple of the mean squared norm of the centred features.
-    accuracy: of cross-validation.
-    loss: mean cross-entropy of cross-validation, nats.
-    tried: of every penalty {"penalty", "accuracy", "loss"}, increasing.
-  """
-
-  kernel: np.ndarray
-  bias: np.ndarray
-  penalty: float
-  accuracy: float
-  loss: float
-  tried: list[dict[str, float]]
-
-
 def fit(
   features: np.ndarray,
   labels: np.ndarray,
@@ -60,7 +39,7 @@ def fit(
   folds: Sequence[np.ndarray],
   class_weights: np.ndarray | None = None,
   penalties: Sequence[float] = PENALTIES,
-) -> Fit:
+) -> linear_fit.LinearFit:
   """Fit a head, with the penalty that is best in cross-validation.
 
   Minimise mean_i w_i ce_i + penalty / 2 |kernel|^2, features having a mean
@@ -75,9 +54,7 @@ def fit(
     penalties: to try, from the largest on.
   """
   count = len(features)
-  weights = np.ones(count, np.float32)
-  if class_weights is not None:
-    weights = class_weights[labels].astype(np.float32)
+  weights = linear_fit.example_weights(labels, class_weights)
   weights /= weights.sum()
   mean = weights @ features
   x = features - mean
@@ -111,7 +88,7 @@ def fit(
     elif best not in tried[-WORSE:]:
       break
   kernel = vectors @ kernel / scale
-  return Fit(
+  return linear_fit.LinearFit(
     kernel=kernel, bias=bias - mean @ kernel, **best, tried=tried[::-1]
   )
 

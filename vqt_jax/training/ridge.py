@@ -21,17 +21,18 @@ Everything is float32; A is factorised (Cholesky), never inverted to solve.
 """
 
 from collections.abc import Callable
-import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from vqt_jax import errors
 from vqt_jax.runtime import memory
 from vqt_jax.runtime import units
+from vqt_jax.training import linear_fit
 
 # Penalties that are tried, as multiples of the mean squared norm of the centred
 # features; then others around the best. Smaller ones drown in rounding.
@@ -48,36 +49,12 @@ MATRICES = 4
 PARTS = 3  # Likewise, arrays of so many rows.
 
 
-@dataclasses.dataclass(frozen=True)
-class Fit:
-  """A head in closed form.
-
-  Attributes:
-    kernel: (F, C) float32.
-    bias: (C,) float32.
-    penalty: as a multiple of the mean squared norm of the centred features.
-    temperature: factor in kernel and bias that makes the softmax of the logits
-      fit the labels best.
-    accuracy: of the predictions of each example by a fit to all others.
-    loss: their mean cross-entropy, nats.
-    tried: of every penalty {"penalty", "accuracy", "loss"}, increasing.
-  """
-
-  kernel: np.ndarray
-  bias: np.ndarray
-  penalty: float
-  temperature: float
-  accuracy: float
-  loss: float
-  tried: list[dict[str, float]]
-
-
 def fit(
   features: np.ndarray,
   labels: np.ndarray,
   num_classes: int,
   class_weights: np.ndarray | None = None,
-) -> Fit:
+) -> linear_fit.LinearFit:
   """Fit a head, with the penalty that is best if each example is left out.
 
   Args:
@@ -92,9 +69,7 @@ def fit(
   """
   count, width = features.shape
   _check(count, width)
-  weights = np.ones(count, np.float32)
-  if class_weights is not None:
-    weights = class_weights[labels].astype(np.float32)
+  weights = linear_fit.example_weights(labels, class_weights)
   share = weights / weights.sum()
   one_hot = np.eye(num_classes, dtype=np.float32)[labels]
   target_mean, mean = share @ one_hot, share @ features
@@ -113,27 +88,22 @@ def fit(
     matrix = _squared(features)
     side = _transpose_times(features, target)
     evaluate = functools.partial(_solve_primal, matrix, side, features)
-  tried = {}
-
-  def attempt(penalty):
-    solution, error = evaluate(target, share, jnp.float32(penalty * scale))
-    temperature, loss, right = _judge(error / root, one_hot, share)
-    tried[penalty] = (float(loss), float(right) / count, float(temperature))
-    return np.asarray(solution)
-
-  for penalty in PENALTIES:
-    attempt(penalty)
+  tried, best, solution = {}, None, None
   rank = lambda penalty: (round(tried[penalty][0], DIGITS), -penalty)
-  middle = min(tried, key=rank)
-  for factor in FINER:
-    attempt(middle * factor)
-  best = min(tried, key=rank)
+  for factors in (PENALTIES, FINER):
+    middle = best or 1.0
+    for penalty in (middle * factor for factor in factors):
+      found, error = evaluate(target, share, jnp.float32(penalty * scale))
+      temperature, loss, right = _judge(error / root, one_hot, share)
+      tried[penalty] = (float(loss), float(right) / count, float(temperature))
+      if penalty == min(tried, key=rank):
+        best, solution = penalty, found
   loss, accuracy, temperature = tried[best]
-  kernel = attempt(best)
+  kernel = np.asarray(solution)
   if dual:
     kernel = _transpose_times(features, kernel)
   kernel = temperature * kernel
-  return Fit(
+  return linear_fit.LinearFit(
     kernel=kernel,
     bias=temperature * target_mean - mean @ kernel,
     penalty=best,
@@ -226,11 +196,10 @@ def _solve_dual(
     share: u^2.
     penalty: p.
   """
-  size = len(matrix)
-  factor = jnp.linalg.cholesky(matrix + penalty * jnp.eye(size))
-  solve = functools.partial(jax.scipy.linalg.solve_triangular, factor)
-  solution = solve(solve(target, lower=True), lower=True, trans=1)
-  inverse = solve(jnp.eye(size), lower=True)
+  unit = jnp.eye(len(matrix))
+  factor = jnp.linalg.cholesky(matrix + penalty * unit)
+  solution = jax.scipy.linalg.cho_solve((factor, True), target)
+  inverse = jax.scipy.linalg.solve_triangular(factor, unit, lower=True)
   kept = jnp.sum(inverse**2, axis=0) - share / (penalty + shift)
   return solution, solution / kept[:, None]
 
@@ -267,8 +236,7 @@ def _solve_first_rows(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Return the factor of A, W, and the errors of the first examples."""
   factor = jnp.linalg.cholesky(matrix + penalty * jnp.eye(len(matrix)))
-  solve = functools.partial(jax.scipy.linalg.solve_triangular, factor)
-  kernel = solve(solve(side, lower=True), lower=True, trans=1)
+  kernel = jax.scipy.linalg.cho_solve((factor, True), side)
   return factor, kernel, _errors(factor, kernel, features, target, share)
 
 
@@ -301,7 +269,7 @@ def _judge(
 
 
 def _loss(logits: jax.Array, one_hot: jax.Array, share: jax.Array) -> jax.Array:
-  return -jnp.sum(share * jnp.sum(one_hot * jax.nn.log_softmax(logits), axis=1))
+  return share @ optax.softmax_cross_entropy(logits, one_hot)
 
 
 def _temperature(

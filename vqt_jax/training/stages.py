@@ -186,9 +186,7 @@ class Stages:
         for i, trial in enumerate(stage.trials):
           if self._stop:  # Several processes agree on it here.
             raise preemption.Stopped
-          variables = step_lib.initial_variables(
-            context.mesh, tuner, trial.seed
-          )
+          variables = step_lib.draw_on(context.mesh, tuner)(trial.seed)
           with processes.raise_on_all():
             if i:
               calls = self._examples.evaluation_calls(stage.split)
@@ -406,7 +404,7 @@ def _variables(state: step_lib.State, stage: stage_lib.Stage) -> Any:
 def _describe_solved(solved: Sequence[dict[str, Any]]) -> str:
   """Describe how good computed heads are without a validation split."""
   accuracy = np.mean([each["accuracy"] for each in solved])
-  how = "leave-one-out" if "temperature" in solved[0] else "cross-validation"
+  how = "leave-one-out" if solved[0]["temperature"] else "cross-validation"
   text = f"{100 * accuracy:.1f} % by {how}"
   for which, end in (("smallest", min), ("largest", max)):
     if any(

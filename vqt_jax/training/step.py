@@ -125,10 +125,11 @@ def init_on(
   )
 
 
-def initial_variables(
-  mesh: jax.sharding.Mesh, tuner: tuner_lib.Tuner, seed: int
-) -> dict[str, Any]:
-  """Return {"tuner", "head"} of a seed, as `init` draws them.
+@functools.cache
+def draw_on(
+  mesh: jax.sharding.Mesh, tuner: tuner_lib.Tuner
+) -> Callable[[int], dict[str, Any]]:
+  """Compile the function from a seed to {"tuner", "head"} as `init` draws them.
 
   Without an editor, so the backbone is not needed. Replicated over a mesh.
   """
@@ -138,7 +139,8 @@ def initial_variables(
     return tuner.init(init_key)
 
   place = mesh_lib.replicated_sharding(mesh)
-  return jax.jit(draw, out_shardings=place)(np.uint32(seed))
+  compiled = jax.jit(draw, out_shardings=place)
+  return lambda seed: compiled(np.uint32(seed))
 
 
 def take(data: Batch, index: jax.Array) -> Batch:

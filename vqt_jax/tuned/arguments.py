@@ -1,13 +1,50 @@
 """Command lines of tuned models and images."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import glob
 import os
 import sys
 
+from absl import flags
+
 from vqt_jax import errors
 from vqt_jax.data import listing
+from vqt_jax.runtime import logfile
+from vqt_jax.runtime import numerics
 from vqt_jax.tuned import bundle
+
+
+def run(
+  argv: Sequence[str],
+  values: flags.FlagValues,
+  doc: str,
+  command: Callable[[list[str]], int],
+  interrupted: str,
+) -> int:
+  """Parse a command line and run its command; return the exit status.
+
+  Args:
+    argv: the program's name, flags and arguments.
+    values: the command's flags, which are set.
+    doc: what --help prints.
+    command: from the arguments that are no flags to the exit status.
+    interrupted: what to say after Ctrl-C.
+  """
+  logfile.reopen_closed_streams()
+  flags.DEFINE_boolean("help", False, "", short_name="h", flag_values=values)
+  try:
+    arguments = values(list(argv))[1:]
+    if values.help:
+      print(doc)
+      return 0
+    with numerics.jax_defaults():
+      return command(arguments)
+  except (errors.UserError, flags.Error) as e:
+    print(f"error: {e}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print(interrupted, file=sys.stderr)
+    return 130
 
 
 def split(arguments: Sequence[str], usage: str) -> tuple[list[str], list[str]]:
