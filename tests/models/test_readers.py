@@ -20,8 +20,11 @@ def _mean_step(config, edit):
 
 
 MEANS = readers.Reader(
-  read=lambda t, v, *tokens: (t.read(_mean_step, v, (), *tokens), None),
-  block_features=lambda t: t.config.width,
+  read=lambda t, v, *tokens, key: (
+    t.read(_mean_step, v, (), *tokens)[1],
+    None,
+  ),
+  group_features=lambda t: t.config.width,
 )
 
 

@@ -253,7 +253,7 @@ def test_a_batch_read_in_chunks_is_the_same(monkeypatch, dropout, projected):
   def grad(queries):
     def loss(queries):
       index = jnp.asarray(rows)
-      out = readers.scan(step, blocks, queries, tokens, index, fetches=True)
+      _, out = readers.scan(step, blocks, queries, tokens, index, fetches=True)
       return (out**2).sum(), out
 
     return jax.grad(loss, has_aux=True)(queries)

@@ -88,7 +88,9 @@ class Field:
 
 
 _ANY_EDITOR = tuple(editors.EDITORS)
-_BLOCK_READERS = tuple(k for k, v in readers.READERS.items() if v.read)
+_BLOCK_READERS = tuple(
+  name for name, each in readers.READERS.items() if each.read or each.members
+)
 
 SECTIONS = {
   "Data": {
@@ -225,8 +227,8 @@ SECTIONS = {
     "num_queries": Field(
       0,
       "Queries per block; 0: the authors' number for the task, which is 1 for"
-      " all but seven VTAB-1k tasks; of instant 4.",
-      used_by=("vqt", "instant"),
+      " all but seven VTAB-1k tasks; of instant and auto 4.",
+      used_by=("vqt", "instant", "auto"),
       tuner_option=True,
     ),
     "query_dropout": Field(
@@ -309,7 +311,9 @@ SECTIONS = {
       choices=("", "exact", "gradient"),
       used_by=("linear", "instant"),
     ),
-    "epochs": Field(100, "Epochs of every trial.", least=1),
+    "epochs": Field(
+      0, "Epochs of every trial; 0: 100, but of combo and auto 40."
+    ),
     "warmup_epochs": Field(
       -1,
       "Epochs of linear warm-up before the cosine decay to 0; -1: a tenth of"
@@ -341,7 +345,9 @@ SECTIONS = {
       if not reader.is_fixed
     },
     "weight_decay": Field(
-      (1e-2, 1e-3, 1e-4, 0.0), "Weight decays to try, not applied to biases."
+      (1e-2, 1e-3, 1e-4, 0.0),
+      "Weight decays to try, not applied to biases; of combo and auto 1e-4 if"
+      " nothing else is given.",
     ),
     "class_weights": Field(
       "",

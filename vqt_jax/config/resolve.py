@@ -59,6 +59,7 @@ INSTANT_QUERIES = 4
 # editors, those searched in the VPT paper (docs/methods.md).
 _READER_RECIPE = ("adam", (1.0, 0.5, 0.25, 0.1, 0.05))
 _HEAD2TOE_RECIPE = ("adam", (0.2, 0.02))
+_COMBO_RECIPE = ("adamw", (2e-3,))
 _PROMPT_RECIPE = (
   "sgd",
   (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05),
@@ -67,6 +68,8 @@ _EDITOR_RECIPE = ("adamw", (5e-3, 1e-3, 5e-4, 1e-4))
 # Beside vqt and head2toe an editor has this fraction of their rates, which are
 # those of a head.
 _EDITOR_RATE = 0.01
+# Epochs of every trial, if the method has no others.
+_EPOCHS = 100
 # The only weight decay that is tried if `settings` is given.
 _SETTINGS_DECAY = 1e-4
 
@@ -96,8 +99,6 @@ def resolve(
   validate.check(config)
   if config.preset == "authors":
     _apply_authors_preset(config, keep)
-  if config.warmup_epochs < 0:
-    config.warmup_epochs = config.epochs // 10
   if config.methods:
     if "method" in keep:
       raise errors.UserError(
@@ -112,8 +113,11 @@ def resolve(
     config.solver = "exact"
   if config.solver == "exact":
     config.settings = 0
+    config.epochs = config.epochs or _EPOCHS
   else:
     _fill_recipe(config, method)
+  if config.warmup_epochs < 0:
+    config.warmup_epochs = config.epochs // 10
   if config.settings:
     _limit_settings(config)
   if config.task != vtab.ALL:
@@ -145,8 +149,17 @@ def config_for(
 
 
 def recipe(method: methods_lib.Method) -> dict[str, Any]:
-  """Return a method's published optimizer, lr and editor_rate."""
+  """Return a method's published recipe, as fields of a config."""
   rate = 1.0
+  if method.reader in ("combo", "auto"):
+    optimizer, lr = _COMBO_RECIPE
+    return {
+      "optimizer": optimizer,
+      "lr": lr,
+      "weight_decay": (_SETTINGS_DECAY,),
+      "epochs": 40,
+      "editor_rate": rate,
+    }
   if method.reader == "linear" and method.editor:
     prompts = editors.EDITORS[method.editor].has_prompts
     optimizer, lr = _PROMPT_RECIPE if prompts else _EDITOR_RECIPE
@@ -154,7 +167,12 @@ def recipe(method: methods_lib.Method) -> dict[str, Any]:
     head2toe = method.reader == "head2toe"
     optimizer, lr = _HEAD2TOE_RECIPE if head2toe else _READER_RECIPE
     rate = _EDITOR_RATE if method.editor else 1.0
-  return {"optimizer": optimizer, "lr": lr, "editor_rate": rate}
+  return {
+    "optimizer": optimizer,
+    "lr": lr,
+    "epochs": _EPOCHS,
+    "editor_rate": rate,
+  }
 
 
 def choose_rates(rates: tuple[float, ...], count: int) -> tuple[float, ...]:
@@ -229,7 +247,7 @@ def _fill_task_defaults(
   task = vtab.find_task(config.task)
   if _is_default(config, "num_queries"):
     config.num_queries = vtab.NUM_QUERIES.get(task.name, 1) if task else 1
-    if method.reader == "instant":
+    if method.reader in ("instant", "auto"):
       config.num_queries = INSTANT_QUERIES
   if _is_default(config, "keep_fraction"):
     is_vqt = method == methods_lib.Method("vqt")

@@ -64,7 +64,7 @@ def _check_names(config: ConfigDict) -> None:
 
 
 def _check_numbers(config: ConfigDict) -> None:
-  if config.warmup_epochs >= config.epochs:
+  if config.epochs and config.warmup_epochs >= config.epochs:
     raise errors.UserError(
       f"config.warmup_epochs={config.warmup_epochs} must be smaller than"
       f" config.epochs={config.epochs}: nothing would be left to train."
@@ -129,19 +129,25 @@ def _check_solver(config: ConfigDict) -> None:
   exact = config.solver == "exact" or (
     not config.solver and method.may_be_exact
   )
-  if not exact or config.preset:
+  if method.reader == "auto" and config.protocol == "best":
+    raise errors.UserError(
+      "config.protocol=best: method auto chooses by cross-validation already."
+      " Leave config.protocol out."
+    )
+  if not (exact or method.reader == "auto") or config.preset:
     return
+  other = ", or set config.solver=gradient" * (method.reader == "linear")
   if not set(config.keep_fraction) <= {0.0, 1.0}:
     raise errors.UserError(
       f"config.keep_fraction={config.keep_fraction}: the exact head of"
       f" {config.method} uses all features. Leave it out"
-      f"{'' if fixed else ', or set config.solver=gradient'}."
+      f"{other}."
     )
   if config.embedding_dropout:
     raise errors.UserError(
       f"config.embedding_dropout={config.embedding_dropout}: the exact head of"
       f" {config.method} sees every image once, without noise. Leave it out"
-      f"{'' if fixed else ', or set config.solver=gradient'}."
+      f"{other}."
     )
 
 

@@ -1,24 +1,20 @@
 """Batches of data on the devices, of data on the host, or streamed."""
 
-import collections
-from collections.abc import Callable, Iterable, Iterator
-from concurrent import futures
+from collections.abc import Callable, Iterator
 import dataclasses
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vqt_jax.features import store
+from vqt_jax.runtime import ahead
 from vqt_jax.runtime import mesh as mesh_lib
 
 # Input of a call that takes S steps on batches of B examples: data on the
 # devices, rows of it (S, B) int32, and a mask (S, B) float32 that is 0 where a
 # row only fills up a batch.
 Call = tuple[dict[str, jax.Array], np.ndarray, jax.Array | np.ndarray]
-T = TypeVar("T")
-PREFETCH = 2  # Batches on their way to the devices while one is used.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +96,7 @@ class HostBatches:
       self.rows, self.batch_size, mesh.shape["data"], shuffle
     )
     batches = zip(index[start:], mask[start:])
-    return prefetch(lambda batch: self._call(*batch), batches)
+    return ahead.prefetch(lambda batch: self._call(*batch), batches)
 
   def _call(self, rows: np.ndarray, mask: np.ndarray) -> Call:
     mesh = self.features.layout.mesh
@@ -177,30 +173,3 @@ def batch_order(
     index[step, : len(part)] = part
     mask[step, : len(part)] = 1
   return index, mask
-
-
-def prefetch(
-  function: Callable[..., T], items: Iterable, count: int = PREFETCH
-) -> Iterator[T]:
-  """Map in another thread, `count` items ahead of the one that is taken."""
-  with futures.ThreadPoolExecutor(1) as pool:
-    queue = collections.deque()
-    for item in items:
-      queue.append(pool.submit(function, item))
-      if len(queue) > count:
-        yield queue.popleft().result()
-    while queue:
-      yield queue.popleft().result()
-
-
-def delay_by_one(items: Iterable[T]) -> Iterator[T]:
-  """Yield each item after the next one is started.
-
-  So the devices compute an item while the one before it is looked at.
-  """
-  queue = collections.deque()
-  for item in items:
-    queue.append(item)
-    if len(queue) > 1:
-      yield queue.popleft()
-  yield from queue

@@ -21,6 +21,7 @@ from vqt_jax.features import storage as storage_lib
 from vqt_jax.features import store
 from vqt_jax.models import backbone as backbone_lib
 from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.runtime import ahead
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import files
 from vqt_jax.runtime import processes
@@ -326,7 +327,7 @@ class Examples:
     if storage == "device":
       starts = range(0, len(label), self._eval_batch_size)
       rows = (_rows(s, self._eval_batch_size, len(label)) for s in starts)
-      features = batches_lib.prefetch(host_store.send, rows)
+      features = ahead.prefetch(host_store.send, rows)
       return self._store_on_devices(layout, features, label)
     if storage == "host":
       host_store = host_store.in_memory()

@@ -31,6 +31,7 @@ from vqt_jax import errors
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.models import vit
 from vqt_jax.models import vit_config
+from vqt_jax.runtime import ahead
 from vqt_jax.runtime import mesh as mesh_lib
 
 # A batch of the stream: {"final": (b, D), "tokens": (L, b, N, D) if read}.
@@ -146,22 +147,21 @@ def device_layout(
 def extract(
   layout: Layout, params: Any, batches: Iterable[dict[str, np.ndarray]]
 ) -> Iterator[FeatureBatch]:
-  """Run the backbone over batches; one batch ahead of what is yielded.
+  """Run the backbone over batches, ahead of what is yielded.
 
   Args:
     layout: of the features.
     params: the frozen backbone, on the devices.
     batches: {"image": (b, h, w, 3) float32, ...}, this process's rows.
   """
-  run, previous = extractor(layout), None
-  for batch in batches:
+  run = extractor(layout)
+
+  def compute(batch):
     image = mesh_lib.from_process_local({"image": batch["image"]}, layout.mesh)
-    features = run(params, image["image"])
-    if previous is not None:
-      yield jax.block_until_ready(previous)
-    previous = features
-  if previous is not None:
-    yield previous
+    return run(params, image["image"])
+
+  for features in ahead.compute(compute, ((batch,) for batch in batches)):
+    yield jax.block_until_ready(features)
 
 
 @functools.cache

@@ -55,6 +55,12 @@ def parse(name: str, kind: str = "method") -> Method:
     raise errors.unknown_name(f"reader of {kind}", reader, readers.READERS)
   if editor not in editors.EDITORS:
     raise errors.unknown_name(f"editor of {kind}", editor, editors.EDITORS)
+  if members := readers.READERS[reader].members:
+    raise errors.UserError(
+      f"{kind} {name}: an editor changes the stream, which the readers of"
+      f" {reader} share. Take {editor} beside one of them, e.g."
+      f" {members[-1]}+{editor}."
+    )
   if readers.READERS[reader].is_fixed:
     raise errors.UserError(
       f"{kind} {name}: an editor learns by gradients, but {reader} computes its"

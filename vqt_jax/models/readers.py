@@ -6,7 +6,8 @@ A `Reader` is a few functions. Those that learn read by one pure step per block,
 
 with the frozen parameters of one block, the reader's own weights of that block,
 the block's tokens LN_0(z_m) (B, N, D), and a carry for readers that pass state
-upward. `scan` runs it over depth, on tokens from the backbone or from a store.
+upward (`combo` sums one). `scan` runs it over depth, on tokens from the
+backbone or from a store.
 No gradient enters the backbone unless an editor has changed the stream; then
 queries pass through the edited blocks as any token would, and each block's
 weights are a pair (the reader's, the edit's).
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 from vqt_jax.models import attention
 from vqt_jax.models import chunked_attention
 from vqt_jax.models import chunks
+from vqt_jax.models import combo
 from vqt_jax.models import head
 from vqt_jax.models import vit
 from vqt_jax.models import vit_config
@@ -37,10 +39,11 @@ class Reader:
   """A reader, as functions of a tuner `t`: its `config`, options, and `t.read`.
 
   Attributes:
-    read: (t, variables, tokens, rows) -> features of each block (L, B, F / L),
+    read: (t, variables, tokens, rows, key) -> groups of features (G, B, K),
       float32, and the outputs of queries (L, B, T, D) or None; arguments as of
       `Tuner.__call__`. None: the final feature is all that is read.
-    block_features: (t) -> number of features of a block.
+    group_features: (t) -> number K of features in a group.
+    num_groups: (t) -> number G of groups; by default a block is a group.
     init: (t, key) -> a dict of trainable weights; None: only the head trains.
     window: (t) -> number of successive tokens of which it reads the mean, and
       the store keeps nothing else; None: it reads the tokens.
@@ -49,15 +52,22 @@ class Reader:
     has_queries: its weights hold "queries" (L, T, D), which drop out in
       training, and `read` takes a store of keys and values as well.
     is_fixed: its weights stay as they were drawn; only the head is fitted.
+    is_network: it trains as networks do: features have a root mean square of 1,
+      not a norm of 1, and the head starts at 0.
+    members: methods that answer together, each with weights and head of its
+      own; their probabilities are mixed.
   """
 
   read: Callable[..., tuple[jax.Array, jax.Array | None]] | None = None
-  block_features: Callable[[Any], int] = lambda t: 0
+  group_features: Callable[[Any], int] = lambda t: 0
+  num_groups: Callable[[Any], int] = lambda t: t.config.depth
   init: Callable[[Any, jax.Array], dict[str, Any]] | None = None
   window: Callable[[Any], int] | None = None
   gradient_numbers: Callable[[Any], int] = lambda t: 0
   has_queries: bool = False
   is_fixed: bool = False
+  is_network: bool = False
+  members: tuple[str, ...] = ()
 
 
 # Ways to turn the outputs of a block's queries into features, see `combine`.
@@ -108,7 +118,8 @@ def scan(
   tokens: jax.Array,
   rows: jax.Array | None = None,
   fetches: bool = False,
-) -> jax.Array:
+  carry: Any = None,
+) -> tuple[Any, jax.Array]:
   """Scan a reader's step over depth.
 
   A gradient keeps the results of matrix products, and computes GELU, softmax
@@ -125,12 +136,14 @@ def scan(
       that a batch never exists for all blocks at once. None: all, in order.
     fetches: the step can be called with the store of all blocks (L * n, ...) in
       place of tokens, and with the rows to fetch (chunks, b) as fifth argument.
+    carry: given to the step of the first block.
 
   Returns:
-    The outputs, stacked over depth (L, B, ...).
+    The carry of the last block, and the outputs, stacked over depth (L, B,
+    ...).
   """
   if rows is None:
-    return _scan(step, blocks, weights, tokens)
+    return _scan(step, blocks, weights, tokens, carry)
   depth, size = tokens.shape[:2]
   flat = tokens.reshape(depth * size, *tokens.shape[2:])
   count = _num_chunks(tokens, rows) if fetches else 1
@@ -142,10 +155,10 @@ def scan(
     return step(block_params, own, mesh.constrain(fetched, "data"), carry)
 
   index = rows + size * jnp.arange(depth, dtype=rows.dtype)[:, None]
-  return _scan(fetch, blocks, weights, index)
+  return _scan(fetch, blocks, weights, index, carry)
 
 
-def _scan(step: Step, blocks: Any, weights: Any, tokens: jax.Array):
+def _scan(step: Step, blocks: Any, weights: Any, tokens: jax.Array, carry: Any):
   @functools.partial(
     jax.checkpoint,
     prevent_cse=False,
@@ -159,7 +172,7 @@ def _scan(step: Step, blocks: Any, weights: Any, tokens: jax.Array):
   def body(carry, inputs):
     return step(*inputs, carry)
 
-  return jax.lax.scan(body, None, (blocks, weights, tokens))[1]
+  return jax.lax.scan(body, carry, (blocks, weights, tokens))
 
 
 def _num_chunks(tokens: jax.Array, rows: jax.Array) -> int:
@@ -197,15 +210,23 @@ def pool(
       class token (L, B, N + P, D).
     size: tokens in a window.
   """
-  first = int(config.has_class_token)
-  prompts = tokens.shape[2] - config.num_tokens
-  if prompts:
-    own = (tokens[:, :, :first], tokens[:, :, first + prompts :])
-    tokens = jnp.concatenate(own, axis=2)
+  tokens = without_prompts(config, tokens)
   depth, batch, count, width = tokens.shape
   tokens = tokens[:, :, : count - count % size]
   parts = tokens.reshape(depth, batch, -1, size, width)
   return parts.mean(axis=3, dtype=jnp.float32).astype(tokens.dtype)
+
+
+def without_prompts(
+  config: vit_config.ViTConfig, tokens: jax.Array
+) -> jax.Array:
+  """Leave out the P prompts after the class token: (..., N + P, D) to N."""
+  prompts = tokens.shape[-2] - config.num_tokens
+  if not prompts:
+    return tokens
+  first = int(config.has_class_token)
+  own = (tokens[..., :first, :], tokens[..., first + prompts :, :])
+  return jnp.concatenate(own, axis=-2)
 
 
 def flatten(tokens: jax.Array, rows: jax.Array | None = None) -> jax.Array:
@@ -279,15 +300,73 @@ def _moments_and_queries(config: vit_config.ViTConfig, edit: None) -> Step:
   return step
 
 
-def _read_fixed(tuner, variables, tokens, rows):
+def _sum_step(
+  config: vit_config.ViTConfig, edit: attention.Edit | None = None
+) -> Step:
+  """Make a step that adds a projection of the tokens to the carry (B, N, R).
+
+  Its weights are a kernel (D, R). Tokens are first normalised to mean 0 and
+  variance 1, so that all blocks count alike.
+  """
+
+  def step(block_params, weights, tokens, carry):
+    del block_params
+    kernel = weights[0] if edit else weights
+    tokens = without_prompts(config, tokens).astype(jnp.float32)
+    tokens = jax.nn.standardize(tokens, epsilon=config.layer_norm_epsilon)
+    dtype = config.dtype
+    added = jnp.dot(
+      tokens.astype(dtype),
+      kernel.astype(dtype),
+      preferred_element_type=jnp.float32,
+    )
+    return carry + added, None
+
+  return step
+
+
+def _read_sum(tuner, variables, tokens, rows, key):
+  own = variables["tuner"]
+  size = tokens.shape[1] if rows is None else len(rows)
+  start = jnp.zeros((size, tuner.config.num_tokens, combo.WIDTH))
+  total, _ = tuner.read(
+    _sum_step,
+    variables,
+    own["kernel"],
+    tokens,
+    rows,
+    carry=mesh.constrain(start, "data"),
+  )
+  found = combo.Network().apply(
+    {"params": own["network"]},
+    total,
+    training=key is not None,
+    rngs=None if key is None else {"dropout": key},
+  )
+  return found[None], None
+
+
+def _init_sum(tuner, key):
+  c = tuner.config
+  kernel_key, network_key = jax.random.split(key)
+  shape = (c.depth, c.width, combo.WIDTH)
+  kernel = jax.random.normal(kernel_key, shape) / math.sqrt(c.width)
+  example = jnp.zeros((1, c.num_tokens, combo.WIDTH))
+  network = combo.Network().init(network_key, example)["params"]
+  return {"kernel": kernel, "network": network}
+
+
+def _read_fixed(tuner, variables, tokens, rows, key):
+  del key
   queries = variables["tuner"]["queries"]
-  found = tuner.read(_moments_and_queries, variables, queries, tokens, rows)
+  _, found = tuner.read(_moments_and_queries, variables, queries, tokens, rows)
   return found.reshape(*found.shape[:2], -1), None
 
 
-def _read_queries(tuner, variables, tokens, rows):
+def _read_queries(tuner, variables, tokens, rows, key):
+  del key
   own = variables["tuner"]
-  outputs = tuner.read(
+  _, outputs = tuner.read(
     query_step, variables, own["queries"], tokens, rows, fetches=True
   )
   return combine(outputs, tuner.combine, own.get("combine")), outputs
@@ -323,7 +402,7 @@ def _gradient_numbers(tuner):
 READERS = {
   "vqt": Reader(
     read=_read_queries,
-    block_features=lambda t: (
+    group_features=lambda t: (
       t.config.width * (t.num_queries if t.combine == "concat" else 1)
     ),
     init=_init_queries,
@@ -331,17 +410,26 @@ READERS = {
     has_queries=True,
   ),
   "head2toe": Reader(
-    read=lambda t, variables, tokens, rows: (flatten(tokens, rows), None),
-    block_features=lambda t: t.config.width * (t.config.num_tokens // t.window),
+    read=lambda t, variables, tokens, rows, key: (flatten(tokens, rows), None),
+    group_features=lambda t: t.config.width * (t.config.num_tokens // t.window),
     window=lambda t: window(t.config, t.target_size),
+  ),
+  "combo": Reader(
+    read=_read_sum,
+    group_features=lambda t: combo.WIDTH,
+    num_groups=lambda t: 1,
+    init=_init_sum,
+    gradient_numbers=lambda t: combo.gradient_numbers(t.config.num_tokens),
+    is_network=True,
   ),
   "instant": Reader(
     read=_read_fixed,
-    block_features=lambda t: (
+    group_features=lambda t: (
       t.config.width * (t.num_queries + 2 + t.config.has_class_token)
     ),
     init=lambda t, key: {"queries": _draw_queries(t, key)},
     is_fixed=True,
   ),
   "linear": Reader(),
+  "auto": Reader(members=("instant", "combo")),
 }

@@ -70,6 +70,12 @@ class Tuner:
   def reader(self) -> readers.Reader:
     return readers.READERS[self._method.reader]
 
+  @functools.cached_property
+  def members(self) -> tuple["Tuner", ...]:
+    """Tuners whose answers are mixed; none if it answers alone."""
+    names = self.reader.members
+    return tuple(dataclasses.replace(self, method=name) for name in names)
+
   @property
   def editor(self) -> str | None:
     """Name of the editor; None if the stream is frozen."""
@@ -84,7 +90,7 @@ class Tuner:
   @property
   def reads_blocks(self) -> bool:
     """True if the tokens of every block are read; else the final feature."""
-    return self.reader.read is not None
+    return self.reader.read is not None or bool(self.members)
 
   @property
   def has_queries(self) -> bool:
@@ -97,9 +103,14 @@ class Tuner:
 
   @property
   def num_features(self) -> int:
-    """Features F: D of the final feature, and those of the blocks."""
-    blocks = self.config.depth * self.reader.block_features(self)
-    return self.config.width + blocks
+    """Features F: D of the final feature, and those that the reader reads.
+
+    Of all members, if there are any.
+    """
+    if self.members:
+      return sum(member.num_features for member in self.members)
+    each = self.reader.group_features(self)
+    return self.config.width + self.reader.num_groups(self) * each
 
   def init(self, key: jax.Array, params: Any = None) -> dict[str, Any]:
     """Initialise the trainable parameters {"tuner", "head"}, float32.
@@ -107,7 +118,17 @@ class Tuner:
     Args:
       key: for random initialisation.
       params: the backbone's; needed by editors that train copies of its leaves.
+
+    Returns:
+      The tree; of a mixture "tuner" holds one of each member, by its method,
+      and "head" the "weights" (K,) of the K members, which sum to 1.
     """
+    if self.members:
+      count = len(self.members)
+      return {
+        "tuner": {each.method: each.init(key) for each in self.members},
+        "head": {"weights": jnp.full(count, 1 / count, jnp.float32)},
+      }
     query_key, head_key = jax.random.split(key)
     tuner = self.reader.init(self, query_key) if self.reader.init else {}
     if self.editor:
@@ -115,10 +136,10 @@ class Tuner:
       tuner["editor"] = editors.init(
         self.editor, self.config, self.options, editor_key, params
       )
-    return {
-      "tuner": tuner,
-      "head": head.init(self.num_features, self.num_classes, head_key),
-    }
+    sizes = self.num_features, self.num_classes
+    if self.reader.is_network:
+      return {"tuner": tuner, "head": head.zeros(*sizes)}
+    return {"tuner": tuner, "head": head.init(*sizes, head_key)}
 
   def shapes(self) -> dict[str, Any]:
     """Shapes and dtypes of the trainable parameters {"tuner", "head"}."""
@@ -169,7 +190,7 @@ class Tuner:
 
   def read(
     self, make_step: Any, variables: Any, weights: Any, *args: Any, **options
-  ) -> jax.Array:
+  ) -> tuple[Any, jax.Array]:
     """Scan the step that `make_step` makes over depth, see `readers.scan`.
 
     Args:
@@ -196,6 +217,7 @@ class Tuner:
     query_mask: jax.Array | None = None,
     normalize: jax.Array | None = None,
     rows: jax.Array | None = None,
+    key: jax.Array | None = None,
   ) -> "Output":
     """Read the stream and classify the features.
 
@@ -208,15 +230,31 @@ class Tuner:
       normalize: () bool that replaces `self.normalize` (vqt), or None.
       rows: (B,) int32, the examples to read if `tokens` is a store of more:
         (L, n, N, D), or for queries keys and values (L, n, 2, H, N, K).
+      key: of a reader's own dropout; None: nothing drops out.
     """
+    if self.members:
+      given = (tokens, final, query_mask, normalize, rows, key)
+      return self._mix(variables, given)
     if not self.reads_blocks:
       return Output(head.logits(variables["head"], final), final, None)
     if query_mask is not None:
       queries = variables["tuner"]["queries"][:, None] * query_mask
       masked = {**variables["tuner"], "queries": queries}
       variables = {**variables, "tuner": masked}
-    groups, outputs = self.reader.read(self, variables, tokens, rows)
+    groups, outputs = self.reader.read(self, variables, tokens, rows, key=key)
     return self.classify(variables, groups, final, outputs, normalize)
+
+  def _mix(self, variables: Any, given: tuple[Any, ...]) -> "Output":
+    """Return the logarithm of the weighted mean of the probabilities."""
+    found = [
+      each({**variables, **variables["tuner"][each.method]}, *given)
+      for each in self.members
+    ]
+    scores = jnp.stack([jax.nn.log_softmax(out.logits) for out in found])
+    weights = variables["head"]["weights"][:, None, None]
+    logits = jax.nn.logsumexp(scores, axis=0, b=weights)
+    features = jnp.concatenate([out.features for out in found], axis=-1)
+    return Output(logits, features, None)
 
   def classify(
     self,
@@ -230,7 +268,7 @@ class Tuner:
 
     Args:
       variables: {"head"}, and others.
-      groups: features of each block (L, B, F / L).
+      groups: features that have been read (G, B, K), see `readers.Reader`.
       final: the backbone's pooled output (B, D).
       outputs: of queries, to be passed on.
       normalize: as in `__call__`.
@@ -238,8 +276,9 @@ class Tuner:
     if normalize is None or not self.reader.init:
       # A constant, so that trials side by side share what none of them changes.
       normalize = self.normalize
-    final = jnp.where(normalize, head.normalize(final), final)
-    groups = jnp.where(normalize, head.normalize(groups), groups)
+    scale = head.standardize if self.reader.is_network else head.normalize
+    final = jnp.where(normalize, scale(final), final)
+    groups = jnp.where(normalize, scale(groups), groups)
     groups = jnp.moveaxis(groups, 0, 1).reshape(final.shape[0], -1)
     features = jnp.concatenate([final, groups], axis=-1)
     return Output(head.logits(variables["head"], features), features, outputs)

@@ -23,6 +23,7 @@ from vqt_jax.models import sharding as sharding_lib
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.models import vit
 from vqt_jax.planning import tpus
+from vqt_jax.runtime import ahead
 from vqt_jax.runtime import mesh as mesh_lib
 from vqt_jax.training import protocol
 from vqt_jax.training import ridge
@@ -225,7 +226,7 @@ def training(context: PlanContext, stage: stage_lib.Stage) -> Program:
   if one_step:  # A call a step.
     index, mask = index[:1], mask[:1]
     data = _batch(context, index.shape[1])
-    on_device = [data] * (batches.PREFETCH + 1)
+    on_device = [data] * (ahead.PREFETCH + 1)
   else:
     data = on_device
   settings, factor, index, count = context.replicated(

@@ -22,6 +22,8 @@ METHODS = {
   "head2toe": "Head2Toe",
   "linear": "linear probe",
   "instant": "instant",
+  "combo": "combo",
+  "auto": "auto",
   "finetune": "full fine-tuning",
   "bitfit": "BitFit",
   "partial": "partial fine-tuning",

@@ -1,6 +1,7 @@
 """Heads that are computed from the features of all examples, not trained."""
 
 from collections.abc import Callable, Iterable
+import functools
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 from vqt_jax import errors
 from vqt_jax.features import batches
 from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.runtime import ahead
 from vqt_jax.runtime import memory
 from vqt_jax.runtime import mesh as mesh_lib
 from vqt_jax.runtime import processes
@@ -18,8 +20,7 @@ from vqt_jax.training import logistic
 from vqt_jax.training import ridge
 from vqt_jax.training import step as step_lib
 
-# Of the cross-validation of the penalty of logistic regression; each has its
-# share of every class.
+# Of cross-validation.
 FOLDS = 5
 
 
@@ -60,14 +61,15 @@ def read_features(
   """
   features = np.empty((count, tuner.num_features), np.float32)
   labels, done = np.empty(count, np.int32), 0
-  parts = (
-    step_lib.features_of(
-      tuner, variables, normalize, params, data, order[i], mask[i]
-    )
+  run = functools.partial(
+    step_lib.features_of, tuner, variables, normalize, params
+  )
+  each = (
+    (data, order[i], mask[i])
     for data, order, mask in calls
     for i in range(len(order))
   )
-  for part in batches.delay_by_one(parts):
+  for part in ahead.compute(run, each):
     found, label, mask = processes.to_host(part)
     real = mask > 0
     end = done + int(real.sum())
@@ -111,9 +113,7 @@ def solve(
     if solver == "ridge":
       fit = ridge.fit(features, labels, num_classes, class_weights)
     else:
-      sorted_rows = np.argsort(labels, kind="stable")
-      count = min(FOLDS, len(labels))
-      folds = [sorted_rows[i::count] for i in range(count)]
+      folds = judged_rows(labels)
       fit = logistic.fit(features, labels, num_classes, folds, class_weights)
   head, found = {"kernel": fit.kernel, "bias": fit.bias}, dict(vars(fit))
   for name in head:
@@ -121,9 +121,16 @@ def solve(
   return jax.tree.map(np.asarray, head), found
 
 
-def of_first_process(head: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Return the head of the first process: rounding differs by machine."""
+def judged_rows(labels: np.ndarray) -> list[np.ndarray]:
+  """Divide examples into `FOLDS` folds, each with its share of every class."""
+  sorted_rows = np.argsort(labels, kind="stable")
+  count = min(FOLDS, len(labels))
+  return [np.sort(sorted_rows[i::count]) for i in range(count)]
+
+
+def of_first_process(tree: Any) -> Any:
+  """Return the arrays of the first process: rounding differs by machine."""
   if jax.process_count() == 1:
-    return head
-  head = multihost_utils.broadcast_one_to_all(head)
-  return jax.tree.map(np.asarray, head)
+    return tree
+  tree = multihost_utils.broadcast_one_to_all(tree)
+  return jax.tree.map(np.array, tree)

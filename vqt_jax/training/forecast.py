@@ -112,18 +112,19 @@ class Forecast:
     every = [stage_lib.packs(stage, self._size) for stage in self._planned]
     if now.name not in [pack.name for packs in every for pack in packs]:
       every.insert(0, [now])  # A stage that was not planned.
-    seconds = {}
+    seconds, compiled = {}, {(now.tuner, len(now.trials))}
     for packs in every:
       for pack in packs:
-        if pack.name in self._done:
+        if pack.name in self._done or pack.solver:
           continue
         took = self._judging(pack, unit)
         if pack.name == now.name:
           took += left * step
         else:
           took += self._steps_of(pack) * unit * self._work(pack)
-          if pack is packs[0]:  # The others reuse its program.
+          if (pack.tuner, len(pack.trials)) not in compiled:
             took += compiling
+          compiled.add((pack.tuner, len(pack.trials)))
         seconds[pack.label] = seconds.get(pack.label, 0.0) + took
     test = self._test(unit)
     return seconds if test is None else seconds | {"test": test}

@@ -59,6 +59,12 @@ class Candidate:
     Queries, and head rows in use.
     """
     size = lambda tree: sum(x[0].size for x in jax.tree.leaves(tree))
+    if self.tuner.members:
+      return sum(
+        size(each["head"] if member.reader.is_fixed else each)
+        for member in self.tuner.members
+        for each in [self.variables["tuner"][member.method]]
+      )
     if self.tuner.reader.is_fixed:
       return size(self.variables["head"])
     kernel = self.variables["head"]["kernel"][0]
@@ -69,21 +75,24 @@ class Candidate:
 
   @property
   def kept_share(self) -> list[float] | None:
-    """Share in use of the final feature and of each block's features.
+    """Share in use of the final feature and of each group that is read.
 
     Mean over the trials; None: all are in use.
     """
     if self.feature_mask is None:
       return None
-    c, features = self.tuner.config, self.tuner.num_features
-    of_block = max(1, (features - c.width) // c.depth)
-    starts = range(c.width, features, of_block)
+    each = max(1, self.tuner.reader.group_features(self.tuner))
+    starts = range(self.tuner.config.width, self.tuner.num_features, each)
     groups = np.split(self.feature_mask, starts, axis=1)
     return [float(group.mean()) for group in groups]
 
   @property
   def setting(self) -> dict[str, Any]:
     """The setting, JSON-able."""
+    if self.tuner.members:
+      methods = [each.method for each in self.tuner.members]
+      weights = self.variables["head"]["weights"][0].tolist()
+      return {**dict(zip(methods, weights)), "keep_fraction": 1.0}
     chosen = cross_validation.setting(self.tuner, self.trials[0])
     if solved := self.trained.solved:
       chosen = {"penalty": statistics.median(x["penalty"] for x in solved)}
@@ -109,15 +118,15 @@ def candidates(
   if c.protocol == "best":  # Fail before hours have gone by.
     cross_validation.folds(examples.count("trainval"), c.best.folds)
     examples.check_rows("trainval")
-  search, chosen = _search(context, stages)
+  searched, chosen = search(context, stages, context.tuner)
   selection_found, keep = _fraction(context, stages, chosen)
-  found = {"search": search, "selection": selection_found, "best": None}
+  found = {"search": searched, "selection": selection_found, "best": None}
   spent = sum(each["seconds"] for each in found.values() if each)
   made = _finish(stages, "", context.tuner, chosen, keep, c.seeds, spent)
   if c.protocol == "full":
     return found, made
   found["best"], tuner, chosen, keep = cross_validation.search(
-    context, stages, search, chosen, examples.count("trainval")
+    context, stages, searched, chosen, examples.count("trainval")
   )
   spent += found["best"]["seconds"]
   made += _finish(stages, "best_", tuner, chosen, keep, c.seeds, spent)
@@ -134,9 +143,9 @@ def planned(
   """
   if config.solver == "exact":
     return [exact_stage(config, tuner)]
-  search = search_stage(config, tuner)
-  chosen, fractions = search.trials[0], config.keep_fraction
-  found = [search] if len(search.trials) > 1 else []
+  first = search_stage(config, tuner)
+  chosen, fractions = first.trials[0], config.keep_fraction
+  found = [first] if len(first.trials) > 1 else []
   if len(fractions) > 1:
     found += _fraction_stages(config, tuner, chosen)
   seeds = seeds_stage(tuner, chosen, config.seeds)
@@ -227,11 +236,17 @@ def seeds_stage(
   return stage_lib.Stage(f"{prefix}seeds", "seeds", tuner, trials, "seed")
 
 
-def _search(
-  context: setup.RunContext, stages: stages_lib.Stages
+def search(
+  context: setup.RunContext,
+  stages: stages_lib.Stages,
+  tuner: tuner_lib.Tuner,
 ) -> tuple[dict[str, Any] | None, trial_lib.Trial]:
-  """Search the grid, unless it has only one setting."""
-  stage = search_stage(context.config, context.tuner)
+  """Search the grid, unless it has only one setting.
+
+  Returns:
+    What was found, for `results.json`, or None; and the chosen trial.
+  """
+  stage = search_stage(context.config, tuner)
   trials = stage.trials
   if len(trials) == 1:
     return None, trials[0]

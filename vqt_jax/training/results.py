@@ -73,7 +73,7 @@ def _results(context, found, candidates, test, seconds, peak) -> dict[str, Any]:
   ]
   return {
     "task": context.task.name,
-    "method": result.tuner.method,
+    "method": context.config.method,
     "num_queries": result.setting.get("num_queries", 0),
     "backbone": f"ViT-{c.variant} {context.backbone.source}",
     "weights": context.backbone.identity,

@@ -15,6 +15,7 @@ from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import files
 from vqt_jax.runtime import memory
 from vqt_jax.runtime import processes
+from vqt_jax.training import auto
 from vqt_jax.training import checkpoint
 from vqt_jax.training import forecast as forecast_lib
 from vqt_jax.training import metrics as metrics_lib
@@ -76,7 +77,8 @@ def _run(config, workdir, console, task) -> dict[str, Any]:
           context.mesh,
         )
         examples.check_classes()
-        planned = protocol.planned(config, context.tuner)
+        method = auto if context.tuner.members else protocol
+        planned = method.planned(config, context.tuner)
         with processes.raise_on_all():
           forecast = forecast_lib.Forecast(context, examples, planned)
           resumed = bool(files.list_names(workdir / "stages"))
@@ -86,7 +88,7 @@ def _run(config, workdir, console, task) -> dict[str, Any]:
         stages = stages_lib.Stages(
           context, examples, saver, metrics, stop, peak, forecast
         )
-        found, candidates = protocol.candidates(context, stages, examples)
+        found, candidates = method.candidates(context, stages, examples)
         test = _test(context, stages, examples, candidates)
     with processes.raise_on_all():
       seconds = time.monotonic() - started

@@ -223,6 +223,12 @@ def _describe(context: RunContext) -> list[str]:
     shapes = f"queries {c.depth} x {tuner.num_queries} x {c.width}, {shapes}"
   elif tuner.reader.is_fixed:
     shapes += f" (read by {tuner.num_queries} random queries per block)"
+  elif tuner.members:
+    names = [each.method for each in tuner.members]
+    shapes = f"{' and '.join(names)}, whose answers are mixed"
+  elif tuner.reader.init:
+    own = count_parameters(trained["tuner"])
+    shapes = f"{context.config.method} {own:,}, {shapes}"
   elif tuner.reader.window:
     count = c.num_tokens // tuner.window
     shapes += f" (of {c.depth} blocks {count} x {tuner.window} tokens each)"

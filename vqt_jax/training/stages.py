@@ -9,14 +9,15 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from scipy import special
 
 from vqt_jax import accuracy as accuracy_lib
 from vqt_jax import data
 from vqt_jax import errors
-from vqt_jax.features import batches
 from vqt_jax.features import examples as examples_lib
 from vqt_jax.models import head as head_lib
 from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.runtime import ahead
 from vqt_jax.runtime import files
 from vqt_jax.runtime import memory
 from vqt_jax.runtime import mesh
@@ -172,7 +173,7 @@ class Stages:
   def _solve(self, stage: stage_lib.Stage) -> stage_lib.StageResult:
     """Compute the heads of a stage from the features of its examples."""
     context, tuner = self._context, stage.tuner
-    count = self._examples.count(stage.split)
+    count = self._count(stage.split, stage.rows)
     weights, each, solved = self._class_weights(stage), [], []
     show = functools.partial(context.console.progress, stage.label)
     detail = units.format_count(len(stage.trials), stage.trial_noun)
@@ -180,7 +181,7 @@ class Stages:
       with processes.raise_on_all():
         exact.check_memory(tuner, count)
       with processes.raise_on_all():  # With a line of its own, if it extracts.
-        calls = self._examples.evaluation_calls(stage.split)
+        calls = self._examples.evaluation_calls(stage.split, stage.rows)
       started, total = time.monotonic(), count * len(stage.trials)
       with show(total, "image", f"{detail}, {stage.solver}") as line:
         for i, trial in enumerate(stage.trials):
@@ -189,7 +190,7 @@ class Stages:
           variables = step_lib.draw_on(context.mesh, tuner)(trial.seed)
           with processes.raise_on_all():
             if i:
-              calls = self._examples.evaluation_calls(stage.split)
+              calls = self._examples.evaluation_calls(stage.split, stage.rows)
             features, labels = exact.read_features(
               tuner,
               variables,
@@ -257,7 +258,7 @@ class Stages:
     )
     trial_count = units.format_count(len(trials), stage.trial_noun)
     detail = f"{trial_count} x {units.format_count(c.epochs, 'epoch')}"
-    if stage.tuner != context.tuner:
+    if stage.tuner.num_queries != context.tuner.num_queries:
       detail += f", {stage.tuner.num_queries} queries"
     with context.console.progress(stage.label, c.epochs, detail=detail) as line:
 
@@ -299,6 +300,32 @@ class Stages:
       )
     save(state)
     return state, progress
+
+  def log_probabilities(
+    self, stage: stage_lib.Stage, variables: Any, rows: np.ndarray
+  ) -> np.ndarray:
+    """Classify rows of a stage's split by its only trial, (rows, C) float32.
+
+    Args:
+      stage: of one trial.
+      variables: of the trial, leaves (1, ...).
+      rows: of the split.
+    """
+    with self._stop.at_once(), processes.raise_on_all():
+      features, _ = exact.read_features(
+        stage.tuner,
+        jax.tree.map(lambda x: x[0], variables),
+        stage.trials[0].normalize,
+        self._context.params,
+        self._examples.evaluation_calls(stage.split, rows),
+        len(rows),
+      )
+    head = variables["head"]
+    logits = features @ head["kernel"][0] + head["bias"][0]
+    return special.log_softmax(logits, axis=-1)
+
+  def _count(self, split: str, rows: np.ndarray | None) -> int:
+    return self._examples.count(split) if rows is None else len(rows)
 
   def _class_weights(self, stage: stage_lib.Stage) -> np.ndarray | None:
     if self._context.config.class_weights != "balanced":
@@ -353,7 +380,7 @@ class Stages:
     tuners, trials = zip(*ready)
     trials = mesh.replicate(trials, context.mesh)
     tallies, count = None, 0
-    total = self._examples.count(split) if rows is None else len(rows)
+    total = self._count(split, rows)
     with self._stop.at_once(), processes.raise_on_all():
       calls = self._examples.evaluation_calls(split, rows)
     with context.console.progress(label, total, "image") as line:
@@ -363,8 +390,8 @@ class Stages:
       ask = lambda: processes.all_reduce_max_async(
         lambda: [self._stop.received]
       )
-      done = ((evaluate(*call), call[2].sum(), ask()) for call in calls)
-      for part, real, stopped in batches.delay_by_one(done):
+      run = lambda *call: (evaluate(*call), call[2].sum(), ask())
+      for part, real, stopped in ahead.compute(run, calls):
         part = [x.astype(np.float64) for x in processes.to_host(part)]
         tallies = [a + b for a, b in zip(tallies, part)] if tallies else part
         count += int(real)

@@ -242,7 +242,9 @@ def run_step(
 ) -> tuple[Any, Any, tuple[jax.Array, jax.Array]]:
   """Update one trial; return its state and (loss sum, number correct)."""
   batch = dict(batch)
-  embed_key, query_key = jax.random.split(jax.random.fold_in(key, step))
+  key = jax.random.fold_in(key, step)
+  embed_key, query_key = jax.random.split(key)
+  reader_key = jax.random.fold_in(key, 2)  # Leaves the other two as before.
   config, size = tuner.config, len(batch["label"])
   if static.embedding_dropout and "image" in batch:
     shape = (size, config.num_tokens, config.width)
@@ -277,6 +279,7 @@ def run_step(
       batch.get("query_mask"),
       settings.normalize,
       rows,
+      reader_key,
     ).logits
     total, right = _score(logits, batch, settings.class_weights)
     loss = total / count

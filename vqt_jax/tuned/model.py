@@ -19,6 +19,7 @@ from vqt_jax.models import head as head_lib
 from vqt_jax.models import methods
 from vqt_jax.models import readers
 from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.runtime import ahead
 from vqt_jax.runtime import files
 from vqt_jax.runtime.files import PathLike
 from vqt_jax.tuned import bundle as bundle_lib
@@ -59,7 +60,7 @@ class Model:
 
   @property
   def num_seeds(self) -> int:
-    return len(self.variables["head"]["bias"])
+    return len(jax.tree.leaves(self.variables["head"])[0])
 
   def __call__(self, images: jax.Array) -> jax.Array:
     """Logits (R, B, C) of images that are prepared already.
@@ -239,14 +240,17 @@ class Models:
       why it cannot be read.
     """
     first, run = _compiled(tuple(self.models.values()))
-    for results, size in inputs.prepared(x, first.prepare):
+
+    def answer(results, size):
       images = [r for r in results if not isinstance(r, errors.UserError)]
-      answers = []
-      if images:
-        found = [z[:, : len(images)] for z in run(inputs.pad(images, size))]
-        each = zip(*map(probabilities, found))
-        answers = [dict(zip(self.models, answer)) for answer in each]
-      left = iter(answers)
+      found = run(inputs.pad(images, size)) if images else ()
+      return results, [z[:, : len(images)] for z in found]
+
+    for results, found in ahead.compute(
+      answer, inputs.prepared(x, first.prepare)
+    ):
+      each = zip(*map(probabilities, found))
+      left = iter([dict(zip(self.models, answer)) for answer in each])
       yield [
         r if isinstance(r, errors.UserError) else next(left) for r in results
       ]
@@ -312,7 +316,7 @@ def _load(place: PathLike, given: Any) -> Model:
   variables = {"tuner": {}, **bundle.variables}  # Empty dicts are not written.
   with files.explain_damage(folder / bundle_lib.WEIGHTS):
     head = dict(variables["head"])
-    if "features" in head:
+    if "features" in head:  # Selected ones.
       rows = zip(head.pop("features"), head["kernel"], strict=True)
       spread = [head_lib.spread_rows(*x, tuner.num_features) for x in rows]
       variables["head"] = head | {"kernel": np.stack(spread)}
@@ -406,7 +410,7 @@ def _ask_together(
     jnp.moveaxis(q, 0, 1).reshape(q.shape[1], -1, q.shape[3]) for q in queries
   ]
   variables = {"backbone": params, "tuner": {}}
-  found = models[0][0].read(
+  _, found = models[0][0].read(
     readers.query_step, variables, jnp.concatenate(flat, axis=1), tokens
   )
   ends = np.cumsum([each.shape[1] for each in flat])[:-1]
@@ -422,7 +426,7 @@ def _attention(tuner, variables, params, images):
     own = {**own, "backbone": params}
     tokens = tuner.stream(own, images).tokens
     queries = own["tuner"]["queries"]
-    return tuner.read(readers.attention_step, own, queries, tokens)
+    return tuner.read(readers.attention_step, own, queries, tokens)[1]
 
   return jax.lax.map(one, variables)
 
@@ -435,9 +439,10 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 def _run(models: tuple[Model, ...], x: Any) -> list[np.ndarray]:
   """Return the logits (R, n, C) of models on one backbone."""
   first, run = _compiled(models)
+  some = lambda images, count: [logits[:, :count] for logits in run(images)]
   parts = [
-    [np.asarray(logits)[:, :count] for logits in run(images)]
-    for images, count in first._batches(x)
+    [np.asarray(logits) for logits in found]
+    for found in ahead.compute(some, first._batches(x))
   ]
   if not parts:
     return [
