@@ -451,7 +451,7 @@ def test_json_and_differences():
   as_json = config_dict.to_json(new)
   assert json.loads(json.dumps(as_json)) == as_json
   assert config_dict.differences(config_dict.to_json(old), as_json) == {
-    "epochs": (100, 7),
+    "epochs": (0, 7),
     "warmup_epochs": (-1, 10),
     "keep_fraction": ([0.0], [0.7]),
     "num_queries": (0, 1),

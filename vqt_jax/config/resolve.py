@@ -55,8 +55,9 @@ HEAD2TOE_KEEP = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 INSTANT_QUERIES = 4
 
 # Optimiser and peak learning rates per 256 images: of readers those of the VQT
-# and Head2Toe authors (0.1 and 0.01 at batch 128); of prompts, and of all other
-# editors, those searched in the VPT paper (docs/methods.md).
+# and Head2Toe authors (0.1 and 0.01 at batch 128), and of combo what was best on
+# rendered tasks; of prompts, and of all other editors, those searched in the VPT
+# paper (docs/methods.md).
 _READER_RECIPE = ("adam", (1.0, 0.5, 0.25, 0.1, 0.05))
 _HEAD2TOE_RECIPE = ("adam", (0.2, 0.02))
 _COMBO_RECIPE = ("adamw", (2e-3,))
@@ -107,17 +108,18 @@ def resolve(
       )
     config.methods = ",".join(methods_lib.split_list(config.methods))
     config.method = ""
+    if config.epochs:
+      _fill_warmup(config)
     return config
   method = methods_lib.parse(config.method)
   if not config.solver and method.may_be_exact:
     config.solver = "exact"
   if config.solver == "exact":
     config.settings = 0
-    config.epochs = config.epochs or _EPOCHS
   else:
     _fill_recipe(config, method)
-  if config.warmup_epochs < 0:
-    config.warmup_epochs = config.epochs // 10
+  config.epochs = config.epochs or _EPOCHS
+  _fill_warmup(config)
   if config.settings:
     _limit_settings(config)
   if config.task != vtab.ALL:
@@ -167,20 +169,16 @@ def recipe(method: methods_lib.Method) -> dict[str, Any]:
     head2toe = method.reader == "head2toe"
     optimizer, lr = _HEAD2TOE_RECIPE if head2toe else _READER_RECIPE
     rate = _EDITOR_RATE if method.editor else 1.0
-  return {
-    "optimizer": optimizer,
-    "lr": lr,
-    "epochs": _EPOCHS,
-    "editor_rate": rate,
-  }
+  return {"optimizer": optimizer, "lr": lr, "editor_rate": rate}
 
 
 def choose_rates(rates: tuple[float, ...], count: int) -> tuple[float, ...]:
   """Choose a number of rates, evenly from the first to the last.
 
   One rate is the middle one. If there are too few rates, others between them
-  are added, evenly on a logarithmic scale.
+  are added, evenly on a logarithmic scale; but nothing is added to one alone.
   """
+  count = count if len(rates) > 1 else 1
   positions = np.linspace(0, len(rates) - 1, count)
   if count == 1:
     positions = np.array([(len(rates) - 1) / 2])
@@ -230,6 +228,11 @@ def _fill_recipe(
   for name, value in recipe(method).items():
     if _is_default(config, name):
       config[name] = value
+
+
+def _fill_warmup(config: config_dict.Config) -> None:
+  if config.warmup_epochs < 0:
+    config.warmup_epochs = config.epochs // 10
 
 
 def _limit_settings(config: config_dict.Config) -> None:

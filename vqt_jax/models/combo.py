@@ -16,6 +16,18 @@ MLP = 4  # Hidden units of the MLP, in multiples of `WIDTH`.
 DROPOUT = 0.1
 
 
+class Layer(nn.Module):
+  """Attention and MLP, each after a LayerNorm and added to its input."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array, training: bool) -> tuple[jax.Array, None]:
+    width = x.shape[-1]
+    drop = nn.Dropout(DROPOUT, deterministic=not training)
+    x += drop(nn.MultiHeadDotProductAttention(HEADS)(nn.LayerNorm()(x)))
+    hidden = nn.gelu(nn.Dense(MLP * width)(nn.LayerNorm()(x)))
+    return x + drop(nn.Dense(width)(drop(hidden))), None
+
+
 class Network(nn.Module):
   """Layers on tokens (B, N, `WIDTH`); float32."""
 
@@ -31,12 +43,15 @@ class Network(nn.Module):
     first = self.param("class_token", small, (width,))
     first = jnp.broadcast_to(first, (batch, 1, width))
     x += self.param("positions", small, (count, width))
-    drop = nn.Dropout(DROPOUT, deterministic=not training)
-    x = jnp.concatenate([first, drop(x)], axis=1)
-    for _ in range(LAYERS):
-      x += drop(nn.MultiHeadDotProductAttention(HEADS)(nn.LayerNorm()(x)))
-      hidden = nn.gelu(nn.Dense(MLP * width)(nn.LayerNorm()(x)))
-      x += drop(nn.Dense(width)(drop(hidden)))
+    x = nn.Dropout(DROPOUT, deterministic=not training)(x)
+    layers = nn.scan(
+      Layer,
+      variable_axes={"params": 0},
+      split_rngs={"params": True, "dropout": True},
+      in_axes=nn.broadcast,
+      length=LAYERS,
+    )
+    x, _ = layers()(jnp.concatenate([first, x], axis=1), training)
     return nn.LayerNorm()(x[:, 0])
 
 

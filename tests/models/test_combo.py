@@ -1,0 +1,96 @@
+"""combo: a sum over blocks, read by a small network."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests import helpers
+import vqt_jax
+from vqt_jax.models import combo
+from vqt_jax.models import readers
+from vqt_jax.models import tuner as tuner_lib
+from vqt_jax.models import vit_config
+
+CLASSES = 3
+
+
+def start(method="combo", count=6):
+  """A tuner with a head that is not 0, its variables and the stream."""
+  backbone = helpers.tiny_backbone()
+  tuner = vqt_jax.make_tuner(method, backbone, CLASSES)
+  images = helpers.tiny_examples(backbone, count, CLASSES)["image"]
+  variables = tuner.init(jax.random.key(0), backbone.params)
+  kernel = variables["head"]["kernel"]
+  variables["head"]["kernel"] = jax.random.normal(
+    jax.random.key(1), kernel.shape
+  )
+  variables["backbone"] = backbone.params
+  return tuner, variables, tuner.stream(variables, images)
+
+
+def test_the_state_is_the_sum_of_projected_standardised_tokens():
+  tuner, variables, stream = start()
+  kernel = variables["tuner"]["kernel"]
+  tokens = np.asarray(stream.tokens, np.float64)
+  tokens -= tokens.mean(axis=-1, keepdims=True)
+  tokens /= np.sqrt(tokens.var(axis=-1, keepdims=True) + 1e-6)
+  expected = np.einsum("lbnd,ldr->bnr", tokens, np.asarray(kernel, np.float64))
+  zeros = jnp.zeros(expected.shape, jnp.float32)
+  state, _ = tuner.read(
+    readers._sum_step, variables, kernel, stream.tokens, carry=zeros
+  )
+  helpers.assert_close(state, expected, 2e-5)
+
+
+def test_stored_rows_give_the_direct_reading_and_its_gradients():
+  tuner, variables, stream = start()
+  rows = np.array([4, 0, 5], np.int32)
+
+  def loss(own, tokens, final, rows):
+    out = tuner({**variables, **own}, tokens, final, rows=rows)
+    return (out.logits**2).sum(), out.features
+
+  own = {name: variables[name] for name in tuner_lib.TRAINED}
+  run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+  final = stream.final[rows]
+  stored = run(own, stream.tokens, final, rows)
+  direct = run(own, stream.tokens[:, rows], final, None)
+  jax.tree.map(lambda a, b: helpers.assert_close(a, b, 1e-5), stored, direct)
+  assert stored[0][1].shape == (3, tuner.num_features)
+
+
+def test_dropout_needs_a_key_and_fills_of_a_batch_change_no_other_image():
+  tuner, variables, stream = start()
+  ask = lambda count, key=None: (
+    tuner(
+      variables, stream.tokens[:, :count], stream.final[:count], key=key
+    ).logits
+  )
+  key = jax.random.key(3)
+  np.testing.assert_array_equal(ask(4), ask(4))
+  assert np.abs(ask(4, key) - ask(4)).max() > 0.01
+  helpers.assert_close(ask(6, key)[:4], ask(4, key), 1e-5)
+
+
+def test_prompts_of_an_editor_are_not_read():
+  """It has positions for the tokens of pre-training only."""
+  tuner, variables, stream = start("combo+vpt_shallow")
+  prompts = tuner.options.num_prompts
+  assert stream.tokens.shape[2] == tuner.config.num_tokens + prompts
+  changed = stream.tokens.at[:, :, 1 : 1 + prompts].add(1.0)
+  ask = lambda tokens: tuner(variables, tokens, stream.final).logits
+  np.testing.assert_array_equal(ask(changed), ask(stream.tokens))
+
+
+def test_size_for_vit_b():
+  """12 D R of the projections, 3 layers of 12 R^2, and what is per token."""
+  config = vit_config.ViTConfig(
+    **vit_config.decode_variant("B/16"), image_size=(224, 224)
+  )
+  shapes = vqt_jax.make_tuner("combo", config, 100).shapes()
+  r = combo.WIDTH
+  layer = 12 * r * r + (4 + 4 + 1) * r + 4 * r
+  expected = 12 * 768 * r + 3 * layer + (197 + 1) * r + 2 * r
+  size = sum(x.size for x in jax.tree.leaves(shapes["tuner"]))
+  assert size == expected
+  assert shapes["head"]["kernel"].shape == (768 + r, 100)
