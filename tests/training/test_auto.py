@@ -10,6 +10,7 @@ import main
 from tests import runs
 import vqt_jax
 from vqt_jax.training import auto
+from vqt_jax.training import exact
 
 
 def scores_of(rng, labels, *strengths):
@@ -57,10 +58,17 @@ def test_members_answer_together_with_their_weights(
 ):
   """What is tested is what is shipped, and what each member would answer."""
   monkeypatch.setattr(auto, "ENOUGH", 2.0)
+  monkeypatch.setattr(exact, "FOLDS", 2)
   weights = np.array([0.75, 0.25])
   monkeypatch.setattr(auto, "mixing_weights", lambda *args: weights.copy())
   command = runs.command(
-    material, tmp_path, method="auto", solver="", epochs=2, lr=(0.1,)
+    material,
+    tmp_path,
+    method="auto",
+    solver="",
+    epochs=1,
+    warmup_epochs=0,
+    lr=(0.1,),
   )
   assert main.main(command) == 0
   results = runs.results(tmp_path)

@@ -88,8 +88,11 @@ class Field:
 
 
 _ANY_EDITOR = tuple(editors.EDITORS)
-_BLOCK_READERS = tuple(
-  name for name, each in readers.READERS.items() if each.read or each.members
+_BLOCK_READERS = tuple(k for k, v in readers.READERS.items() if v.read)
+_NORMALIZED = tuple(
+  name
+  for name, each in readers.READERS.items()
+  if each.members or each.read and not each.is_network
 )
 
 SECTIONS = {
@@ -247,7 +250,7 @@ SECTIONS = {
     "normalize": Field(
       True,
       "Divide the features of each block by their L2 norm.",
-      used_by=_BLOCK_READERS,
+      used_by=_NORMALIZED,
       tuner_option=True,
     ),
     "target_size": Field(

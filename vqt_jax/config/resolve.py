@@ -55,12 +55,12 @@ HEAD2TOE_KEEP = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 INSTANT_QUERIES = 4
 
 # Optimiser and peak learning rates per 256 images: of readers those of the VQT
-# and Head2Toe authors (0.1 and 0.01 at batch 128), and of combo what was best on
-# rendered tasks; of prompts, and of all other editors, those searched in the VPT
-# paper (docs/methods.md).
+# and Head2Toe authors (0.1 and 0.01 at batch 128), and of combo what was best
+# on rendered tasks; of prompts, and of all other editors, those searched in the
+# VPT paper (docs/methods.md).
 _READER_RECIPE = ("adam", (1.0, 0.5, 0.25, 0.1, 0.05))
 _HEAD2TOE_RECIPE = ("adam", (0.2, 0.02))
-_COMBO_RECIPE = ("adamw", (2e-3,))
+_COMBO_RECIPE = ("adamw", (4e-3,))
 _PROMPT_RECIPE = (
   "sgd",
   (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05),

@@ -19,11 +19,6 @@ def normalize(x: jax.Array) -> jax.Array:
   return x / jnp.where(square > NORM_FLOOR**2, jnp.sqrt(safe), NORM_FLOOR)
 
 
-def standardize(x: jax.Array) -> jax.Array:
-  """Divide by the root mean square over the last axis, see `normalize`."""
-  return normalize(x) * math.sqrt(x.shape[-1])
-
-
 def init(num_features: int, num_classes: int, key: jax.Array) -> dict:
   """Initialise as the official VQT head: Kaiming normal (fan-out), -log(99)."""
   scale = math.sqrt(2 / num_classes)
@@ -33,12 +28,11 @@ def init(num_features: int, num_classes: int, key: jax.Array) -> dict:
   return {"kernel": kernel, "bias": bias}
 
 
-def zeros(num_features: int, num_classes: int) -> dict:
-  """Initialise at 0, as Big Vision does."""
-  return {
-    "kernel": jnp.zeros((num_features, num_classes)),
-    "bias": jnp.zeros(num_classes),
-  }
+def init_layer(num_features: int, num_classes: int, key: jax.Array) -> dict:
+  """Initialise as a layer of a network (LeCun normal, biases 0)."""
+  shape = (num_features, num_classes)
+  kernel = jax.nn.initializers.lecun_normal()(key, shape)
+  return {"kernel": kernel, "bias": jnp.zeros(num_classes)}
 
 
 def logits(params: dict, features: jax.Array) -> jax.Array:

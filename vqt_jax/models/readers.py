@@ -52,8 +52,8 @@ class Reader:
     has_queries: its weights hold "queries" (L, T, D), which drop out in
       training, and `read` takes a store of keys and values as well.
     is_fixed: its weights stay as they were drawn; only the head is fitted.
-    is_network: it trains as networks do: features have a root mean square of 1,
-      not a norm of 1, and the head starts at 0.
+    is_network: the head is the last layer of a network: it sees what the reader
+      gives, as it is, and not the final feature.
     members: methods that answer together, each with weights and head of its
       own; their probabilities are mixed.
   """

@@ -77,6 +77,12 @@ class Tuner:
     return tuple(dataclasses.replace(self, method=name) for name in names)
 
   @property
+  def learner(self) -> "Tuner":
+    """The member that gradients train; itself, if it answers alone."""
+    learners = (each for each in self.members if not each.reader.is_fixed)
+    return next(learners, self)
+
+  @property
   def editor(self) -> str | None:
     """Name of the editor; None if the stream is frozen."""
     return self._method.editor
@@ -109,8 +115,8 @@ class Tuner:
     """
     if self.members:
       return sum(member.num_features for member in self.members)
-    each = self.reader.group_features(self)
-    return self.config.width + self.reader.num_groups(self) * each
+    read = self.reader.num_groups(self) * self.reader.group_features(self)
+    return read if self.reader.is_network else self.config.width + read
 
   def init(self, key: jax.Array, params: Any = None) -> dict[str, Any]:
     """Initialise the trainable parameters {"tuner", "head"}, float32.
@@ -137,9 +143,8 @@ class Tuner:
         self.editor, self.config, self.options, editor_key, params
       )
     sizes = self.num_features, self.num_classes
-    if self.reader.is_network:
-      return {"tuner": tuner, "head": head.zeros(*sizes)}
-    return {"tuner": tuner, "head": head.init(*sizes, head_key)}
+    init = head.init_layer if self.reader.is_network else head.init
+    return {"tuner": tuner, "head": init(*sizes, head_key)}
 
   def shapes(self) -> dict[str, Any]:
     """Shapes and dtypes of the trainable parameters {"tuner", "head"}."""
@@ -273,12 +278,14 @@ class Tuner:
       outputs: of queries, to be passed on.
       normalize: as in `__call__`.
     """
+    if self.reader.is_network:
+      features = jnp.concatenate(groups, axis=-1)
+      return Output(head.logits(variables["head"], features), features, None)
     if normalize is None or not self.reader.init:
       # A constant, so that trials side by side share what none of them changes.
       normalize = self.normalize
-    scale = head.standardize if self.reader.is_network else head.normalize
-    final = jnp.where(normalize, scale(final), final)
-    groups = jnp.where(normalize, scale(groups), groups)
+    final = jnp.where(normalize, head.normalize(final), final)
+    groups = jnp.where(normalize, head.normalize(groups), groups)
     groups = jnp.moveaxis(groups, 0, 1).reshape(final.shape[0], -1)
     features = jnp.concatenate([final, groups], axis=-1)
     return Output(head.logits(variables["head"], features), features, outputs)

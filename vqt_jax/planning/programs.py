@@ -25,6 +25,7 @@ from vqt_jax.models import vit
 from vqt_jax.planning import tpus
 from vqt_jax.runtime import ahead
 from vqt_jax.runtime import mesh as mesh_lib
+from vqt_jax.training import exact
 from vqt_jax.training import protocol
 from vqt_jax.training import ridge
 from vqt_jax.training import stage as stage_lib
@@ -143,8 +144,11 @@ def all_programs(context: PlanContext) -> list[Program]:
 
   Judging on val is left out: it takes less than an epoch of the search. Feature
   selection counts as two more trainings of the seeds, of which it is a part;
-  the choice of a fraction as three more searches, which it is at most.
+  the choice of a fraction as three more searches, which it is at most. Folds
+  of a mixture count as one more training each.
   """
+  if context.tuner.members:
+    return _of_members(context)
   if context.config.solver == "exact":
     heads = [reading(context)]
     if context.tuner.reader.is_fixed:
@@ -164,6 +168,23 @@ def all_programs(context: PlanContext) -> list[Program]:
   return [*found, test(context)]
 
 
+def _of_members(context: PlanContext) -> list[Program]:
+  """Return extraction, what each member of a mixture adds, and the test."""
+  found = [extraction(context)] if context.stored else []
+  for member in context.tuner.members:
+    alone = dataclasses.replace(context, tuner=member)
+    if member.reader.is_fixed:
+      found += [reading(alone), solving(alone)]
+      continue
+    *search, seeds = _stages(alone)
+    fold = dataclasses.replace(seeds, label="folds", trials=seeds.trials[:1])
+    folds = training(alone, fold)
+    folds = dataclasses.replace(folds, in_all=exact.FOLDS * folds.in_all)
+    trained = [training(alone, each) for each in search]
+    found += [*trained, folds, training(alone, seeds)]
+  return [*found, test(context)]
+
+
 def search(context: PlanContext) -> Program:
   """Return the program of the first stage."""
   return training(context, first_stage(context))
@@ -175,10 +196,9 @@ def first_stage(context: PlanContext) -> stage_lib.Stage:
 
 
 def _stages(context: PlanContext) -> list[stage_lib.Stage]:
-  first = protocol.search_stage(context.config, context.tuner)
-  seeds = protocol.seeds_stage(
-    context.tuner, first.trials[0], context.config.seeds
-  )
+  tuner = context.tuner.learner
+  first = protocol.search_stage(context.config, tuner)
+  seeds = protocol.seeds_stage(tuner, first.trials[0], context.config.seeds)
   return [first, seeds] if len(first.trials) > 1 else [seeds]
 
 
@@ -262,7 +282,7 @@ def reading(context: PlanContext) -> Program:
   """Return a batch of the features from which a head is computed."""
   size, count = context.eval_batch_size, context.counts["trainval"]
   tuner, params = context.tuner, context.params()
-  (stage,) = protocol.planned(context.config, tuner)
+  stage = protocol.exact_stage(context.config, tuner)
   on_device = _resident(context, "trainval")
   data = _batch(context, size) if on_device is None else on_device
   variables, normalize, order, mask = context.replicated(
@@ -290,7 +310,7 @@ def reading(context: PlanContext) -> Program:
 def solving(context: PlanContext) -> Program:
   """Return the solution of a head for one penalty, in closed form."""
   tuner, count = context.tuner, context.counts["trainval"]
-  (stage,) = protocol.planned(context.config, tuner)
+  stage = protocol.exact_stage(context.config, tuner)
   penalties = len(ridge.PENALTIES) + len(ridge.FINER)
   function, args = ridge.largest_program(
     count, tuner.num_features, tuner.num_classes

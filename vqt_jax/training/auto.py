@@ -62,7 +62,7 @@ def planned(
 
   What only training can tell is left open, and so are the rows of the folds.
   """
-  search = [protocol.search_stage(config, _trained(tuner))]
+  search = [protocol.search_stage(config, tuner.learner)]
   chosen = search[0].trials[0]
   found = search if len(search[0].trials) > 1 else []
   seeds = [_seeds_stage(config, each, chosen) for each in tuner.members]
@@ -97,7 +97,7 @@ def candidates(
     found["auto"] = {"quick_look": quick_look, "members": []}
     return found, list(made.values())
   found["search"], chosen = protocol.search(
-    context, stages, _trained(context.tuner)
+    context, stages, context.tuner.learner
   )
   planned = [_seeds_stage(config, each, chosen) for each in members]
   judged, weights = _weigh(context, stages, examples, planned)
@@ -111,11 +111,6 @@ def candidates(
     return found, [*every, _mix(context, every, weights)]
   best = made.pop(alone[0].tuner.method)
   return found, [*made.values(), best]
-
-
-def _trained(tuner: tuner_lib.Tuner) -> tuner_lib.Tuner:
-  """Return the member that is trained by gradients."""
-  return next(each for each in tuner.members if not each.reader.is_fixed)
 
 
 def _seeds_stage(

@@ -112,7 +112,8 @@ class Forecast:
     every = [stage_lib.packs(stage, self._size) for stage in self._planned]
     if now.name not in [pack.name for packs in every for pack in packs]:
       every.insert(0, [now])  # A stage that was not planned.
-    seconds, compiled = {}, {(now.tuner, len(now.trials))}
+    program = lambda x: (x.tuner, len(x.trials), x.trains, x.lasso)
+    seconds, compiled = {}, {program(now)}
     for packs in every:
       for pack in packs:
         if pack.name in self._done or pack.solver:
@@ -122,9 +123,9 @@ class Forecast:
           took += left * step
         else:
           took += self._steps_of(pack) * unit * self._work(pack)
-          if (pack.tuner, len(pack.trials)) not in compiled:
+          if program(pack) not in compiled:
             took += compiling
-          compiled.add((pack.tuner, len(pack.trials)))
+          compiled.add(program(pack))
         seconds[pack.label] = seconds.get(pack.label, 0.0) + took
     test = self._test(unit)
     return seconds if test is None else seconds | {"test": test}
