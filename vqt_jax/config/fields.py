@@ -315,7 +315,7 @@ SECTIONS = {
       used_by=("linear", "instant"),
     ),
     "epochs": Field(
-      0, "Epochs of every trial; 0: 100, but of combo and auto 40."
+      0, "Epochs of every trial; 0: 100, but of combo and auto 20."
     ),
     "warmup_epochs": Field(
       -1,

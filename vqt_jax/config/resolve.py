@@ -159,7 +159,7 @@ def recipe(method: methods_lib.Method) -> dict[str, Any]:
       "optimizer": optimizer,
       "lr": lr,
       "weight_decay": (_SETTINGS_DECAY,),
-      "epochs": 40,
+      "epochs": 20,
       "editor_rate": rate,
     }
   if method.reader == "linear" and method.editor:

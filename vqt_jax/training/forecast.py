@@ -8,6 +8,7 @@ a rougher estimate before anything else, from the time of a forward pass.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -54,14 +55,16 @@ class Forecast:
     kind = "cpu" if jax.default_backend() == "cpu" else "gpu"
     share = FORWARD if self._context.tuner.editor else LIVE[kind]
     unit = each * config.batch_size / share
-    seconds = {}
+    seconds, compiled = {}, set()
     if not self._live:
       seconds["extract"] = compiling + self._count["trainval"] * each
     for stage in self._planned:
       if stage.solver:
         continue  # Little beside the other parts.
       took = self._steps_of(stage) * unit * self._work(stage)
-      took += COMPILE_STEP * compiling
+      if _program(stage) not in compiled:
+        took += COMPILE_STEP * compiling
+      compiled.add(_program(stage))
       if stage.judge:
         took += self._judging(stage, unit) + COMPILE_EVALUATION * compiling
       seconds[stage.label] = seconds.get(stage.label, 0.0) + took
@@ -112,8 +115,7 @@ class Forecast:
     every = [stage_lib.packs(stage, self._size) for stage in self._planned]
     if now.name not in [pack.name for packs in every for pack in packs]:
       every.insert(0, [now])  # A stage that was not planned.
-    program = lambda x: (x.tuner, len(x.trials), x.trains, x.lasso)
-    seconds, compiled = {}, {program(now)}
+    seconds, compiled = {}, {_program(now)}
     for packs in every:
       for pack in packs:
         if pack.name in self._done or pack.solver:
@@ -123,9 +125,9 @@ class Forecast:
           took += left * step
         else:
           took += self._steps_of(pack) * unit * self._work(pack)
-          if program(pack) not in compiled:
+          if _program(pack) not in compiled:
             took += compiling
-          compiled.add(program(pack))
+          compiled.add(_program(pack))
         seconds[pack.label] = seconds.get(pack.label, 0.0) + took
     test = self._test(unit)
     return seconds if test is None else seconds | {"test": test}
@@ -173,6 +175,11 @@ class Forecast:
       return None
     start, each = self._examples.extraction_seconds
     return start + count * each
+
+
+def _program(stage: stage_lib.Stage) -> tuple[Any, ...]:
+  """Return what decides which compiled step a stage is trained by."""
+  return stage.tuner, len(stage.trials), stage.trains, stage.lasso
 
 
 def _listed(seconds: dict[str, float]) -> str:
