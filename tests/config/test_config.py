@@ -235,6 +235,19 @@ def test_warm_up_is_a_tenth_unless_it_is_given(changes, epochs):
   assert resolve.resolve(changes).warmup_epochs == epochs
 
 
+@pytest.mark.parametrize("images, epochs", [(1000, 20), (240, 80), (1, 160)])
+def test_a_network_takes_steps_enough_however_few_the_images(images, epochs):
+  config = resolve.resolve({"method": "auto"})
+  assert config.epochs == 0  # Until the images are counted.
+  filled = resolve.fill_epochs(config, images)
+  assert (filled.epochs, filled.warmup_epochs) == (epochs, epochs // 10)
+  given = resolve.resolve({"method": "auto", "epochs": 7})
+  assert resolve.fill_epochs(given, images) == given
+  config.warmup_epochs = epochs
+  with pytest.raises(errors.UserError, match="nothing would be left to train"):
+    resolve.fill_epochs(config, images)
+
+
 def test_fields_that_do_not_exist_are_refused():
   config = config_dict.default_config().unlock()
   config.num_querys = 3
@@ -298,11 +311,13 @@ def test_folder_takes_path_columns_backbone_and_method():
   assert (c.image_key, c.label_key, c.split_key) == ("file", "species", "")
   c = folder_config.get_config("path=~/photos,init=howto-i21k-S/16")
   assert (c.task, c.init, c.image_size) == ("~/photos", "howto-i21k-S/16", 224)
-  assert len(resolve.resolve(folder_config.get_config("")).lr) == 4
+  assert resolve.resolve(folder_config.get_config("")).method == "auto"
+  vqt = resolve.resolve(folder_config.get_config("method=vqt"))
+  assert (len(vqt.lr), vqt.epochs) == (4, 50)
   first = resolve.resolve(folder_config.get_config("method=instant"))
   assert (first.solver, first.num_queries) == ("exact", 4)
   # No preset of a VTAB task of the same name.
-  c = folder_config.get_config("path=svhn")
+  c = folder_config.get_config("path=svhn,method=vqt")
   assert resolve.resolve(c).num_queries == 1
   with pytest.raises(errors.UserError, match="Unknown config argument 'pth'"):
     folder_config.get_config("pth=photos")

@@ -315,7 +315,9 @@ SECTIONS = {
       used_by=("linear", "instant"),
     ),
     "epochs": Field(
-      0, "Epochs of every trial; 0: 100, but of combo and auto 20."
+      0,
+      "Epochs of every trial; 0: 100, but of combo and auto 20, or as many as"
+      " make 160 steps.",
     ),
     "warmup_epochs": Field(
       -1,

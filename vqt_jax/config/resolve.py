@@ -60,6 +60,7 @@ INSTANT_QUERIES = 4
 # VPT paper (docs/methods.md).
 _READER_RECIPE = ("adam", (1.0, 0.5, 0.25, 0.1, 0.05))
 _HEAD2TOE_RECIPE = ("adam", (0.2, 0.02))
+_NETWORKS = ("combo", "auto")
 _COMBO_RECIPE = ("adamw", (4e-3,))
 _PROMPT_RECIPE = (
   "sgd",
@@ -69,8 +70,10 @@ _EDITOR_RECIPE = ("adamw", (5e-3, 1e-3, 5e-4, 1e-4))
 # Beside vqt and head2toe an editor has this fraction of their rates, which are
 # those of a head.
 _EDITOR_RATE = 0.01
-# Epochs of every trial, if the method has no others.
+# Epochs of every trial; and of a network, which needs a number of steps,
+# however few the images are.
 _EPOCHS = 100
+_NETWORK_EPOCHS, _NETWORK_STEPS = 20, 160
 # The only weight decay that is tried if `settings` is given.
 _SETTINGS_DECAY = 1e-4
 
@@ -108,8 +111,7 @@ def resolve(
       )
     config.methods = ",".join(methods_lib.split_list(config.methods))
     config.method = ""
-    if config.epochs:
-      _fill_warmup(config)
+    _fill_warmup(config)
     return config
   method = methods_lib.parse(config.method)
   if not config.solver and method.may_be_exact:
@@ -118,7 +120,8 @@ def resolve(
     config.settings = 0
   else:
     _fill_recipe(config, method)
-  config.epochs = config.epochs or _EPOCHS
+  if method.reader not in _NETWORKS:  # Else see `fill_epochs`.
+    config.epochs = config.epochs or _EPOCHS
   _fill_warmup(config)
   if config.settings:
     _limit_settings(config)
@@ -150,16 +153,38 @@ def config_for(
   return resolve(config)
 
 
+def fill_epochs(
+  config: config_dict.Config, num_images: int
+) -> config_dict.Config:
+  """Return a resolved config with the epochs that depend on the images.
+
+  Those of `combo` and `auto`: 20, or as many as make 160 steps.
+
+  Args:
+    config: resolved.
+    num_images: images to train on.
+
+  Raises:
+    UserError: there are more epochs of warm-up.
+  """
+  config = copy.deepcopy(config)
+  if not config.epochs:
+    steps = -(-num_images // config.batch_size)
+    config.epochs = max(_NETWORK_EPOCHS, -(-_NETWORK_STEPS // steps))
+  _fill_warmup(config)
+  validate.check(config)
+  return config
+
+
 def recipe(method: methods_lib.Method) -> dict[str, Any]:
   """Return a method's published recipe, as fields of a config."""
   rate = 1.0
-  if method.reader in ("combo", "auto"):
+  if method.reader in _NETWORKS:
     optimizer, lr = _COMBO_RECIPE
     return {
       "optimizer": optimizer,
       "lr": lr,
       "weight_decay": (_SETTINGS_DECAY,),
-      "epochs": 20,
       "editor_rate": rate,
     }
   if method.reader == "linear" and method.editor:
@@ -231,7 +256,7 @@ def _fill_recipe(
 
 
 def _fill_warmup(config: config_dict.Config) -> None:
-  if config.warmup_epochs < 0:
+  if config.epochs and config.warmup_epochs < 0:
     config.warmup_epochs = config.epochs // 10
 
 

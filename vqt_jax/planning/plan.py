@@ -18,6 +18,7 @@ import ml_collections
 from vqt_jax import checkpoints
 from vqt_jax import data
 from vqt_jax import errors
+from vqt_jax.config import resolve
 from vqt_jax.data import vtab
 from vqt_jax.features import examples
 from vqt_jax.features import images
@@ -98,12 +99,14 @@ def make_context(
   task = setup.find_task(config)
   tuner = setup.find_tuner(config, vit_config, task)
   mesh = setup.find_mesh(config, vit_config, devices)
+  counts = {x: data.expected_examples(task, x) for x in data.SPLITS}
+  config = resolve.fill_epochs(config, counts["trainval"])
   context = programs.PlanContext(
     config=config,
     tuner=tuner,
     chip=chip,
     mesh=mesh,
-    counts={x: data.expected_examples(task, x) for x in data.SPLITS},
+    counts=counts,
     loaded_splits={x: examples.loaded_split(task, x) for x in data.SPLITS},
     storage="",
     reason="",

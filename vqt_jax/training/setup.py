@@ -13,6 +13,7 @@ from vqt_jax import checkpoints
 from vqt_jax import data
 from vqt_jax import errors
 from vqt_jax.config import fields
+from vqt_jax.config import resolve
 from vqt_jax.models import backbone as backbone_lib
 from vqt_jax.models import sharding as sharding_lib
 from vqt_jax.models import tuner as tuner_lib
@@ -110,6 +111,7 @@ def prepare(config, workdir, console, task=None) -> RunContext:
       **options,
       progress=_late_line(console, download, "backbone", "MiB", 2**20),
     )
+  config = resolve.fill_epochs(config, data.num_examples(task, "trainval"))
   tuner = find_tuner(config, backbone.config, task)
   mesh = find_mesh(config, backbone.config)
   context = RunContext(
