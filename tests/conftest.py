@@ -32,6 +32,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # Else it has these already.
 import jax
 import pytest
 
+from tests import pictures as pictures_lib
+
 jax.config.update("jax_default_matmul_precision", "highest")
 gc.set_threshold(100_000, 50, 100)  # Tracing makes much, and little garbage.
 
@@ -71,6 +73,21 @@ def compiled_programs():
     jax.clear_caches()
     gc.collect()
   gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def empty_pictures():
+  with pytest.MonkeyPatch.context() as patch:
+    pictures_lib.leave_empty(patch.setattr)
+    yield
+
+
+@pytest.fixture
+def pictures():
+  """Has pictures drawn, for tests that look at them."""
+  with pytest.MonkeyPatch.context() as patch:
+    pictures_lib.draw(patch.setattr)
+    yield
 
 
 def _once(tmp_path_factory, name, make):
