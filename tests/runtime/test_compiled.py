@@ -5,8 +5,10 @@ from jax.experimental.compilation_cache import compilation_cache
 import numpy as np
 import pytest
 
+import main
 from tests import helpers
 import vqt_jax
+from vqt_jax import predict
 from vqt_jax.runtime import compiled
 
 
@@ -76,3 +78,12 @@ def test_programs_are_not_kept(why, cache, tmp_path, monkeypatch):
     (cache / "programs" / "x").chmod(0o770)
   compiled.keep_programs()
   assert jax.config.jax_compilation_cache_dir == kept
+
+
+def test_command_lines_keep_programs(monkeypatch, tmp_path):
+  kept = []
+  monkeypatch.setattr(compiled, "keep_programs", lambda: kept.append(None))
+  argv = ["main.py", "--config=vtab", f"--workdir={tmp_path}"]
+  assert main.main([*argv, "--num_processes=2"]) == 2
+  assert predict.main(["predict", str(tmp_path)]) == 2
+  assert len(kept) == 2
