@@ -23,7 +23,7 @@ demo: $(VENV)/.installed
 	$(PYTHON) main.py --config configs/compare.py:task=digits,methods=linear,instant,vqt,data_dir=runs/data --workdir runs/demo
 
 test: $(VENV)/.installed-test
-	$(PYTHON) -m pytest --numprocesses=3 --dist=worksteal
+	$(PYTHON) -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-test
 	$(PYTHON) -m ruff check

@@ -32,17 +32,37 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # Else it has these already.
 import jax
 import pytest
 
+from tests import pictures as pictures_lib
+
 jax.config.update("jax_default_matmul_precision", "highest")
 gc.set_threshold(100_000, 50, 100)  # Tracing makes much, and little garbage.
 
 
-# Here tests wait for processes. They come first, so that at the end there are
-# short ones to be shared among the workers.
-_WAITING = ("training", "runtime", "features", "experiments")
+def _spare(phase, info):
+  """Spares the garbage collector, which every run calls, what it has seen."""
+  if (phase, info["generation"]) == ("stop", 2):
+    gc.freeze()
+
+
+gc.callbacks.append(_spare)
+
+# Files whose tests take long, or wait for processes. They come first, so that
+# at the end there are short ones to be shared among the workers.
+_LONG = (
+  "test_processes.py",
+  "test_survival.py",
+  "test_buckets.py",
+  "test_protocol.py",
+  "test_store.py",
+  "test_run.py",
+  "test_all_tasks.py",
+  "test_compare.py",
+)
 
 
 def pytest_collection_modifyitems(items):
-  items.sort(key=lambda item: item.path.parent.name not in _WAITING)
+  place = {name: i for i, name in enumerate(_LONG)}
+  items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 def pytest_collection_finish(session):
@@ -61,16 +81,27 @@ def _memory() -> int:
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs():
-  """Keeps them for other modules until they add up to gigabytes.
-
-  What is kept is spared the garbage collector, which every run calls.
-  """
+  """Keeps them for other modules until they add up to gigabytes."""
   yield
   if _memory() > 2.5 * 2**30:
     gc.unfreeze()
     jax.clear_caches()
     gc.collect()
-  gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def empty_pictures():
+  with pytest.MonkeyPatch.context() as patch:
+    pictures_lib.leave_empty(patch.setattr)
+    yield
+
+
+@pytest.fixture
+def pictures():
+  """Has pictures drawn, for tests that look at them."""
+  with pytest.MonkeyPatch.context() as patch:
+    pictures_lib.draw(patch.setattr)
+    yield
 
 
 def _once(tmp_path_factory, name, make):

@@ -24,6 +24,7 @@ import tensorflow_datasets as tfds
 
 import main
 from tests import helpers
+from tests import pictures
 from vqt_jax import checkpoints
 from vqt_jax.training import loop
 
@@ -232,6 +233,7 @@ def _run(argv, screen, scratch, devices, *, signals, environment, largest_file):
   os.environ["XLA_FLAGS"] += f" {flags}"
   os.environ.update(environment)
   tempfile.tempdir = scratch  # What a killed one leaves goes with the rest.
+  pictures.leave_empty(setattr)
   loop.CALL_SECONDS = 1e9  # Else the machine's speed tells how many calls.
   for name, (call, number) in signals.items():
     signal_on_call(setattr, name, call, number)

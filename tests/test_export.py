@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import sys
 
 import jax
@@ -19,8 +20,8 @@ from vqt_jax.tuned import exporting
 from vqt_jax.tuned import resizing
 
 
-def make_model(method="vqt", num_seeds=2, fit="squash"):
-  backbone = helpers.tiny_backbone(depth=1)
+def make_model(method="vqt", num_seeds=2, fit="squash", backbone=None):
+  backbone = backbone or helpers.tiny_backbone(depth=1)
   tuner = vqt_jax.make_tuner(method, backbone, 3)
   keys = [jax.random.key(seed) for seed in range(num_seeds)]
   seeds = [tuner.init(key, backbone.params) for key in keys]
@@ -39,12 +40,14 @@ IMAGES = [pixels(1, 30, 20), pixels(3, 9, 14)]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-  """A folder with bundles and their backbone."""
+  """A folder with bundles, on a backbone with rotary positions, and a file."""
   place = tmp_path_factory.mktemp("place")
+  (place / "file").touch()
+  source = helpers.GOLDENS / "foreign" / "hf_dinov3"
+  backbone = vqt_jax.load_backbone(shutil.copytree(source, place / "dinov3"))
   for method, seeds in (("vqt", 2), ("linear", 1)):
-    model = make_model(method, seeds)
-    vqt_jax.save_npz(place / "vit.npz", model.backbone)
-    helpers.write_bundle(place / method, place / "vit.npz", model)
+    model = make_model(method, seeds, backbone=backbone)
+    helpers.write_bundle(place / method, place / "dinov3", model)
   return place
 
 
@@ -145,7 +148,8 @@ def test_images_are_resized_as_tensorflow_does(resize):
 def test_stablehlo(start, tmp_path):
   output = tmp_path / "new" / "a.stablehlo"
   status, said = start("vqt", f"--output={output}")
-  assert status == 0 and "3 images in a new process: logits differ by" in said
+  assert status == 0, said
+  assert "3 images in a new process: logits differ by" in said
   assert sorted(os.listdir(output.parent)) == [
     "a.stablehlo",
     "a.stablehlo.json",
@@ -203,7 +207,7 @@ def test_what_answers_otherwise_is_not_kept(
     (["vqt", "--output=gs://a/b"], "on this machine"),
     (["vqt", "--output=linear"], "there is linear already"),
     (["vqt", "none.png", "--output=a"], "there is no such file"),
-    (["vqt", "--output=vit.npz/a"], "Cannot write vit.npz/a: "),
+    (["vqt", "--output=file/a"], "Cannot write file/a: "),
   ],
 )
 def test_bad_input(start, place, arguments, words):

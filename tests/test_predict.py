@@ -124,7 +124,7 @@ def test_rows_are_written_as_they_are_made(start, place, tmp_path, monkeypatch):
   assert seen == [1, 1, 3]
 
 
-def test_attention_is_drawn(start, tmp_path):
+def test_attention_is_drawn(start, tmp_path, pictures):
   status, *_ = start("vqt", *NAMES[:2], "--attention", str(tmp_path / "att"))
   assert status == 0
   assert sorted(os.listdir(tmp_path / "att")) == ["1_a.png", "2_2.png"]

@@ -51,6 +51,7 @@ from vqt_jax.config import values as values_lib
 from vqt_jax.experiments import train
 from vqt_jax.models import methods as methods_lib
 from vqt_jax.planning import plan as plan_lib
+from vqt_jax.runtime import compiled
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import devices
 from vqt_jax.runtime import logfile
@@ -208,6 +209,7 @@ def run(values: flags.FlagValues) -> int:
   config = resolve.resolve(config, keep=given)
   if values.plan:
     return plan(config, values.plan, given)
+  compiled.keep_programs()
   if values.coordinator is None and not (
     values.num_processes is values.process_id is None
   ):

@@ -304,13 +304,14 @@ def test_what_is_stored_is_read_as_live(name):
   variables = tuner.init(jax.random.key(0))
   live = vqt_jax.apply(backbone, tuner, variables, images)
   everything = {**variables, "backbone": backbone.params}
-  stream = tuner.stream(everything, images)
+  stream = jax.jit(lambda *args: tuner.stream(*args))(everything, images)
   store = np.concatenate([np.zeros_like(stream.tokens), stream.tokens], axis=1)
   blocks = backbone.params["Transformer"]["encoderblock"]
   project = functools.partial(vit.Block(tuner.config).apply, method="project")
-  kept = jax.vmap(lambda p, x: project({"params": p}, x))(blocks, store)
-  for each in (store, kept):
-    read = tuner(everything, each, stream.final, rows=np.array([1], np.int32))
+  over_blocks = jax.jit(jax.vmap(lambda p, x: project({"params": p}, x)))
+  read_row = jax.jit(lambda *args: tuner(*args, rows=np.array([1], np.int32)))
+  for each in (store, over_blocks(blocks, store)):
+    read = read_row(everything, each, stream.final)
     helpers.assert_close(read.logits, live.logits, 1e-5)
 
 

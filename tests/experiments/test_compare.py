@@ -361,7 +361,7 @@ def test_runs_that_are_called_alike_get_longer_names(
 
 
 @pytest.mark.parametrize("count", [1, 20])
-def test_picture(tmp_path, count):
+def test_picture(tmp_path, pictures, count):
   names = [*methods.NAMES, "vqt+lora", *methods.NAMES]
   outcomes = {
     f"{i} {name}": outcome(name, 0.8 + i / 200, (2**28) * (1 + i % 5))

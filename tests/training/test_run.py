@@ -278,7 +278,7 @@ def test_the_rate_follows_epochs_or_steps(monkeypatch):
     np.testing.assert_allclose(factors, schedule(12, 3)(steps), atol=1e-7)
 
 
-def test_digits(material, tmp_path, capfd):
+def test_digits(material, tmp_path, capfd, pictures):
   """The config that comes along, with its data; another, smaller ViT."""
   changes = {
     "init": material / "vit.npz",
@@ -290,6 +290,7 @@ def test_digits(material, tmp_path, capfd):
   argv[1] = f"--config={helpers.ROOT / 'configs' / 'digits.py'}"
   assert main.main(argv) == 0
   assert runs.results(tmp_path / "run")["test_accuracy"]["images"] == 797
+  assert helpers.colours(tmp_path / "run" / "report.png") > 400
   said = capfd.readouterr()
   assert said.out == ""
   first, *_, last = said.err.splitlines()

@@ -9,6 +9,7 @@ from absl import flags
 
 from vqt_jax import errors
 from vqt_jax.data import listing
+from vqt_jax.runtime import compiled
 from vqt_jax.runtime import logfile
 from vqt_jax.runtime import numerics
 from vqt_jax.tuned import bundle
@@ -37,6 +38,7 @@ def run(
     if values.help:
       print(doc)
       return 0
+    compiled.keep_programs()
     with numerics.jax_defaults():
       return command(arguments)
   except (errors.UserError, flags.Error) as e:

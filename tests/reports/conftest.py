@@ -1,0 +1,6 @@
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def drawn(pictures):
+  """Here pictures are looked at."""
