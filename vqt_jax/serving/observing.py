@@ -29,7 +29,7 @@ class Metrics:
     prometheus_client.ProcessCollector(registry=self.registry)
     self.requests = prometheus_client.Counter(
       "vqt_jax_requests",
-      "Requests by status; 0: the client left.",
+      "Requests by status; 499: the client left; 0: no answer.",
       ["status"],
       registry=self.registry,
     )

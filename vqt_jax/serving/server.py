@@ -25,6 +25,7 @@ def bind(host: str, port: int) -> socket.socket:
   Raises:
     UserError: the host is unknown or another machine, or the port is taken.
   """
+  bound = None
   try:
     kind, _, _, _, address = socket.getaddrinfo(
       host, port, type=socket.SOCK_STREAM
@@ -32,7 +33,9 @@ def bind(host: str, port: int) -> socket.socket:
     bound = socket.socket(kind, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.bind(address)
-  except (OSError, OverflowError, UnicodeError) as e:
+  except (OSError, UnicodeError) as e:
+    if bound:
+      bound.close()
     reason = getattr(e, "strerror", None) or str(e)
     raise errors.UserError(
       f"Cannot listen on --host {host} --port {port}: {reason}. Name an address"

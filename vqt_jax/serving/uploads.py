@@ -23,7 +23,7 @@ with epy.lazy_imports():
   from starlette import requests
 
 # Of those that Pillow reads, one starts a program (EPS), and many are rare.
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 _MEGA = 10**6
 
 
@@ -110,19 +110,31 @@ async def _parse_form(
   """Return the files of a form; its other fields are passed over."""
   # One more than may be there, so that the sentence about it is the same.
   parser = formparsers.MultiPartParser(
-    request.headers, body, max_files=limits.images + 1, max_fields=16
+    request.headers, _whole(body), max_files=limits.images + 1, max_fields=16
   )
   parser.spool_max_size = limits.request_megabytes * _MEGA  # Never on disk.
   try:
     form = await parser.parse()
-  except (formparsers.MultiPartException, KeyError) as e:
-    raise refusal(400, f"The form is damaged: {files.first_line(e)}") from e
-  async with form:
+  except formparsers.MultiPartException as e:
+    raise refusal(400, f"The form is damaged: {e.message}") from e
+  try:
     return [
       Upload(errors.printable(value.filename or key), await value.read())
       for key, value in form.multi_items()
       if not isinstance(value, str)
     ]
+  finally:
+    await form.close()
+
+
+async def _whole(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+  """Yield a form; raise if its end is missing, with which an image would be."""
+  end = b""
+  async for chunk in body:
+    end = (end + chunk)[-99:]
+    yield chunk
+  if not end.rstrip().endswith(b"--"):
+    raise formparsers.MultiPartException("It has no end.")
 
 
 def _parse_json(content: bytes) -> list[Upload]:
