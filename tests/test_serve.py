@@ -58,8 +58,8 @@ def test_it_serves_until_a_signal_and_ends_well(
   assert b'"name": "a"' in said[0] and b'"name": "b"' in said[0]
   assert signal.getsignal(number) == before
   lines = capsys.readouterr().err.splitlines()
-  assert re.match(r"ready +http://127.0.0.1:\d+ ", lines[2])
-  assert re.fullmatch(r".*GET /models  200  .* s", lines[3])
+  assert re.match(r"ready +http://127.0.0.1:\d+ ", lines[3])
+  assert re.fullmatch(r".*GET /models  200  .* s", lines[4])
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import logfile
 from vqt_jax.serving import app as app_lib
 from vqt_jax.serving import limits as limits_lib
+from vqt_jax.serving import programs
 from vqt_jax.serving import served as served_lib
 from vqt_jax.serving import server
 from vqt_jax.tuned import arguments as arguments_lib
@@ -95,6 +96,8 @@ def serve(
     raise errors.UserError(f"No run given. {USAGE}")
   console = console_lib.Console()
   with _ended_by_signals(), server.bind(host, port) as bound:
+    sizes = ", ".join(map(str, programs.SIZES))
+    console.note(f"for batches of {sizes} images", "compile")
     served = served_lib.Served(runs, backbone)
     for name, model in served.programs.models.items():
       console.note(f"{name}: {model}", "model")

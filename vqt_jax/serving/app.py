@@ -214,7 +214,9 @@ def _say(
     best = model_lib.best(answer.probabilities[name], model.classes, top)
     said[name] = {"top": [{"label": x, "probability": p} for x, p in best]}
     if answer.attention and name in answer.attention:
-      said[name]["attention"] = answer.attention[name].round(3).tolist()
+      said[name]["attention"] = (
+        answer.attention[name].astype(float).round(3).tolist()
+      )
   return said
 
 

@@ -91,7 +91,7 @@ class Programs:
 def compile_programs(
   models: Mapping[str, model_lib.Model], before: Programs | None = None
 ) -> Programs:
-  """Compile the programs of models, and run the largest.
+  """Compile the programs of models, and run the largest once.
 
   Args:
     models: by name, on one backbone.
@@ -116,7 +116,8 @@ def compile_programs(
     {size: compiled(_classify, size) for size in SIZES},
     compiled(_look, 1),
   )
-  image = np.zeros((*backbone.config.image_size, 3), np.float32)
+  # The first image that is prepared may import TensorFlow.
+  image = programs.first.prepare(np.zeros((9, 9, 3), np.uint8))
   programs.answer([image] * inputs.BATCH, [True] + [False] * (inputs.BATCH - 1))
   return programs
 
