@@ -16,6 +16,12 @@ import vqt_jax
 from vqt_jax import serve
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_batch_sizes():
+  with helpers.few_batch_sizes():
+    yield
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
   """A folder with two bundles on one backbone, and one on another."""
@@ -81,8 +87,9 @@ def test_it_serves_until_a_signal_and_ends_well(
 def test_mistakes(place, monkeypatch, capsys, arguments, words):
   monkeypatch.chdir(place)
   assert serve.main(["serve", "--port=0", *arguments]) == 2
-  (line,) = capsys.readouterr().err.strip().splitlines()
-  assert re.search(words, line), line
+  *notes, line = capsys.readouterr().err.strip().splitlines()
+  assert re.search(f"error: .*{words}", line), line
+  assert all(note.startswith("compile") for note in notes)
 
 
 def test_a_port_in_use(place, capsys):

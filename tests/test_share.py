@@ -59,7 +59,7 @@ def test_a_bundle_comes_back_from_the_hub(hub, capsys):
   assert sorted(files) == FILES
   assert b'load("hf://me/birds")' in files["README.md"]
   found = vqt_jax.load("hf://me/birds", backbone="vit.npz")
-  expected = vqt_jax.load("run").logits(PIXELS)
+  expected = vqt_jax.load("run", backbone="vit.npz").logits(PIXELS)
   np.testing.assert_array_equal(found.logits(PIXELS), expected)
 
 

@@ -53,12 +53,8 @@ def write_model(folder, method, seed=0, depth=2):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_sizes():
-  """Compiling is most of what these tests do."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(programs.inputs, "BATCH", 4)
-    patch.setattr(programs, "SIZES", [1, 4])
-    patch.setattr(programs.inputs, "batch_size", lambda n: 1 if n == 1 else 4)
+def few_batch_sizes():
+  with helpers.few_batch_sizes():
     yield
 
 
