@@ -106,4 +106,4 @@ def test_without_the_extra(place, monkeypatch, capsys):
     lambda name, *args: None if name == "starlette" else find(name, *args),
   )
   assert serve.main(["serve", str(place / "a")]) == 2
-  assert 'pip install "vqt-jax[serve]"' in capsys.readouterr().err
+  assert "packages: pip install starlette uv" in capsys.readouterr().err

@@ -8,7 +8,8 @@ all of them. A browser finds a page there, and programs answers as JSON:
 
   curl -F file=@cat.jpg http://127.0.0.1:8000/predict
 
-Needs more packages: pip install "vqt-jax[serve]"
+Needs the packages of the extra `serve`: pip install ".[serve]" in the
+repository.
 
 --host HOST      the address to listen on; default: 127.0.0.1, this machine
                  only. There are no users and passwords: for others, put a
@@ -52,7 +53,7 @@ from vqt_jax.serving import server
 from vqt_jax.tuned import arguments as arguments_lib
 
 USAGE = "Usage: RUN... [--host HOST] [--port PORT] (--help tells more)."
-_EXTRA = ("starlette", "uvicorn", "python_multipart", "prometheus_client")
+_EXTRA = ("starlette", "uvicorn", "python-multipart", "prometheus-client")
 _REFRESH = 5.0  # Seconds between two looks at the bundles.
 
 
@@ -88,9 +89,10 @@ def serve(
     UserError: a package is missing, a model cannot be read, or the address
       cannot be used.
   """
-  if not all(map(importlib.util.find_spec, _EXTRA)):
+  modules = [package.replace("-", "_") for package in _EXTRA]
+  if not all(map(importlib.util.find_spec, modules)):
     raise errors.UserError(
-      'vqt-jax serve needs more packages: pip install "vqt-jax[serve]"'
+      f"vqt-jax serve needs more packages: pip install {' '.join(_EXTRA)}"
     )
   if not runs:
     raise errors.UserError(f"No run given. {USAGE}")

@@ -18,6 +18,7 @@ from typing import Any
 from etils import epy
 import numpy as np
 
+from vqt_jax.runtime import numerics
 from vqt_jax.serving import batcher as batcher_lib
 from vqt_jax.serving import limits as limits_lib
 from vqt_jax.serving import observing
@@ -104,9 +105,10 @@ class App:
     """Answer a batch; it is of two kinds just after new models came."""
     self._metrics.batch.observe(len(items))
     answers = []
-    for programs, group in itertools.groupby(items, lambda x: x.programs):
-      images, looks = zip(*((x.image, x.look) for x in group))
-      answers += programs.answer(images, looks)
+    with numerics.jax_defaults():  # They hold in one thread.
+      for programs, group in itertools.groupby(items, lambda x: x.programs):
+        images, looks = zip(*((x.image, x.look) for x in group))
+        answers += programs.answer(images, looks)
     return answers
 
   async def _page(self, request: requests.Request) -> Any:
