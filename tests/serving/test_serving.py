@@ -227,7 +227,7 @@ PREDICT = "/predict"
   [
     (PREDICT, b"", {}, 400, "image is empty, 0 bytes"),
     (PREDICT, b"hello", {}, 400, "not an image of a kind that is read here"),
-    (PREDICT, b"%!PS-Adobe-3.0 EPSF-3.0\n", {}, 400, "not an image of a kind"),
+    (PREDICT, encoded("EPS"), {}, 400, "not an image of a kind"),
     (PREDICT, IMAGE[:200], {}, 400, "Cannot use image image: .*truncated"),
     (PREDICT, bomb(1001), {}, 413, "more than 1 million pixels"),
     (PREDICT, bomb(60_000), {}, 413, "more than 1 million pixels"),

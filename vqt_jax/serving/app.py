@@ -234,19 +234,14 @@ def _json(
 
 
 async def _refuse(request: Any, error: Any) -> Any:
-  """Answer with the sentence of an error.
-
-  The connection ends, as the rest of the request may still be to come.
-  """
   del request
-  headers = {**(error.headers or {}), "Connection": "close"}
-  return _json({"error": error.detail}, error.status_code, headers)
+  return _json({"error": error.detail}, error.status_code, error.headers)
 
 
 async def _refuse_overload(request: Any, error: Any) -> Any:
   del request, error
   message = "The server is busy; try again."
-  return _json({"error": message}, 429, {**_AGAIN, "Connection": "close"})
+  return _json({"error": message}, 429, _AGAIN)
 
 
 async def _nobody(request: Any, error: Any) -> Any:
