@@ -29,8 +29,9 @@ lint: $(VENV)/.installed-test
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check --quiet
 
-$(VENV)/.installed-test: requirements-test.txt $(VENV)/.installed
-	$(PIP) --requirement requirements-test.txt --constraint constraints.txt
+$(VENV)/.installed-test: requirements-test.txt requirements-serve.txt $(VENV)/.installed
+	$(PIP) --requirement requirements-test.txt --requirement requirements-serve.txt \
+	  --constraint constraints.txt
 	@mv $(UNFINISHED) $(VENV)/.created && touch $@
 
 $(VENV)/.installed: requirements.txt constraints.txt $(VENV)/.created

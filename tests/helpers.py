@@ -1,16 +1,19 @@
 """What several tests need: golden files and tiny models."""
 
+import contextlib
 import pathlib
 
 import jax
 import matplotlib.image
 import numpy as np
+import pytest
 
 import vqt_jax
 from vqt_jax import accuracy
 from vqt_jax import checkpoints
 from vqt_jax.models import vit
 from vqt_jax.models import vit_config
+from vqt_jax.serving import programs
 from vqt_jax.tuned import bundle
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -79,6 +82,16 @@ def write_bundle(folder, source, model, **changes) -> None:
     model.variables,
     model.info | changes,
   )
+
+
+@contextlib.contextmanager
+def few_batch_sizes():
+  """Let a server compile for few sizes, which is most of what it takes."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(programs.inputs, "BATCH", 4)
+    patch.setattr(programs.inputs, "batch_size", lambda n: 1 if n == 1 else 4)
+    patch.setattr(programs, "SIZES", [1, 4])
+    yield
 
 
 def tiny_examples(backbone, count: int, classes: int, seed: int = 1):

@@ -1,12 +1,14 @@
 """A server that answers as the Hugging Face hub does.
 
-As much of it as huggingface_hub asks for here.
+As much of it as huggingface_hub asks for here; writes go to `OLD`.
 """
 
+import base64
 from collections.abc import Iterator
 import contextlib
 import http.server
 import json
+import re
 import sys
 import threading
 import urllib.parse
@@ -27,6 +29,8 @@ class Server(http.server.ThreadingHTTPServer):
     fetched: names of the files sent.
     ranges: that were asked for.
     tokens: that were sent, or None.
+    private: names of the models that are.
+    refuses: status of the answer to whatever is to be written; 0: it is.
   """
 
   daemon_threads = True
@@ -41,6 +45,9 @@ class Server(http.server.ThreadingHTTPServer):
     self.fetched: list[str] = []
     self.ranges: list[str] = []
     self.tokens: set[str | None] = set()
+    self.private: set[str] = set()
+    self.refuses = 0
+    self.uploads: dict[str, bytes] = {}
     self.address = f"http://127.0.0.1:{self.server_port}"
 
   def handle_error(self, request, client_address):
@@ -58,6 +65,58 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
   def do_GET(self):
     self._answer()
+
+  def do_POST(self):
+    server = self.server
+    server.tokens.add(self.headers.get("Authorization"))
+    body = self._body()
+    path = self.path.split("?")[0]
+    if path == "/api/validate-yaml":
+      return self._tell({})
+    if server.refuses:
+      return self._refuse(server.refuses, "")
+    if path == "/api/repos/create":
+      asked = json.loads(body)
+      name = f"{asked['organization']}/{asked['name']}"
+      server.models[name] = {OLD: {}}
+      if asked.get("private") or asked.get("visibility") == "private":
+        server.private.add(name)
+      return self._tell({"url": f"{server.address}/{name}"})
+    if path.endswith(".git/info/lfs/objects/batch"):
+      objects = json.loads(body)["objects"]
+      for each in objects:
+        place = f"{server.address}/lfs/{each['oid']}"
+        each["actions"] = {"upload": {"href": place}}
+      return self._tell({"transfer": "basic", "objects": objects})
+    name, action = re.fullmatch(
+      "/api/models/(.*/.*)/(preupload|commit)/main", path
+    ).groups()
+    if action == "preupload":
+      names = [each["path"] for each in json.loads(body)["files"]]
+      mode = lambda name: "lfs" if "safetensors" in name else "regular"
+      told = [
+        {"path": n, "uploadMode": mode(n), "shouldIgnore": False} for n in names
+      ]
+      return self._tell({"files": told})
+    files = server.models[name][OLD]
+    for line in body.splitlines():
+      operation = json.loads(line)
+      value = operation["value"]
+      if operation["key"] == "file":
+        files[value["path"]] = base64.b64decode(value["content"])
+      elif operation["key"] == "lfsFile":
+        files[value["path"]] = server.uploads[value["oid"]]
+    self._tell({"commitUrl": f"{self.path}/{OLD}", "commitOid": OLD})
+
+  def do_PUT(self):
+    self.server.uploads[self.path.rpartition("/")[2]] = self._body()
+    self._tell({})
+
+  def _body(self):
+    return self.rfile.read(int(self.headers["Content-Length"]))
+
+  def _tell(self, value):
+    self._send(json.dumps(value).encode())
 
   def _answer(self, send=True):
     server = self.server
@@ -82,8 +141,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         | ({"size": len(content)} if server.tells_sizes else {})
         for name, content in files.items()
       ]
-      return self._send(
-        json.dumps({"id": name, "sha": commit, "siblings": told}).encode()
+      private = name in server.private
+      return self._tell(
+        {"id": name, "sha": commit, "siblings": told, "private": private}
       )
     if server.gated:
       return self._refuse(401, "GatedRepo")

@@ -16,6 +16,7 @@ import vqt_jax
 from vqt_jax import export
 from vqt_jax.data import decoding
 from vqt_jax.data import preprocess
+from vqt_jax.tuned import arguments
 from vqt_jax.tuned import exporting
 from vqt_jax.tuned import resizing
 
@@ -168,7 +169,7 @@ def test_onnx_without_its_packages(start, tmp_path, monkeypatch):
 
 
 def test_short_names_of_runs():
-  short = export._short_names
+  short = arguments.short_names
   assert short(["a/b", "c/tuned/", "."]) == ["b", "c", "."]
   assert short(["a/b", "c/b"]) == ["a/b", "c/b"]
 

@@ -29,6 +29,7 @@ def installed(tmp_path_factory):
     "README.md",
     "LICENSE",
     "requirements.txt",
+    "requirements-serve.txt",
     "requirements-test.txt",
   ):
     shutil.copy(ROOT / path, source)

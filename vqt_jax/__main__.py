@@ -6,6 +6,8 @@
   vqt-jax predict runs/photos new/
   vqt-jax evaluate runs/photos holdout/
   vqt-jax export runs/photos --output photos.stablehlo
+  vqt-jax serve runs/photos runs/dtd
+  vqt-jax share runs/photos --to hf://OWNER/NAME
 
 prepare   download and prepare datasets
 train     train a method on a task and test it
@@ -13,6 +15,8 @@ compare   compare finished runs
 predict   classify images with what a run has trained
 evaluate  judge what a run has trained on labelled images
 export    write it as a program for JAX or TensorFlow
+serve     answer images over HTTP, and on a page
+share     upload it to the Hugging Face hub
 
 `vqt-jax COMMAND --help` tells more; `python -m vqt_jax` is the same as vqt-jax.
 """
@@ -31,6 +35,8 @@ COMMANDS = {
   "predict": "vqt_jax.predict",
   "evaluate": "vqt_jax.evaluate",
   "export": "vqt_jax.export",
+  "serve": "vqt_jax.serve",
+  "share": "vqt_jax.share",
 }
 
 

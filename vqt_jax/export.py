@@ -84,7 +84,7 @@ def export(
   place, beside = _places(output)
   images = _images(rest)
   found = model_lib.load(runs, backbone).models.values()
-  models = dict(zip(_short_names(runs), found))
+  models = dict(zip(arguments_lib.short_names(runs), found))
   console.note(_describe(models), "export")
   with files.explain_write_errors(place):
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -143,14 +143,6 @@ def _places(output: str) -> tuple[pathlib.Path, pathlib.Path]:
         " Choose another place, or remove it."
       )
   return place, beside
-
-
-def _short_names(runs: Sequence[str]) -> list[str]:
-  """Return the last parts of places, or the places if these do not differ."""
-  paths = [pathlib.PurePath(run) for run in runs]
-  paths = [p.parent if p.name == "tuned" else p for p in paths]
-  short = [path.name or run for path, run in zip(paths, runs)]
-  return short if len({*short}) == len(short) else list(runs)
 
 
 def _images(arguments: Sequence[str]) -> list[np.ndarray]:

@@ -90,7 +90,7 @@ def predict(
         if isinstance(answer, errors.UserError):
           write(name, run, [], str(answer))
         else:
-          write(name, run, best(answer[run], model.classes, top), "")
+          write(name, run, model_lib.best(answer[run], model.classes, top), "")
       if isinstance(answer, errors.UserError):
         bad += 1
       elif draw:
@@ -102,14 +102,6 @@ def predict(
     f"{len(names):,} image{plural} in {seconds:.1f} s{faults}", file=sys.stderr
   )
   return 1 if bad else 0
-
-
-def best(
-  probability: np.ndarray, classes: Sequence[str], top: int
-) -> list[tuple[str, float]]:
-  """Return the most probable classes (name, probability), best first."""
-  order = np.argsort(-probability, kind="stable")[:top]
-  return [(classes[i], float(probability[i])) for i in order]
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from vqt_jax.checkpoints.download import without_secrets
 from vqt_jax.checkpoints.folders import fetch_folder
 from vqt_jax.checkpoints.folders import is_address
 from vqt_jax.checkpoints.hub import find_cached
+from vqt_jax.checkpoints.hub_upload import upload
 from vqt_jax.checkpoints.load import load_backbone
 from vqt_jax.checkpoints.load import read_config
 from vqt_jax.checkpoints.positions import check_image_size
@@ -31,5 +32,6 @@ __all__ = [
   "save_backbone",
   "save_npz",
   "size_from_fields",
+  "upload",
   "without_secrets",
 ]

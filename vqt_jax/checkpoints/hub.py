@@ -41,6 +41,22 @@ def is_name(text: str) -> bool:
   return bool(found) and not file_kinds.has_known_ending(text)
 
 
+def parse(address: str) -> tuple[str, str | None]:
+  """Return OWNER/NAME of an address, and the revision if it has one.
+
+  Raises:
+    UserError: it is no address of the hub.
+  """
+  found = re.fullmatch(f"hf://{_NAME}", address, re.ASCII)
+  if not found:
+    shown = re.sub("//.*@", "//", address)  # Some write passwords there.
+    raise UserError(
+      f"Cannot use {shown!a}: expected hf://OWNER/NAME, or"
+      " hf://OWNER/NAME@REVISION of a branch, tag or commit."
+    )
+  return found[1], found[2]
+
+
 def fetch(
   address: str,
   cache_dir: str | os.PathLike[str] | None = None,
@@ -67,15 +83,8 @@ def fetch(
     UserError: this is no address; or the model is gated, has no safetensors, or
       cannot be written.
   """
-  found = re.fullmatch(f"hf://{_NAME}", address, re.ASCII)
-  if not found:
-    shown = re.sub("//.*@", "//", address)  # Some write passwords there.
-    raise UserError(
-      f"Cannot read {shown!a}: expected hf://OWNER/NAME, or"
-      " hf://OWNER/NAME@REVISION of a branch, tag or commit."
-    )
-  name, revision = found[1], found[2]
-  with _quiet():
+  name, revision = parse(address)
+  with quiet():
     from huggingface_hub import constants
 
     cache = cache_dir or constants.HF_HUB_CACHE
@@ -103,14 +112,14 @@ def find_cached(source: str, commit: str) -> pathlib.Path | None:
   name = source.removeprefix("hf://").partition("@")[0]
   if not is_name(f"{name}@{commit}"):
     return None
-  with _quiet():
+  with quiet():
     from huggingface_hub import constants
 
     return _find_cached(name, commit, constants.HF_HUB_CACHE)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
   """Keep log lines and warnings from the console: what matters is raised."""
   loggers = {name: logging.getLogger(name) for name in _LOUD}
   levels = {name: logger.level for name, logger in loggers.items()}
@@ -227,13 +236,11 @@ def _explain(
   cache: str | os.PathLike[str],
 ) -> UserError:
   """Return what is to be raised in place of an error of the library."""
-  import huggingface_hub
-  from huggingface_hub import constants
   from huggingface_hub import errors as hub_errors
 
   while isinstance(error, hub_errors.LocalEntryNotFoundError):
     error = error.__cause__ or RuntimeError("a file is missing")
-  endpoint = re.sub("//[^/]*@", "//", constants.ENDPOINT)
+  endpoint = shown_endpoint()
   address = f"hf://{name}" + (f"@{revision}" if revision else "")
   status = getattr(getattr(error, "response", None), "status_code", None)
   set_token = "set HF_TOKEN to a token that may read it"
@@ -268,10 +275,23 @@ def _explain(
       f"{endpoint} refuses {address} ({status}): {set_token}, or unset one that"
       " has expired."
     )
-  reason = re.sub("//[^/ ]*@", "//", files.first_line(error))
-  if token := huggingface_hub.get_token():
-    reason = reason.replace(token, "...")
   return NotFetched(
-    f"{address} cannot be fetched from {endpoint}: {reason} Try again; files"
-    " that came whole are kept."
+    f"{address} cannot be fetched from {endpoint}: {reason(error)} Try again;"
+    " files that came whole are kept."
   )
+
+
+def shown_endpoint() -> str:
+  """Address of the hub or its mirror, without a password."""
+  from huggingface_hub import constants
+
+  return re.sub("//[^/]*@", "//", constants.ENDPOINT)
+
+
+def reason(error: Exception) -> str:
+  """First line of an error of the library, without passwords and the token."""
+  import huggingface_hub
+
+  text = re.sub("//[^/ ]*@", "//", files.first_line(error))
+  token = huggingface_hub.get_token()
+  return text.replace(token, "...") if token else text

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import glob
 import os
+import pathlib
 import sys
 
 from absl import flags
@@ -62,6 +63,14 @@ def split(arguments: Sequence[str], usage: str) -> tuple[list[str], list[str]]:
   while count < len(arguments) and bundle.is_model(arguments[count]):
     count += 1
   return list(arguments[:count]), list(arguments[count:])
+
+
+def short_names(runs: Sequence[str]) -> list[str]:
+  """Return the last parts of places, or the places if these do not differ."""
+  paths = [pathlib.PurePath(run) for run in runs]
+  paths = [p.parent if p.name == "tuned" else p for p in paths]
+  short = [path.name or run for path, run in zip(paths, runs)]
+  return short if len({*short}) == len(short) else list(runs)
 
 
 def find_images(arguments: Iterable[str]) -> Iterator[str]:

@@ -18,7 +18,7 @@ from vqt_jax.models import backbone as backbone_lib
 Prepare = Callable[[Any], np.ndarray]
 
 BATCH = 32  # Images in a pass, at most.
-_THREADS = min(8, os.cpu_count() or 1)
+THREADS = min(8, os.cpu_count() or 1)
 _FILES = str | bytes | os.PathLike | PIL.Image.Image
 _EXPECTED = (
   "images: expected paths, PIL images, or uint8 arrays (height, width) or"
@@ -126,7 +126,7 @@ def prepared(
   x = split(x)
   size = batch_size(len(x)) if hasattr(x, "__len__") else None
   images = iter(x)
-  with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
+  with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
     start = lambda: [
       threads.submit(attempt, image)
       for image in itertools.islice(images, size or BATCH)

@@ -436,6 +436,14 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
   return np.asarray(jax.nn.softmax(jnp.asarray(logits), axis=-1).mean(axis=0))
 
 
+def best(
+  probability: np.ndarray, classes: Sequence[str], top: int
+) -> list[tuple[str, float]]:
+  """Return the most probable classes (name, probability), best first."""
+  order = np.argsort(-probability, kind="stable")[:top]
+  return [(classes[i], float(probability[i])) for i in order]
+
+
 def _run(models: tuple[Model, ...], x: Any) -> list[np.ndarray]:
   """Return the logits (R, n, C) of models on one backbone."""
   first, run = _compiled(models)

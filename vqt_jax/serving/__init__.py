@@ -1,0 +1,1 @@
+"""A web server for tuned models: a page, JSON, batches, limits."""
