@@ -108,10 +108,12 @@ def test_methods_are_compared(material, tmp_path, monkeypatch, capfd):
     "compare.png",
     "config.json",
     "log.txt",
+    "report.html",
     "results.json",
   }
   assert said[-1] == (
-    f"results  {workdir / 'compare.csv'}   compare.png   attention_vqt.png"
+    f"results  {workdir / 'report.html'}   compare.csv   compare.png  "
+    " attention_vqt.png"
   )
   rows = read_csv((workdir / "compare.csv").read_text())
   assert [row["run"] for row in rows] == list(summary["runs"])

@@ -127,7 +127,10 @@ def test_metrics_go_to_jsonl_and_tensorboard(tmp_path):
     "loss": 1.0,
   }
   folder = tmp_path / "tensorboard" / "search" / "01 lr=0.5 seed=1"
-  assert scalars(folder) == [(1, "loss"), (2, "loss"), (3, "loss")]
+  assert scalars(folder) == [
+    (0, "_hparams_/session_start_info"),
+    *((epoch, "loss") for epoch in (1, 2, 3)),
+  ]
 
 
 @pytest.mark.parametrize("cut", [0, 5, 100])

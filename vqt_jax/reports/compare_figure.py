@@ -34,18 +34,45 @@ def draw(summary: Mapping[str, Any], path: str | os.PathLike) -> None:
   figure = style.figure_of(14, 2.2 + max(2.6, 0.36 * len(runs)))
   left, middle, right = figure.subplots(1, 3, width_ratios=(1.15, 1, 1))
   _ranking(left, runs)
-  sizes = [run["trained_parameters"] for run in runs]
-  _against(middle, runs, sizes, "Trained parameters", UNITS)
-  peaks = [run["peak_bytes"] for run in runs]
-  _against(right, runs, peaks, "Peak memory", BYTES)
+  costs = _costs(runs)
+  for ax, cost in zip((middle, right), costs):
+    _against(ax, runs, *cost)
   right.sharey(middle)
   _words(figure, summary, runs)
   figure.get_layout_engine().set(wspace=0.06)
-  figure.draw_without_rendering()  # Where points are is known from here on.
-  for ax, values in ((middle, sizes), (right, peaks)):
+  _number(figure, runs, zip((middle, right), costs))
+  style.save(figure, path)
+
+
+def drawn_alone(
+  summary: Mapping[str, Any],
+) -> list[figures.matplotlib.figure.Figure]:
+  """Return a figure for each cost."""
+  runs, found = list(summary["runs"].values()), []
+  for cost in _costs(runs):
+    figure = style.figure_of(5, 3.6)
+    ax = figure.subplots()
+    _against(ax, runs, *cost)
+    _number(figure, runs, [(ax, cost)])
+    found.append(figure)
+  return found
+
+
+def _costs(runs: Sequence[Mapping[str, Any]]) -> list[tuple[Any, str, Any]]:
+  """Return values, title and units of each cost."""
+  column = lambda name: [run[name] for run in runs]
+  return [
+    (column("trained_parameters"), "Trained parameters", UNITS),
+    (column("peak_bytes"), "Peak memory", BYTES),
+  ]
+
+
+def _number(figure, runs, costs) -> None:
+  """Number the points of costs, once the layout tells where they are."""
+  figure.draw_without_rendering()
+  for ax, (values, *_) in costs:
     number_points(ax, runs, values)
   figure.set_layout_engine("none")
-  style.save(figure, path)
 
 
 def kind(method: str) -> str:
@@ -87,7 +114,8 @@ def _ranking(ax: Any, runs: Sequence[Mapping[str, Any]]) -> None:
       annotation_clip=False,
     )
     name = style.METHODS.get(run["method"], run["method"])
-    names.append(f"{name}{run['details']}  {y + 1}")
+    name = f"{name}{run['details']}".replace("$", r"\$")
+    names.append(f"{name}  {y + 1}")
   ax.set_yticks(range(len(runs)), names)
   ax.tick_params(axis="y", length=0)
   ax.set_ylim(len(runs) - 0.4, -0.6)

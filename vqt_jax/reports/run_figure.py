@@ -1,6 +1,6 @@
 """Picture of one run: its search, training and test."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import os
 from typing import Any
 
@@ -13,25 +13,15 @@ from vqt_jax.reports import style
 
 def report(results: dict[str, Any], path: str | os.PathLike) -> None:
   """Draw one run: search, training, test, and the search of protocol=best."""
-  training = _penalties if results.get("solved") else _training
-  panels = [training, _tested if len(results["tested"]) > 1 else _test]
-  if results["search"]:
-    panels.insert(0, _search)
-  if results["best"]:
-    panels += [_beyond] * any(x["extended"] for x in _tried(results))
-    panels.append(_finalists)
-  if _fractions(results):
-    panels.append(_keep_fractions)
-  if any(tested["kept_share"] for tested in results["tested"]):
-    panels.append(_kept_share)
-  columns = 2 if len(panels) == 4 else min(3, len(panels))
-  rows = -(-len(panels) // columns)
-  figure = style.figure_of(5 * columns, 4.2 * rows)
-  axes = figure.subplots(rows, columns, squeeze=False).flatten()
-  for panel, ax in zip(panels, axes):
-    panel(ax, results)
-  for ax in axes[len(panels) :]:
-    ax.set_axis_off()
+  panels = _panels(results)
+  rows = -(-len(panels) // 3)
+  figure = style.figure_of(5 * -(-len(panels) // rows), 4.2 * rows)
+  # Rows of nearly the same length, each as wide as the picture.
+  strips = np.atleast_1d(figure.subfigures(rows, 1, hspace=0.06))
+  for strip, some in zip(strips, np.array_split(panels, rows)):
+    axes = strip.subplots(1, len(some), squeeze=False)[0]
+    for panel, ax in zip(some, axes):
+      panel(ax, results)
   test = results["test_accuracy"]
   style.write_title(
     figure,
@@ -45,6 +35,36 @@ def report(results: dict[str, Any], path: str | os.PathLike) -> None:
   )
   figure.get_layout_engine().set(wspace=0.04, hspace=0.06)
   style.save(figure, path)
+
+
+def drawn_alone(results: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+  """Return a figure for each panel: of the search; of training and test.
+
+  Grids are left out, as pages have them as tables.
+  """
+  found = [], []
+  for panel in _panels(results):
+    if panel not in (_search, _beyond):
+      figure = style.figure_of(5, 3.6)
+      panel(figure.subplots(), results)
+      is_search = panel in (_penalties, _finalists, _keep_fractions)
+      found[0 if is_search else 1].append(figure)
+  return found
+
+
+def _panels(results: dict[str, Any]) -> list[Callable[[Any, Any], None]]:
+  training = _penalties if results.get("solved") else _training
+  panels = [training, _tested if len(results["tested"]) > 1 else _test]
+  if results["search"]:
+    panels.insert(0, _search)
+  if results["best"]:
+    panels += [_beyond] * any(x["extended"] for x in _tried(results))
+    panels.append(_finalists)
+  if _fractions(results):
+    panels.append(_keep_fractions)
+  if any(tested["kept_share"] for tested in results["tested"]):
+    panels.append(_kept_share)
+  return panels
 
 
 def _search(ax: Any, results: dict[str, Any]) -> None:
