@@ -372,7 +372,7 @@ def test_picture(tmp_path, count):
   outcomes[f"{count - 1} {names[count - 1]}"]["memory"] = None
   path = tmp_path / "compare.png"
   summary = compare.summarize(outcomes)
-  assert compare_figure._backbones(summary) == "ViT-64x4/4 tiny.npz"
+  assert style.backbone_name(summary["backbone"]) == "ViT-64x4/4 tiny.npz"
   compare_figure.draw(summary, path)
   assert helpers.colours(path) > 400  # Words alone have half as many.
 

@@ -50,7 +50,7 @@ def drawn_alone(
   """Return a figure for each cost."""
   runs, found = list(summary["runs"].values()), []
   for cost in _costs(runs):
-    figure = style.figure_of(5, 3.6)
+    figure = style.figure_of(*style.ALONE)
     ax = figure.subplots()
     _against(ax, runs, *cost)
     _number(figure, runs, [(ax, cost)])
@@ -269,10 +269,11 @@ def _words(
   methods = f"{len(runs)} methods on " if len(runs) > 1 else ""
   seeds = accuracy_lib.over_seeds([run["test_accuracy"] for run in runs])
   differ = ", ".join(summary["differences"])
+  backbone = style.backbone_name(summary["backbone"])
   style.write_title(
     figure,
     f"{methods}{summary['task']}\n\n",
-    f"{_backbones(summary)}   {seeds} (bands: 95 % intervals)"
+    f"{backbone}   {seeds} (bands: 95 % intervals)"
     f"   {summary['device']}"
     + (f"   not all alike in: {differ}" if differ else ""),
     1 - 0.42 / figure.get_figheight(),
@@ -290,13 +291,6 @@ def _words(
   figure.legend(
     handles=handles, loc="outside lower left", ncols=3, frameon=False
   )
-
-
-def _backbones(summary: Mapping[str, Any]) -> str:
-  """Shorten paths of backbones to file names; public names stay."""
-  short = lambda name: os.path.basename(name) if "." in name else name
-  words = summary["backbone"].split(" ")
-  return " ".join([words[0], *map(short, words[1:])])
 
 
 def _percent() -> figures.matplotlib.ticker.FuncFormatter:

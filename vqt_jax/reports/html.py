@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import functools
 import io
 import math
+import re
 import shlex
 from typing import Any
 
@@ -67,6 +68,7 @@ def _templates() -> Any:
     "percent": percent,
     "bytes": units.format_bytes,
     "duration": duration,
+    "bind_units": bind_units,
   }
   return made
 
@@ -85,6 +87,12 @@ def duration(seconds: float) -> str:
   if seconds < 2 * 3600:
     return f"{seconds / 60:.0f} min"
   return f"{seconds / 3600:,.1f} h"
+
+
+def bind_units(text: str) -> str:
+  """Keep numbers and units of a text in one line."""
+  unit = r"[%±]|(s|min|h|[KMG]iB|points)\b"
+  return re.sub(rf"(?<=\d) (?={unit})|(?<=±) ", "\xa0", text)
 
 
 def command(*words: Any) -> str:

@@ -45,7 +45,7 @@ def drawn_alone(results: dict[str, Any]) -> tuple[list[Any], list[Any]]:
   found = [], []
   for panel in _panels(results):
     if panel not in (_search, _beyond):
-      figure = style.figure_of(5, 3.6)
+      figure = style.figure_of(*style.ALONE)
       panel(figure.subplots(), results)
       is_search = panel in (_penalties, _finalists, _keep_fractions)
       found[0 if is_search else 1].append(figure)
@@ -266,7 +266,7 @@ def _tested(ax: Any, results: dict[str, Any]) -> None:
   ax.set_yticks(range(len(names)), names, fontsize=8)
   ax.set_ylim(len(names) - 0.5, -0.5)
   ax.xaxis.set_major_formatter(style.percent_axis(1))
-  ax.xaxis.set_major_locator(figures.matplotlib.ticker.MaxNLocator(4))
+  ax.xaxis.set_major_locator(_few_ticks())
   ax.margins(x=0.15)
   ax.grid(axis="x")
   images = results["test_accuracy"]["images"]
@@ -289,13 +289,18 @@ def _finalists(ax: Any, results: dict[str, Any]) -> None:
   ax.set_yticks(range(len(names)), names, fontsize=8)
   ax.set_ylim(len(names) - 0.5, -0.5)
   ax.xaxis.set_major_formatter(style.percent_axis(1))
-  ax.xaxis.set_major_locator(figures.matplotlib.ticker.MaxNLocator(4))
+  ax.xaxis.set_major_locator(_few_ticks())
   ax.margins(x=0.1)
   ax.grid(axis="x")
   ax.set_title(
     f"Finalists of {found['searched']}: {found['folds']} folds (◆), val (●)",
     loc="left",
   )
+
+
+def _few_ticks() -> Any:
+  """Return a locator of ticks that labels with one decimal tell exactly."""
+  return figures.matplotlib.ticker.MaxNLocator(5, steps=(1, 2, 5, 10))
 
 
 def _settings(found: Sequence[dict[str, Any]]) -> list[str]:

@@ -31,7 +31,7 @@ def report(
   html.write(
     path,
     "run.html",
-    title=f"{style.method_name(results)} on {results['task']}",
+    title=f"{results['task']}: {style.method_name(results)}",
     summary=[_accuracy(results), _choice(results), _cost(results)],
     grids=list(_grids(results)),
     searched=[html.figure(x, f"search{i}") for i, x in enumerate(searched)],
@@ -61,8 +61,9 @@ def _accuracy(results: Mapping[str, Any]) -> str:
   known.append(accuracy_lib.over_seeds([test]))
   if together := results.get("test_ensemble_accuracy"):
     known.append(f"the seeds together {100 * together['mean']:.1f} %")
+  name = style.method_name(results)
   return (
-    f"{style.method_name(results)} classifies"
+    f"{name[0].upper()}{name[1:]} classifies"
     f" {accuracy_lib.format_mean(test, 1, '±')} % of the {images} of"
     f" {results['task']} correctly ({'; '.join(known)})."
   )
@@ -99,6 +100,7 @@ def _choice(results: Mapping[str, Any]) -> str:
 
 def _setting(chosen: Mapping[str, Any]) -> str:
   names = {
+    "num_queries": "queries per block",
     "lr": "learning rate",
     "weight_decay": "weight decay",
     "keep_fraction": "fraction of the features",
@@ -118,7 +120,7 @@ def _cost(results: Mapping[str, Any]) -> str:
   memory = f", with {units.format_bytes(peak)} at the peak" if peak else ""
   return (
     f"It trained {results['trained_parameters']:,} parameters on"
-    f" {results['backbone']} in"
+    f" {style.backbone_name(results['backbone'])} in"
     f" {html.duration(results['seconds']['training'])} on"
     f" {results['device']}{memory}."
   )
@@ -196,7 +198,7 @@ def _changed(config: Mapping[str, Any]) -> dict[str, Any]:
   """Return the fields that are not as in the default config."""
   default = config_dict.to_json(config_dict.default_config())
   differ = config_dict.differences(default, config)
-  return {name: value for name, (_, value) in differ.items()}
+  return {name: new for name, (_, new) in differ.items() if new is not None}
 
 
 def _facts(results: Mapping[str, Any]) -> dict[str, str]:

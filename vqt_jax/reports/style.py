@@ -42,6 +42,7 @@ CANDIDATES = {
   "best_all": "best setting, all features",
   "best_selected": "best setting, selected features",
 }
+ALONE = (4.2, 3.2)  # Inches of a figure of one panel, in a page.
 SETTING = ("num_queries", "lr", "weight_decay", "query_dropout", "normalize")
 
 
@@ -55,6 +56,13 @@ def method_name(results: dict[str, Any]) -> str:
 
 def candidate_name(tested: dict[str, Any]) -> str:
   return CANDIDATES.get(tested["name"], tested["name"])
+
+
+def backbone_name(backbone: str) -> str:
+  """Shorten paths in the names of backbones; public names stay."""
+  short = lambda name: os.path.basename(name) if "." in name else name
+  first, *others = backbone.split(" ")
+  return " ".join([first, *map(short, others)])
 
 
 def percent_axis(
