@@ -43,6 +43,7 @@ from vqt_jax.reports import evaluation
 from vqt_jax.reports import evaluation_report
 from vqt_jax.reports import html
 from vqt_jax.reports import notable as notable_lib
+from vqt_jax.reports import style
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import files
 from vqt_jax.tuned import arguments as arguments_lib
@@ -142,14 +143,14 @@ def evaluate(
     console.note(f"{bad} of {total} images could not be read", "bad")
   evaluation.show(console_lib.Console(sys.stdout), summary)
   if output:
-    folder = files.path(output)
+    folder, method = files.path(output), model.tuner.method
     evaluation.write(summary, rows, folder)
     options = {"split": split, "backbone": backbone, "data_dir": data_dir}
     evaluation_report.report(
       folder / html.REPORT,
       summary,
-      f"{model.info['tuner']['method']} for {model.info['task']}, judged on"
-      f" {place}" + f", split {split}" * bool(split),
+      f"{style.METHODS.get(method, method)} trained on {model.info['task']},"
+      f" judged on {place}" + f", split {split}" * bool(split),
       [_picture(model, x) for x in (*notable.mistakes, *notable.hits)],
       html.command(
         *("-m", "vqt_jax", "evaluate", run, place),

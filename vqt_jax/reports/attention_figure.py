@@ -49,8 +49,8 @@ def attention(
   )
   colours, scale = shade(maps)
   columns = 1 + len(blocks)
-  height = 1.15 * len(images) + 1.7
-  figure = style.figure_of(max(1.15 * columns + 2.2, 8), height)
+  height = 1.15 * len(images) + 1.5
+  figure = style.figure_of(max(1.15 * columns + 1.6, 8), height)
   axes = figure.subplots(len(images), columns, squeeze=False)
   extent = (0, images.shape[2], images.shape[1], 0)
   axes[0, 0].set_title("image", fontsize=9)
@@ -77,7 +77,7 @@ def attention(
   bar.set_label("attention / even spread")
   bar.outline.set_visible(False)
   below = "\n".join(filter(None, (LEGEND, legend)))
-  style.write_title(figure, f"{title}\n\n\n", below, 1 - 0.36 / height)
+  style.write_title(figure, f"{title}\n\n", below, 1 - 0.36 / height)
   style.save(figure, path)
 
 

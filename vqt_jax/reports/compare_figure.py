@@ -38,23 +38,25 @@ def draw(summary: Mapping[str, Any], path: str | os.PathLike) -> None:
   for ax, cost in zip((middle, right), costs):
     _against(ax, runs, *cost)
   right.sharey(middle)
+  right.set_ylabel("")
   _words(figure, summary, runs)
   figure.get_layout_engine().set(wspace=0.06)
-  _number(figure, runs, zip((middle, right), costs))
+  _number(figure, runs, zip((middle, right), (cost[0] for cost in costs)))
   style.save(figure, path)
 
 
 def drawn_alone(
   summary: Mapping[str, Any],
-) -> list[figures.matplotlib.figure.Figure]:
-  """Return a figure for each cost."""
+) -> list[tuple[str, figures.matplotlib.figure.Figure]]:
+  """Return (title, figure) of each cost."""
   runs, found = list(summary["runs"].values()), []
-  for cost in _costs(runs):
+  for values, title, unit in _costs(runs):
     figure = style.figure_of(*style.ALONE)
+    figure.set_dpi(72)  # That of SVG; numbers are placed in pixels.
     ax = figure.subplots()
-    _against(ax, runs, *cost)
-    _number(figure, runs, [(ax, cost)])
-    found.append(figure)
+    _against(ax, runs, values, "", unit)
+    _number(figure, runs, [(ax, values)])
+    found.append((title, figure))
   return found
 
 
@@ -67,10 +69,10 @@ def _costs(runs: Sequence[Mapping[str, Any]]) -> list[tuple[Any, str, Any]]:
   ]
 
 
-def _number(figure, runs, costs) -> None:
-  """Number the points of costs, once the layout tells where they are."""
+def _number(figure, runs, places) -> None:
+  """Number the points of (axes, values), when it is known where they are."""
   figure.draw_without_rendering()
-  for ax, (values, *_) in costs:
+  for ax, values in places:
     number_points(ax, runs, values)
   figure.set_layout_engine("none")
 
@@ -150,8 +152,10 @@ def _against(
   known = [value for value in values if value]
   ax.set_xscale("log")
   if known:
-    # At least a factor of four, so that small differences look small.
-    room = max(1.25, math.sqrt(4 * min(known) / max(known)))
+    # At least a factor of four, so that small differences look small; and room
+    # for numbers beside the outermost points.
+    factor = max(known) / min(known)
+    room = max(1.25, math.sqrt(4 / factor), factor**0.07)
     ax.set_xlim(min(known) / room, max(known) * room)
     _ticks(ax, units)
   else:
@@ -202,7 +206,7 @@ def number_points(
   """Write the runs' numbers beside their points, where there is room."""
   dot = ax.figure.dpi / 72
   to_pixels = ax.transData.transform
-  points, taken = {}, []
+  points, taken, whole = {}, [], ax.figure.bbox
   for number, (run, value) in enumerate(zip(runs, values), start=1):
     if value:
       test = run["test_accuracy"]
@@ -216,6 +220,8 @@ def number_points(
       spot
       for spot in _around(at, dot)
       if not any(_box(spot, *half).overlaps(box) for box in taken)
+      and whole.contains(*(spot - half))
+      and whole.contains(*(spot + half))
     )
     spot = next(free, at)
     taken.append(_box(spot, *half))

@@ -39,8 +39,9 @@ def report(
     summary=[*_sentences(summary), _differ(differ)],
     rows=_scaled(rows, ("mean", "low", "high")),
     seeds=accuracy_lib.over_seeds(tests),
+    kinds=len({compare_figure.kind(run["method"]) for run in runs.values()}),
     behind=_behind(summary),
-    costs=[html.figure(x, f"cost{i}") for i, x in enumerate(drawn)],
+    costs=[html.figure(*x, f"cost{i}") for i, x in enumerate(drawn)],
     command=html.command(
       *("-m", "vqt_jax", "compare", *(workdirs[name] for name in runs)),
       f"--output={path.parent}",
@@ -69,8 +70,9 @@ def _sentences(summary: Mapping[str, Any]) -> list[str]:
   first, *others = summary["runs"].values()
   test = first["test_accuracy"]
   images = f" of {test['images']:,} test images" if test.get("images") else ""
+  name = _name(first)
   found = [
-    f"{_name(first)} is the most accurate, with"
+    f"{name[0].upper()}{name[1:]} is the most accurate, with"
     f" {accuracy_lib.format_mean(test, 1, '±')} %{images}."
   ]
   if others and _same_images(first, others[0]):
@@ -90,7 +92,11 @@ def _differ(differ: str) -> str:
 
 
 def _points(interval: tuple[float, float]) -> str:
-  return " to ".join(f"{100 * x:+.1f}" for x in interval)
+  return " to ".join(map(_point, interval))
+
+
+def _point(share: float) -> str:
+  return f"{100 * share:+.1f}".replace("-", "−")
 
 
 def _same_images(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
@@ -130,7 +136,7 @@ def _behind(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
       {
         "number": number,
         "name": _name(run),
-        "difference": f"{100 * mean:+.1f}",
+        "difference": _point(mean),
         "seeds": _points(seeds) if seeds else "–",
         "images": _points(images) if images else "–",
         "mean": mean,

@@ -60,7 +60,9 @@ def report(
     confusion=_matrix(confusion, names),
     worst=worst,
     calibration=html.figure(
-      evaluation_figure.calibration(summary["calibration"]), "calibration"
+      "Accuracy over confidence",
+      evaluation_figure.calibration(summary["calibration"]),
+      "calibration",
     ),
     calibrated=_calibrated(summary),
     command=command,

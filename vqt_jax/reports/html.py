@@ -101,18 +101,17 @@ def command(*words: Any) -> str:
 
 
 def figure(
-  drawn: figures.matplotlib.figure.Figure, name: str
+  title: str, drawn: figures.matplotlib.figure.Figure, name: str
 ) -> dict[str, Any]:
-  """Return an SVG figure for a page; the title of its first axes stands alone.
+  """Return a figure for the template: its title, and the rest as SVG.
 
   Args:
-    drawn: the figure; its title is removed.
+    title: of the figure.
+    drawn: the figure, without its title.
     name: unique in the page.
   """
   import markupsafe
 
-  title = drawn.axes[0].get_title("left")
-  drawn.axes[0].set_title("", loc="left")
   return {"title": title, "svg": markupsafe.Markup(style.to_svg(drawn, name))}
 
 

@@ -38,7 +38,7 @@ def report(results: dict[str, Any], path: str | os.PathLike) -> None:
 
 
 def drawn_alone(results: dict[str, Any]) -> tuple[list[Any], list[Any]]:
-  """Return a figure for each panel: of the search; of training and test.
+  """Return (title, figure) of each panel: of the search; of training and test.
 
   Grids are left out, as pages have them as tables.
   """
@@ -46,9 +46,11 @@ def drawn_alone(results: dict[str, Any]) -> tuple[list[Any], list[Any]]:
   for panel in _panels(results):
     if panel not in (_search, _beyond):
       figure = style.figure_of(*style.ALONE)
-      panel(figure.subplots(), results)
+      panel(ax := figure.subplots(), results)
+      title = ax.get_title("left")
+      ax.set_title("", loc="left")
       is_search = panel in (_penalties, _finalists, _keep_fractions)
-      found[0 if is_search else 1].append(figure)
+      found[0 if is_search else 1].append((title, figure))
   return found
 
 

@@ -34,8 +34,8 @@ def report(
     title=f"{results['task']}: {style.method_name(results)}",
     summary=[_accuracy(results), _choice(results), _cost(results)],
     grids=list(_grids(results)),
-    searched=[html.figure(x, f"search{i}") for i, x in enumerate(searched)],
-    tested=[html.figure(x, f"test{i}") for i, x in enumerate(tested)],
+    searched=[html.figure(*x, f"search{i}") for i, x in enumerate(searched)],
+    tested=[html.figure(*x, f"test{i}") for i, x in enumerate(tested)],
     classes=_classes(results),
     seeds=len(results["test_accuracy"]["per_seed"]),
     command=html.command(
