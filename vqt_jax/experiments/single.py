@@ -11,6 +11,7 @@ from vqt_jax.reports import run_table
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import files
 from vqt_jax.runtime import processes
+from vqt_jax.training import metrics
 from vqt_jax.training import run
 
 
@@ -30,6 +31,7 @@ def train(
     if processes.is_first():
       if not files.exists(picture):
         run_figure.report(results, picture)
+        metrics.write_picture(workdir, picture)
       if not files.exists(page):
         config_json = files.read_json(workdir / "config.json")
         run_report.report(results, config_json, page)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 import contextlib
+import io
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import time
 from typing import Any, BinaryIO
 
 from etils import epy
+import PIL.Image
 
 from vqt_jax.runtime import files
 from vqt_jax.runtime import mirror
@@ -172,6 +174,25 @@ def remove(directory: files.Path) -> None:
       folder = directory / phase / run
       for name in filter(_OWN.fullmatch, files.list_names(folder)):
         (folder / name).unlink()
+
+
+def write_picture(workdir: files.Path, picture: files.Path) -> None:
+  """Add a PNG file to the TensorBoard events of a finished run."""
+  content = files.read(picture)
+  width, height = PIL.Image.open(io.BytesIO(content)).size
+  image = summary_pb2.Summary.Image(
+    encoded_image_string=content, width=width, height=height, colorspace=4
+  )
+  value = summary_pb2.Summary.Value(tag=picture.stem, image=image)
+  event = event_pb2.Event(summary=summary_pb2.Summary(value=[value]))
+  records = io.BytesIO()
+  writer = record_writer.RecordWriter(records)
+  writer.write(
+    event_pb2.Event(file_version="brain.Event:2").SerializeToString()
+  )
+  writer.write(event.SerializeToString())
+  name = f"tensorboard/{picture.stem}/picture/events.out.tfevents.0.run"
+  files.write(workdir / name, records.getvalue())
 
 
 class Events:
