@@ -115,6 +115,8 @@ def test_metrics_go_to_jsonl_and_tensorboard(tmp_path):
   writer.epochs("search", [])
   writer.epochs("search", rows(1, 2))
   writer.epochs("search", rows(3, 3))
+  judged = {"epoch": 3, "run": 1, "lr": 0.5, "seed": 1, "val_accuracy": 0.5}
+  writer.outcomes("search", [judged])
   writer.close()
   lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
   assert len(lines) == 6
@@ -130,6 +132,7 @@ def test_metrics_go_to_jsonl_and_tensorboard(tmp_path):
   assert scalars(folder) == [
     (0, "_hparams_/session_start_info"),
     *((epoch, "loss") for epoch in (1, 2, 3)),
+    (3, "val_accuracy"),
   ]
 
 
