@@ -145,7 +145,8 @@ def evaluate(
   if output:
     folder, method = files.path(output), model.tuner.method
     evaluation.write(summary, rows, folder)
-    options = {"split": split, "backbone": backbone, "data_dir": data_dir}
+    source = backbone and checkpoints.without_secrets(backbone)
+    options = {"split": split, "backbone": source, "data_dir": data_dir}
     evaluation_report.report(
       folder / html.REPORT,
       summary,
@@ -153,7 +154,7 @@ def evaluate(
       f" judged on {place}" + f", split {split}" * bool(split),
       [_picture(model, x) for x in (*notable.mistakes, *notable.hits)],
       html.command(
-        *("-m", "vqt_jax", "evaluate", run, place),
+        *("-m", "vqt_jax", "evaluate", checkpoints.without_secrets(run), place),
         *(f"--{k}={x}" for k, x in {**options, **columns}.items() if x),
         f"--output={output}",
       ),

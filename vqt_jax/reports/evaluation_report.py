@@ -84,8 +84,8 @@ def _sentences(
   if worst:
     first = worst[0]
     found.append(
-      f"The most frequent mistake is {first['predicted']} for"
-      f" {first['true']}, {first['images']:,} times"
+      f"The most frequent mistake is “{first['predicted']}” for"
+      f" “{first['true']}”, {first['images']:,} times"
       f" ({html.percent(first['share'])} % of that class)."
     )
   else:
