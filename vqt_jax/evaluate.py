@@ -109,8 +109,8 @@ def evaluate(
     answers, total = _of_files(model, place, split, columns)
   else:
     task = _find_task(config if own else {}, place, data_dir)
-    answers, total = _of_task(model, task, split or "test")
     split = split or "test"
+    answers, total = _of_task(model, task, split)
     console.note(f"{task.name}, split {split}", "images")
   rows, found, labels, bad = [], [], [], 0
   notable = notable_lib.Notable()
@@ -143,22 +143,14 @@ def evaluate(
     console.note(f"{bad} of {total} images could not be read", "bad")
   evaluation.show(console_lib.Console(sys.stdout), summary)
   if output:
-    folder, method = files.path(output), model.tuner.method
+    folder = files.path(output)
     evaluation.write(summary, rows, folder)
-    source = backbone and checkpoints.without_secrets(backbone)
-    options = {"split": split, "backbone": source, "data_dir": data_dir}
+    options = {"split": split, "backbone": backbone, "data_dir": data_dir}
     evaluation_report.report(
       folder / html.REPORT,
       summary,
-      f"{style.METHODS.get(method, method)} trained on {model.info['task']},"
-      f" judged on {place}" + f", split {split}" * bool(split),
       [_picture(model, x) for x in (*notable.mistakes, *notable.hits)],
-      html.command(
-        *("-m", "vqt_jax", "evaluate", checkpoints.without_secrets(run), place),
-        *(f"--{k}={x}" for k, x in {**options, **columns}.items() if x),
-        f"--output={output}",
-      ),
-      _facts(model),
+      **_about(model, run, place, {**options, **columns, "output": output}),
     )
     console.note(
       f"{folder / html.REPORT}   evaluation.json   confusion.csv  "
@@ -181,19 +173,33 @@ def _picture(
   return evaluation_report.Picture(answer, shown, maps)
 
 
-def _facts(model: model_lib.Model) -> dict[str, str]:
-  """Return hashes and versions of what was judged."""
-  backbone, info = model.backbone, model.info
+def _about(
+  model: model_lib.Model, run: str, place: str, options: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Return the title, command and facts of a report."""
+  backbone, info, method = model.backbone, model.info, model.tuner.method
+  shown = checkpoints.without_secrets
+  split = f", split {options['split']}" if options["split"] else ""
   versions = (info.get("versions") or {}).items()
   return {
-    "tuned model, SHA-256": info.get("weights_sha256"),
-    "backbone": f"ViT-{backbone.config.variant} {backbone.source}",
-    "its weights, SHA-256": backbone.identity,
-    "images as": ", ".join(
-      f"{k} {x}" for k, x in info["preprocessing"].items()
+    "title": (
+      f"{style.METHODS.get(method, method)} trained on {info['task']}, judged"
+      f" on {place}{split}"
     ),
-    "seeds": ", ".join(map(str, info["seeds"])),
-    "trained with": ", ".join(f"{name} {x}" for name, x in versions),
+    "command": html.command(
+      *("-m", "vqt_jax", "evaluate", shown(run), place),
+      *(f"--{name}={shown(x)}" for name, x in options.items() if x),
+    ),
+    "facts": {
+      "tuned model, SHA-256": info.get("weights_sha256"),
+      "backbone": f"ViT-{backbone.config.variant} {backbone.source}",
+      "its weights, SHA-256": backbone.identity,
+      "images as": ", ".join(
+        f"{name} {x}" for name, x in info["preprocessing"].items()
+      ),
+      "seeds": ", ".join(map(str, info["seeds"])),
+      "trained with": ", ".join(f"{name} {x}" for name, x in versions),
+    },
   }
 
 

@@ -63,8 +63,8 @@ def pages(tmp_path_factory):
   evaluation_report.report(
     folder / "evaluation.html",
     evaluation.summarize(p, rng.integers(0, 4, 60), CLASSES),
-    f"vqt for {CLASSES[0]}, judged on \udcff",
     pictures,
+    f"vqt for {CLASSES[0]}, judged on \udcff",
     html_lib.command("evaluate", CLASSES[0]),
     {"hash": CLASSES[1]},
   )

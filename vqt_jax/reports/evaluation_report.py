@@ -32,8 +32,8 @@ class Picture(NamedTuple):
 def report(
   path: files.Path,
   summary: Mapping[str, Any],
-  title: str,
   pictures: Sequence[Picture],
+  title: str,
   command: str,
   facts: Mapping[str, str],
 ) -> None:
@@ -42,8 +42,8 @@ def report(
   Args:
     path: of the file.
     summary: from `evaluation.summarize`.
-    title: what was judged on which images.
     pictures: the most notable answers.
+    title: what was judged on which images.
     command: that evaluates again.
     facts: hashes and versions, by name.
   """
