@@ -49,16 +49,16 @@ def report(
     facts={
       "backbone": summary["backbone"],
       "device": summary["device"],
-      **{
-        f"{title}, SHA-256": ", ".join(
-          dict.fromkeys(
-            run["setup"][name] or "unknown" for run in runs.values()
-          )
-        )
-        for title, name in (("weights", "weights"), ("data", "data_sha256"))
-      },
+      "weights, SHA-256": _different(runs, "weights"),
+      "data, SHA-256": _different(runs, "data_sha256"),
     },
   )
+
+
+def _different(runs: Mapping[str, Mapping[str, Any]], column: str) -> str:
+  """Return the different values of the setup of runs."""
+  found = (run["setup"][column] or "unknown" for run in runs.values())
+  return ", ".join(dict.fromkeys(found))
 
 
 def _name(run: Mapping[str, Any]) -> str:

@@ -145,8 +145,8 @@ def _grids(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
       for name in _ALIKE
       if found[0].get(name) is not None
     ]
-    title = f"Wide search, {', '.join(parts)}: accuracy on val, %"
-    yield _grid(title.replace(", :", ":"), found, results["best"]["chosen"])
+    title = f"{', '.join(['Wide search', *parts])}: accuracy on val, %"
+    yield _grid(title, found, results["best"]["chosen"])
 
 
 def _grid(
