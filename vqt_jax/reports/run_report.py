@@ -63,7 +63,7 @@ def _accuracy(results: Mapping[str, Any]) -> str:
     known.append(f"the seeds together {100 * together['mean']:.1f} %")
   name = style.method_name(results)
   return (
-    f"{name[0].upper()}{name[1:]} classifies"
+    f"{name[0].upper()}{name[1:]}{',' * (',' in name)} classifies"
     f" {accuracy_lib.format_mean(test, 1, '±')} % of the {images} of"
     f" {results['task']} correctly ({'; '.join(known)})."
   )
@@ -100,7 +100,6 @@ def _choice(results: Mapping[str, Any]) -> str:
 
 def _setting(chosen: Mapping[str, Any]) -> str:
   names = {
-    "num_queries": "queries per block",
     "lr": "learning rate",
     "weight_decay": "weight decay",
     "keep_fraction": "fraction of the features",
@@ -109,7 +108,7 @@ def _setting(chosen: Mapping[str, Any]) -> str:
     names.get(name, name.replace("_", " ")): value
     for name, value in chosen.items()
     if isinstance(value, int | float) and not isinstance(value, bool)
-    if not (name == "keep_fraction" and value == 1)
+    if name != "num_queries" and (name, value) != ("keep_fraction", 1)
   }
   text = ", ".join(f"{name} {value:g}" for name, value in shown.items())
   return text or "the only one"
