@@ -52,6 +52,7 @@ from vqt_jax.models import vit
 from vqt_jax.models import vit_config
 from vqt_jax.reports import compare
 from vqt_jax.reports import run_figure
+from vqt_jax.reports import run_report
 from vqt_jax.reports import run_table
 from vqt_jax.runtime import array_files
 from vqt_jax.runtime import console as console_lib
@@ -350,6 +351,13 @@ RESULTS = {
   "seconds": {"training": 1.5, "epoch": 0.1, "test": 0.5, "process": 9.5},
   "memory": {"peak_bytes": 1, "step_bytes": None, "side_by_side": 2},
   "tuned_bytes": 1000,
+  "test_classes": {
+    "class": ["red", "green", "blue"],
+    "images": [40, 60, 0],
+    "right": [40, 60, 0],
+    "predicted": [80, 110, 10],
+  },
+  "versions": {"jax": "0.10.2"},
   "device": "8 x cpu",
 }
 
@@ -367,7 +375,9 @@ def read_results(folder):
   # Pictures take long: a tenth of them.
   if hashlib.sha256(json.dumps(found).encode()).digest()[0] < 25:
     run_figure.report(found, folder / "report.png")
-    (folder / "report.png").unlink()
+    run_report.report(found, {"task": "squares"}, folder / "report.html")
+    for name in ("report.png", "report.html"):
+      (folder / name).unlink()
   return found, compare.to_csv(summary)
 
 

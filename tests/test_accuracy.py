@@ -15,6 +15,26 @@ def test_the_interval_is_wilsons(right, images):
   assert found == pytest.approx(tuple(expected), abs=1e-12)
 
 
+def test_the_interval_of_a_difference_is_newcombes():
+  """Of his example, 56 of 70 and 48 of 80 (1998, table II a, method 10)."""
+  tests = [accuracy.summary([1], [a / n], n) for a, n in ((56, 70), (48, 80))]
+  found = accuracy.difference(*tests)
+  assert found == pytest.approx((0.0524, 0.3339), abs=5e-5)
+
+
+def test_differences_of_the_same_seeds():
+  """Those that both have; as the t test of pairs has it."""
+  a, b = [0.9, 0.92, 0.97, 0.5], [0.1, 0.88, 0.91, 0.94]
+  found = accuracy.seed_difference(
+    accuracy.summary([1, 2, 3, 4], a, 100),
+    accuracy.summary([5, 1, 2, 3], b, 100),
+  )
+  expected = scipy.stats.ttest_rel(a[:3], b[1:]).confidence_interval(0.95)
+  assert found == pytest.approx(tuple(expected))
+  one = accuracy.summary([1], [0.9], 100)
+  assert accuracy.seed_difference(one, one) is None
+
+
 @pytest.mark.parametrize("missing", ["nothing", "label", "prediction", "both"])
 def test_scores_are_those_of_scikit_learn(missing):
   rng = np.random.default_rng(0)

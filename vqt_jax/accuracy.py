@@ -95,6 +95,43 @@ def bounds(test: Mapping[str, Any]) -> tuple[float, float] | None:
   return interval(test["mean"], images) if images else None
 
 
+def difference(
+  test: Mapping[str, Any], other: Mapping[str, Any]
+) -> tuple[float, float] | None:
+  """Return the interval of an accuracy minus another, of other images.
+
+  Newcombe's (1998, method 10) from Wilson's of each, which takes the two to be
+  independent: on the same images it is too wide if both err on the same ones.
+  None if a number of images is unknown.
+  """
+  if not (bounds(test) and bounds(other)):
+    return None
+  (low, high), (other_low, other_high) = bounds(test), bounds(other)
+  a, b = test["mean"], other["mean"]
+  below = math.hypot(a - low, other_high - b)
+  above = math.hypot(high - a, b - other_low)
+  return a - b - below, a - b + above
+
+
+def seed_difference(
+  test: Mapping[str, Any], other: Mapping[str, Any]
+) -> tuple[float, float] | None:
+  """Return the interval of an accuracy minus another, of other seeds.
+
+  Student's t of the differences of the seeds that both have, on the same
+  images. None for fewer than two.
+  """
+  import scipy.special  # Here, as it takes a while.
+
+  theirs = other["per_seed"]
+  found = [a - theirs[s] for s, a in test["per_seed"].items() if s in theirs]
+  if len(found) < 2:
+    return None
+  t = scipy.special.stdtrit(len(found) - 1, (1 + LEVEL) / 2)
+  half = float(t) * statistics.stdev(found) / math.sqrt(len(found))
+  return statistics.mean(found) - half, statistics.mean(found) + half
+
+
 def format_mean(
   test: Mapping[str, Any], decimals: int = 2, sign: str = "+-"
 ) -> str:

@@ -1,4 +1,4 @@
-"""Compare finished runs: a table, compare.csv and compare.png.
+"""Compare finished runs: a table, report.html, compare.csv and compare.png.
 
 A run of `--config configs/compare.py` compares its methods. For any others:
 
@@ -21,6 +21,7 @@ from absl import flags
 from vqt_jax import errors
 from vqt_jax import results as results_lib
 from vqt_jax.reports import compare
+from vqt_jax.reports import html
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import files
 from vqt_jax.runtime import logfile
@@ -45,8 +46,9 @@ def main(argv: Sequence[str]) -> int:
     results = {
       name: results_lib.read_to_compare(path) for name, path in workdirs.items()
     }
-    summary = compare.summarize(results)
     output = files.path(values.output)
+    html.check_folder(output)
+    summary = compare.summarize(results)
     compare.write(console_lib.Console(), summary, workdirs, output)
   except (errors.UserError, flags.Error) as e:
     print(f"error: {e}", file=sys.stderr)

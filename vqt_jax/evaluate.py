@@ -11,8 +11,9 @@ the split "test" is taken; else all images.
 --split NAME     train, val, trainval or test, where the images are divided
 --image_key, --label_key, --split_key NAME
                  columns of a table, if their names are not usual
---output FOLDER  evaluation.json, per_class.csv, confusion.csv and .png,
-                 predictions.csv, calibration.png; default: prints tables only
+--output FOLDER  report.html, evaluation.json, per_class.csv, predictions.csv,
+                 confusion.csv and .png, calibration.png; default: prints tables
+                 only
 --backbone FILE  the backbone, if it is elsewhere than in training
 --data_dir DIR   folder of the prepared datasets of a task
 
@@ -37,7 +38,12 @@ from vqt_jax import data
 from vqt_jax import errors
 from vqt_jax.config import fields
 from vqt_jax.data import listing
+from vqt_jax.models import backbone as backbone_lib
 from vqt_jax.reports import evaluation
+from vqt_jax.reports import evaluation_report
+from vqt_jax.reports import html
+from vqt_jax.reports import notable as notable_lib
+from vqt_jax.reports import style
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import files
 from vqt_jax.tuned import arguments as arguments_lib
@@ -88,6 +94,8 @@ def evaluate(
   console = console_lib.Console()
   if output and os.path.exists(output) and not os.path.isdir(output):
     raise errors.UserError(f"--output {output}: expected a folder.")
+  if output:
+    html.check_folder(files.path(output))
   model = model_lib.load(run, backbone)
   is_path = (
     os.path.exists(os.path.expanduser(place))
@@ -101,11 +109,13 @@ def evaluate(
     answers, total = _of_files(model, place, split, columns)
   else:
     task = _find_task(config if own else {}, place, data_dir)
-    answers, total = _of_task(model, task, split or "test")
-    console.note(f"{task.name}, split {split or 'test'}", "images")
+    split = split or "test"
+    answers, total = _of_task(model, task, split)
+    console.note(f"{task.name}, split {split}", "images")
   rows, found, labels, bad = [], [], [], 0
+  notable = notable_lib.Notable()
   with console.progress("images", total, "image") as line:
-    for number, (name, label, answer) in enumerate(answers, 1):
+    for number, (name, label, answer, image) in enumerate(answers, 1):
       line.update(number)
       if isinstance(answer, errors.UserError):
         console.note(str(answer), "bad")
@@ -122,6 +132,8 @@ def evaluate(
       )
       found.append(answer)
       labels.append(label)
+      confidence = float(answer[predicted])
+      notable.add(notable_lib.Answer(name, label, predicted, confidence, image))
   if not found:
     raise errors.UserError(f"None of the {total} images can be read.")
   summary = evaluation.summarize(
@@ -131,11 +143,68 @@ def evaluate(
     console.note(f"{bad} of {total} images could not be read", "bad")
   evaluation.show(console_lib.Console(sys.stdout), summary)
   if output:
-    evaluation.write(console, summary, rows, files.path(output))
+    folder = files.path(output)
+    evaluation.write(summary, rows, folder)
+    options = {"split": split, "backbone": backbone, "data_dir": data_dir}
+    evaluation_report.report(
+      folder / html.REPORT,
+      summary,
+      [_picture(model, x) for x in (*notable.mistakes, *notable.hits)],
+      **_about(model, run, place, {**options, **columns, "output": output}),
+    )
+    console.note(
+      f"{folder / html.REPORT}   evaluation.json   confusion.csv  "
+      " confusion.png   per_class.csv   predictions.csv   calibration.png",
+      "results",
+    )
   return 1 if bad else 0
 
 
-Answers = Iterator[tuple[str, int, np.ndarray | errors.UserError]]
+def _picture(
+  model: model_lib.Model, answer: notable_lib.Answer
+) -> evaluation_report.Picture:
+  """Return an answer with its image, and where the queries looked in it."""
+  image, maps = answer.image, None
+  if not isinstance(image, np.ndarray):
+    image = model.prepare(image)
+  if model.tuner.has_queries:
+    (maps,) = model.attention_maps(image[None])
+  shown = backbone_lib.unscale(image, model.backbone.value_range)
+  return evaluation_report.Picture(answer, shown, maps)
+
+
+def _about(
+  model: model_lib.Model, run: str, place: str, options: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Return the title, command and facts of a report."""
+  backbone, info, method = model.backbone, model.info, model.tuner.method
+  shown = checkpoints.without_secrets
+  split = f", split {options['split']}" if options["split"] else ""
+  versions = (info.get("versions") or {}).items()
+  return {
+    "title": (
+      f"{style.METHODS.get(method, method)} trained on {info['task']}, judged"
+      f" on {place}{split}"
+    ),
+    "command": html.command(
+      *("-m", "vqt_jax", "evaluate", shown(run), place),
+      *(f"--{name}={shown(x)}" for name, x in options.items() if x),
+    ),
+    "facts": {
+      "tuned model, SHA-256": info.get("weights_sha256"),
+      "backbone": f"ViT-{backbone.config.variant} {backbone.source}",
+      "its weights, SHA-256": backbone.identity,
+      "images as": ", ".join(
+        f"{name} {x}" for name, x in info["preprocessing"].items()
+      ),
+      "seeds": ", ".join(map(str, info["seeds"])),
+      "trained with": ", ".join(f"{name} {x}" for name, x in versions),
+    },
+  }
+
+
+# Name, number of the class, answer; and the image, prepared, or its path.
+Answers = Iterator[tuple[str, int, np.ndarray | errors.UserError, Any]]
 
 
 def _of_files(
@@ -144,7 +213,7 @@ def _of_files(
   split: str | None,
   columns: Mapping[str, str],
 ) -> tuple[Answers, int]:
-  """Answer the images of a folder or table: (name, label, answer), number."""
+  """Return answers to the images of a folder or table, and their number."""
   found = listing.list_labelled(place, **columns)
   if split:
     parts = ("train", "val") if split == "trainval" else (split,)
@@ -159,7 +228,8 @@ def _of_files(
 
   def each():
     for image, label, answer in zip(found, labels, answers):
-      yield image.name, label, answer if _failed(answer) else answer[""]
+      answer = answer if _failed(answer) else answer[""]
+      yield image.name, label, answer, image.file
 
   return each(), len(found)
 
@@ -202,7 +272,7 @@ def _find_task(
 def _of_task(
   model: model_lib.Model, task: data.Task, split: str
 ) -> tuple[Answers, int]:
-  """Answer the images of a split of a task: (number, label, answer), number."""
+  """Return answers to the images of a split of a task, and their number."""
   known = task.class_names or [str(i) for i in range(task.num_classes)]
   labels = _labels(model, known, task.name)
   settings = model.info["preprocessing"]
@@ -219,8 +289,11 @@ def _of_task(
     ):
       real = batch["mask"] > 0
       answers = model.predict_proba(batch["image"])
-      for label, answer in zip(batch["label"][real], answers[real]):
-        yield str(number), labels[label], answer
+      for label, answer, image in zip(
+        batch["label"][real], answers[real], batch["image"][real]
+      ):
+        # A copy, as the batch need not stay if the image does.
+        yield str(number), labels[label], answer, image.copy()
         number += 1
 
   return each(), data.num_examples(task, split)

@@ -34,7 +34,7 @@ from absl import flags
 import numpy as np
 
 from vqt_jax import errors
-from vqt_jax.models.backbone import find_scaling
+from vqt_jax.models import backbone as backbone_lib
 from vqt_jax.reports import attention_figure
 from vqt_jax.reports import style
 from vqt_jax.runtime import files
@@ -176,12 +176,8 @@ class Attention:
     shown, maps, labels = [], [], []
     for run, model in self._models.items():
       image = model.prepare(name)
-      weights = model.attention(image[None])[:, :, 0].mean(axis=(0, 2, 3))
-      c = model.backbone.config
-      weights = weights[..., c.num_prefix_tokens :]
-      maps.append(weights.reshape(-1, *c.grid))
-      mean, std = map(np.array, find_scaling(model.backbone.value_range))
-      shown.append(np.clip(image * std + mean, 0, 1))
+      maps.append(model.attention_maps(image[None])[0])
+      shown.append(backbone_lib.unscale(image, model.backbone.value_range))
       likeliest = model.predict_proba(image[None])[0].argmax()
       label = style.legible(model.classes)[likeliest]
       labels.append(label if len(self._models) == 1 else f"{run}: {label}")

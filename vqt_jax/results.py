@@ -115,6 +115,17 @@ _WHOLE = {
       "training_seconds": float,
     }
   ],
+  "test_ensemble_accuracy": (None, {"mean": float}),
+  # Images of each class; right and predicted ones summed over the seeds.
+  "test_classes": (
+    None,
+    {
+      "class": list[str],
+      "images": list[int],
+      "right": list[int],
+      "predicted": list[int],
+    },
+  ),
   "solved": _SOLVED,
   "seeds": {
     "history": [{"loss": list[float | None], "accuracy": list[float | None]}]
@@ -125,6 +136,7 @@ _WHOLE = {
     "test": float,
     "process": float,
   },
+  "versions": dict[str, str] | None,
 }
 
 
@@ -197,6 +209,8 @@ def _check_lengths(results: dict[str, Any]) -> None:
   else:
     fits &= len(count) == 1
   fits &= all(t["kept_share"] != [] for t in results["tested"])
+  if classes := results.get("test_classes"):
+    fits &= len({len(column) for column in classes.values()}) == 1
   if search := results["search"]:
     trials = len(search["runs"])
     fits &= len(search["val_accuracy"]) == trials

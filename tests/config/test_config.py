@@ -211,6 +211,16 @@ def test_a_saved_config_is_the_same_again():
   assert resolve.resolve(saved) == config
 
 
+def test_the_config_of_a_run_is_a_config_file(tmp_path):
+  path = tmp_path / "config.json"
+  config = resolve.resolve({"method": "lora", "epochs": 7, "seeds": 3})
+  path.write_text(json.dumps(config_dict.to_json(config)))
+  assert resolve.resolve(config_files.load(str(path))) == config
+  path.write_text("[]")
+  with pytest.raises(errors.UserError, match="expected the config.json of"):
+    config_files.load(str(path))
+
+
 def test_a_config_of_an_earlier_version_is_read():
   config = resolve.resolve({"epochs": 7})
   old = config_dict.to_json(config)

@@ -108,10 +108,12 @@ def test_methods_are_compared(material, tmp_path, monkeypatch, capfd):
     "compare.png",
     "config.json",
     "log.txt",
+    "report.html",
     "results.json",
   }
   assert said[-1] == (
-    f"results  {workdir / 'compare.csv'}   compare.png   attention_vqt.png"
+    f"results  {workdir / 'report.html'}   compare.csv   compare.png  "
+    " attention_vqt.png"
   )
   rows = read_csv((workdir / "compare.csv").read_text())
   assert [row["run"] for row in rows] == list(summary["runs"])
@@ -370,7 +372,7 @@ def test_picture(tmp_path, pictures, count):
   outcomes[f"{count - 1} {names[count - 1]}"]["memory"] = None
   path = tmp_path / "compare.png"
   summary = compare.summarize(outcomes)
-  assert compare_figure._backbones(summary) == "ViT-64x4/4 tiny.npz"
+  assert style.backbone_name(summary["backbone"]) == "ViT-64x4/4 tiny.npz"
   compare_figure.draw(summary, path)
   assert helpers.colours(path) > 400  # Words alone have half as many.
 

@@ -135,7 +135,7 @@ def test_names_of_classes_and_files_of_any_kind(answers, tmp_path):
   names = ("true class", 'a,"b"', "日本", "never")
   summary = evaluation.summarize(p, labels, names)
   rows = [{"image": "\udcff.png", "label": "日本"}]
-  evaluation.write(console_lib.Console(), summary, rows, tmp_path)
+  evaluation.write(summary, rows, tmp_path)
   with open(tmp_path / "confusion.csv", encoding="utf-8", newline="") as file:
     table = list(csv.reader(file))
   assert table[0] == ["true class", *names]
@@ -151,7 +151,7 @@ def test_what_is_written(answers, tmp_path, capsys):
   console = console_lib.Console()
   evaluation.show(console, summary)
   rows = [{"image": "x,y.png", "label": "a"}]
-  evaluation.write(console, summary, rows, tmp_path)
+  evaluation.write(summary, rows, tmp_path)
   names = sorted(path.name for path in tmp_path.iterdir())
   assert names == [
     "calibration.png",

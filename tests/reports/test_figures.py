@@ -45,6 +45,7 @@ def outcome(
     "num_queries": num_queries if method == "vqt" else 0,
     "backbone": "ViT-64x4/4 tiny.npz",
     "test_accuracy": test,
+    "chosen": {"lr": 0.2, "weight_decay": 0.01, "keep_fraction": 1.0},
     "tested": [
       {
         "name": name,

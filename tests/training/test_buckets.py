@@ -85,10 +85,12 @@ def test_killed(server, material, alone, tmp_path):
   assert {path.name for path in run.iterdir()} == {
     path.name for path in alone["device"].iterdir()
   }
-  assert len(list(run.glob("tensorboard/*/*/events*"))) == 4
-  assert [n for n in server.written if n != "runs/a/log.txt"][-2:] == [
+  assert len(list(run.glob("tensorboard/*/*/events*"))) == 7
+  assert [n for n in server.written if n != "runs/a/log.txt"][-4:] == [
     "runs/a/results.json",
     "runs/a/report.png",
+    "runs/a/tensorboard/report/picture/events.out.tfevents.0.run",
+    "runs/a/report.html",
   ]
 
 
@@ -109,7 +111,7 @@ def test_two_processes(server, material, tmp_path):
   assert not said[1]
   run = server.copy_to(tmp_path) / "runs" / "a"
   assert len(runs.metrics(run)) == SMALL["epochs"]
-  assert len(list(run.glob("tensorboard/*/*/events*"))) == 1
+  assert len(list(run.glob("tensorboard/*/*/events*"))) == 3
   assert sorted(path.name for path in run.glob("log*")) == [
     "log.txt",
     "log_1.txt",

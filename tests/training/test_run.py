@@ -72,13 +72,16 @@ def test_what_a_run_leaves_behind(run, material):
     "config.json",
     "log.txt",
     "metrics.jsonl",
+    "report.html",
     "report.png",
     "results.json",
     "tensorboard",
     "tuned",
   }
   assert (workdir / "report.png").read_bytes().startswith(PNG)
-  assert len(list((workdir / "tensorboard").glob("*/*/events*"))) == 2 + 2
+  events = sorted((workdir / "tensorboard").glob("*/*/events*"))
+  phases = [path.parts[-3] for path in events]
+  assert phases == ["report", *sorted(["search", "seeds", "test_all"] * 2)]
   values = cli.parse(runs.command(material, workdir))
   resolved = config_dict.to_json(resolve.resolve(values.config))
   assert runs.read_json(workdir / "config.json") == resolved
@@ -100,6 +103,11 @@ def test_what_a_run_leaves_behind(run, material):
   test = found["test_accuracy"]
   each = [test["per_seed"][str(seed)] for seed in SEEDS]
   assert test["images"] == 30
+  classes = found["test_classes"]
+  assert sum(classes["images"]) == 30
+  assert sum(classes["predicted"]) == 30 * len(SEEDS)
+  right = sum(classes["right"])
+  assert right / (30 * len(SEEDS)) == pytest.approx(test["mean"])
   assert test["mean"] == pytest.approx(np.mean(each))
   assert test["std"] == pytest.approx(np.std(each, ddof=1))
   c = helpers.tiny_config()

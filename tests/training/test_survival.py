@@ -268,6 +268,7 @@ def test_steps_that_fail(undisturbed, go, tmp_path):
     ("stages/search", 2),
     ("tuned", 3),
     ("report.png", 3),
+    ("report.html", 3),
   ):
     with faults.FAULTS.below(tmp_path / place, fail=number):
       status, said = go(tmp_path)

@@ -115,6 +115,8 @@ def test_metrics_go_to_jsonl_and_tensorboard(tmp_path):
   writer.epochs("search", [])
   writer.epochs("search", rows(1, 2))
   writer.epochs("search", rows(3, 3))
+  judged = {"epoch": 3, "run": 1, "lr": 0.5, "seed": 1, "val_accuracy": 0.5}
+  writer.outcomes("search", [judged])
   writer.close()
   lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
   assert len(lines) == 6
@@ -127,7 +129,11 @@ def test_metrics_go_to_jsonl_and_tensorboard(tmp_path):
     "loss": 1.0,
   }
   folder = tmp_path / "tensorboard" / "search" / "01 lr=0.5 seed=1"
-  assert scalars(folder) == [(1, "loss"), (2, "loss"), (3, "loss")]
+  assert scalars(folder) == [
+    (0, "_hparams_/session_start_info"),
+    *((epoch, "loss") for epoch in (1, 2, 3)),
+    (3, "val_accuracy"),
+  ]
 
 
 @pytest.mark.parametrize("cut", [0, 5, 100])

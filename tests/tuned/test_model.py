@@ -157,6 +157,10 @@ def test_attention_of_every_seed(model):
   helpers.assert_close(weights.sum(axis=-1), np.ones(weights.shape[:-1]), 1e-5)
   one = model.of_seed(1).attention(images)
   helpers.assert_close(one[0], weights[1], 1e-6)
+  maps = model.attention_maps(images)  # Without the class token.
+  assert maps.shape == (3, 1, 3, 3)
+  seen = weights[:, 0, 2, ..., 1:].mean(axis=(0, 1, 2)).reshape(3, 3)
+  helpers.assert_close(maps[2, 0], seen, 1e-6)
   with pytest.raises(vqt_jax.UserError, match="linear has no queries"):
     make_model("linear").attention(images)
 

@@ -12,7 +12,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vqt_jax import errors
+from vqt_jax.config import config_dict
 from vqt_jax.config import values as values_lib
+from vqt_jax.runtime import files
 
 
 def load(name: str) -> ConfigDict:
@@ -20,11 +22,14 @@ def load(name: str) -> ConfigDict:
 
   Args:
     name: FILE, or FILE:ARGUMENT, which is passed to the file's `get_config`; of
-      a file in `vqt_jax/configs` its name is enough.
+      a file in `vqt_jax/configs` its name is enough. Also the `config.json` of
+      a run.
 
   Raises:
     UserError: there is no such file, or it fails to return a ConfigDict.
   """
+  if name.endswith(".json"):
+    return _load_json(name)
   name, colon, argument = name.partition(":")
   path = find(name)
   loader = importlib.machinery.SourceFileLoader("config_file", path)
@@ -45,6 +50,16 @@ def load(name: str) -> ConfigDict:
       f"{path}: expected get_config() to return a ConfigDict, found"
       f" {type(config).__name__}."
     )
+  return config
+
+
+def _load_json(name: str) -> ConfigDict:
+  """Load a config that a run wrote."""
+  found = files.read_json(name)
+  if not isinstance(found, dict):
+    raise errors.UserError(f"{name}: expected the config.json of a run.")
+  config = config_dict.default_config()
+  config.update(config_dict.drop_retired(found))
   return config
 
 

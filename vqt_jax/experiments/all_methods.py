@@ -22,8 +22,8 @@ def train(
 ) -> dict[str, Any]:
   """Run every method of `config.methods`, then compare them.
 
-  See `run_many.train`; `workdir` gets `compare.csv`, `compare.png` and pictures
-  of attention, too.
+  See `run_many.train`; `workdir` gets `report.html`, `compare.csv`,
+  `compare.png` and pictures of attention, too.
   """
   return run_many.train(config, workdir, console, "method", _look, _sum_up)
 

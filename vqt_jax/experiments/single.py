@@ -4,11 +4,14 @@ from typing import Any
 
 import ml_collections
 
+from vqt_jax.reports import html
 from vqt_jax.reports import run_figure
+from vqt_jax.reports import run_report
 from vqt_jax.reports import run_table
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import files
 from vqt_jax.runtime import processes
+from vqt_jax.training import metrics
 from vqt_jax.training import run
 
 
@@ -17,14 +20,19 @@ def train(
   workdir: files.Path,
   console: console_lib.Console,
 ) -> dict[str, Any]:
-  """Train and test one method, print a table and draw `report.png`.
+  """Train and test one method, print a table, write the reports.
 
-  A finished run gets its picture again if that is missing.
+  A finished run gets `report.png` or `report.html` again if that is missing.
   """
   results = run.run(config, workdir, console)
   run_table.show(console, workdir, results)
-  picture = workdir / "report.png"
+  picture, page = workdir / "report.png", workdir / html.REPORT
   with processes.raise_on_all():
-    if processes.is_first() and not files.exists(picture):
-      run_figure.report(results, picture)
+    if processes.is_first():
+      if not files.exists(picture):
+        run_figure.report(results, picture)
+        metrics.write_picture(workdir, picture)
+      if not files.exists(page):
+        config_json = files.read_json(workdir / "config.json")
+        run_report.report(results, config_json, page)
   return results

@@ -29,8 +29,8 @@ def train(
     config: made from `config.default_config()`.
     workdir: a folder, or `gs://BUCKET/FOLDER`; gets `config.json`,
       `metrics.jsonl`, `results.json`, TensorBoard events, `checkpoints/`,
-      `tuned/` and `report.png`. With `task="all"` or `methods` it gets a folder
-      for each of these, `results.json`, a table and a picture.
+      `tuned/`, `report.html` and `report.png`. With `task="all"` or `methods`
+      it gets a folder for each of these, `results.json`, a table and a picture.
     console: shows progress and results; None: on stderr, from the first
       process.
 

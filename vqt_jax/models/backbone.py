@@ -57,6 +57,12 @@ def find_scaling(value_range: str) -> tuple[_Channels, _Channels]:
   )
 
 
+def unscale(images: np.ndarray, value_range: str) -> np.ndarray:
+  """Return a backbone's inputs (..., 3) as images in 0..1."""
+  mean, std = map(np.array, find_scaling(value_range))
+  return np.clip(images * std + mean, 0, 1)
+
+
 def name_scaling(mean: Sequence[float], std: Sequence[float]) -> str:
   """Return the value range with this mean and deviation per channel."""
   given = tuple(map(float, mean)), tuple(map(float, std))

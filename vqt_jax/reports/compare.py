@@ -1,4 +1,4 @@
-"""Finished runs side by side: a table, compare.csv and compare.png."""
+"""Finished runs side by side: a table, report.html, compare.csv and .png."""
 
 from collections.abc import Mapping
 import csv
@@ -9,6 +9,8 @@ from vqt_jax import accuracy as accuracy_lib
 from vqt_jax import data
 from vqt_jax.reports import attention_figure
 from vqt_jax.reports import compare_figure
+from vqt_jax.reports import compare_report
+from vqt_jax.reports import html
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import files
 from vqt_jax.runtime import units
@@ -261,7 +263,7 @@ def write(
   workdirs: Mapping[str, files.Path],
   output: files.Path,
 ) -> None:
-  """Write the CSV file and the pictures, and print the table.
+  """Write the report, CSV file and pictures, and print the table.
 
   A picture of attention that exists is kept.
 
@@ -271,8 +273,10 @@ def write(
   table = to_csv(summary).encode()
   files.write(output / "compare.csv", table)
   compare_figure.draw(summary, output / "compare.png")
+  differ = describe_differences(summary)
+  compare_report.report(output / html.REPORT, summary, differ, workdirs)
   show(console, summary)
-  written = ["compare.csv", "compare.png"]
+  written = [html.REPORT, "compare.csv", "compare.png"]
   for name, run in summary["runs"].items():
     if run["method"] == "vqt":
       written.append(f"attention_{name}.png")

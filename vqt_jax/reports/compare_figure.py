@@ -34,18 +34,47 @@ def draw(summary: Mapping[str, Any], path: str | os.PathLike) -> None:
   figure = style.figure_of(14, 2.2 + max(2.6, 0.36 * len(runs)))
   left, middle, right = figure.subplots(1, 3, width_ratios=(1.15, 1, 1))
   _ranking(left, runs)
-  sizes = [run["trained_parameters"] for run in runs]
-  _against(middle, runs, sizes, "Trained parameters", UNITS)
-  peaks = [run["peak_bytes"] for run in runs]
-  _against(right, runs, peaks, "Peak memory", BYTES)
+  costs = _costs(runs)
+  for ax, cost in zip((middle, right), costs):
+    _against(ax, runs, *cost)
   right.sharey(middle)
+  right.set_ylabel("")
   _words(figure, summary, runs)
   figure.get_layout_engine().set(wspace=0.06)
-  figure.draw_without_rendering()  # Where points are is known from here on.
-  for ax, values in ((middle, sizes), (right, peaks)):
+  _number(figure, runs, zip((middle, right), (cost[0] for cost in costs)))
+  style.save(figure, path)
+
+
+def drawn_alone(
+  summary: Mapping[str, Any],
+) -> list[tuple[str, figures.matplotlib.figure.Figure]]:
+  """Return (title, figure) of each cost."""
+  runs, found = list(summary["runs"].values()), []
+  for values, title, unit in _costs(runs):
+    figure = style.figure_of(*style.ALONE)
+    figure.set_dpi(72)  # That of SVG; numbers are placed in pixels.
+    ax = figure.subplots()
+    _against(ax, runs, values, "", unit)
+    _number(figure, runs, [(ax, values)])
+    found.append((title, figure))
+  return found
+
+
+def _costs(runs: Sequence[Mapping[str, Any]]) -> list[tuple[Any, str, Any]]:
+  """Return values, title and units of each cost."""
+  column = lambda name: [run[name] for run in runs]
+  return [
+    (column("trained_parameters"), "Trained parameters", UNITS),
+    (column("peak_bytes"), "Peak memory", BYTES),
+  ]
+
+
+def _number(figure, runs, places) -> None:
+  """Number the points of (axes, values), when it is known where they are."""
+  figure.draw_without_rendering()
+  for ax, values in places:
     number_points(ax, runs, values)
   figure.set_layout_engine("none")
-  style.save(figure, path)
 
 
 def kind(method: str) -> str:
@@ -87,7 +116,8 @@ def _ranking(ax: Any, runs: Sequence[Mapping[str, Any]]) -> None:
       annotation_clip=False,
     )
     name = style.METHODS.get(run["method"], run["method"])
-    names.append(f"{name}{run['details']}  {y + 1}")
+    name = f"{name}{run['details']}".replace("$", r"\$")
+    names.append(f"{name}  {y + 1}")
   ax.set_yticks(range(len(runs)), names)
   ax.tick_params(axis="y", length=0)
   ax.set_ylim(len(runs) - 0.4, -0.6)
@@ -122,8 +152,10 @@ def _against(
   known = [value for value in values if value]
   ax.set_xscale("log")
   if known:
-    # At least a factor of four, so that small differences look small.
-    room = max(1.25, math.sqrt(4 * min(known) / max(known)))
+    # At least a factor of four, so that small differences look small; and room
+    # for numbers beside the outermost points.
+    factor = max(known) / min(known)
+    room = max(1.25, math.sqrt(4 / factor), factor**0.07)
     ax.set_xlim(min(known) / room, max(known) * room)
     _ticks(ax, units)
   else:
@@ -174,7 +206,7 @@ def number_points(
   """Write the runs' numbers beside their points, where there is room."""
   dot = ax.figure.dpi / 72
   to_pixels = ax.transData.transform
-  points, taken = {}, []
+  points, taken, whole = {}, [], ax.figure.bbox
   for number, (run, value) in enumerate(zip(runs, values), start=1):
     if value:
       test = run["test_accuracy"]
@@ -188,6 +220,8 @@ def number_points(
       spot
       for spot in _around(at, dot)
       if not any(_box(spot, *half).overlaps(box) for box in taken)
+      and whole.contains(*(spot - half))
+      and whole.contains(*(spot + half))
     )
     spot = next(free, at)
     taken.append(_box(spot, *half))
@@ -241,10 +275,11 @@ def _words(
   methods = f"{len(runs)} methods on " if len(runs) > 1 else ""
   seeds = accuracy_lib.over_seeds([run["test_accuracy"] for run in runs])
   differ = ", ".join(summary["differences"])
+  backbone = style.backbone_name(summary["backbone"])
   style.write_title(
     figure,
     f"{methods}{summary['task']}\n\n",
-    f"{_backbones(summary)}   {seeds} (bands: 95 % intervals)"
+    f"{backbone}   {seeds} (bands: 95 % intervals)"
     f"   {summary['device']}"
     + (f"   not all alike in: {differ}" if differ else ""),
     1 - 0.42 / figure.get_figheight(),
@@ -262,13 +297,6 @@ def _words(
   figure.legend(
     handles=handles, loc="outside lower left", ncols=3, frameon=False
   )
-
-
-def _backbones(summary: Mapping[str, Any]) -> str:
-  """Shorten paths of backbones to file names; public names stay."""
-  short = lambda name: os.path.basename(name) if "." in name else name
-  words = summary["backbone"].split(" ")
-  return " ".join([words[0], *map(short, words[1:])])
 
 
 def _percent() -> figures.matplotlib.ticker.FuncFormatter:

@@ -10,6 +10,7 @@ import numpy as np
 
 from vqt_jax import accuracy as accuracy_lib
 from vqt_jax.reports import evaluation_figure
+from vqt_jax.reports import style
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import files
 
@@ -188,7 +189,6 @@ def show(console: console_lib.Console, summary: Mapping[str, Any]) -> None:
 
 
 def write(
-  console: console_lib.Console,
   summary: Mapping[str, Any],
   rows: Sequence[Mapping[str, Any]],
   output: files.Path,
@@ -196,7 +196,6 @@ def write(
   """Write the files of an evaluation.
 
   Args:
-    console: to print their names on.
     summary: from `summarize`.
     rows: of each image, for `predictions.csv`.
     output: folder.
@@ -219,13 +218,9 @@ def write(
   evaluation_figure.confusion(
     summary["confusion"], names, output / "confusion.png"
   )
-  evaluation_figure.calibration(
-    summary["calibration"], output / "calibration.png"
-  )
-  console.note(
-    f"{output / 'evaluation.json'}   confusion.csv   confusion.png  "
-    " per_class.csv   predictions.csv   calibration.png",
-    "results",
+  style.save(
+    evaluation_figure.calibration(summary["calibration"]),
+    output / "calibration.png",
   )
 
 

@@ -59,12 +59,13 @@ def confusion(
   style.save(figure, path)
 
 
-def calibration(found: Mapping[str, Any], path: str | os.PathLike) -> None:
+def calibration(
+  found: Mapping[str, Any],
+) -> figures.matplotlib.figure.Figure:
   """Draw accuracy over confidence, and how many images have which confidence.
 
   Args:
     found: from `evaluation.calibration`.
-    path: of the picture (PNG).
   """
   bins = found["bins"]
   confidence = [b["confidence"] for b in bins]
@@ -90,4 +91,4 @@ def calibration(found: Mapping[str, Any], path: str | os.PathLike) -> None:
   bottom.yaxis.set_major_locator(
     figures.matplotlib.ticker.MaxNLocator(3, integer=True)
   )
-  style.save(figure, path)
+  return figure

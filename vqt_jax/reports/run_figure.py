@@ -1,6 +1,6 @@
 """Picture of one run: its search, training and test."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import os
 from typing import Any
 
@@ -13,25 +13,15 @@ from vqt_jax.reports import style
 
 def report(results: dict[str, Any], path: str | os.PathLike) -> None:
   """Draw one run: search, training, test, and the search of protocol=best."""
-  training = _penalties if results.get("solved") else _training
-  panels = [training, _tested if len(results["tested"]) > 1 else _test]
-  if results["search"]:
-    panels.insert(0, _search)
-  if results["best"]:
-    panels += [_beyond] * any(x["extended"] for x in _tried(results))
-    panels.append(_finalists)
-  if _fractions(results):
-    panels.append(_keep_fractions)
-  if any(tested["kept_share"] for tested in results["tested"]):
-    panels.append(_kept_share)
-  columns = 2 if len(panels) == 4 else min(3, len(panels))
-  rows = -(-len(panels) // columns)
-  figure = style.figure_of(5 * columns, 4.2 * rows)
-  axes = figure.subplots(rows, columns, squeeze=False).flatten()
-  for panel, ax in zip(panels, axes):
-    panel(ax, results)
-  for ax in axes[len(panels) :]:
-    ax.set_axis_off()
+  panels = _panels(results)
+  rows = -(-len(panels) // 3)
+  figure = style.figure_of(5 * -(-len(panels) // rows), 4.2 * rows)
+  # Rows of nearly the same length, each as wide as the picture.
+  strips = np.atleast_1d(figure.subfigures(rows, 1, hspace=0.06))
+  for strip, some in zip(strips, np.array_split(panels, rows)):
+    axes = strip.subplots(1, len(some), squeeze=False)[0]
+    for panel, ax in zip(some, axes):
+      panel(ax, results)
   test = results["test_accuracy"]
   style.write_title(
     figure,
@@ -45,6 +35,38 @@ def report(results: dict[str, Any], path: str | os.PathLike) -> None:
   )
   figure.get_layout_engine().set(wspace=0.04, hspace=0.06)
   style.save(figure, path)
+
+
+def drawn_alone(results: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+  """Return (title, figure) of each panel: of the search; of training and test.
+
+  Grids are left out, as pages have them as tables.
+  """
+  found = [], []
+  for panel in _panels(results):
+    if panel not in (_search, _beyond):
+      figure = style.figure_of(*style.ALONE)
+      panel(ax := figure.subplots(), results)
+      title = ax.get_title("left")
+      ax.set_title("", loc="left")
+      is_search = panel in (_penalties, _finalists, _keep_fractions)
+      found[0 if is_search else 1].append((title, figure))
+  return found
+
+
+def _panels(results: dict[str, Any]) -> list[Callable[[Any, Any], None]]:
+  training = _penalties if results.get("solved") else _training
+  panels = [training, _tested if len(results["tested"]) > 1 else _test]
+  if results["search"]:
+    panels.insert(0, _search)
+  if results["best"]:
+    panels += [_beyond] * any(x["extended"] for x in _tried(results))
+    panels.append(_finalists)
+  if _fractions(results):
+    panels.append(_keep_fractions)
+  if any(tested["kept_share"] for tested in results["tested"]):
+    panels.append(_kept_share)
+  return panels
 
 
 def _search(ax: Any, results: dict[str, Any]) -> None:
@@ -246,7 +268,7 @@ def _tested(ax: Any, results: dict[str, Any]) -> None:
   ax.set_yticks(range(len(names)), names, fontsize=8)
   ax.set_ylim(len(names) - 0.5, -0.5)
   ax.xaxis.set_major_formatter(style.percent_axis(1))
-  ax.xaxis.set_major_locator(figures.matplotlib.ticker.MaxNLocator(4))
+  ax.xaxis.set_major_locator(_few_ticks())
   ax.margins(x=0.15)
   ax.grid(axis="x")
   images = results["test_accuracy"]["images"]
@@ -269,13 +291,18 @@ def _finalists(ax: Any, results: dict[str, Any]) -> None:
   ax.set_yticks(range(len(names)), names, fontsize=8)
   ax.set_ylim(len(names) - 0.5, -0.5)
   ax.xaxis.set_major_formatter(style.percent_axis(1))
-  ax.xaxis.set_major_locator(figures.matplotlib.ticker.MaxNLocator(4))
+  ax.xaxis.set_major_locator(_few_ticks())
   ax.margins(x=0.1)
   ax.grid(axis="x")
   ax.set_title(
     f"Finalists of {found['searched']}: {found['folds']} folds (◆), val (●)",
     loc="left",
   )
+
+
+def _few_ticks() -> Any:
+  """Return a locator of ticks that labels with one decimal tell exactly."""
+  return figures.matplotlib.ticker.MaxNLocator(5, steps=(1, 2, 5, 10))
 
 
 def _settings(found: Sequence[dict[str, Any]]) -> list[str]:

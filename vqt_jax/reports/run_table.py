@@ -48,5 +48,6 @@ def show(
     rows,
   )
   console.note(
-    f"{workdir / results_lib.RESULTS}   report.png   tuned/", "results"
+    f"{workdir / results_lib.RESULTS}   report.html   report.png   tuned/",
+    "results",
   )

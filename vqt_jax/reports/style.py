@@ -7,6 +7,7 @@ import contextlib
 import functools
 import io
 import os
+import re
 from typing import Any
 import warnings
 
@@ -43,6 +44,7 @@ CANDIDATES = {
   "best_all": "best setting, all features",
   "best_selected": "best setting, selected features",
 }
+ALONE = (4.2, 3.2)  # Inches of a figure of one panel, in a page.
 SETTING = ("num_queries", "lr", "weight_decay", "query_dropout", "normalize")
 
 
@@ -56,6 +58,13 @@ def method_name(results: dict[str, Any]) -> str:
 
 def candidate_name(tested: dict[str, Any]) -> str:
   return CANDIDATES.get(tested["name"], tested["name"])
+
+
+def backbone_name(backbone: str) -> str:
+  """Shorten paths in the names of backbones; public names stay."""
+  short = lambda name: os.path.basename(name) if "." in name else name
+  first, *others = backbone.split(" ")
+  return " ".join([first, *map(short, others)])
 
 
 def percent_axis(
@@ -133,6 +142,46 @@ def _installed_fonts() -> dict[str, frozenset[int]]:
 def save(
   figure: figures.matplotlib.figure.Figure, path: str | os.PathLike
 ) -> None:
+  """Write a figure as PNG."""
+  files.write(files.path(path), _render(figure, "png"))
+
+
+# Colours of figures, and the variables of the page's style that stand for them.
+_VARIABLES = {
+  "#000000": "ink",
+  INK: "ink",
+  FAINT: "faint",
+  GRID: "grid",
+  "#ffffff": "paper",
+  **{colour: f"c{i}" for i, colour in enumerate(COLOURS)},
+}
+
+
+def to_svg(figure: figures.matplotlib.figure.Figure, name: str) -> str:
+  """Return a figure as an SVG element of a page, in the colours of its style.
+
+  Args:
+    figure: without names from elsewhere in its ids.
+    name: of the figure, unique in the page; its ids begin with it.
+  """
+  options = {"svg.fonttype": "none", "svg.hashsalt": name}
+  unneeded = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+  with figures.matplotlib.rc_context(options):
+    svg = _render(figure, "svg", transparent=True, metadata=unneeded).decode()
+  svg = svg[svg.index("<svg") :]
+  svg = re.sub(
+    r"(?s)<defs>\s*<style.*?</defs>|<metadata>.*?</metadata>", "", svg
+  )
+  for colour, variable in _VARIABLES.items():
+    svg = svg.replace(colour, f"var(--{variable})")
+  svg = re.sub(r'( id="|href="#|url\(#)', rf"\1{name}-", svg)
+  return re.sub(r"\s*\n\s*", "\n", svg)
+
+
+def _render(
+  figure: figures.matplotlib.figure.Figure, kind: str, **options: Any
+) -> bytes:
+  """Return a figure as a file of a format, with the style of all of them."""
   for ax in figure.axes:
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[:].set_color(FAINT)
@@ -147,5 +196,5 @@ def save(
   content = io.BytesIO()
   with warnings.catch_warnings():  # Of letters that no font has.
     warnings.filterwarnings("ignore", "Glyph .* missing")
-    figure.savefig(content, format="png")
-  files.write(files.path(path), content.getvalue())
+    figure.savefig(content, format=kind, **options)
+  return content.getvalue()

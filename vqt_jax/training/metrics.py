@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 import contextlib
+import io
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import time
 from typing import Any, BinaryIO
 
 from etils import epy
+import PIL.Image
 
 from vqt_jax.runtime import files
 from vqt_jax.runtime import mirror
@@ -27,6 +29,7 @@ def metrics_bytes(workdir: files.Path) -> bytes:
 with epy.lazy_imports():  # Slow to import.
   from tensorboard.compat.proto import event_pb2
   from tensorboard.compat.proto import summary_pb2
+  from tensorboard.plugins.hparams import summary_v2
   from tensorboard.summary.writer import record_writer
 
 
@@ -73,13 +76,24 @@ class MetricsWriter:
       file.write(b"".join(map(files.json_line, rows)))
       file.flush()
       os.fsync(file.fileno())
+    self._write_events(rows)
     self._rows += rows
+
+  def outcomes(self, phase: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add accuracies of finished trials to the events only.
+
+    Raises:
+      UserError: they cannot be written.
+    """
+    self._write_events([{"phase": phase, **row} for row in rows])
+
+  def _write_events(self, rows: Sequence[Mapping[str, Any]]) -> None:
     with files.explain_write_errors(self._folder):
       if self._events is None:
         # Events cannot be cut at an epoch, so all are written again.
         remove(self._workdir / "tensorboard")
         self._events = Events(self._folder)
-        rows = self._rows
+        self._events.write(self._rows)
       self._events.write(rows)
     self._mirror.sync()
 
@@ -132,7 +146,8 @@ def _is_row(row: Any) -> bool:
       files.is_of(row.get(name), int) and 0 <= row[name] < 2**31
       for name in ("epoch", "run")
     )
-    and all(_is_number(row.get(name, 0)) for name in _SETTING)
+    and all(_is_number(row.get(x, 0)) for x in (*_SETTING, "query_dropout"))
+    and isinstance(row.get("normalize", True), bool)
     and all(_is_number(row.get(name) or 0) for name in PLOTTED)
   )
 
@@ -142,10 +157,11 @@ def _is_number(value: Any) -> bool:
 
 
 # Quantities to plot; the other entries of a row name the trial.
-PLOTTED = ("loss", "accuracy", "val_loss", "val_accuracy")
+PLOTTED = ("loss", "accuracy", "val_loss", "val_accuracy", "test_accuracy")
 
 # What names a trial's folder.
 _SETTING = ("lr", "weight_decay", "seed")
+_HPARAMS = (*_SETTING, "query_dropout", "normalize")
 
 # Other programs have the name of the machine in place of "run".
 _OWN = re.compile(r"events\.out\.tfevents\.\d+\.run")
@@ -160,8 +176,30 @@ def remove(directory: files.Path) -> None:
         (folder / name).unlink()
 
 
+def write_picture(workdir: files.Path, picture: files.Path) -> None:
+  """Add a PNG file to the TensorBoard events of a finished run."""
+  content = files.read(picture)
+  width, height = PIL.Image.open(io.BytesIO(content)).size
+  image = summary_pb2.Summary.Image(
+    encoded_image_string=content, width=width, height=height, colorspace=4
+  )
+  value = summary_pb2.Summary.Value(tag=picture.stem, image=image)
+  event = event_pb2.Event(summary=summary_pb2.Summary(value=[value]))
+  records = io.BytesIO()
+  writer = record_writer.RecordWriter(records)
+  writer.write(
+    event_pb2.Event(file_version="brain.Event:2").SerializeToString()
+  )
+  writer.write(event.SerializeToString())
+  name = f"tensorboard/{picture.stem}/picture/events.out.tfevents.0.run"
+  files.write(workdir / name, records.getvalue())
+
+
 class Events:
-  """TensorBoard events: a folder per stage and trial, a scalar per quantity."""
+  """TensorBoard events: a folder per stage and trial.
+
+  In each are the hyperparameters, and a scalar per quantity.
+  """
 
   def __init__(self, directory: pathlib.Path):
     """Write nothing yet; older events are to be removed before."""
@@ -196,6 +234,9 @@ class Events:
         wall_time=time.time(), file_version="brain.Event:2"
       )
       self._writers[name].write(start.SerializeToString())
+      setting = {k: row[k] for k in _HPARAMS if k in row}
+      told = summary_v2.hparams_pb({"phase": row["phase"], **setting}, name)
+      self._add({**row, "epoch": 0}, summary=told)
     event = event_pb2.Event(wall_time=time.time(), step=row["epoch"], **what)
     self._writers[name].write(event.SerializeToString())
 

@@ -88,6 +88,7 @@ def _results(context, found, candidates, test, seconds, peak) -> dict[str, Any]:
     "protocol": context.config.protocol,
     "batch_size": context.config.batch_size,  # config.lr is per 256 images.
     **{name: tested[-1][name] for name in (*SCORES, ENSEMBLE)},
+    "test_classes": _count_classes(context.task, test["tallies"][-1]),
     "chosen": result.setting,
     "tested": tested,
     **found,
@@ -139,6 +140,28 @@ def _scores(candidate, tallies, images: int) -> dict[str, Any]:
   return found
 
 
+def _count_classes(task: data.Task, tallies: np.ndarray) -> dict[str, Any]:
+  """Return names and numbers of test images of each class.
+
+  Images that are right, and those taken for the class, are summed over seeds.
+
+  Args:
+    task: of the run.
+    tallies: of the seeds, and of all together, (R + 1, 3, C).
+  """
+  right, predicted, _ = tallies[:-1].sum(axis=0).astype(int)
+  return {
+    "class": _class_names(task),
+    "images": tallies[0, 2].astype(int),
+    "right": right,
+    "predicted": predicted,
+  }
+
+
+def _class_names(task: data.Task) -> list[str]:
+  return list(task.class_names or map(str, range(task.num_classes)))
+
+
 def _write_tuned(context, candidate, results) -> int:
   """Write the bundle of all seeds; return the bytes of one seed's weights."""
   task, trials = context.task, candidate.trials
@@ -151,7 +174,7 @@ def _write_tuned(context, candidate, results) -> int:
     candidate.variables,
     {
       "task": task.name,
-      "classes": task.class_names or [str(i) for i in range(task.num_classes)],
+      "classes": _class_names(task),
       "preprocessing": {
         "image_size": results["image_size"],
         "value_range": results["value_range"],

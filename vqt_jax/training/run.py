@@ -8,6 +8,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from vqt_jax import accuracy as accuracy_lib
 from vqt_jax import data
 from vqt_jax import results as results_lib
 from vqt_jax.features import examples as examples_lib
@@ -114,6 +115,10 @@ def _test(context, stages, examples, candidates) -> dict[str, Any]:
     ],
     "test",
   )
+  for each, found in zip(candidates, tallies):
+    accuracy = [accuracy_lib.accuracy(tally) for tally in found[:-1]]
+    epoch, name = len(each.trained.history), "test_accuracy"
+    stages.log_accuracy(f"test_{each.name}", each.trials, epoch, name, accuracy)
   return {
     "tallies": tallies,
     "images": examples.count("test"),

@@ -33,6 +33,7 @@ from vqt_jax.training import preemption
 from vqt_jax.training import setup
 from vqt_jax.training import stage as stage_lib
 from vqt_jax.training import step as step_lib
+from vqt_jax.training import trial as trial_lib
 from vqt_jax.training import trial_memory
 
 
@@ -134,12 +135,14 @@ class Stages:
         result = stage_lib.read_result(path, stage)
       self._peak.include(result.peak_bytes)
       self._log(stage, _rows(stage, result.history))
+      self._log_outcome(stage, result)
       return result
     result = make(stage)
     result.peak_bytes = self._peak.bytes()
     with processes.raise_on_all():
       if processes.is_first():
         stage_lib.write_result(path, result)
+    self._log_outcome(stage, result)
     return result
 
   def _pack(self, stage: stage_lib.Stage) -> stage_lib.StageResult:
@@ -337,6 +340,32 @@ class Stages:
     with processes.raise_on_all():
       if processes.is_first():
         self._metrics.epochs(stage.name, rows)
+
+  def _log_outcome(
+    self, stage: stage_lib.Stage, result: stage_lib.StageResult
+  ) -> None:
+    if result.accuracy is not None:
+      epoch, name = len(result.history), "val_accuracy"
+      self.log_accuracy(stage.name, stage.trials, epoch, name, result.accuracy)
+
+  def log_accuracy(
+    self,
+    phase: str,
+    trials: Sequence[trial_lib.Trial],
+    epoch: int,
+    name: str,
+    accuracy: Sequence[float],
+  ) -> None:
+    """Add the accuracy of trials to the TensorBoard events."""
+    with processes.raise_on_all():
+      if processes.is_first():
+        self._metrics.outcomes(
+          phase,
+          [
+            {"epoch": epoch, "run": i, **dataclasses.asdict(trial), name: share}
+            for i, (trial, share) in enumerate(zip(trials, accuracy))
+          ],
+        )
 
   def evaluate(
     self,

@@ -5,7 +5,8 @@
   tensorboard/    the same as TensorBoard events
   results.json    the results, written when all else is there
   tuned/          what was trained, see `tuned.bundle`
-  report.png      a picture of the results
+  report.html     a page of the results
+  report.png      a picture of them
 
 While a run lasts there is also `.vqt_jax.lock`, see `locks.lock_folder`.
 """
@@ -31,6 +32,7 @@ _OF_CONFIGS = {"task", "init", "method", "lr", "seeds", "batch_size"}
 _CLAIMED = {
   "metrics.jsonl",
   "results.json",
+  "report.html",
   "report.png",
   "checkpoints",
   "stages",

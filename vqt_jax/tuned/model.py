@@ -109,6 +109,19 @@ class Model:
     parts.append(np.zeros((self.num_seeds, c.depth, *none), np.float32))
     return np.concatenate(parts, axis=2)
 
+  def attention_maps(self, x: Any) -> np.ndarray:
+    """Attention on the patches, (n, L, rows, columns).
+
+    Mean over seeds, heads and queries; prefix tokens are left out.
+
+    Raises:
+      UserError: the method has no queries.
+    """
+    c = self.backbone.config
+    weights = self.attention(x).mean(axis=(0, 3, 4))
+    weights = np.moveaxis(weights[..., c.num_prefix_tokens :], 0, 1)
+    return weights.reshape(*weights.shape[:2], *c.grid)
+
   def check_has_queries(self) -> None:
     """Raise a `UserError` if the method has no queries."""
     if not self.tuner.has_queries:

@@ -1,0 +1,156 @@
+"""The report of a comparison, report.html."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vqt_jax import accuracy as accuracy_lib
+from vqt_jax.reports import compare_figure
+from vqt_jax.reports import html
+from vqt_jax.reports import style
+from vqt_jax.runtime import files
+from vqt_jax.runtime import units
+
+# What runs have in common if they were tested on the same images.
+_SAME_IMAGES = ("dataset", "data_sha256", "test_split")
+
+
+def report(
+  path: files.Path,
+  summary: Mapping[str, Any],
+  differ: str,
+  workdirs: Mapping[str, files.Path],
+) -> None:
+  """Write the report of a comparison.
+
+  Args:
+    path: of the file.
+    summary: from `compare.summarize`.
+    differ: how the runs differ beside their methods; "" if they do not.
+    workdirs: of the runs, by name.
+  """
+  runs = summary["runs"]
+  rows = [_row(number, run) for number, run in enumerate(runs.values(), 1)]
+  tests = [run["test_accuracy"] for run in runs.values()]
+  drawn = compare_figure.drawn_alone(summary)
+  html.write(
+    path,
+    "compare.html",
+    title=f"{units.format_count(len(runs), 'run')} on {summary['task']}",
+    summary=[*_sentences(summary), _differ(differ)],
+    rows=_scaled(rows, ("mean", "low", "high")),
+    seeds=accuracy_lib.over_seeds(tests),
+    kinds=len({compare_figure.kind(run["method"]) for run in runs.values()}),
+    behind=_behind(summary),
+    costs=[html.figure(*x, f"cost{i}") for i, x in enumerate(drawn)],
+    command=html.command(
+      *("-m", "vqt_jax", "compare", *(workdirs[name] for name in runs)),
+      f"--output={path.parent}",
+    ),
+    facts={
+      "backbone": summary["backbone"],
+      "device": summary["device"],
+      "weights, SHA-256": _different(runs, "weights"),
+      "data, SHA-256": _different(runs, "data_sha256"),
+    },
+  )
+
+
+def _different(runs: Mapping[str, Mapping[str, Any]], column: str) -> str:
+  """Return the different values of the setup of runs."""
+  found = (run["setup"][column] or "unknown" for run in runs.values())
+  return ", ".join(dict.fromkeys(found))
+
+
+def _name(run: Mapping[str, Any]) -> str:
+  return style.METHODS.get(run["method"], run["method"]) + run["details"]
+
+
+def _sentences(summary: Mapping[str, Any]) -> list[str]:
+  """Say which run is best, and how far ahead it is."""
+  first, *others = summary["runs"].values()
+  test = first["test_accuracy"]
+  images = f" of {test['images']:,} test images" if test.get("images") else ""
+  name = _name(first)
+  found = [
+    f"{name[0].upper()}{name[1:]} is the most accurate, with"
+    f" {accuracy_lib.format_mean(test, 1, '±')} %{images}."
+  ]
+  if others and _same_images(first, others[0]):
+    ahead = test["mean"] - others[0]["test_accuracy"]["mean"]
+    interval = accuracy_lib.difference(test, others[0]["test_accuracy"])
+    words = f" (95 % interval {_points(interval)})" if interval else ""
+    found.append(
+      f"It is {html.percent(ahead)} points ahead of {_name(others[0])}{words}."
+    )
+  return found
+
+
+def _differ(differ: str) -> str:
+  if differ:
+    return f"{differ[0].upper()}{differ[1:]}."
+  return "The runs have images, backbone and preprocessing in common."
+
+
+def _points(interval: tuple[float, float]) -> str:
+  return " to ".join(map(_point, interval))
+
+
+def _point(share: float) -> str:
+  return f"{100 * share:+.1f}".replace("-", "−")
+
+
+def _same_images(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+  return a["task"] == b["task"] and all(
+    a["setup"][name] == b["setup"][name] for name in _SAME_IMAGES
+  )
+
+
+def _row(number: int, run: Mapping[str, Any]) -> dict[str, Any]:
+  test = run["test_accuracy"]
+  low, high = accuracy_lib.bounds(test) or (test["mean"], test["mean"])
+  return {
+    **run,
+    "number": number,
+    "name": _name(run),
+    "accuracy": accuracy_lib.format_mean(test, 1, "±"),
+    "interval": accuracy_lib.format_interval(test),
+    "mean": test["mean"],
+    "low": low,
+    "high": high,
+  }
+
+
+def _behind(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+  """Return the differences of the other runs from the best one."""
+  first, *others = summary["runs"].values()
+  rows = []
+  for number, run in enumerate(others, 2):
+    if not _same_images(run, first):
+      continue
+    pair = run["test_accuracy"], first["test_accuracy"]
+    seeds = accuracy_lib.seed_difference(*pair)
+    images = accuracy_lib.difference(*pair)
+    mean = pair[0]["mean"] - pair[1]["mean"]
+    low, high = images or (mean, mean)
+    rows.append(
+      {
+        "number": number,
+        "name": _name(run),
+        "difference": _point(mean),
+        "seeds": _points(seeds) if seeds else "–",
+        "images": _points(images) if images else "–",
+        "mean": mean,
+        "low": low,
+        "high": high,
+        "zero": 0.0,
+      }
+    )
+  return _scaled(rows, ("mean", "low", "high", "zero"))
+
+
+def _scaled(rows: list[dict[str, Any]], names: tuple[str, ...]) -> Any:
+  """Map numbers of all rows to 0..1, for bars."""
+  values = [row[name] for row in rows for name in names]
+  low, high = min(values, default=0), max(values, default=1)
+  scale = lambda x: f"{(x - low) / max(high - low, 1e-9):.4f}"
+  return [{**row, **{name: scale(row[name]) for name in names}} for row in rows]
