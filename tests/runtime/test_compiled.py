@@ -15,14 +15,18 @@ from vqt_jax.runtime import compiled
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
   """The cache folder; JAX is as if no variable had said where programs go."""
-  before = jax.config.jax_compilation_cache_dir
-  size = jax.config.jax_compilation_cache_max_size
+  names = [
+    "jax_enable_compilation_cache",
+    "jax_compilation_cache_dir",
+    "jax_compilation_cache_max_size",
+  ]
+  before = {name: getattr(jax.config, name) for name in names}
   jax.config.update("jax_compilation_cache_dir", None)
   compilation_cache.reset_cache()
   monkeypatch.setenv("VQT_JAX_CACHE", str(tmp_path / "cache"))
   yield tmp_path / "cache"
-  jax.config.update("jax_compilation_cache_dir", before)
-  jax.config.update("jax_compilation_cache_max_size", size)
+  for name, value in before.items():
+    jax.config.update(name, value)
   compilation_cache.reset_cache()
 
 
@@ -61,13 +65,17 @@ def test_programs_that_are_found_give_the_same_bits(cache):
   assert {path.name for path in folder.glob("*-cache")} == kept
 
 
-@pytest.mark.parametrize("why", ["chosen", "a file", "no home", "writable"])
+@pytest.mark.parametrize(
+  "why", ["chosen", "off", "a file", "no home", "writable"]
+)
 def test_programs_are_not_kept(why, cache, tmp_path, monkeypatch):
   """Elsewhere than the user says, without a folder, or with one of others."""
   kept = None
   if why == "chosen":
     kept = str(tmp_path)
     jax.config.update("jax_compilation_cache_dir", kept)
+  elif why == "off":
+    jax.config.update("jax_enable_compilation_cache", False)
   elif why == "a file":
     cache.touch()
   elif why == "no home":

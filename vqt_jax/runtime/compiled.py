@@ -30,7 +30,8 @@ def keep_programs() -> None:
   JAX_ENABLE_COMPILATION_CACHE=false nowhere; nor where the folder cannot be
   written to, or by others: what is in it is executed.
   """
-  if jax.config.jax_compilation_cache_dir is not None:
+  given = jax.config.jax_compilation_cache_dir is not None
+  if given or not jax.config.jax_enable_compilation_cache:
     return
   with contextlib.suppress(errors.UserError, OSError):
     folder = files.cache_folder() / "programs" / _processor()
@@ -57,11 +58,11 @@ def _remove_unfinished(folder: pathlib.Path) -> None:
 
 
 def _processor() -> str:
-  """Return a name for processors that run the same machine code."""
-  known = platform.machine()
+  """Return a name for processors for which XLA makes the same machine code."""
+  known, fields = platform.machine(), "model name|flags|CPU part|Features"
   with contextlib.suppress(OSError):  # Linux.
     text = pathlib.Path("/proc/cpuinfo").read_text()
-    known += "".join(sorted({*re.findall(r"(?m)^(?:flags|Features).*", text)}))
+    known += "".join(sorted({*re.findall(rf"(?m)^(?:{fields})\s.*", text)}))
   return (
     f"{platform.machine()}-{hashlib.sha256(known.encode()).hexdigest()[:8]}"
   )
