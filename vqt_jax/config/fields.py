@@ -317,7 +317,7 @@ SECTIONS = {
     "epochs": Field(
       0,
       "Epochs of every trial; 0: 100, but of combo and auto 20, or as many as"
-      " make 160 steps.",
+      " make 100 steps.",
     ),
     "warmup_epochs": Field(
       -1,
