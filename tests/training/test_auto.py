@@ -32,6 +32,18 @@ def test_weights_make_the_cross_entropy_least():
   np.testing.assert_allclose(weights, [best, 1 - best], atol=1e-3)
 
 
+def test_weights_of_classes_repeat_their_images():
+  rng = np.random.default_rng(0)
+  labels = rng.integers(0, 3, 60)
+  scores = scores_of(rng, labels, 2.0, 1.9)
+  twice = np.append(np.arange(60), np.flatnonzero(labels == 1))
+  np.testing.assert_allclose(
+    auto.mixing_weights(scores, labels, np.array([1.0, 2.0, 1.0])),
+    auto.mixing_weights(scores[:, twice], labels[twice]),
+    atol=1e-9,
+  )
+
+
 def test_a_member_that_is_sure_and_wrong_gets_no_weight():
   rng = np.random.default_rng(0)
   labels = rng.integers(0, 3, 100)

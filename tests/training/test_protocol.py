@@ -202,7 +202,7 @@ def test_folds_of_what_is_not_kept_are_refused(material, tmp_path, capfd):
   changes |= {"batch_size": 16, "epochs": 2}
   assert main.main(runs.command(material, tmp_path, **changes)) == 2
   error = capfd.readouterr().err.splitlines()[-1]
-  assert error.startswith("error: config.protocol=best trains on parts of tr")
+  assert error.startswith("error: Cross-validation trains on parts of tr")
   assert not (tmp_path / "metrics.jsonl").exists()  # Said at once.
 
 

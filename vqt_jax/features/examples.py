@@ -134,9 +134,10 @@ class Examples:
     """Raise a `UserError` if a split is streamed: it has no rows to pick."""
     if self._storage(split) == "stream":
       raise errors.UserError(
-        f"config.protocol=best trains on parts of {split}, but it is read"
-        " anew every epoch: keep its features (config.features=disk) or"
-        " images (config.data=device), or take protocol=full."
+        f"Cross-validation trains on parts of {split}, but it is read anew"
+        " every epoch: keep its features (config.features=disk) or images"
+        " (config.data=device), or do without: protocol=full, and a"
+        " method other than auto."
       )
 
   def is_live(self, split: str) -> bool:

@@ -141,7 +141,7 @@ def _look(tuners, variables, params, images):
     own = {**own, "backbone": params}
     stream = tuner.stream(own, images) if tuner.editor else frozen
     queries = own["tuner"]["queries"]
-    found = tuner.read(readers.attention_step, own, queries, stream.tokens)
+    _, found = tuner.read(readers.attention_step, own, queries, stream.tokens)
     return found.mean(axis=(2, 3))
 
   return tuple(

@@ -17,6 +17,7 @@ import ml_collections
 import numpy as np
 from scipy import special
 
+from vqt_jax import data
 from vqt_jax.features import examples as examples_lib
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.training import exact
@@ -33,7 +34,11 @@ LEAST_WEIGHT = 0.05
 _STEPS = 1000  # Of `mixing_weights`.
 
 
-def mixing_weights(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def mixing_weights(
+  scores: np.ndarray,
+  labels: np.ndarray,
+  class_weights: np.ndarray | None = None,
+) -> np.ndarray:
   """Find the weights of a mean of probabilities with least cross-entropy.
 
   By expectation maximisation, which cannot leave the simplex, and ends at the
@@ -42,16 +47,18 @@ def mixing_weights(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
   Args:
     scores: log-probabilities of K members, (K, n, C).
     labels: (n,).
+    class_weights: (C,), of the cross-entropy; None: all classes weigh 1.
 
   Returns:
     (K,), at least 0; they sum to 1.
   """
   right = scores[:, np.arange(len(labels)), labels].astype(np.float64)
+  counts = None if class_weights is None else class_weights[labels]
   weights = np.full(len(right), 1 / len(right))
   for _ in range(_STEPS):
     with np.errstate(divide="ignore"):  # Of a weight of 0.
       shares = special.softmax(right + np.log(weights)[:, None], axis=0)
-    weights = shares.mean(axis=1)
+    weights = np.average(shares, axis=1, weights=counts)
   return weights
 
 
@@ -165,26 +172,30 @@ def _weigh(
   planned: Sequence[stage_lib.Stage],
 ) -> tuple[dict[str, Any], np.ndarray]:
   """Train on folds; return what was found, and weights of the members."""
-  labels = examples.labels("trainval")
+  labels, classes = examples.labels("trainval"), context.tuner.num_classes
+  class_weights = None
+  if context.config.class_weights == "balanced":
+    class_weights = data.balanced_weights(labels, classes)
   rows, seconds = np.arange(len(labels)), 0.0
-  scores = np.zeros(
-    (len(planned), len(labels), context.tuner.num_classes), np.float32
-  )
-  for number, judged in enumerate(exact.judged_rows(labels), start=1):
+  judged_rows = exact.judged_rows(labels)
+  scores = np.zeros((len(planned), len(labels), classes), np.float32)
+  for number, judged in enumerate(judged_rows, start=1):
     others = np.setdiff1d(rows, judged)
     for score, seeds in zip(scores, planned):
       stage = _fold_stage(seeds, number, others)
       out = stages.run(stage)
       score[judged] = stages.log_probabilities(stage, out.variables, judged)
       seconds += out.seconds
-  weights = exact.of_first_process(mixing_weights(scores, labels))
+  weights = exact.of_first_process(
+    mixing_weights(scores, labels, class_weights)
+  )
   weights[weights < LEAST_WEIGHT] = 0
   weights /= weights.sum()
   mixed = special.logsumexp(scores, axis=0, b=weights[:, None, None])
   methods = [stage.tuner.method for stage in planned]
   share = lambda score: float((score.argmax(axis=-1) == labels).mean())
   found = {
-    "folds": exact.FOLDS,
+    "folds": len(judged_rows),
     "members": [
       {"method": method, "weight": float(weight), "cv_accuracy": share(score)}
       for method, weight, score in zip(methods, weights, scores)
@@ -202,7 +213,7 @@ def _weigh(
     if weight
   ]
   context.console.note(
-    f"{' + '.join(used)} ({exact.FOLDS} folds: {', '.join(each)}, this"
+    f"{' + '.join(used)} ({len(judged_rows)} folds: {', '.join(each)}, this"
     f" {100 * found['cv_accuracy']:.1f} %)",
     "chosen",
   )
