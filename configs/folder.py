@@ -30,6 +30,7 @@ from importlib import resources
 from ml_collections import ConfigDict
 
 from vqt_jax import config as config_lib
+from vqt_jax.models import methods as methods_lib
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -55,7 +56,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.init = args["init"] or str(shipped)
   config.image_size = args["image_size"] or (224 if args["init"] else 28)
   config.settings, config.seeds = 4, (42, 44, 82)
-  if config.method not in ("auto", "combo"):
+  if not methods_lib.parse(config.method).trains_network:
     config.epochs = 50
   # At larger rates queries magnify rounding, and results depend on it.
   config.reader_lr.vqt = (0.5, 0.25, 0.1, 0.05)

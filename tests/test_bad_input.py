@@ -229,7 +229,7 @@ MISTAKES = (
   ),
   # Values.
   setting("--config.epochs=ten: expected a whole number.", epochs="ten"),
-  setting("expected at least 1, found 0", epochs=0),
+  setting("expected at least 0, found -1", epochs=-1),
   setting("warmup_epochs=3 must be smaller", warmup_epochs=3),
   setting("expected at least 1, found 0", batch_size=0),
   setting("expected at least 1, found -1", eval_batch_size=-1),

@@ -75,7 +75,7 @@ def test_its_command_finds_the_shipped_configs(installed, tmp_path):
       "vqt_jax",
       "train",
       config,
-      "--config.epochs=0",
+      "--config.epochs=-1",
       "--workdir=run",
     ],
     env={**os.environ, "PYTHONPATH": str(installed)},
@@ -84,5 +84,5 @@ def test_its_command_finds_the_shipped_configs(installed, tmp_path):
     text=True,
     check=False,
   )
-  said = "error: config.epochs: expected at least 1, found 0.\n"
+  said = "error: config.epochs: expected at least 0, found -1.\n"
   assert (done.returncode, done.stderr) == (2, said)

@@ -20,6 +20,7 @@ from vqt_jax.data import decoding
 from vqt_jax.data import division
 from vqt_jax.data import image_files
 from vqt_jax.data import listing
+from vqt_jax.models import methods
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import files
 from vqt_jax.runtime import numerics
@@ -42,6 +43,8 @@ _OF_DATA = (
   "fit",
   "skip_bad",
 )
+# Of methods that train queries, heads and editors on a few images.
+_LR, _EPOCHS = (0.5, 0.25, 0.1, 0.05), 50
 _SHIPPED = pathlib.Path(__file__).parent / "assets" / "fashion_vit.npz"
 
 
@@ -63,9 +66,9 @@ class Classifier(sklearn.base.ClassifierMixin, sklearn.base.BaseEstimator):
     *,
     image_size: int | None = None,
     image_fit: str = "squash",
-    lr: Sequence[float] = (0.5, 0.25, 0.1, 0.05),
+    lr: Sequence[float] | None = None,
     weight_decay: Sequence[float] = (1e-4,),
-    epochs: int = 50,
+    epochs: int | None = None,
     seeds: Sequence[int] = (0,),
     options: dict[str, Any] | None = None,
     verbose: bool = False,
@@ -79,10 +82,12 @@ class Classifier(sklearn.base.ClassifierMixin, sklearn.base.BaseEstimator):
       image_size: pixels; None: 28 for the shipped backbone, else 224.
       image_fit: "squash", "crop" or "pad": how images are made to fit.
       lr: learning rates to try, per 256 images; the best one on a fifth of the
-        images is trained on all. This and the next two do not apply to
+        images is trained on all. None: 0.5, 0.25, 0.1 and 0.05, but as
+        published for "combo" and "auto". This and the next two do not apply to
         "instant" and "linear", whose heads are computed.
       weight_decay: weight decays to try.
-      epochs: passes over the images.
+      epochs: passes over the images; None: 50, but of "combo" and "auto" 20
+        or more, see `config.epochs`.
       seeds: of the trained models, which answer together.
       options: further fields of a config, such as {"num_queries": 5}.
       verbose: whether to print progress.
@@ -141,8 +146,13 @@ class Classifier(sklearn.base.ClassifierMixin, sklearn.base.BaseEstimator):
     config.init = self.backbone or str(_SHIPPED)
     config.method = self.method
     config.image_size = self.image_size or (224 if self.backbone else 28)
-    config.lr, config.weight_decay = self.lr, self.weight_decay
-    config.epochs, config.seeds = self.epochs, self.seeds
+    config.weight_decay, config.seeds = self.weight_decay, self.seeds
+    if not methods.parse(self.method).trains_network:
+      config.lr, config.epochs = _LR, _EPOCHS
+    if self.lr is not None:
+      config.lr = self.lr
+    if self.epochs is not None:
+      config.epochs = self.epochs
     options = dict(self.options or {})
     for name in options:
       if name.partition(".")[0] in _OF_DATA:

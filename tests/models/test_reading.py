@@ -385,7 +385,7 @@ def test_initialisation_is_the_authors():
 def test_unknown_method_and_sizes():
   config = helpers.tiny_config()
   with pytest.raises(
-    vqt_jax.UserError, match="vpq.*vqt, head2toe, instant, linear"
+    vqt_jax.UserError, match="vpq.*vqt, head2toe, combo, instant"
   ):
     vqt_jax.make_tuner("vpq", config, 3)
   with pytest.raises(vqt_jax.UserError, match="num_queries: .* found 0"):

@@ -261,7 +261,11 @@ def test_comparing(server, alone, capsys):
   summary = runs.results(alone["device"]) | {"method": "linear"}  # No queries.
   files.write_json(f"{WORKDIR}/results.json", summary)
   assert compare.main(["compare", WORKDIR, "--output=gs://bucket/out"]) == 0
-  assert server.written[-2:] == ["out/compare.csv", "out/compare.png"]
+  assert server.written[-3:] == [
+    "out/compare.csv",
+    "out/compare.png",
+    "out/report.html",
+  ]
   assert compare.main(["compare", "gs://bucket/none"]) == 2
   assert "There is no gs://bucket/none/results.json." in capsys.readouterr().err
 

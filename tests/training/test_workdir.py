@@ -423,7 +423,7 @@ def test_a_workdir_of_all_tasks_is_begun_with_one_of_them(tmp_path):
   (tmp_path / "dtd" / "metrics.jsonl").write_text(ROW)
   assert opened(config, tmp_path)
   config.epochs = 7
-  with pytest.raises(errors.UserError, match="epochs was 100, is now 7"):
+  with pytest.raises(errors.UserError, match="epochs was 0, is now 7"):
     opened(config, tmp_path)
   (tmp_path / "config.json").unlink()  # A folder that merely holds workdirs.
   assert not opened(config, tmp_path)

@@ -60,7 +60,6 @@ INSTANT_QUERIES = 4
 # VPT paper (docs/methods.md).
 _READER_RECIPE = ("adam", (1.0, 0.5, 0.25, 0.1, 0.05))
 _HEAD2TOE_RECIPE = ("adam", (0.2, 0.02))
-_NETWORKS = ("combo", "auto")
 _COMBO_RECIPE = ("adamw", (4e-3,))
 _PROMPT_RECIPE = (
   "sgd",
@@ -120,7 +119,7 @@ def resolve(
     config.settings = 0
   else:
     _fill_recipe(config, method)
-  if method.reader not in _NETWORKS:  # Else see `fill_epochs`.
+  if not method.trains_network:  # Else see `fill_epochs`.
     config.epochs = config.epochs or _EPOCHS
   _fill_warmup(config)
   if config.settings:
@@ -179,7 +178,7 @@ def fill_epochs(
 def recipe(method: methods_lib.Method) -> dict[str, Any]:
   """Return a method's published recipe, as fields of a config."""
   rate = 1.0
-  if method.reader in _NETWORKS:
+  if method.trains_network:
     optimizer, lr = _COMBO_RECIPE
     return {
       "optimizer": optimizer,

@@ -62,9 +62,9 @@ class Network(nn.Module):
     """
     batch, count, _ = x.shape
     small = nn.initializers.normal(0.02)
-    first = self.param("class_token", small, (WIDTH,))
+    first = self.param("class_token", small, (WIDTH,), jnp.float32)
     first = jnp.broadcast_to(first, (batch, 1, WIDTH))
-    x += self.param("positions", small, (count, WIDTH))
+    x += self.param("positions", small, (count, WIDTH), jnp.float32)
     x = jnp.concatenate([first, x], axis=1).reshape(-1, WIDTH)
     for _ in range(LAYERS):
       x = Layer(count + 1)(x, training)

@@ -31,8 +31,8 @@ def init(num_features: int, num_classes: int, key: jax.Array) -> dict:
 def init_layer(num_features: int, num_classes: int, key: jax.Array) -> dict:
   """Initialise as a layer of a network (LeCun normal, biases 0)."""
   shape = (num_features, num_classes)
-  kernel = jax.nn.initializers.lecun_normal()(key, shape)
-  return {"kernel": kernel, "bias": jnp.zeros(num_classes)}
+  kernel = jax.nn.initializers.lecun_normal()(key, shape, jnp.float32)
+  return {"kernel": kernel, "bias": jnp.zeros(num_classes, jnp.float32)}
 
 
 def logits(params: dict, features: jax.Array) -> jax.Array:

@@ -26,6 +26,12 @@ class Method:
   editor: str | None = None
 
   @property
+  def trains_network(self) -> bool:
+    """True if a network with a recipe of its own reads the stream."""
+    reader = readers.READERS[self.reader]
+    return reader.is_network or bool(reader.members)
+
+  @property
   def may_be_exact(self) -> bool:
     """True if the head is all that is fitted, so that it can be computed."""
     fixed = readers.READERS[self.reader].is_fixed

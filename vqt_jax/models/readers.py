@@ -328,7 +328,8 @@ def _sum_step(
 def _read_sum(tuner, variables, tokens, rows, key):
   own = variables["tuner"]
   size = tokens.shape[1] if rows is None else len(rows)
-  start = jnp.zeros((size, tuner.config.num_tokens, combo.WIDTH))
+  shape = (size, tuner.config.num_tokens, combo.WIDTH)
+  start = jnp.zeros(shape, jnp.float32)
   total, _ = tuner.read(
     _sum_step,
     variables,
@@ -350,8 +351,9 @@ def _init_sum(tuner, key):
   c = tuner.config
   kernel_key, network_key = jax.random.split(key)
   shape = (c.depth, c.width, combo.WIDTH)
-  kernel = jax.random.normal(kernel_key, shape) / math.sqrt(c.width)
-  example = jnp.zeros((1, c.num_tokens, combo.WIDTH))
+  kernel = jax.random.normal(kernel_key, shape, jnp.float32)
+  kernel /= math.sqrt(c.width)
+  example = jnp.zeros((1, c.num_tokens, combo.WIDTH), jnp.float32)
   network = combo.Network().init(network_key, example)["params"]
   return {"kernel": kernel, "network": network}
 

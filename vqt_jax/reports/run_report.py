@@ -73,6 +73,14 @@ def _choice(results: Mapping[str, Any]) -> str:
   """Say how the setting was chosen."""
   search, best = results["search"], results["best"]
   chosen = _setting(results["chosen"])
+  if folds := (results.get("auto") or {}).get("members"):
+    each = [f"{x['method']} {html.percent(x['cv_accuracy'])} %" for x in folds]
+    together = html.percent(results["auto"]["cv_accuracy"])
+    return (
+      f"In {results['auto']['folds']} folds of cross-validation {each[0]} and"
+      f" {each[1]} were right, weighed together {together} %; chosen was"
+      f" {chosen}."
+    )
   if solved := results.get("solved"):
     share = statistics.mean(each["accuracy"] for each in solved)
     penalty = statistics.median(each["penalty"] for each in solved)

@@ -17,6 +17,7 @@ import ml_collections
 import numpy as np
 from scipy import special
 
+from vqt_jax import accuracy as accuracy_lib
 from vqt_jax import data
 from vqt_jax.features import examples as examples_lib
 from vqt_jax.models import tuner as tuner_lib
@@ -27,8 +28,9 @@ from vqt_jax.training import stage as stage_lib
 from vqt_jax.training import stages as stages_lib
 from vqt_jax.training import trial as trial_lib
 
-# Where the quick answer is right as often as this, nothing else is trained.
-ENOUGH = 0.99
+# Where the 95 % interval of the quick answer lies above this, nothing else is
+# trained.
+ENOUGH = 0.98
 # A member with less weight is left out: it costs more than it tells.
 LEAST_WEIGHT = 0.05
 _STEPS = 1000  # Of `mixing_weights`.
@@ -86,7 +88,6 @@ def candidates(
 ) -> tuple[dict[str, Any], list[protocol.Candidate]]:
   """Train the members; return as `protocol.candidates` does."""
   config, members = context.config, context.tuner.members
-  examples.check_rows("trainval")
   found = {"search": None, "selection": None, "best": None, "auto": None}
   quick = [each for each in members if each.reader.is_fixed]
   made = {
@@ -95,7 +96,8 @@ def candidates(
   quick_look = statistics.fmean(
     one["accuracy"] for each in made.values() for one in each.trained.solved
   )
-  if quick_look >= ENOUGH:
+  count = examples.count("trainval")
+  if accuracy_lib.interval(quick_look, count)[0] >= ENOUGH:
     context.console.note(
       f"{' and '.join(made)} alone, as {100 * quick_look:.1f} % leave little to"
       " gain",
@@ -103,6 +105,7 @@ def candidates(
     )
     found["auto"] = {"quick_look": quick_look, "members": []}
     return found, list(made.values())
+  examples.check_rows("trainval")
   found["search"], chosen = protocol.search(
     context, stages, context.tuner.learner
   )
@@ -113,11 +116,15 @@ def candidates(
   for stage in alone or planned:
     if stage.tuner.method not in made:
       made[stage.tuner.method] = _train(stages, stage)
-  if not alone:
-    every = [made[each.method] for each in members]
-    return found, [*every, _mix(context, every, weights)]
-  best = made.pop(alone[0].tuner.method)
-  return found, [*made.values(), best]
+  if alone:
+    result = made.pop(alone[0].tuner.method)
+    others = list(made.values())
+  else:
+    others = [made[each.method] for each in members]
+    result = _mix(context, others, weights)
+  spent = sum(each["seconds"] for each in (found["search"], judged) if each)
+  result = dataclasses.replace(result, seconds=result.seconds + spent)
+  return found, [*others, result]
 
 
 def _seeds_stage(

@@ -169,7 +169,9 @@ class Forecast:
     """Return the seconds of the test; None if no image was seen yet."""
     count = self._count["test"]
     if self._live:
-      last = [s for s in self._planned if s.name in ("seeds", "selected")]
+      last = [
+        s for s in self._planned if s.name.endswith(("seeds", "selected"))
+      ]
       return count * self._image(sum(len(s.trials) for s in last), unit)
     if self._examples.extraction_seconds is None:
       return None
