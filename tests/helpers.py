@@ -94,6 +94,15 @@ def few_batch_sizes():
     yield
 
 
+def write_linear_bundle(folder, source, seed: int = 0) -> None:
+  """Write a bundle of the linear probe, and its tiny backbone to `source`."""
+  backbone = tiny_backbone(seed, depth=1)
+  tuner = vqt_jax.make_tuner("linear", backbone, 3)
+  model = tuned_model(backbone, tuner, tuner.init(jax.random.key(0)))
+  vqt_jax.save_npz(source, backbone)
+  write_bundle(folder, source, model)
+
+
 def tiny_examples(backbone, count: int, classes: int, seed: int = 1):
   rng = np.random.default_rng(seed)
   shape = (count, *backbone.config.image_size, 3)

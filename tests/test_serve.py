@@ -8,11 +8,9 @@ import socket
 import threading
 import urllib.request
 
-import jax
 import pytest
 
 from tests import helpers
-import vqt_jax
 from vqt_jax import serve
 
 
@@ -27,11 +25,8 @@ def place(tmp_path_factory):
   """A folder with two bundles on one backbone, and one on another."""
   place = tmp_path_factory.mktemp("place")
   for name, seed in (("a", 0), ("b", 0), ("other", 1)):
-    backbone = helpers.tiny_backbone(seed, depth=1)
-    vqt_jax.save_npz(place / f"vit{seed}.npz", backbone)
-    tuner = vqt_jax.make_tuner("linear", backbone, 3)
-    model = helpers.tuned_model(backbone, tuner, tuner.init(jax.random.key(0)))
-    helpers.write_bundle(place / name, place / f"vit{seed}.npz", model)
+    source = place / f"vit{seed}.npz"
+    helpers.write_linear_bundle(place / name, source, seed)
   return place
 
 

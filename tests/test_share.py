@@ -4,7 +4,6 @@ import json
 import re
 
 from huggingface_hub import constants
-import jax
 import numpy as np
 import pytest
 
@@ -22,11 +21,7 @@ PIXELS = np.random.default_rng(0).integers(0, 255, (1, 12, 12, 3), np.uint8)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
   place = tmp_path_factory.mktemp("place")
-  backbone = helpers.tiny_backbone(depth=1)
-  tuner = vqt_jax.make_tuner("linear", backbone, 3)
-  model = helpers.tuned_model(backbone, tuner, tuner.init(jax.random.key(0)))
-  vqt_jax.save_npz(place / "vit.npz", backbone)
-  helpers.write_bundle(place / "run" / "tuned", place / "vit.npz", model)
+  helpers.write_linear_bundle(place / "run" / "tuned", place / "vit.npz")
   (place / "run" / "tuned" / "notes.txt").write_text("not uploaded")
   return place
 

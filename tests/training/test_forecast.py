@@ -81,6 +81,21 @@ def test_from_stored_features():
   )
 
 
+def test_trials_of_a_network_share_nothing():
+  changes = {"lr": (0.1, 0.2), "weight_decay": (0.0,)}
+  forecast, (search, seeds), said = start("combo", (3.0, 0.01), **changes)
+  assert (len(search.trials), len(seeds.trials)) == (2, 5)
+  forecast.begin(search, 20, set(), live=False)
+  forecast.add_call(79, 1, 9.0)  # Compiles.
+  forecast.add_call(77, 2, 2.0)
+  _, found = told(said)
+  took = 8.0 + 100 * 1.0 * 5 / 2
+  assert (found["search"], found["seeds"]) == (
+    77,
+    pytest.approx(took, abs=0.51),
+  )
+
+
 def test_of_an_editor_in_packs_of_which_some_are_done():
   forecast, (search, _), said = start("lora", seeds=(1, 2))
   parts = stage_lib.packs(search, 1)

@@ -6,7 +6,6 @@ import json
 import re
 import threading
 
-import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -25,11 +24,7 @@ from vqt_jax.runtime import files
 def place(tmp_path_factory):
   """A folder with `run/tuned`, the backbone, and a labelled image."""
   place = tmp_path_factory.mktemp("place")
-  backbone = helpers.tiny_backbone(depth=1)
-  tuner = vqt_jax.make_tuner("linear", backbone, 3)
-  model = helpers.tuned_model(backbone, tuner, tuner.init(jax.random.key(0)))
-  vqt_jax.save_npz(place / "vit.npz", backbone)
-  helpers.write_bundle(place / "run" / "tuned", place / "vit.npz", model)
+  helpers.write_linear_bundle(place / "run" / "tuned", place / "vit.npz")
   (place / "images" / "class 0").mkdir(parents=True)
   pixels = np.random.default_rng(0).integers(0, 255, (9, 14, 3), np.uint8)
   PIL.Image.fromarray(pixels).save(place / "images" / "class 0" / "1.png")

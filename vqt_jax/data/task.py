@@ -10,7 +10,7 @@ SPLITS = ("train", "val", "trainval", "test")
 
 
 class Task(Protocol):
-  """What all kinds of classification tasks have; see `source` for the rest.
+  """Fields of all kinds of classification tasks; see `source` for the rest.
 
   Attributes:
     name: for people.

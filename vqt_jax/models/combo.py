@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vqt_jax.models import vit_config
+
 WIDTH = 64
 LAYERS = 3
 HEADS = 2
@@ -79,3 +81,15 @@ def gradient_numbers(count: int) -> int:
   """
   tokens = count + 1
   return LAYERS * tokens * ((8 + 3 * MLP) * WIDTH + 2 * HEADS * tokens)
+
+
+def steps_per_forward(config: vit_config.ViTConfig) -> float:
+  """Number of training steps of a trial with the operations of a forward pass.
+
+  Of matrix products, per token. A step has those of the projections and their
+  kernels' gradients, and three times the network's.
+  """
+  c = config
+  forward = c.depth * (8 * c.width**2 + 4 * c.width * c.mlp_dim)
+  network = LAYERS * (8 + 4 * MLP) * WIDTH**2
+  return forward / (4 * c.depth * c.width * WIDTH + 3 * network)

@@ -1,4 +1,4 @@
-"""What the answers of a model are worth, given the true labels."""
+"""Measures of a model's answers, given the true labels."""
 
 from collections.abc import Mapping, Sequence
 import csv

@@ -67,7 +67,7 @@ def axis_size(axis: str) -> int:
 
 
 def auto_axis_size(axis: str) -> int:
-  """As `axis_size`, but 1 inside a `shard_map` over it, which sees parts."""
+  """Return `axis_size`, but 1 inside a `shard_map` over the axis."""
   manual = axis in jax.sharding.get_abstract_mesh().manual_axes
   return 1 if manual else axis_size(axis)
 

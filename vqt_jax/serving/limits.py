@@ -1,4 +1,4 @@
-"""How much a server takes, of one request and of all together."""
+"""Limits of a server, for one request and for all together."""
 
 from collections.abc import Callable, Iterator
 import contextlib

@@ -1,4 +1,4 @@
-"""What a server tells of itself: metrics, and a line for each request."""
+"""Metrics of a server, and a log line for each request."""
 
 from __future__ import annotations
 

@@ -10,8 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from vqt_jax.models import readers
-from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.tuned import inputs
 from vqt_jax.tuned import model as model_lib
 
@@ -20,7 +18,7 @@ SIZES = sorted({inputs.batch_size(n + 1) for n in range(inputs.BATCH)})
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """What models say of an image.
+  """Answers of all models to an image.
 
   Attributes:
     probabilities: by model, (C,).
@@ -131,20 +129,8 @@ def _classify(tuners, variables, params, images):
 @functools.partial(jax.jit, static_argnums=0)
 def _look(tuners, variables, params, images):
   """Attention (L, B, N) of queries: mean over seeds, heads and queries."""
-  asked = [
-    (tuner, own) for tuner, own in zip(tuners, variables) if tuner.has_queries
-  ]
-  if any(not tuner.editor for tuner, _ in asked):
-    frozen = tuner_lib.run_backbone(tuners[0].config, True, params, images)
-
-  def one(tuner, own):
-    own = {**own, "backbone": params}
-    stream = tuner.stream(own, images) if tuner.editor else frozen
-    queries = own["tuner"]["queries"]
-    _, found = tuner.read(readers.attention_step, own, queries, stream.tokens)
-    return found.mean(axis=(2, 3))
-
-  return tuple(
-    jax.lax.map(functools.partial(one, tuner), own).mean(axis=0)
-    for tuner, own in asked
-  )
+  asked = [each for each in zip(tuners, variables) if each[0].has_queries]
+  if not asked:
+    return ()
+  found = model_lib.attention(*zip(*asked), params, images)
+  return tuple(x.mean(axis=(0, 3, 4)) for x in found)

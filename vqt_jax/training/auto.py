@@ -1,11 +1,10 @@
-"""method=auto: a quick answer, then the best readers, answering together.
+"""method=auto: an exact head at once, then readers stacked with it.
 
-`instant` is fitted first, which takes seconds. Then each member of `auto` is
-trained and judged on folds of trainval. What they predict of images that they
-have not seen decides their weights in the mean of their probabilities: those
-that make the mean cross-entropy least. A member with little weight is left out.
-At last the members are trained on trainval with every seed. The test set plays
-no part.
+`instant` is fitted first, which takes seconds. Then the members of `auto` are
+cross-validated on trainval. Their out-of-fold predictions decide the weights of
+a mean of their probabilities, of which the cross-entropy is least (stacking). A
+member with little weight is left out. At last the members are trained on
+trainval with every seed. The test set plays no part.
 """
 
 from collections.abc import Sequence
@@ -76,9 +75,10 @@ def planned(
   found = search if len(search[0].trials) > 1 else []
   seeds = [_seeds_stage(config, each, chosen) for each in tuner.members]
   found += [each for each in seeds if each.solver]
+  trained = [each for each in seeds if not each.solver]
   for number in range(1, exact.FOLDS + 1):
-    found += [_fold_stage(each, number, None) for each in seeds]
-  return found + [each for each in seeds if not each.solver]
+    found += [_fold_stage(each, f"fold {number}") for each in trained]
+  return found + trained
 
 
 def candidates(
@@ -142,14 +142,14 @@ def _seeds_stage(
 
 
 def _fold_stage(
-  seeds: stage_lib.Stage, number: int, rows: np.ndarray | None
+  seeds: stage_lib.Stage, label: str, rows: np.ndarray | None = None
 ) -> stage_lib.Stage:
-  """Return the stage that trains a member on the rows of a fold."""
+  """Return the stage that trains a member once, on rows of trainval."""
   method = seeds.tuner.method
   return dataclasses.replace(
     seeds,
-    name=f"{method}_fold_{number}",
-    label=f"fold {number}",
+    name=f"{method}_{label.replace(' ', '_')}",
+    label=label,
     trials=(dataclasses.replace(seeds.trials[0], seed=trial_lib.SEARCH_SEED),),
     trial_noun=method,
     rows=rows,
@@ -159,17 +159,7 @@ def _fold_stage(
 def _train(
   stages: stages_lib.Stages, stage: stage_lib.Stage
 ) -> protocol.Candidate:
-  out = stages.run(stage)
-  return protocol.Candidate(
-    stage.tuner.method,
-    stage.tuner,
-    stage.trials,
-    out.variables,
-    out,
-    1.0,
-    None,
-    out.seconds,
-  )
+  return protocol.candidate(stage.tuner.method, stage, stages.run(stage))
 
 
 def _weigh(
@@ -183,13 +173,18 @@ def _weigh(
   class_weights = None
   if context.config.class_weights == "balanced":
     class_weights = data.balanced_weights(labels, classes)
-  rows, seconds = np.arange(len(labels)), 0.0
-  judged_rows = exact.judged_rows(labels)
+  folds, rows = exact.stratified_folds(labels), np.arange(len(labels))
   scores = np.zeros((len(planned), len(labels), classes), np.float32)
-  for number, judged in enumerate(judged_rows, start=1):
-    others = np.setdiff1d(rows, judged)
-    for score, seeds in zip(scores, planned):
-      stage = _fold_stage(seeds, number, others)
+  seconds = 0.0
+  for score, seeds in zip(scores, planned):
+    if seeds.solver:
+      stage = _fold_stage(seeds, "folds")
+      score[:], took = stages.cross_validate_head(stage, folds)
+      seconds += took
+      continue
+    for number, judged in enumerate(folds, start=1):
+      others = np.setdiff1d(rows, judged)
+      stage = _fold_stage(seeds, f"fold {number}", others)
       out = stages.run(stage)
       score[judged] = stages.log_probabilities(stage, out.variables, judged)
       seconds += out.seconds
@@ -202,7 +197,7 @@ def _weigh(
   methods = [stage.tuner.method for stage in planned]
   share = lambda score: float((score.argmax(axis=-1) == labels).mean())
   found = {
-    "folds": len(judged_rows),
+    "folds": len(folds),
     "members": [
       {"method": method, "weight": float(weight), "cv_accuracy": share(score)}
       for method, weight, score in zip(methods, weights, scores)
@@ -220,7 +215,7 @@ def _weigh(
     if weight
   ]
   context.console.note(
-    f"{' + '.join(used)} ({len(judged_rows)} folds: {', '.join(each)}, this"
+    f"{' + '.join(used)} ({len(folds)} folds: {', '.join(each)}, this"
     f" {100 * found['cv_accuracy']:.1f} %)",
     "chosen",
   )

@@ -113,7 +113,7 @@ def solve(
     if solver == "ridge":
       fit = ridge.fit(features, labels, num_classes, class_weights)
     else:
-      folds = judged_rows(labels)
+      folds = stratified_folds(labels)
       fit = logistic.fit(features, labels, num_classes, folds, class_weights)
   head, found = {"kernel": fit.kernel, "bias": fit.bias}, dict(vars(fit))
   for name in head:
@@ -121,8 +121,8 @@ def solve(
   return jax.tree.map(np.asarray, head), found
 
 
-def judged_rows(labels: np.ndarray) -> list[np.ndarray]:
-  """Divide examples into `FOLDS` folds, each with its share of every class."""
+def stratified_folds(labels: np.ndarray) -> list[np.ndarray]:
+  """Divide rows into `FOLDS` stratified folds, the rows judged in each."""
   sorted_rows = np.argsort(labels, kind="stable")
   count = min(FOLDS, len(labels))
   return [np.sort(sorted_rows[i::count]) for i in range(count)]

@@ -15,6 +15,7 @@ import numpy as np
 
 from vqt_jax import data
 from vqt_jax.features import examples as examples_lib
+from vqt_jax.models import combo
 from vqt_jax.runtime import units
 from vqt_jax.training import setup
 from vqt_jax.training import stage as stage_lib
@@ -54,6 +55,8 @@ class Forecast:
     self._live = self._examples.is_live("trainval")
     kind = "cpu" if jax.default_backend() == "cpu" else "gpu"
     share = FORWARD if self._context.tuner.editor else LIVE[kind]
+    if self._trains_network:
+      share = combo.steps_per_forward(self._context.tuner.config)
     unit = each * config.batch_size / share
     seconds, compiled = {}, set()
     if not self._live:
@@ -148,9 +151,17 @@ class Forecast:
     return self._shared + each * len(stage.trials)
 
   @property
+  def _trains_network(self) -> bool:
+    tuner = self._context.tuner
+    return tuner.learner.reader.is_network and not tuner.editor
+
+  @property
   def _shared(self) -> float:
     if self._context.tuner.editor:
       return 0.0
+    if self._trains_network:
+      forward = combo.steps_per_forward(self._context.tuner.config)
+      return forward if self._live else 0.0
     kind = "cpu" if jax.default_backend() == "cpu" else "gpu"
     return (LIVE if self._live else STORED)[kind]
 

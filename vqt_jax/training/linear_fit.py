@@ -1,4 +1,4 @@
-"""What `ridge` and `logistic` share: a linear head that was computed."""
+"""A linear head that `ridge` or `logistic` computed."""
 
 import dataclasses
 

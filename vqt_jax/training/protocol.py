@@ -179,6 +179,32 @@ def exact_stage(
   )
 
 
+def candidate(
+  name: str,
+  stage: stage_lib.Stage,
+  out: stage_lib.StageResult,
+  spent: float = 0.0,
+) -> Candidate:
+  """Return the candidate that a stage has trained, with all features in use.
+
+  Args:
+    name: see `Candidate`.
+    stage: of one trial per seed.
+    out: its result.
+    spent: seconds of training that led to it.
+  """
+  return Candidate(
+    name=name,
+    tuner=stage.tuner,
+    trials=stage.trials,
+    variables=out.variables,
+    trained=out,
+    keep_fraction=1.0,
+    feature_mask=None,
+    seconds=spent + out.seconds,
+  )
+
+
 def _solve(
   context: setup.RunContext, stages: stages_lib.Stages
 ) -> tuple[dict[str, Any], list[Candidate]]:
@@ -186,18 +212,7 @@ def _solve(
   stage = exact_stage(context.config, context.tuner)
   out = stages.run(stage)
   found = {"search": None, "selection": None, "best": None}
-  return found, [
-    Candidate(
-      "all",
-      stage.tuner,
-      stage.trials,
-      out.variables,
-      out,
-      1.0,
-      None,
-      out.seconds,
-    )
-  ]
+  return found, [candidate("all", stage, out)]
 
 
 def search_stage(
@@ -320,17 +335,14 @@ def _finish(
 ) -> list[Candidate]:
   """Train the chosen setting with every seed, then with selected features."""
   stage = seeds_stage(tuner, chosen, seeds, prefix)
-  trials, out = stage.trials, stages.run(stage)
-  spent += out.seconds
-  everything = Candidate(
-    f"{prefix}all", tuner, trials, out.variables, out, 1.0, None, spent
-  )
+  out = stages.run(stage)
+  everything = candidate(f"{prefix}all", stage, out, spent)
   if keep_fraction == 1:
     return [everything]
   fractions = [keep_fraction]
   feature_mask, selected, seconds = feature_selection.select(
     stages,
-    feature_selection.selection_stages(prefix, tuner, trials, fractions),
+    feature_selection.selection_stages(prefix, tuner, stage.trials, fractions),
     out.variables,
     fractions,
   )
@@ -342,7 +354,7 @@ def _finish(
       variables=selected.variables,
       keep_fraction=keep_fraction,
       feature_mask=feature_mask,
-      seconds=spent + seconds,
+      seconds=everything.seconds + seconds,
     ),
   ]
 

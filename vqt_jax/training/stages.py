@@ -314,18 +314,73 @@ class Stages:
       variables: of the trial, leaves (1, ...).
       rows: of the split.
     """
-    with self._stop.at_once(), processes.raise_on_all():
-      features, _ = exact.read_features(
+    own = jax.tree.map(lambda x: x[0], variables)
+    with self._stop.at_once():
+      features, _ = self._read(stage, own, rows)
+    return _log_probabilities(own["head"], features)
+
+  def cross_validate_head(
+    self, stage: stage_lib.Stage, folds: Sequence[np.ndarray]
+  ) -> tuple[np.ndarray, float]:
+    """Classify each row of a stage's split by a head computed without its fold.
+
+    Features are read once for all folds.
+
+    Args:
+      stage: of one trial, whose heads are computed.
+      folds: the rows judged in each; together all of the split.
+
+    Returns:
+      Log-probabilities (n, C) float32; seconds.
+    """
+    context, tuner, (trial,) = self._context, stage.tuner, stage.trials
+    count, started = self._count(stage.split, None), time.monotonic()
+    scores = np.empty((count, tuner.num_classes), np.float32)
+    detail = f"{stage.trial_noun}, {len(folds)} x {stage.solver}"
+    with (
+      self._stop.at_once(),
+      context.console.progress(
+        stage.label, count, "image", detail=detail
+      ) as line,
+    ):
+      with processes.raise_on_all():
+        exact.check_memory(tuner, count)
+      variables = step_lib.draw_on(context.mesh, tuner)(trial.seed)
+      features, labels = self._read(stage, variables, None, line.update)
+      for judged in folds:
+        rows = np.setdiff1d(np.arange(count), judged)
+        with processes.raise_on_all():
+          head, _ = exact.solve(
+            stage.solver,
+            features[rows],
+            labels[rows],
+            tuner.num_classes,
+            self._class_weights(dataclasses.replace(stage, rows=rows)),
+          )
+        head = exact.of_first_process(head)
+        scores[judged] = _log_probabilities(head, features[judged])
+      share = (scores.argmax(axis=-1) == labels).mean()
+      line.summary = f"{100 * share:.1f} % by cross-validation"
+    return scores, time.monotonic() - started
+
+  def _read(
+    self,
+    stage: stage_lib.Stage,
+    variables: Any,
+    rows: np.ndarray | None,
+    progress: Callable[[int], None] = lambda done: None,
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Return features and labels of rows, as the only trial reads them."""
+    with processes.raise_on_all():
+      return exact.read_features(
         stage.tuner,
-        jax.tree.map(lambda x: x[0], variables),
+        variables,
         stage.trials[0].normalize,
         self._context.params,
         self._examples.evaluation_calls(stage.split, rows),
-        len(rows),
+        self._count(stage.split, rows),
+        progress,
       )
-    head = variables["head"]
-    logits = features @ head["kernel"][0] + head["bias"][0]
-    return special.log_softmax(logits, axis=-1)
 
   def _count(self, split: str, rows: np.ndarray | None) -> int:
     return self._examples.count(split) if rows is None else len(rows)
@@ -428,6 +483,11 @@ class Stages:
         if stopped().any():
           raise preemption.Stopped
     return tallies
+
+
+def _log_probabilities(head: Any, features: np.ndarray) -> np.ndarray:
+  logits = features @ head["kernel"] + head["bias"]
+  return special.log_softmax(logits, axis=-1)
 
 
 def static_settings(config: ml_collections.ConfigDict, stage: stage_lib.Stage):

@@ -98,10 +98,10 @@ class Model:
     """
     self.check_has_queries()
     run = functools.partial(
-      _attention, self.tuner, self._device_variables, self._device_params
+      attention, (self.tuner,), (self._device_variables,), self._device_params
     )
     parts = [
-      np.asarray(run(images))[:, :, :count]
+      np.asarray(run(images)[0])[:, :, :count]
       for images, count in self._batches(x)
     ]
     c = self.tuner.config
@@ -434,14 +434,35 @@ def _ask_together(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _attention(tuner, variables, params, images):
-  def one(own):
-    own = {**own, "backbone": params}
-    tokens = tuner.stream(own, images).tokens
-    queries = own["tuner"]["queries"]
-    return tuner.read(readers.attention_step, own, queries, tokens)[1]
+def attention(
+  tuners: tuple[tuner_lib.Tuner, ...],
+  variables: tuple[Any, ...],
+  params: Any,
+  images: jax.Array,
+) -> tuple[jax.Array, ...]:
+  """Return the attention weights (R, L, B, H, T, N) of several tuners.
 
-  return jax.lax.map(one, variables)
+  The frozen backbone sees the images once, as in `classify`.
+
+  Args:
+    tuners: on one backbone, with queries.
+    variables: {"tuner", "head"} of each, leaves (R, ...).
+    params: of the backbone.
+    images: (B, height, width, 3).
+  """
+  if any(not tuner.editor for tuner in tuners):
+    frozen = tuner_lib.run_backbone(tuners[0].config, True, params, images)
+
+  def one(tuner, own):
+    own = {**own, "backbone": params}
+    stream = tuner.stream(own, images) if tuner.editor else frozen
+    queries = own["tuner"]["queries"]
+    return tuner.read(readers.attention_step, own, queries, stream.tokens)[1]
+
+  return tuple(
+    jax.lax.map(functools.partial(one, tuner), own)
+    for tuner, own in zip(tuners, variables)
+  )
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
