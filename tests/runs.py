@@ -161,6 +161,7 @@ def _scratch() -> tempfile.TemporaryDirectory:
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
   [
+    "orbax.checkpoint",
     "tensorflow",
     "tests.runs",
     "vqt_jax.data.digits",

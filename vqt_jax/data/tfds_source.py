@@ -142,10 +142,12 @@ def _batches(
   Raises:
     UserError: an image or a record is damaged.
   """
-  mine = order.enumerate().filter(rows.include)
+  # They have no Python control flow to convert, which would take a second.
+  plain = tf.autograph.experimental.do_not_convert
+  mine = order.enumerate().filter(plain(rows.include))
   dataset = (
     mine.map(
-      lambda _, numbered: decode(numbered[1]),
+      plain(lambda _, numbered: decode(numbered[1])),
       num_parallel_calls=tf.data.AUTOTUNE,
       deterministic=True,
     )

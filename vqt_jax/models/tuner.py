@@ -148,7 +148,11 @@ class Tuner:
 
   def shapes(self) -> dict[str, Any]:
     """Shapes and dtypes of the trainable parameters {"tuner", "head"}."""
-    params = vit.param_shapes(self.config)
+    return jax.tree.map(lambda leaf: leaf, self._shapes)
+
+  @functools.cached_property
+  def _shapes(self) -> dict[str, Any]:
+    params = vit.param_shapes(self.config) if self.editor else None
     return jax.eval_shape(self.init, jax.random.key(0), params)
 
   def stream(
