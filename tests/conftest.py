@@ -1,4 +1,4 @@
-"""Eight fake CPU devices and full float32 products for all tests."""
+"""Four fake CPU devices and full float32 products for all tests."""
 
 import fcntl
 import gc
@@ -10,7 +10,7 @@ import tempfile
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiling is most of the work of these tests, so it may be sloppy.
 os.environ["XLA_FLAGS"] = (
-  "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+  "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
 )
 if metadata.version("jaxlib").startswith("0.10."):
   # Four times as fast; later versions have no others, and die at the flag.

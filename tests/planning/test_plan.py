@@ -41,7 +41,7 @@ def test_plan_of_this_machine(material, tmp_path, capfd):
   argv = runs.command(material, tmp_path / "run")
   status, text = said(capfd, [*argv, "--plan=here"])
   assert status == 0
-  assert "8 x cpu, data 8 x model 1" in text
+  assert "4 x cpu, data 4 x model 1" in text
   for name in ("extraction", "search", "seeds", "test"):
     assert f"\n{name} " in text
   assert "all-reduce" in text and "verdict  it fits" in text

@@ -233,7 +233,7 @@ def test_ended_in_every_kind_of_stage(material, best, tmp_path, monkeypatch):
     if number == KILL:
       process = runs.Process(
         [*argv, "--config.checkpoint_seconds=0"],
-        devices=8,
+        devices=4,
         signals={name: (call, KILL)},
       )
       status, said = process.wait(), process.said()

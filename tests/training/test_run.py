@@ -117,7 +117,7 @@ def test_what_a_run_leaves_behind(run, material):
   )
   assert min(found["seconds"].values()) > 0
   assert found["versions"]["jax"] == jax.__version__
-  assert found["device"] == "8 x cpu"
+  assert found["device"] == "4 x cpu"
 
 
 @pytest.mark.parametrize(

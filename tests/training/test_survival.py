@@ -64,7 +64,7 @@ def kill(material, workdir, moment, **changes):
   process = runs.Process(
     command(material, workdir, **changes),
     signals={function: (call, KILL)},
-    devices=8,
+    devices=4,
   )
   status, said = process.wait(), process.said()
   assert status == -KILL and "Traceback" not in said, (moment, said)
@@ -252,7 +252,7 @@ def test_a_full_disk(material, undisturbed, go, tmp_path):
     (500, "config.json"),
     (2000, "checkpoints"),
   ):
-    process = runs.Process(argv, devices=8, largest_file=size)
+    process = runs.Process(argv, devices=4, largest_file=size)
     status, said = process.wait(), process.said().splitlines()
     assert status == 2 and not any("Traceback" in line for line in said)
     assert said[-1].startswith(f"error: Cannot write {tmp_path / what}: File")
@@ -371,7 +371,7 @@ def test_a_local_folder_is_no_bucket():
   assert str(checkpoint._Literal("/gs/a")) == "/gs/a"
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [1, 4])
 def test_a_save_holds_what_it_was_given(tmp_path, devices):
   """Also when the next step reuses the arrays' memory at once."""
   mesh = jax.sharding.Mesh(jax.devices()[:devices], "data")
