@@ -384,11 +384,10 @@ def read_results(folder):
 def write_answers(folder):
   label = np.arange(ACCURACY["images"]) % 3
   wrong = (label + 1) % 3
-  seeds = [
-    np.where(np.arange(len(label)) < share * len(label), label, wrong)
-    for share in ACCURACY["per_seed"].values()
-  ]
-  results_lib.write_answers(folder, label, np.stack([*seeds, label]))
+  seeds, shares = zip(*ACCURACY["per_seed"].items())
+  first = np.arange(len(label))
+  each = [np.where(first < x * len(label), label, wrong) for x in shares]
+  results_lib.write_answers(folder, seeds, label, np.stack([*each, label]))
 
 
 def read_answers(folder):

@@ -1,6 +1,6 @@
 """The results of a finished run: their file, and that of its answers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -204,23 +204,28 @@ class Answers(NamedTuple):
 
 
 def write_answers(
-  workdir: files.Path, label: np.ndarray, predicted: np.ndarray
+  workdir: files.Path,
+  seeds: Sequence[int],
+  label: np.ndarray,
+  predicted: np.ndarray,
 ) -> None:
   """Write the answers of a run.
 
   Args:
     workdir: of the run.
+    seeds: R of them.
     label: (n,) classes of the test images.
     predicted: (R + 1, n) classes, of each seed and, last, of all together, -1
       where that is unknown.
   """
-  *seeds, together = predicted
-  arrays = {"label": label, "predicted": np.stack(seeds)}
+  *each, together = predicted
+  arrays = {"label": label, "predicted": np.stack(each)}
   if (together >= 0).all():
     arrays["together"] = together
   small = np.min_scalar_type(max(x.max() for x in arrays.values()))
   arrays = {name: x.astype(small) for name, x in arrays.items()}
-  files.write(workdir / ANSWERS, array_files.to_safetensors(arrays))
+  content = array_files.to_safetensors(arrays, {"seeds": list(map(str, seeds))})
+  files.write(workdir / ANSWERS, content)
 
 
 def read_answers(
@@ -238,20 +243,19 @@ def read_answers(
   path, test = workdir / ANSWERS, results["test_accuracy"]
   if not files.exists(path):
     return None
-  images, shares = test.get("images"), list(test["per_seed"].values())
+  seeds, images = test["per_seed"], test.get("images")
+  expected = [*seeds], (images,), (len(seeds), images)
 
-  def check(shapes, _):
-    if (shapes.get("label"), shapes.get("predicted")) != (
-      (images,),
-      (len(shares), images),
-    ):
-      raise ValueError(f"expected {len(shares)} seeds, {images} images")
+  def check(shapes, info):
+    found = info.get("seeds"), shapes.get("label"), shapes.get("predicted")
+    if found != expected:
+      raise ValueError(f"expected seeds and shapes {expected}, found {found}")
 
   with files.explain_damage(path, "Delete it to compare the run without it."):
     arrays, _ = array_files.read_safetensors(path, check)
     answers = Answers(arrays["label"], arrays["predicted"])
     found = (answers.predicted == answers.label).mean(axis=1)
-    if not np.allclose(found, shares):
+    if not np.allclose(found, [*seeds.values()]):
       raise ValueError(f"its accuracies are not those of {RESULTS}")
   return answers
 

@@ -53,8 +53,9 @@ def write(
   results = _results(context, found, candidates, test, seconds, peak)
   if processes.is_first():
     results["tuned_bytes"] = _write_tuned(context, candidates[-1], results)
+    seeds = [trial.seed for trial in candidates[-1].trials]
     results_lib.write_answers(
-      context.workdir, test["label"], test["answers"][-1]
+      context.workdir, seeds, test["label"], test["answers"][-1]
     )
     files.write_json(context.workdir / results_lib.RESULTS, results)
     files.remove_folder(context.workdir / "stages")
