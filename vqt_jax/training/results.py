@@ -93,7 +93,7 @@ def _results(context, found, candidates, test, seconds, peak) -> dict[str, Any]:
     "batch_size": context.config.batch_size,  # config.lr is per 256 images.
     **{name: tested[-1][name] for name in (*SCORES, ENSEMBLE)},
     "test_classes": _count_classes(
-      context.task, test["label"], test["answers"][-1]
+      context.task, test["label"], test["answers"][-1][:-1]
     ),
     "chosen": result.setting,
     "tested": tested,
@@ -149,7 +149,7 @@ def _scores(candidate, label, predicted) -> dict[str, Any]:
 
 
 def _count_classes(
-  task: data.Task, label: np.ndarray, answers: np.ndarray
+  task: data.Task, label: np.ndarray, predicted: np.ndarray
 ) -> dict[str, Any]:
   """Return names and numbers of test images of each class.
 
@@ -158,17 +158,15 @@ def _count_classes(
   Args:
     task: of the run.
     label: (n,) of the test images.
-    answers: (R + 1, n) of the seeds, and of all together.
+    predicted: (R, n) of each seed.
   """
-  tallies = [
-    accuracy_lib.tally(x, label, task.num_classes) for x in answers[:-1]
-  ]
-  right, predicted, _ = sum(tallies)
+  tallies = [accuracy_lib.tally(x, label, task.num_classes) for x in predicted]
+  right, taken, there = sum(tallies)
   return {
     "class": _class_names(task),
-    "images": tallies[0][2],
+    "images": there // len(tallies),
     "right": right,
-    "predicted": predicted,
+    "predicted": taken,
   }
 
 

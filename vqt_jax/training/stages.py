@@ -460,10 +460,10 @@ class Stages:
       parts = []
       for start in range(0, len(trials.normalize), size):
         some = jax.tree.map(lambda x, i=start: x[i : i + size], trials)
-        true, (part,) = self._pass(split, rows, [(tuner, some)], label)
+        labels, (part,) = self._pass(split, rows, [(tuner, some)], label)
         parts.append(part[:-1])
       found.append(np.concatenate([*parts, np.full_like(part[-1:], -1)]))
-    return true, found
+    return labels, found
 
   def _pass(
     self, split, rows, ready, label

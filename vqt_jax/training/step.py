@@ -439,12 +439,12 @@ def eval_steps(
       tokens, rows, final = own or seen
       return tuner(variables, tokens, final, None, ready.normalize, rows).logits
 
-    def every(tuner, ready):
+    def every(tuner, trials):
       run = functools.partial(one, tuner)
       run = (
         functools.partial(jax.lax.map, run) if tuner.editor else jax.vmap(run)
       )
-      logits = run(ready)
+      logits = run(trials)
       together = jax.nn.softmax(logits).mean(axis=0, keepdims=True)
       predicted = jnp.argmax(jnp.concatenate([logits, together]), axis=-1)
       return jnp.where(real, predicted, -1)
