@@ -22,6 +22,22 @@ def test_the_interval_of_a_difference_is_newcombes():
   assert found == pytest.approx((0.0524, 0.3339), abs=5e-5)
 
 
+def test_differences_image_by_image():
+  """Of the counts of McNemar's table; what both have right says nothing."""
+  both, ours, theirs, neither = 59, 6, 16, 80  # Images that each has right.
+  right = np.repeat([1.0, 1, 0, 0], (both, ours, theirs, neither))
+  other = np.repeat([1.0, 0, 1, 0], (both, ours, theirs, neither))
+  n = len(right) + 2
+  p, q = (ours + 1) / n, (theirs + 1) / n
+  half = scipy.stats.norm.ppf(0.975) * np.sqrt((p + q - (p - q) ** 2) / n)
+  found = accuracy.paired_difference(right, other)
+  assert found == pytest.approx((p - q - half, p - q + half))
+  a, b = accuracy.paired_difference(right, right)
+  assert -a == pytest.approx(b) and 0 < b < 0.02
+  ones = np.ones(2)
+  assert accuracy.paired_difference(ones, 0 * ones)[1] == 1
+
+
 def test_differences_of_the_same_seeds():
   """Those that both have; as the t test of pairs has it."""
   a, b = [0.9, 0.92, 0.97, 0.5], [0.1, 0.88, 0.91, 0.94]
@@ -43,13 +59,7 @@ def test_scores_are_those_of_scikit_learn(missing):
     label[label == 3] = 0
   if missing in ("prediction", "both"):
     predicted[predicted == 3] = 0
-  tally = np.stack(
-    [
-      np.bincount(label[label == predicted], minlength=5),
-      np.bincount(predicted, minlength=5),
-      np.bincount(label, minlength=5),
-    ]
-  )
+  tally = accuracy.tally(predicted, label, 5)
   for ours, theirs in (
     (accuracy.accuracy, metrics.accuracy_score(label, predicted)),
     (accuracy.macro_f1, metrics.f1_score(label, predicted, average="macro")),

@@ -23,6 +23,23 @@ from typing import Any
 import numpy as np
 
 LEVEL = 0.95
+_Z = statistics.NormalDist().inv_cdf((1 + LEVEL) / 2)
+
+
+def tally(
+  predicted: np.ndarray, label: np.ndarray, num_classes: int
+) -> np.ndarray:
+  """Count the examples of each class, (3, C), see the top of this file.
+
+  Args:
+    predicted: (n,) classes.
+    label: (n,) classes.
+    num_classes: C.
+  """
+  right = label[predicted == label]
+  return np.stack(
+    [np.bincount(x, minlength=num_classes) for x in (right, predicted, label)]
+  )
 
 
 def accuracy(tally: np.ndarray) -> float:
@@ -77,8 +94,7 @@ def interval(share: float, images: int) -> tuple[float, float]:
     share: 0..1.
     images: n, at least 1.
   """
-  z = statistics.NormalDist().inv_cdf((1 + LEVEL) / 2)
-  each = z**2 / images
+  each = _Z**2 / images
   centre = (share + each / 2) / (1 + each)
   half = math.sqrt(share * (1 - share) * each + each**2 / 4) / (1 + each)
   return max(0.0, centre - half), min(1.0, centre + half)
@@ -111,6 +127,26 @@ def difference(
   below = math.hypot(a - low, other_high - b)
   above = math.hypot(high - a, b - other_low)
   return a - b - below, a - b + above
+
+
+def paired_difference(
+  right: np.ndarray, other: np.ndarray
+) -> tuple[float, float]:
+  """Return the interval of an accuracy minus another, of other such images.
+
+  Of Bonett and Price (2012): the normal interval of the mean of the differences
+  image by image, after an image is added that only one has right, and one that
+  only the other has. Without these two it would be empty for equal answers, and
+  is too narrow where few differ.
+
+  Args:
+    right: (n,) shares of the seeds that are right about each image, 0..1.
+    other: (n,) those of the other model, of the same images.
+  """
+  each = np.append(right - other, (1.0, -1.0))
+  half = _Z * each.std() / math.sqrt(len(each))
+  low, high = each.mean() - half, each.mean() + half
+  return max(-1.0, float(low)), min(1.0, float(high))
 
 
 def seed_difference(

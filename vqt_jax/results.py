@@ -1,11 +1,16 @@
-"""The results file of a finished run."""
+"""The results of a finished run: their file, and that of its answers."""
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from vqt_jax import errors
+from vqt_jax.runtime import array_files
 from vqt_jax.runtime import files
 
 RESULTS = "results.json"
+ANSWERS = "test_answers.safetensors"
 
 _ACCURACY = {
   "mean": float,
@@ -179,6 +184,80 @@ def read_to_compare(workdir: files.Path) -> dict[str, Any]:
         )
     _check(results, _COMPARED)
   return results
+
+
+class Answers(NamedTuple):
+  """What a run answered to the test images, in the order of the test set.
+
+  Attributes:
+    label: (n,) classes.
+    predicted: (R, n) classes, a row for each seed.
+  """
+
+  label: np.ndarray
+  predicted: np.ndarray
+
+  @property
+  def right(self) -> np.ndarray:
+    """Share of the seeds that are right about each image, (n,)."""
+    return (self.predicted == self.label).mean(axis=0)
+
+
+def write_answers(
+  workdir: files.Path,
+  seeds: Sequence[int],
+  label: np.ndarray,
+  predicted: np.ndarray,
+) -> None:
+  """Write the answers of a run.
+
+  Args:
+    workdir: of the run.
+    seeds: R of them.
+    label: (n,) classes of the test images.
+    predicted: (R + 1, n) classes, of each seed and, last, of all together, -1
+      where that is unknown.
+  """
+  *each, together = predicted
+  arrays = {"label": label, "predicted": np.stack(each)}
+  if (together >= 0).all():
+    arrays["together"] = together
+  small = np.min_scalar_type(max(x.max() for x in arrays.values()))
+  arrays = {name: x.astype(small) for name, x in arrays.items()}
+  content = array_files.to_safetensors(arrays, {"seeds": list(map(str, seeds))})
+  files.write(workdir / ANSWERS, content)
+
+
+def read_answers(
+  workdir: files.Path, results: Mapping[str, Any]
+) -> Answers | None:
+  """Read the answers of a run; None if an earlier version left none.
+
+  Args:
+    workdir: of the run.
+    results: contents of its `results.json`.
+
+  Raises:
+    UserError: they are damaged, or those of other results.
+  """
+  path, test = workdir / ANSWERS, results["test_accuracy"]
+  if not files.exists(path):
+    return None
+  seeds, images = test["per_seed"], test.get("images")
+  expected = [*seeds], (images,), (len(seeds), images)
+
+  def check(shapes, info):
+    found = info.get("seeds"), shapes.get("label"), shapes.get("predicted")
+    if found != expected:
+      raise ValueError(f"expected seeds and shapes {expected}, found {found}")
+
+  with files.explain_damage(path, "Delete it to compare the run without it."):
+    arrays, _ = array_files.read_safetensors(path, check)
+    answers = Answers(arrays["label"], arrays["predicted"])
+    found = (answers.predicted == answers.label).mean(axis=1)
+    if not np.allclose(found, [*seeds.values()]):
+      raise ValueError(f"its accuracies are not those of {RESULTS}")
+  return answers
 
 
 def _check(results: Any, kinds: dict[str, Any]) -> None:

@@ -18,9 +18,9 @@ stopped, a table of what is finished is printed and written to W/tasks.csv.
 
 The standard error is that of the share of the test images, sqrt(p (1 - p) / n);
 it says nothing about other training images, and less than it seems about the
-difference of two methods, which see the same images. Means are over the tasks
-that all methods have finished. Seconds are those of a run with everything, from
-reading images to the test.
+difference of two methods, which see the same images: `vqt-jax compare W/TASK/*`
+pairs them. Means are over the tasks that all methods have finished. Seconds are
+those of a run with everything, from reading images to the test.
 """
 
 import argparse

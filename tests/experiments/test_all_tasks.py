@@ -1,5 +1,6 @@
 """All tasks in one command, of a table with three tiny ones."""
 
+import re
 import signal
 
 import pytest
@@ -105,11 +106,16 @@ def test_all_tasks(start, table, material, tmp_path, monkeypatch):
   assert {path.name for path in workdir.iterdir()} == DONE | {
     "config.json",
     "log.txt",
+    "report.html",
     "results.json",
     "vtab.csv",
     "vtab.png",
   }
   assert ["eurosat", "not", "prepared"] in [line.split() for line in said]
+  page = (workdir / "report.html").read_text()
+  links = re.findall('href="([^"]*)/report.html"', page)
+  assert set(links) == {p.parent.name for p in workdir.glob("*/report.html")}
+  assert set(links) == DONE
 
   assert start(alone, task="kitti")[0] == 0
   assert runs.bits(workdir / "kitti") == runs.bits(alone)

@@ -14,13 +14,16 @@ from configs import digits
 import main
 from tests import helpers
 from tests import runs
+from vqt_jax import accuracy
 from vqt_jax import compare as compare_compare
 from vqt_jax import data
 from vqt_jax import errors
+from vqt_jax import results as results_lib
 from vqt_jax.config import resolve
 from vqt_jax.models import methods
 from vqt_jax.reports import compare
 from vqt_jax.reports import compare_figure
+from vqt_jax.reports import compare_report
 from vqt_jax.reports import style
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import memory
@@ -82,6 +85,24 @@ def started(material, workdir, capfd, **changes):
   return status, [line.rstrip() for line in said.splitlines()]
 
 
+def assert_paired(workdir, entries):
+  """Differences are those of the answers, image by image."""
+  right = {}
+  for name in entries:
+    own = results_lib.read_answers(workdir / name, runs.results(workdir / name))
+    right[name] = (own.predicted == own.label).mean(axis=0)
+  best, *others = entries
+  assert entries[best]["difference"] is None
+  for name in others:
+    found = entries[name]["difference"]
+    expected = accuracy.paired_difference(right[name], right[best])
+    assert found["paired"] and found["images"] == pytest.approx(expected)
+    low, high = expected
+    assert low <= found["mean"] <= high
+  page = (workdir / "report.html").read_text()
+  assert "paired by image)" in page and "Newcombe" not in page
+
+
 def test_methods_are_compared(material, tmp_path, monkeypatch, capfd):
   workdir = tmp_path / "all"
   names = ",".join(METHODS)
@@ -126,6 +147,7 @@ def test_methods_are_compared(material, tmp_path, monkeypatch, capfd):
     assert 2**12 < int(row["step_bytes"]) == own["memory"]["step_bytes"]
     assert float(row["epoch_seconds"]) == own["seconds"]["epoch"] > 0
     assert int(row["settings"]) == 2
+  assert_paired(workdir, summary["runs"])
 
   # One more method joins those that are finished; other changes do not, but of
   # what only other methods use.
@@ -283,6 +305,35 @@ def test_table_and_file(tmp_path, capsys):
   assert lines[1].split()[:4] == ["lora", "70.00", "+-", "1.00"]
   assert lines[1].count("unknown") == 6
   assert lines[2].startswith("results")  # A single run differs from nothing.
+
+
+@pytest.mark.parametrize("why", ["kept no answers", "other labels"])
+def test_runs_that_cannot_be_paired(tmp_path, why):
+  """Their interval is the one of independent answers, and the page says so."""
+  found = {"a": outcome(accuracy=0.8), "b": outcome("lora", 0.6)}
+  label = np.zeros(400, int)
+  answers = {
+    name: results_lib.Answers(label, np.zeros((3, 400), int)) for name in found
+  }
+  assert compare.summarize(found, answers)["runs"]["b"]["difference"]["paired"]
+  answers["b"] = (
+    answers["b"]._replace(label=label + 1) if why == "other labels" else None
+  )
+  summary = compare.summarize(found, answers)
+  assert summary["runs"]["b"]["difference"] == {
+    "mean": pytest.approx(-0.2),
+    "seeds": pytest.approx((-0.2, -0.2)),
+    "images": accuracy.difference(
+      *(found[name]["test_accuracy"] for name in "ba")
+    ),
+    "paired": False,
+  }
+  workdirs = {name: tmp_path / name for name in found}
+  compare_report.report(tmp_path / "report.html", summary, "", workdirs)
+  page = (tmp_path / "report.html").read_text()
+  assert "Not paired by image" in page and "paired by image)" not in page
+  found["b"]["data"]["sha256"] = "c" * 64
+  assert compare.summarize(found)["runs"]["b"]["difference"] is None
 
 
 def test_one_seed_has_no_deviation(capsys):

@@ -11,6 +11,7 @@ import pytest
 
 from tests.experiments import test_compare
 from tests.reports import test_figures
+from tests.reports import test_vtab_summary
 from vqt_jax import errors
 from vqt_jax.reports import compare
 from vqt_jax.reports import compare_report
@@ -19,15 +20,18 @@ from vqt_jax.reports import evaluation_report
 from vqt_jax.reports import html as html_lib
 from vqt_jax.reports import notable
 from vqt_jax.reports import run_report
+from vqt_jax.reports import vtab_report
+from vqt_jax.reports import vtab_summary
 
 CLASSES = ("<script>alert(1)</script>", "\"&'", "$x_1$ {{ 1 }}", "日本" * 30)
+TASKS = ("dtd", "kitti", "eurosat")
 SCREEN = 360  # Pixels.
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-  """Pages of a run, a comparison and an evaluation, of hostile names."""
+  """Pages of a run, a comparison and others, of hostile names."""
   folder = tmp_path_factory.mktemp("pages")
   found = test_figures.outcome(task=CLASSES[0], best=True, selected=True)
   found |= {
@@ -68,6 +72,12 @@ def pages(tmp_path_factory):
     html_lib.command("evaluate", CLASSES[0]),
     {"hash": CLASSES[1]},
   )
+  vtab_report.report(
+    folder / "vtab.html",
+    vtab_summary.summarize(test_vtab_summary.results(TASKS)),
+    {"task": "all", "init": "".join(CLASSES)},
+    TASKS[:1],
+  )
   return {path.stem: path.read_text() for path in folder.glob("*.html")}
 
 
@@ -88,7 +98,7 @@ class _Elements(html.parser.HTMLParser):
 
 def test_names_are_text(pages):
   """None becomes an element, an attribute or a template."""
-  assert pages.keys() == {"run", "compare", "evaluation"}
+  assert pages.keys() == {"run", "compare", "evaluation", "vtab"}
   for kind, page in pages.items():
     found = _Elements(page)
     tags = [tag for tag, _ in found.tags]
@@ -100,12 +110,20 @@ def test_names_are_text(pages):
 
 
 def test_pages_are_whole(pages):
-  """Ids are unique, references lead to them, and nothing is elsewhere."""
-  for page in pages.values():
+  """Ids are unique, references lead to them, and nothing is elsewhere.
+
+  But for the reports of all tasks beside that of their summary.
+  """
+  for kind, page in pages.items():
     found = _Elements(page)
+    own = [("a", {"href": f"{TASKS[0]}/report.html"})]
+    links = [each for each in found.tags if each[0] == "a"]
+    assert links == (own if kind == "vtab" else [])
     ids = [attrs["id"] for _, attrs in found.tags if "id" in attrs]
     assert len(ids) == len({*ids})
     for tag, attrs in found.tags:
+      if tag == "a":
+        continue
       for name in ("src", "href", "xlink:href"):
         link = attrs.get(name, "data:")
         assert link.startswith("data:") or link[1:] in ids, (tag, link)
@@ -117,6 +135,16 @@ def test_pages_are_whole(pages):
       "http://www.w3.org/",
       "",  # Namespaces of SVG.
     )
+
+
+def test_the_page_of_all_tasks(pages):
+  """Every task, also one that is missing, and means of those that are there."""
+  text = " ".join(_Elements(pages["vtab"]).text.split())
+  assert "is 53.0 % as the mean of 3 groups, and 53.0 % as the mean of" in text
+  assert "not prepared and missing: caltech101, cifar100, flowers102" in text
+  for name, accuracy in zip(TASKS, ("51.0", "53.0", "55.0")):
+    assert f"{name} {accuracy} ± 1.4" in text
+  assert "sun397 not prepared" in text and "HST" in text
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs chromium")

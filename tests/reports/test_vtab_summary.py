@@ -206,4 +206,9 @@ def test_the_table_on_the_screen(method):
   assert [method, "52.00", "52.00", "52.00"] in lines
   assert ["linear", "probing", "*", "74.10", "74.10", "74.10"] in lines
   assert "* theirs, not ours: V-PETL Bench" in stream.getvalue()
-  assert lines[-1][1:] == ["runs/vtab/results.json", "vtab.csv", "vtab.png"]
+  assert lines[-1][1:] == [
+    "runs/vtab/results.json",
+    "report.html",
+    "vtab.csv",
+    "vtab.png",
+  ]

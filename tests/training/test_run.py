@@ -14,6 +14,7 @@ from tests import runs
 import vqt_jax
 from vqt_jax import cli
 from vqt_jax import data
+from vqt_jax import results as results_lib
 from vqt_jax.config import config_dict
 from vqt_jax.config import resolve
 from vqt_jax.features import batches as batches_lib
@@ -49,8 +50,7 @@ def task(material):
 
 
 def recount(workdir, task):
-  """Test accuracies from the shipped weights and NumPy."""
-  accuracies = {}
+  """Labels and answers of the test, from the shipped weights and NumPy."""
   model = vqt_jax.load(workdir)
   examples = data.load_arrays(
     task,
@@ -58,11 +58,9 @@ def recount(workdir, task):
     image_size=model.backbone.config.image_size,
     value_range=model.backbone.value_range,
   )
-  for seed, logits in zip(SEEDS, model.logits(examples["image"])):
-    right = np.argmax(logits, -1) == examples["label"]
-    accuracies[str(seed)] = right.mean()
+  predicted = np.argmax(model.logits(examples["image"]), axis=-1)
   together = model.predict_proba(examples["image"]).argmax(axis=-1)
-  return accuracies, np.mean(together == examples["label"])
+  return examples["label"], predicted, together
 
 
 def test_what_a_run_leaves_behind(run, material):
@@ -76,6 +74,7 @@ def test_what_a_run_leaves_behind(run, material):
     "report.png",
     "results.json",
     "tensorboard",
+    "test_answers.safetensors",
     "tuned",
   }
   assert (workdir / "report.png").read_bytes().startswith(PNG)
@@ -131,12 +130,19 @@ def test_what_a_run_leaves_behind(run, material):
   ],
   ids=str,
 )
-def test_accuracies_are_those_of_the_shipped_weights(run, task, changes):
+def test_answers_are_those_of_the_shipped_weights(run, task, changes):
+  """In the order of the test set, and so are the accuracies."""
   workdir = run(**changes)
   found = runs.results(workdir)
-  per_seed, together = recount(workdir, task)
-  assert found["test_accuracy"]["per_seed"] == per_seed
-  assert found["test_ensemble_accuracy"]["mean"] == pytest.approx(together)
+  label, predicted, together = recount(workdir, task)
+  answers = results_lib.read_answers(workdir, found)
+  np.testing.assert_array_equal(answers.label, label)
+  np.testing.assert_array_equal(answers.predicted, predicted)
+  shares = (predicted == label).mean(axis=1)
+  per_seed = found["test_accuracy"]["per_seed"]
+  assert per_seed == dict(zip(map(str, SEEDS), shares))
+  ensemble = found["test_ensemble_accuracy"]["mean"]
+  assert ensemble == pytest.approx(np.mean(together == label))
 
 
 def test_weights_that_have_changed_are_not_taken_for_the_same(

@@ -41,9 +41,14 @@ def _sum_up(
   console: console_lib.Console, workdir: files.Path, names: Sequence[str]
 ) -> dict[str, Any]:
   """Write and print the comparison; `results.json` comes last."""
-  summary = compare.summarize(run_many.load_results(workdir, names))
+  found = run_many.load_results(workdir, names)
+  workdirs = {name: workdir / name for name in names}
+  answers = {
+    name: results.read_answers(place, found[name])
+    for name, place in workdirs.items()
+  }
+  summary = compare.summarize(found, answers)
   if processes.is_first():
-    workdirs = {name: workdir / name for name in names}
     compare.write(console, summary, workdirs, workdir)
     files.write_json(workdir / results.RESULTS, summary)
   return summary

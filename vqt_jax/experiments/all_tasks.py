@@ -11,7 +11,9 @@ from vqt_jax import results
 from vqt_jax.config import resolve
 from vqt_jax.data import vtab
 from vqt_jax.experiments import run_many
+from vqt_jax.reports import html
 from vqt_jax.reports import vtab_figure
+from vqt_jax.reports import vtab_report
 from vqt_jax.reports import vtab_summary
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import files
@@ -25,8 +27,8 @@ def train(
 ) -> dict[str, Any]:
   """Run every task, then sum up; see `run_many.train`.
 
-  Tasks whose dataset is not prepared are left out. `workdir` gets `vtab.csv`
-  and `vtab.png`, too.
+  Tasks whose dataset is not prepared are left out. `workdir` gets
+  `report.html`, `vtab.csv` and `vtab.png`, too.
 
   Raises:
     UserError: no task is prepared, or something else that can be corrected.
@@ -86,6 +88,12 @@ def _sum_up(
   if processes.is_first():
     files.write(workdir / "vtab.csv", vtab_summary.to_csv(summary).encode())
     vtab_figure.vtab(summary, workdir / "vtab.png")
+    vtab_report.report(
+      workdir / html.REPORT,
+      summary,
+      files.read_json(workdir / "config.json"),
+      [name for name in names if files.exists(workdir / name / html.REPORT)],
+    )
     files.write_json(workdir / results.RESULTS, summary)
   vtab_summary.show(console, workdir, summary)
   return summary

@@ -5,8 +5,11 @@ import csv
 import io
 from typing import Any
 
+import numpy as np
+
 from vqt_jax import accuracy as accuracy_lib
 from vqt_jax import data
+from vqt_jax import results as results_lib
 from vqt_jax.reports import attention_figure
 from vqt_jax.reports import compare_figure
 from vqt_jax.reports import compare_report
@@ -45,6 +48,8 @@ SETUP = {
   "data_sha256": "contents of the dataset",
   **{f"{split}_split": f"{split} split" for split in data.SPLITS},
 }
+# What runs have in common if they were tested on the same images.
+_SAME_IMAGES = ("dataset", "data_sha256", "test_split")
 UNKNOWN = "unknown"
 SHORT = 8  # Characters of a digest on the screen.
 COLUMNS = (
@@ -75,18 +80,23 @@ COLUMNS = (
 )
 
 
-def summarize(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def summarize(
+  results: Mapping[str, Mapping[str, Any]],
+  answers: Mapping[str, results_lib.Answers | None] | None = None,
+) -> dict[str, Any]:
   """Summarise finished runs, the most accurate first.
 
   Args:
     results: name -> contents of the run's `results.json`; at least one.
+    answers: name -> what the run answered to the test images, if it is known.
 
   Returns:
     `task`, `backbone` and `device` (of all runs, different ones joined by
     commas); `differences`: field of `SETUP` -> value -> names of runs, where
     runs differ ("unknown" where an older program did not record it); and
     `runs`: name -> entries of the table, where `details` tells runs of the same
-    method apart.
+    method apart, and `difference` is from the most accurate run, see
+    `_difference`.
   """
   runs = {name: _entry(result) for name, result in results.items()}
   about = {
@@ -97,7 +107,44 @@ def summarize(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     run["details"] = _details(name, runs)
   rank = lambda name: -runs[name]["test_accuracy"]["mean"]
   runs = {name: runs[name] for name in sorted(runs, key=rank)}
+  best = next(iter(runs))
+  of = (answers or {}).get
+  for name, run in runs.items():
+    run["difference"] = (
+      None if name == best else _difference(run, runs[best], of(name), of(best))
+    )
   return {**about, "differences": _differences(runs), "runs": runs}
+
+
+def _difference(
+  run: Mapping[str, Any],
+  best: Mapping[str, Any],
+  answers: results_lib.Answers | None,
+  best_answers: results_lib.Answers | None,
+) -> dict[str, Any] | None:
+  """Return how the accuracy of a run differs from that of the best one.
+
+  Returns:
+    `mean`; the intervals `seeds` and `images`, of other seeds and other images,
+    None where unknown; and whether the latter is `paired` by image. None if the
+    runs were not tested on the same images.
+  """
+  setup, best_setup = run["setup"], best["setup"]
+  if run["task"] != best["task"] or any(
+    setup[name] != best_setup[name] for name in _SAME_IMAGES
+  ):
+    return None
+  tests = run["test_accuracy"], best["test_accuracy"]
+  both = [each for each in (answers, best_answers) if each]
+  paired = len(both) == 2 and np.array_equal(both[0].label, both[1].label)
+  return {
+    "mean": tests[0]["mean"] - tests[1]["mean"],
+    "seeds": accuracy_lib.seed_difference(*tests),
+    "images": accuracy_lib.paired_difference(*(each.right for each in both))
+    if paired
+    else accuracy_lib.difference(*tests),
+    "paired": paired,
+  }
 
 
 def _differences(

@@ -10,9 +10,6 @@ from vqt_jax.reports import style
 from vqt_jax.runtime import files
 from vqt_jax.runtime import units
 
-# What runs have in common if they were tested on the same images.
-_SAME_IMAGES = ("dataset", "data_sha256", "test_split")
-
 
 def report(
   path: files.Path,
@@ -75,12 +72,15 @@ def _sentences(summary: Mapping[str, Any]) -> list[str]:
     f"{name[0].upper()}{name[1:]} is the most accurate, with"
     f" {accuracy_lib.format_mean(test, 1, '±')} %{images}."
   ]
-  if others and _same_images(first, others[0]):
-    ahead = test["mean"] - others[0]["test_accuracy"]["mean"]
-    interval = accuracy_lib.difference(test, others[0]["test_accuracy"])
-    words = f" (95 % interval {_points(interval)})" if interval else ""
+  if others and (behind := others[0]["difference"]):
+    known = ""
+    if behind["images"]:
+      low, high = behind["images"]
+      paired = ", paired by image" if behind["paired"] else ""
+      known = f" (95 % interval {_points((-high, -low))}{paired})"
     found.append(
-      f"It is {html.percent(ahead)} points ahead of {_name(others[0])}{words}."
+      f"It is {html.percent(-behind['mean'])} points ahead of"
+      f" {_name(others[0])}{known}."
     )
   return found
 
@@ -97,12 +97,6 @@ def _points(interval: tuple[float, float]) -> str:
 
 def _point(share: float) -> str:
   return f"{100 * share:+.1f}".replace("-", "−")
-
-
-def _same_images(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-  return a["task"] == b["task"] and all(
-    a["setup"][name] == b["setup"][name] for name in _SAME_IMAGES
-  )
 
 
 def _row(number: int, run: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,15 +116,11 @@ def _row(number: int, run: Mapping[str, Any]) -> dict[str, Any]:
 
 def _behind(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
   """Return the differences of the other runs from the best one."""
-  first, *others = summary["runs"].values()
   rows = []
-  for number, run in enumerate(others, 2):
-    if not _same_images(run, first):
+  for number, run in enumerate(summary["runs"].values(), 1):
+    if not (found := run["difference"]):
       continue
-    pair = run["test_accuracy"], first["test_accuracy"]
-    seeds = accuracy_lib.seed_difference(*pair)
-    images = accuracy_lib.difference(*pair)
-    mean = pair[0]["mean"] - pair[1]["mean"]
+    mean, seeds, images = (found[x] for x in ("mean", "seeds", "images"))
     low, high = images or (mean, mean)
     rows.append(
       {
@@ -139,6 +129,7 @@ def _behind(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         "difference": _point(mean),
         "seeds": _points(seeds) if seeds else "–",
         "images": _points(images) if images else "–",
+        "unpaired": images and not found["paired"],
         "mean": mean,
         "low": low,
         "high": high,

@@ -17,6 +17,7 @@ import PIL.Image
 
 from vqt_jax import errors
 from vqt_jax import version
+from vqt_jax.config import config_dict
 from vqt_jax.reports import figures
 from vqt_jax.reports import style
 from vqt_jax.runtime import files
@@ -165,7 +166,21 @@ def class_rows(
   ]
 
 
-def flat(value: Mapping[str, Any]) -> dict[str, str]:
+def config(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Return what the template needs to show the contents of a `config.json`.
+
+  `changed` are the fields that are not as in the default config.
+  """
+  default = config_dict.to_json(config_dict.default_config())
+  differ = config_dict.differences(default, values)
+  changed = {name: new for name, (_, new) in differ.items() if new is not None}
+  return {
+    "changed": _flat(changed),
+    "config": _flat(config_dict.flatten(values)),
+  }
+
+
+def _flat(value: Mapping[str, Any]) -> dict[str, str]:
   """Return settings as text, lists joined with commas."""
   text = lambda x: (
     ", ".join(map(str, x)) if isinstance(x, list | tuple) else str(x)

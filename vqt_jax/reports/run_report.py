@@ -6,7 +6,6 @@ import statistics
 from typing import Any
 
 from vqt_jax import accuracy as accuracy_lib
-from vqt_jax.config import config_dict
 from vqt_jax.reports import html
 from vqt_jax.reports import run_figure
 from vqt_jax.reports import style
@@ -45,9 +44,8 @@ def report(
       "--workdir",
       "runs/again",
     ),
-    changed=html.flat(_changed(config)),
-    config=html.flat(config_dict.flatten(config)),
     facts=_facts(results),
+    **html.config(config),
   )
 
 
@@ -199,13 +197,6 @@ def _classes(results: Mapping[str, Any]) -> list[dict[str, Any]]:
   seeds = len(results["test_accuracy"]["per_seed"])
   columns = (counts[name] for name in ("class", "images", "right", "predicted"))
   return html.class_rows(*columns, seeds)
-
-
-def _changed(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Return the fields that are not as in the default config."""
-  default = config_dict.to_json(config_dict.default_config())
-  differ = config_dict.differences(default, config)
-  return {name: new for name, (_, new) in differ.items() if new is not None}
 
 
 def _facts(results: Mapping[str, Any]) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Picture of all tasks of VTAB-1k."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import os
 from typing import Any
 
@@ -13,55 +13,81 @@ from vqt_jax.reports import published
 from vqt_jax.reports import style as style_lib
 from vqt_jax.reports import vtab_summary
 
+# Markers of published rows, and what they look like in a text.
+_SHAPES = {"s": "□", "v": "▽", "^": "△", "D": "◇"}
+
 
 def vtab(summary: dict[str, Any], path: str | os.PathLike) -> None:
   """Draw all VTAB-1k tasks and their means, with published numbers behind."""
-  figure = style_lib.figure_of(16, 6.4)
-  tasks = vtab_lib.VTAB
-  groups = [
-    [name for name in tasks if tasks[name].group == group]
-    for group in vtab_lib.GROUPS
-  ]
-  words = vtab_summary.labels(summary)
+  figure, panels = style_lib.figure_of(16, 6.4), list(_panels(summary))
+  *groups, means = (len(labels) for _, labels, *_ in panels)
   axes = figure.subplots(
-    1, 4, sharey=True, width_ratios=[*map(len, groups), 1 + len(words)]
+    1, len(panels), sharey=True, width_ratios=[*groups, 1 + means]
   )
-  ours = {n: t["test_accuracy"] for n, t in summary["tasks"].items()}
-  rows = published.ROWS
-  theirs = [vtab_summary.same_tasks(row, summary) for row in rows]
-  for ax, group, names in zip(axes, vtab_lib.GROUPS, groups):
-    lines = [name.replace("_", "\n") for name in names]
-    _columns(ax, names, lines, ours, [row.accuracy for row in rows])
-    ax.set_title(group, loc="left")
-  lines = [
-    word.replace(" ", "\n") if name in vtab_lib.GROUPS else word
-    for name, word in words.items()
-  ]
-  _columns(
-    axes[3],
-    list(words),
-    lines,
-    summary["means"],
-    [{n: m["mean"] for n, m in means.items()} for means in theirs],
-  )
-  axes[3].set_title("means over", loc="left")
-  axes[3].set_facecolor("#f5f7fa")
-  axes[0].set_ylim(0, 1.1)
-  axes[0].set_yticks(np.linspace(0, 1, 6))
-  axes[0].yaxis.set_major_formatter(style_lib.percent_axis())
+  for ax, (title, *panel) in zip(axes, panels):
+    _columns(ax, *panel)
+    ax.set_title(title, loc="left")
+  axes[-1].set_facecolor("#f5f7fa")
+  _scale(axes[0])
   axes[0].set_ylabel("test accuracy")
   _vtab_words(figure, axes[0], summary)
   style_lib.save(figure, path)
 
 
+def drawn_alone(
+  summary: dict[str, Any],
+) -> list[tuple[str, figures.matplotlib.figure.Figure]]:
+  """Return (title, figure) of each group of tasks, and of the means."""
+  found = []
+  for title, *panel in _panels(summary):
+    figure = style_lib.figure_of(*style_lib.ALONE)
+    ax = figure.subplots()
+    _columns(ax, *panel)
+    _scale(ax)
+    names = [each.replace("\n", " ") for each in panel[0].values()]
+    ax.set_xticks(ax.get_xticks(), names, fontsize=8, rotation=40, ha="right")
+    found.append((title[0].upper() + title[1:], figure))
+  return found
+
+
+def marks() -> list[tuple[str, str]]:
+  """Return (mark, name) of each published row that is named in the figures."""
+  return [(_SHAPES[_mark(row)[0]], row.method) for row in published.familiar()]
+
+
+def _panels(
+  summary: dict[str, Any],
+) -> Iterator[tuple[str, dict[str, str], dict[str, Any], list[Any]]]:
+  """Yield title, labels of columns, our accuracies and published ones."""
+  tasks, rows = vtab_lib.VTAB, published.ROWS
+  ours = {n: t["test_accuracy"] for n, t in summary["tasks"].items()}
+  for group in vtab_lib.GROUPS:
+    names = [name for name in tasks if tasks[name].group == group]
+    labels = {name: name.replace("_", "\n") for name in names}
+    yield group, labels, ours, [row.accuracy for row in rows]
+  labels = {
+    name: word.replace(" ", "\n") if name in vtab_lib.GROUPS else word
+    for name, word in vtab_summary.labels(summary).items()
+  }
+  theirs = [vtab_summary.same_tasks(row, summary) for row in rows]
+  theirs = [{n: m["mean"] for n, m in means.items()} for means in theirs]
+  yield "means over", labels, summary["means"], theirs
+
+
+def _scale(ax: Any) -> None:
+  ax.set_ylim(0, 1.1)
+  ax.set_yticks(np.linspace(0, 1, 6))
+  ax.yaxis.set_major_formatter(style_lib.percent_axis())
+
+
 def _columns(
   ax: Any,
-  names: Sequence[str],
-  labels: Sequence[str],
+  labels: dict[str, str],
   ours: dict[str, Any],
   theirs: Sequence[dict[str, float | None]],
 ) -> None:
   """Draw a column per task or mean: ours in front, published ones behind."""
+  names = list(labels)
   x = np.arange(len(names))
   for row, found in zip(published.ROWS, theirs):
     values = np.array([found[name] for name in names], float)
@@ -108,7 +134,7 @@ def _columns(
       fontweight="bold",
       fontsize=9,
     )
-  ax.set_xticks(x, labels, fontsize=7)
+  ax.set_xticks(x, list(labels.values()), fontsize=7)
   ax.set_xlim(-0.6, len(names) - 0.4)
   ax.tick_params(length=0)
   ax.grid(axis="y")
@@ -126,7 +152,7 @@ def _mark(row: published.Row) -> tuple[str, dict[str, Any]] | None:
     "markeredgewidth": 0.9,
     "alpha": 0.75,
   }
-  return "sv^D"[names.index(row.method)], style
+  return list(_SHAPES)[names.index(row.method)], style
 
 
 def _vtab_words(figure: Any, ax: Any, summary: dict[str, Any]) -> None:

@@ -199,7 +199,9 @@ def show(
   ]
   console.table(columns, rows)
   _show_means(console, summary)
-  console.note(f"{workdir / 'results.json'}   vtab.csv   vtab.png", "results")
+  console.note(
+    f"{workdir / 'results.json'}   report.html   vtab.csv   vtab.png", "results"
+  )
 
 
 def _show_means(console: console_lib.Console, summary: Any) -> None:

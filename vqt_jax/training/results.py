@@ -1,4 +1,4 @@
-"""Writes the results of a finished run: results.json and tuned/."""
+"""Writes what a finished run leaves: results.json, answers and tuned/."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -37,13 +37,13 @@ def write(
   seconds: float,
   peak: memory.PeakMemory,
 ) -> dict[str, Any]:
-  """Write `tuned/` and then `results.json`, which marks the run as finished.
+  """Write all results; `results.json` comes last and marks the run as finished.
 
   Args:
     context: of the run.
     found: what the protocol found on the way.
     candidates: tested settings; the last one is the result.
-    test: their tallies on the test set, as of `run`.
+    test: labels and predicted classes of the test images, as of `run`.
     seconds: wall time of this process.
     peak: peak memory of this process.
 
@@ -53,6 +53,10 @@ def write(
   results = _results(context, found, candidates, test, seconds, peak)
   if processes.is_first():
     results["tuned_bytes"] = _write_tuned(context, candidates[-1], results)
+    seeds = [trial.seed for trial in candidates[-1].trials]
+    results_lib.write_answers(
+      context.workdir, seeds, test["label"], test["answers"][-1]
+    )
     files.write_json(context.workdir / results_lib.RESULTS, results)
     files.remove_folder(context.workdir / "stages")
   return results
@@ -65,11 +69,11 @@ def _results(context, found, candidates, test, seconds, peak) -> dict[str, Any]:
       "name": each.name,
       "setting": each.setting,
       "kept_share": each.kept_share,
-      **_scores(each, tallies, test["images"]),
+      **_scores(each, test["label"], predicted),
       "trained_parameters": each.num_trained,
       "training_seconds": each.seconds,
     }
-    for each, tallies in zip(candidates, test["tallies"])
+    for each, predicted in zip(candidates, test["answers"])
   ]
   return {
     "task": context.task.name,
@@ -88,7 +92,9 @@ def _results(context, found, candidates, test, seconds, peak) -> dict[str, Any]:
     "protocol": context.config.protocol,
     "batch_size": context.config.batch_size,  # config.lr is per 256 images.
     **{name: tested[-1][name] for name in (*SCORES, ENSEMBLE)},
-    "test_classes": _count_classes(context.task, test["tallies"][-1]),
+    "test_classes": _count_classes(
+      context.task, test["label"], test["answers"][-1][:-1]
+    ),
     "chosen": result.setting,
     "tested": tested,
     **found,
@@ -119,10 +125,12 @@ def _results(context, found, candidates, test, seconds, peak) -> dict[str, Any]:
   }
 
 
-def _scores(candidate, tallies, images: int) -> dict[str, Any]:
+def _scores(candidate, label, predicted) -> dict[str, Any]:
   """Return the `SCORES` of the seeds of a candidate, and of all together."""
-  seeds = [trial.seed for trial in candidate.trials]
-  *tallies, together = tallies
+  seeds, images = [trial.seed for trial in candidate.trials], len(label)
+  *each, together = predicted
+  classes = candidate.tuner.num_classes
+  tallies = [accuracy_lib.tally(x, label, classes) for x in each]
   values = {
     name: [function(tally) for tally in tallies]
     for name, function in SCORES.items()
@@ -131,8 +139,8 @@ def _scores(candidate, tallies, images: int) -> dict[str, Any]:
   accuracy = values["test_accuracy"]
   found["test_accuracy"] = accuracy_lib.summary(seeds, accuracy, images)
   found[ENSEMBLE] = None
-  if len(seeds) > 1 and np.isfinite(together).all():
-    share = accuracy_lib.accuracy(together)
+  if len(seeds) > 1 and (together >= 0).all():
+    share = float((together == label).mean())
     found[ENSEMBLE] = {
       "mean": share,
       "interval": list(accuracy_lib.interval(share, images)),
@@ -140,21 +148,25 @@ def _scores(candidate, tallies, images: int) -> dict[str, Any]:
   return found
 
 
-def _count_classes(task: data.Task, tallies: np.ndarray) -> dict[str, Any]:
+def _count_classes(
+  task: data.Task, label: np.ndarray, predicted: np.ndarray
+) -> dict[str, Any]:
   """Return names and numbers of test images of each class.
 
   Images that are right, and those taken for the class, are summed over seeds.
 
   Args:
     task: of the run.
-    tallies: of the seeds, and of all together, (R + 1, 3, C).
+    label: (n,) of the test images.
+    predicted: (R, n) of each seed.
   """
-  right, predicted, _ = tallies[:-1].sum(axis=0).astype(int)
+  tallies = [accuracy_lib.tally(x, label, task.num_classes) for x in predicted]
+  right, taken, there = sum(tallies)
   return {
     "class": _class_names(task),
-    "images": tallies[0, 2].astype(int),
+    "images": there // len(tallies),
     "right": right,
-    "predicted": predicted,
+    "predicted": taken,
   }
 
 

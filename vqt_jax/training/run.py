@@ -8,7 +8,6 @@ import jax
 import ml_collections
 import numpy as np
 
-from vqt_jax import accuracy as accuracy_lib
 from vqt_jax import data
 from vqt_jax import results as results_lib
 from vqt_jax.features import examples as examples_lib
@@ -90,7 +89,7 @@ def _run(config, workdir, console, task) -> dict[str, Any]:
           context, examples, saver, metrics, stop, peak, forecast
         )
         found, candidates = method.candidates(context, stages, examples)
-        test = _test(context, stages, examples, candidates)
+        test = _test(stages, candidates)
     with processes.raise_on_all():
       seconds = time.monotonic() - started
       return results_training.write(
@@ -98,10 +97,10 @@ def _run(config, workdir, console, task) -> dict[str, Any]:
       )
 
 
-def _test(context, stages, examples, candidates) -> dict[str, Any]:
+def _test(stages, candidates) -> dict[str, Any]:
   """Test all seeds of all candidates in one pass over the test set."""
   started = time.monotonic()
-  tallies = stages.evaluate(
+  label, answers = stages.evaluate(
     "test",
     None,
     [
@@ -115,12 +114,12 @@ def _test(context, stages, examples, candidates) -> dict[str, Any]:
     ],
     "test",
   )
-  for each, found in zip(candidates, tallies):
-    accuracy = [accuracy_lib.accuracy(tally) for tally in found[:-1]]
+  for each, predicted in zip(candidates, answers):
+    accuracy = [float((seed == label).mean()) for seed in predicted[:-1]]
     epoch, name = len(each.trained.history), "test_accuracy"
     stages.log_accuracy(f"test_{each.name}", each.trials, epoch, name, accuracy)
   return {
-    "tallies": tallies,
-    "images": examples.count("test"),
+    "label": label,
+    "answers": answers,
     "seconds": time.monotonic() - started,
   }

@@ -163,10 +163,15 @@ class Stages:
       _variables(state, stage), np.array([r.normalize for r in stage.trials])
     )
     if stage.judge:
-      (tallies,) = self.evaluate(*stage.judge, [(stage.tuner, ready)], "val")
+      label, (answers,) = self.evaluate(
+        *stage.judge, [(stage.tuner, ready)], "val"
+      )
       balanced = self._context.config.class_weights == "balanced"
       judge = accuracy_lib.balanced if balanced else accuracy_lib.accuracy
-      accuracy = [judge(tally) for tally in tallies[:-1]]
+      accuracy = [
+        judge(accuracy_lib.tally(each, label, stage.tuner.num_classes))
+        for each in answers[:-1]
+      ]
       able = [i not in result.diverged for i in range(len(accuracy))]
       result.accuracy = [a if ok else 0.0 for a, ok in zip(accuracy, able)]
     if stage.keeps_weights:
@@ -428,42 +433,46 @@ class Stages:
     rows: np.ndarray | None,
     ready: Sequence[tuple[tuner_lib.Tuner, step_lib.TrainedTrials]],
     label: str,
-  ) -> list[np.ndarray]:
-    """Count right and wrong examples of every trial of several tuners.
+  ) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Classify examples with every trial of several tuners.
 
     The backbone sees each image once, unless the devices cannot hold the
     trained variables of all trials at the same time.
 
     Args:
-      split: split to evaluate on; each of its images counts exactly once.
+      split: split to evaluate on; each of its images comes exactly once.
       rows: rows of the split; None: all.
       ready: tuners with their trained trials; if any of them reads the blocks,
         the first one does.
       label: name on the progress line.
 
     Returns:
-      Of each tuner (R + 1, 3, C), as `step.eval_steps` counts, in float64; the
-      last, of all trials together, is NaN if they were not evaluated together.
+      Labels (n,), in the order of the split, which does not depend on devices,
+      processes or batches; and of each tuner the predicted classes (R + 1, n)
+      of every trial and, last, of all together, -1 if they were not evaluated
+      together. All int32.
     """
     size = min(trial_memory.weights_at_once(tuner) for tuner, _ in ready)
     if sum(len(trials.normalize) for _, trials in ready) <= size:
       return self._pass(split, rows, ready, label)
     found = []
     for tuner, trials in ready:
-      tallies = []
+      parts = []
       for start in range(0, len(trials.normalize), size):
         some = jax.tree.map(lambda x, i=start: x[i : i + size], trials)
-        (part,) = self._pass(split, rows, [(tuner, some)], label)
-        tallies.append(part[:-1])
-      found.append(np.concatenate([*tallies, np.full_like(part[-1:], np.nan)]))
-    return found
+        labels, (part,) = self._pass(split, rows, [(tuner, some)], label)
+        parts.append(part[:-1])
+      found.append(np.concatenate([*parts, np.full_like(part[-1:], -1)]))
+    return labels, found
 
-  def _pass(self, split, rows, ready, label) -> list[np.ndarray]:
-    """Evaluate all tuners in one pass of the backbone."""
+  def _pass(
+    self, split, rows, ready, label
+  ) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Classify with all tuners in one pass of the backbone."""
     context = self._context
     tuners, trials = zip(*ready)
     trials = mesh.replicate(trials, context.mesh)
-    tallies, count = None, 0
+    found, count = [], 0
     total = self._count(split, rows)
     with self._stop.at_once(), processes.raise_on_all():
       calls = self._examples.evaluation_calls(split, rows)
@@ -474,15 +483,24 @@ class Stages:
       ask = lambda: processes.all_reduce_max_async(
         lambda: [self._stop.received]
       )
-      run = lambda *call: (evaluate(*call), call[2].sum(), ask())
-      for part, real, stopped in ahead.compute(run, calls):
-        part = [x.astype(np.float64) for x in processes.to_host(part)]
-        tallies = [a + b for a, b in zip(tallies, part)] if tallies else part
-        count += int(real)
+      run = lambda *call: (evaluate(*call), ask())
+      for part, stopped in ahead.compute(run, calls):
+        found.append(_real(*processes.to_host(part)))
+        count += len(found[-1][0])
         line.update(count)
         if stopped().any():
           raise preemption.Stopped
-    return tallies
+    labels, answers = zip(*found)
+    each = [np.concatenate(parts, axis=-1) for parts in zip(*answers)]
+    return np.concatenate(labels), each
+
+
+def _real(
+  label: np.ndarray, answers: Sequence[np.ndarray]
+) -> tuple[np.ndarray, list[np.ndarray]]:
+  """Join the steps of `step.eval_steps`, without rows that only fill up."""
+  real = label >= 0
+  return label[real], [np.moveaxis(x, 1, 0)[:, real] for x in answers]
 
 
 def _log_probabilities(head: Any, features: np.ndarray) -> np.ndarray:

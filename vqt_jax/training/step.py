@@ -212,23 +212,6 @@ def _score(logits, batch, class_weights):
   return jnp.sum(losses * batch["mask"]), jnp.sum(right * batch["mask"])
 
 
-def _tally(logits, batch):
-  """Count the examples of a batch, (3, C), as of `eval_steps`."""
-  label, classes = batch["label"], logits.shape[-1]
-  predicted = jnp.argmax(logits, axis=-1)
-  count = lambda numbers, mask: jnp.sum(
-    jax.nn.one_hot(numbers, classes) * mask[:, None], axis=0
-  )
-  mask = batch["mask"]
-  return jnp.stack(
-    [
-      count(label, mask * (predicted == label)),
-      count(predicted, mask),
-      count(label, mask),
-    ]
-  )
-
-
 def run_step(
   tuner: tuner_lib.Tuner,
   static: StaticSettings,
@@ -424,8 +407,8 @@ def eval_steps(
   data: Batch,
   order: jax.Array,
   mask: jax.Array,
-) -> tuple[jax.Array, ...]:
-  """Evaluate all trials of several tuners in one pass of the stream.
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  """Classify with all trials of several tuners in one pass of the stream.
 
   Trials of an editor, whose streams differ, take one pass each.
 
@@ -439,14 +422,14 @@ def eval_steps(
     mask: (S, B) float32.
 
   Returns:
-    Of each tuner (R + 1, 3, C) float32, numbers of examples of each class:
-    right ones; those that are taken for it; those that are of it. Counted for
-    each trial, and last for the mean of the trials' probabilities.
+    Labels (S, B); and of each tuner the predicted classes (S, R + 1, B) of each
+    trial and, last, by the mean of the trials' probabilities. All int32, -1
+    where a row only fills up the batch.
   """
 
-  def body(tally, inputs):
+  def body(_, inputs):
     index, mask = inputs
-    batch = {**take(data, index), "mask": mesh_lib.constrain(mask, "data")}
+    batch, real = take(data, index), mesh_lib.constrain(mask, "data") > 0
     if not tuners[0].editor:
       seen = _tokens_and_final(tuners[0], {"backbone": params}, batch)
 
@@ -463,17 +446,13 @@ def eval_steps(
       )
       logits = run(trials)
       together = jax.nn.softmax(logits).mean(axis=0, keepdims=True)
-      tally = functools.partial(_tally, batch=batch)
-      return jax.vmap(tally)(jnp.concatenate([logits, together]))
+      predicted = jnp.argmax(jnp.concatenate([logits, together]), axis=-1)
+      return jnp.where(real, predicted, -1)
 
-    return tuple(
-      before + every(*those) for before, *those in zip(tally, tuners, ready)
-    ), None
+    return None, (
+      jnp.where(real, batch["label"], -1),
+      tuple(every(*those) for those in zip(tuners, ready)),
+    )
 
-  trials = [len(jax.tree.leaves(each.variables)[0]) for each in ready]
-  tally = tuple(
-    jnp.zeros((count + 1, 3, tuner.num_classes))
-    for count, tuner in zip(trials, tuners)
-  )
-  tally = jax.lax.scan(body, tally, (order, mask))[0]
-  return mesh_lib.constrain(tally)  # Replicated.
+  answers = jax.lax.scan(body, None, (order, mask))[1]
+  return mesh_lib.constrain(answers)  # Replicated.
