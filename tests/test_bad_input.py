@@ -271,13 +271,15 @@ MISTAKES = (
   setting("Cannot write /proc/x/", store_dir="/proc/x"),
   # What does not fit the devices.
   setting("expected at least 1, found 0", mesh__model=0),
-  setting("model=3 does not fit 8 device(s)", mesh__model=3),
-  setting("model=16 does not fit 8 device(s)", mesh__model=16),
+  setting("model=3 does not fit 4 device(s)", mesh__model=3),
+  setting("model=16 does not fit 4 device(s)", mesh__model=16),
   setting(
     "cannot share the 2 attention heads of this backbone: expected one of 1, 2",
-    mesh__model=8,
+    mesh__model=4,
   ),
-  setting("batch_size=12 cannot be shared by 8 devices", data="stream"),
+  setting(
+    "batch_size=14 cannot be shared by 4 devices", data="stream", batch_size=14
+  ),
   setting(
     "is read anew every epoch", data="stream", protocol="best", batch_size=16
   ),

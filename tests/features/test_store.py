@@ -40,9 +40,9 @@ ONE = {"epochs": 2, "lr": 0.1, "seeds": 7}  # A run of one trial.
 
 
 class Case:
-  """The features of a few images, on eight devices."""
+  """The features of a few images, on four devices."""
 
-  def __init__(self, dtype="float32", tokens=True, data=8, model=1):
+  def __init__(self, dtype="float32", tokens=True, data=4, model=1):
     backbone = helpers.tiny_backbone()
     mesh = mesh_lib.make_mesh(data, model)
     self.layout = store.Layout(backbone.config, tokens, dtype, mesh)
@@ -306,7 +306,7 @@ def test_keys_and_values_where_a_cpu_has_room(material, tmp_path):
   assert held(size, store_dir="")[0]
   for changes in (
     {"room": size - 1},
-    {"devices": 8},
+    {"devices": 4},
     {"feature_dtype": "bfloat16"},
     {"method": "head2toe"},
     {"method": "linear"},

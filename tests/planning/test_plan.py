@@ -37,7 +37,7 @@ def planned(material, tmp_path, where="here", **changes):
 
 
 def test_plan_of_this_machine(material, tmp_path, capfd):
-  """Eight devices; nothing is written, and no images are read."""
+  """Four devices; nothing is written, and no images are read."""
   argv = runs.command(material, tmp_path / "run")
   status, text = said(capfd, [*argv, "--plan=here"])
   assert status == 0

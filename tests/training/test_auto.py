@@ -75,6 +75,7 @@ def test_members_answer_together_with_their_weights(
   weights = np.array([0.75, 0.25])
   monkeypatch.setattr(auto, "mixing_weights", lambda *args: weights.copy())
   options = {"epochs": 1, "warmup_epochs": 0, "lr": (0.1,), "seeds": (7,)}
+  options["batch_size"] = 48  # One step: folds and the whole share a program.
   command = runs.command(
     material, tmp_path, method="auto", solver="", **options
   )

@@ -1,4 +1,4 @@
-"""Whole runs through `main.py`, in this process, on eight fake devices."""
+"""Whole runs through `main.py`, in this process, on four fake devices."""
 
 import contextvars
 import shutil

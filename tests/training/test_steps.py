@@ -307,7 +307,7 @@ def test_devices_of_a_process_follow_one_another():
 
 def test_editors_sharded_equal_single():
   """Each device has its own part of noise, and one share of the lasso."""
-  method, data, model = "vqt+lora", 4, 2
+  method, data, model = "vqt+lora", 2, 2
   recipe = step_lib.StaticSettings(
     "sgd", query_dropout=True, embedding_dropout=0.1, lasso=1e-2
   )
@@ -320,7 +320,7 @@ def test_editors_sharded_equal_single():
 
 
 def test_backbone_is_sharded_over_model():
-  mesh = mesh_lib.make_mesh(4, 2)
+  mesh = mesh_lib.make_mesh(2, 2)
   params = sharding_lib.place_backbone(
     helpers.tiny_backbone().params, mesh, "float32"
   )
