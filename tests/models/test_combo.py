@@ -1,5 +1,7 @@
 """combo: a sum over blocks, read by a small network."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,7 @@ def start(method="combo", count=6):
   backbone = helpers.tiny_backbone()
   tuner = vqt_jax.make_tuner(method, backbone, CLASSES)
   images = helpers.tiny_examples(backbone, count, CLASSES)["image"]
-  variables = tuner.init(jax.random.key(0), backbone.params)
+  variables = jax.jit(tuner.init)(jax.random.key(0), backbone.params)
   variables["backbone"] = backbone.params
   return tuner, variables, tuner.stream(variables, images)
 
@@ -32,9 +34,12 @@ def test_the_state_is_the_sum_of_projected_standardised_tokens():
   tokens /= np.sqrt(tokens.var(axis=-1, keepdims=True) + 1e-6)
   expected = np.einsum("lbnd,ldr->bnr", tokens, np.asarray(kernel, np.float64))
   zeros = jnp.zeros(expected.shape, jnp.float32)
-  state, _ = tuner.read(
-    readers._sum_step, variables, kernel, stream.tokens, carry=zeros
+  read = jax.jit(
+    lambda tokens: tuner.read(
+      readers._sum_step, variables, kernel, tokens, carry=zeros
+    )
   )
+  state, _ = read(stream.tokens)
   helpers.assert_close(state, expected, 2e-5)
 
 
@@ -57,11 +62,12 @@ def test_stored_rows_give_the_direct_reading_and_its_gradients():
 
 def test_dropout_needs_a_key_and_fills_of_a_batch_change_no_other_image():
   tuner, variables, stream = start()
-  ask = lambda count, key=None: (
-    tuner(
-      variables, stream.tokens[:, :count], stream.final[:count], key=key
-    ).logits
-  )
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def ask(count, key=None):
+    tokens, final = stream.tokens[:, :count], stream.final[:count]
+    return tuner(variables, tokens, final, key=key).logits
+
   key = jax.random.key(3)
   np.testing.assert_array_equal(ask(4), ask(4))
   assert np.abs(ask(4, key) - ask(4)).max() > 0.01
@@ -74,7 +80,7 @@ def test_prompts_of_an_editor_are_not_read():
   prompts = tuner.options.num_prompts
   assert stream.tokens.shape[2] == tuner.config.num_tokens + prompts
   changed = stream.tokens.at[:, :, 1 : 1 + prompts].add(1.0)
-  ask = lambda tokens: tuner(variables, tokens, stream.final).logits
+  ask = jax.jit(lambda tokens: tuner(variables, tokens, stream.final).logits)
   np.testing.assert_array_equal(ask(changed), ask(stream.tokens))
 
 

@@ -38,9 +38,7 @@ def cudnn(monkeypatch):
   fake = Cudnn()
   monkeypatch.setattr(fused_attention, "is_available", lambda: True)
   monkeypatch.setattr(fused_attention, "_cudnn", fake)
-  jax.clear_caches()
-  yield fake
-  jax.clear_caches()
+  return fake
 
 
 def _mesh(data, model):

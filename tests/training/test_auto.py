@@ -9,6 +9,7 @@ from scipy import special
 import main
 from tests import runs
 import vqt_jax
+from vqt_jax.models import combo
 from vqt_jax.training import auto
 from vqt_jax.training import exact
 
@@ -72,6 +73,7 @@ def test_members_answer_together_with_their_weights(
   """What is tested is what is shipped, and what each member would answer."""
   monkeypatch.setattr(auto, "ENOUGH", 2.0)
   monkeypatch.setattr(exact, "FOLDS", 2)
+  monkeypatch.setattr(combo, "LAYERS", 1)
   weights = np.array([0.75, 0.25])
   monkeypatch.setattr(auto, "mixing_weights", lambda *args: weights.copy())
   options = {"epochs": 1, "warmup_epochs": 0, "lr": (0.1,), "seeds": (7,)}
