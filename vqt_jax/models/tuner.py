@@ -241,7 +241,7 @@ class Tuner:
     if self.members:
       given = (tokens, final, query_mask, normalize, rows, key)
       return self._mix(variables, given)
-    if tokens is None:
+    if tokens is None or not self.reads_blocks:
       return Output(head.logits(variables["head"], final), final, None)
     if query_mask is not None:
       queries = variables["tuner"]["queries"][:, None] * query_mask
