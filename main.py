@@ -2,15 +2,7 @@
 
 import sys
 
-try:
-  from vqt_jax import cli
-except ValueError as e:  # Raised by JAX, for its environment variables.
-  print(
-    f"error: JAX rejects a variable of the environment: {e}."
-    " Correct it, or unset it.",
-    file=sys.stderr,
-  )
-  sys.exit(2)
+from vqt_jax import cli
 
 main = cli.main
 

@@ -1,6 +1,7 @@
 """`vqt-jax` and `python -m vqt_jax`: its commands, their help and mistakes."""
 
 import importlib
+import subprocess
 import sys
 
 import pytest
@@ -37,6 +38,27 @@ def test_each_command_has_help_and_refuses_other_flags(
   assert run(monkeypatch, name, "--hlep") == 2
   out, said = capsys.readouterr()
   assert out == "" and said.startswith("error: Unknown ") and "help" in said
+
+
+SLOW = {"jax", "flax", "optax", "orbax", "tensorflow", "matplotlib", "scipy"}
+AT_ONCE = f"""
+import sys
+from vqt_jax import __main__
+wrong = ["--config=vtab", "--config.lr=high"], ["--config=vtab:method=none"]
+lines = [[name, flag] for name in __main__.COMMANDS for flag in ("-h", "-x")]
+for line in [*lines, *(["train", "--workdir=x", *each] for each in wrong)]:
+  sys.argv = ["vqt-jax", *line]
+  __main__.main()
+loaded = {SLOW} & sys.modules.keys()
+sys.exit(f"loaded: {{loaded}}" if loaded else 0)
+"""
+
+
+def test_help_and_wrong_flags_need_no_jax():
+  command = [sys.executable, "-c", AT_ONCE]
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  assert "Unknown config.method 'none'" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,8 @@ def test_what_answers_otherwise_is_not_kept(
   difference, start, tmp_path, monkeypatch
 ):
   monkeypatch.setattr(export, "compare", lambda *args: difference)
-  monkeypatch.setitem(export._KINDS, ".stablehlo", lambda models: b"wrong")
+  to_bytes = "vqt_jax.tuned.exporting.to_stablehlo"
+  monkeypatch.setattr(to_bytes, lambda models: b"wrong")
   status, said = start("linear", f"--output={tmp_path / 'a.stablehlo'}")
   assert status == 2 and "answers otherwise than the run" in said
   assert not os.listdir(tmp_path)

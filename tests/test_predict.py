@@ -193,7 +193,7 @@ def test_ends_in_the_middle(start, monkeypatch, error, status, words):
   def fail(*args):
     raise error
 
-  monkeypatch.setattr(predict.model_lib, "best", fail)
+  monkeypatch.setattr("vqt_jax.tuned.model.best", fail)
   found, _, said = start("vqt", NAMES[0], "--output=x.csv")
   os.remove("x.csv")
   assert found == status and words in said

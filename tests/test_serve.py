@@ -52,7 +52,7 @@ def test_it_serves_until_a_signal_and_ends_well(
     threading.Thread(target=visit, daemon=True).start()
     return server
 
-  monkeypatch.setattr(serve.server, "make_server", watched)
+  monkeypatch.setattr("vqt_jax.serving.server.make_server", watched)
   with pytest.raises(SystemExit) as ended:
     serve.main(["serve", "a", "b", "--port=0"])
   assert not ended.value.code

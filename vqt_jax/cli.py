@@ -29,6 +29,8 @@ processes about each other; elsewhere add
                                 for so long (default: 60)
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 import difflib
 import os
@@ -37,7 +39,7 @@ import traceback
 from typing import Any
 
 from absl import flags
-import jax
+from etils import epy
 from ml_collections import ConfigDict
 from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
@@ -48,17 +50,22 @@ from vqt_jax.config import fields
 from vqt_jax.config import files as config_files
 from vqt_jax.config import resolve
 from vqt_jax.config import values as values_lib
-from vqt_jax.experiments import train
+from vqt_jax.data import names
 from vqt_jax.models import methods as methods_lib
-from vqt_jax.planning import plan as plan_lib
-from vqt_jax.runtime import compiled
-from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import devices
 from vqt_jax.runtime import logfile
-from vqt_jax.runtime import numerics
 from vqt_jax.runtime import processes
-from vqt_jax.training import launch
-from vqt_jax.training import preemption
+
+with epy.lazy_imports():  # JAX takes seconds; mistakes and --help need none.
+  import jax
+
+  from vqt_jax.experiments import train
+  from vqt_jax.planning import plan as plan_lib
+  from vqt_jax.runtime import compiled
+  from vqt_jax.runtime import console as console_lib
+  from vqt_jax.runtime import numerics
+  from vqt_jax.training import launch
+  from vqt_jax.training import preemption
 
 # Exit status of a run that was asked to stop: EX_TEMPFAIL, try again.
 STOPPED = 75
@@ -107,7 +114,6 @@ def main(argv: Sequence[str]) -> int:
 
 def _main(argv: Sequence[str]) -> int:
   logfile.reopen_closed_streams()
-  devices.set_gpu_flags()
   try:
     values = parse(list(argv))
     if values.help:
@@ -121,6 +127,9 @@ def _main(argv: Sequence[str]) -> int:
       traceback.print_exc()
     logfile.print_to_stderr(f"error: {e}")
     return 2
+  except KeyboardInterrupt:
+    logfile.print_to_stderr(f"Interrupted; the same command {launch.RESUMES}")
+    return 130
   except (MemoryError, jax.errors.JaxRuntimeError) as e:
     message = _out_of_memory_message(e)
     if "--debug" in argv or not message:
@@ -129,9 +138,6 @@ def _main(argv: Sequence[str]) -> int:
     if processes.is_connected():
       processes.exit_now(2)
     return 2
-  except KeyboardInterrupt:
-    logfile.print_to_stderr(f"Interrupted; the same command {launch.RESUMES}")
-    return 130
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
@@ -207,6 +213,10 @@ def run(values: flags.FlagValues) -> int:
     raise errors.UserError(f"{missing} is missing. {USAGE}")
   given = tuple(values["config"].override_values)
   config = resolve.resolve(config, keep=given)
+  if processes.is_alone(values.coordinator):  # Several fail together.
+    names.check_known(config.task, config.data_dir)
+  devices.set_gpu_flags()
+  devices.load_jax()
   if values.plan:
     return plan(config, values.plan, given)
   compiled.keep_programs()

@@ -17,14 +17,17 @@ import os
 import sys
 
 from absl import flags
+from etils import epy
 
 from vqt_jax import errors
 from vqt_jax import results as results_lib
-from vqt_jax.reports import compare
-from vqt_jax.reports import html
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import files
 from vqt_jax.runtime import logfile
+
+with epy.lazy_imports():  # Figures take a second; --help needs none.
+  from vqt_jax.reports import compare
+  from vqt_jax.reports import html
 
 
 def main(argv: Sequence[str]) -> int:

@@ -23,6 +23,8 @@ Exit status: 0, 1 if an image could not be read, 2 if there is something to
 correct.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
 import itertools
 import os
@@ -31,23 +33,26 @@ import sys
 from typing import Any
 
 from absl import flags
+from etils import epy
 import numpy as np
 
-from vqt_jax import checkpoints
 from vqt_jax import data
 from vqt_jax import errors
 from vqt_jax.config import fields
 from vqt_jax.data import listing
-from vqt_jax.models import backbone as backbone_lib
-from vqt_jax.reports import evaluation
-from vqt_jax.reports import evaluation_report
-from vqt_jax.reports import html
-from vqt_jax.reports import notable as notable_lib
-from vqt_jax.reports import style
+from vqt_jax.models import scaling
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import files
 from vqt_jax.tuned import arguments as arguments_lib
-from vqt_jax.tuned import model as model_lib
+
+with epy.lazy_imports():  # JAX takes seconds; --help needs none.
+  from vqt_jax import checkpoints
+  from vqt_jax.reports import evaluation
+  from vqt_jax.reports import evaluation_report
+  from vqt_jax.reports import html
+  from vqt_jax.reports import notable as notable_lib
+  from vqt_jax.reports import style
+  from vqt_jax.tuned import model as model_lib
 
 USAGE = (
   "Usage: RUN IMAGES [--split NAME] [--output FOLDER] (--help tells more)."
@@ -169,7 +174,7 @@ def _picture(
     image = model.prepare(image)
   if model.tuner.has_queries:
     (maps,) = model.attention_maps(image[None])
-  shown = backbone_lib.unscale(image, model.backbone.value_range)
+  shown = scaling.unscale(image, model.backbone.value_range)
   return evaluation_report.Picture(answer, shown, maps)
 
 

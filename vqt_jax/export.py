@@ -18,6 +18,8 @@ process, and only kept if it answers as `vqt_jax.load` does on these pixels.
 Exit status: 0, or 2 if there is something to correct.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 import itertools
 import os
@@ -29,7 +31,7 @@ import tempfile
 from typing import Any
 
 from absl import flags
-import jax
+from etils import epy
 import numpy as np
 
 from vqt_jax import errors
@@ -39,13 +41,17 @@ from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import files
 from vqt_jax.runtime import units
 from vqt_jax.tuned import arguments as arguments_lib
-from vqt_jax.tuned import exporting
-from vqt_jax.tuned import model as model_lib
-from vqt_jax.tuned import run_exported
+
+with epy.lazy_imports():  # JAX takes seconds; --help needs none.
+  import jax
+
+  from vqt_jax.tuned import exporting
+  from vqt_jax.tuned import model as model_lib
+  from vqt_jax.tuned import run_exported
 
 USAGE = "Usage: RUN... [IMAGES...] --output PLACE (--help tells more)."
 INFO = "export.json"  # In a SavedModel.
-_KINDS = {".stablehlo": exporting.to_stablehlo, ".onnx": exporting.to_onnx}
+_SUFFIXES = (".stablehlo", ".onnx", "")  # The last one is of a SavedModel.
 _MOST_IMAGES = 8  # Programs are compiled for each of their sizes.
 # Of differences, against the largest logit or 1: of float32, and of what cannot
 # be the same, bfloat16 and crops, for which Pillow rounds edges.
@@ -93,11 +99,13 @@ def export(
     )
     try:
       program = temporary / place.name
-      if place.suffix:
-        to_bytes = _KINDS[place.suffix]
-        files.write(program, to_bytes(models))
-      else:
-        exporting.write_saved_model(models, program)
+      match place.suffix:
+        case ".stablehlo":
+          files.write(program, exporting.to_stablehlo(models))
+        case ".onnx":
+          files.write(program, exporting.to_onnx(models))
+        case _:
+          exporting.write_saved_model(models, program)
       difference = compare(program, models, images)
       most = _allowed(models)
       if not difference <= most:
@@ -129,7 +137,7 @@ def _places(output: str) -> tuple[pathlib.Path, pathlib.Path]:
     UserError: it is of no kind that can be written, or there is something.
   """
   place = files.path(output)
-  if files.in_bucket(place) or place.suffix not in ("", *_KINDS):
+  if files.in_bucket(place) or place.suffix not in _SUFFIXES:
     raise errors.UserError(
       f"--output {output}: expected NAME.stablehlo, NAME.onnx, or a folder"
       " without a dot in its name for a SavedModel, on this machine."

@@ -19,6 +19,8 @@ Exit status: 0, 1 if an image could not be read, 2 if there is something to
 correct.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import csv
@@ -31,15 +33,18 @@ import time
 from typing import IO, Any
 
 from absl import flags
+from etils import epy
 import numpy as np
 
 from vqt_jax import errors
-from vqt_jax.models import backbone as backbone_lib
-from vqt_jax.reports import attention_figure
-from vqt_jax.reports import style
+from vqt_jax.models import scaling
 from vqt_jax.runtime import files
 from vqt_jax.tuned import arguments as arguments_lib
-from vqt_jax.tuned import model as model_lib
+
+with epy.lazy_imports():  # JAX takes seconds; --help needs none.
+  from vqt_jax.reports import attention_figure
+  from vqt_jax.reports import style
+  from vqt_jax.tuned import model as model_lib
 
 USAGE = "Usage: RUN... IMAGES... [--top K] [--output FILE] (--help tells more)."
 
@@ -177,7 +182,7 @@ class Attention:
     for run, model in self._models.items():
       image = model.prepare(name)
       maps.append(model.attention_maps(image[None])[0])
-      shown.append(backbone_lib.unscale(image, model.backbone.value_range))
+      shown.append(scaling.unscale(image, model.backbone.value_range))
       likeliest = model.predict_proba(image[None])[0].argmax()
       label = style.legible(model.classes)[likeliest]
       labels.append(label if len(self._models) == 1 else f"{run}: {label}")

@@ -41,16 +41,19 @@ import sys
 import threading
 
 from absl import flags
+from etils import epy
 
 from vqt_jax import errors
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import logfile
-from vqt_jax.serving import app as app_lib
 from vqt_jax.serving import limits as limits_lib
-from vqt_jax.serving import programs
-from vqt_jax.serving import served as served_lib
-from vqt_jax.serving import server
 from vqt_jax.tuned import arguments as arguments_lib
+
+with epy.lazy_imports():  # JAX takes seconds; --help needs none.
+  from vqt_jax.serving import app as app_lib
+  from vqt_jax.serving import programs
+  from vqt_jax.serving import served as served_lib
+  from vqt_jax.serving import server
 
 USAGE = "Usage: RUN... [--host HOST] [--port PORT] (--help tells more)."
 _EXTRA = ("starlette", "uvicorn", "python-multipart", "prometheus-client")

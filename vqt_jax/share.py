@@ -19,14 +19,17 @@ from collections.abc import Sequence
 import sys
 
 from absl import flags
+from etils import epy
 
-from vqt_jax import checkpoints
 from vqt_jax import errors
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import files
 from vqt_jax.tuned import arguments as arguments_lib
-from vqt_jax.tuned import bundle
-from vqt_jax.tuned import card
+
+with epy.lazy_imports():  # JAX takes seconds; --help needs none.
+  from vqt_jax import checkpoints
+  from vqt_jax.tuned import bundle
+  from vqt_jax.tuned import card
 
 USAGE = "Usage: RUN --to hf://OWNER/NAME [--public] (--help tells more)."
 

@@ -311,7 +311,10 @@ def test_keys_and_values_where_a_cpu_has_room(material, tmp_path):
     {"method": "head2toe"},
     {"method": "linear"},
   ):
-    assert not held(**{"room": size} | changes)[0], changes
+    found, said = held(**{"room": size} | changes)
+    assert not found, changes
+    # What a reader without weights reads, on one device.
+    assert ("as features of the" in said) == ("head2toe" in changes.values())
 
 
 @pytest.fixture(scope="module")

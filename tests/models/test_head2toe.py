@@ -1,5 +1,7 @@
 """Head2Toe: features against NumPy, and the fraction that val picks."""
 
+import signal
+
 import jax
 import numpy as np
 import pytest
@@ -169,6 +171,33 @@ def test_val_picks_the_fraction(material, tmp_path):
     for name in ("several", "alone")
   ]
   assert files[0] == files[1] and len(files[0]) == 1
+
+
+def test_one_device_trains_on_the_features_in_use(material, tmp_path):
+  """Read once, stopped and resumed: the numbers are those of many devices."""
+  changes = {
+    "method": "head2toe",
+    "target_size": 32,
+    "keep_fraction": "0.1,0.2",
+    "lr": "0.1,",
+    "weight_decay": "0.01,",
+  }
+  many = run(material, tmp_path / "many", **changes)
+  argv = runs.command(material, tmp_path / "one", **changes)
+  select = "vqt_jax.training.step:take_rows"  # In the stage keep_selected.
+  one = runs.Process(argv, signals={select: (1, signal.SIGTERM)})
+  assert one.wait() == 75, one.said()
+  one = runs.Process(argv)
+  assert one.wait() == 0, one.said()
+  assert "resume   selected after epoch 0" in one.said()
+  assert "as features of the head" in one.said()
+  losses = [
+    [row["loss"] for row in runs.metrics(tmp_path / name)]
+    for name in ("one", "many")
+  ]
+  assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+  found = runs.results(tmp_path / "one")
+  assert found["test_accuracy"] == many["test_accuracy"]
 
 
 def test_the_best_protocol_tries_all_fractions(material, tmp_path):

@@ -25,7 +25,7 @@ class Found:
     find_positions: (rows, image_size, trained_size) -> how many rows come
       before those of patches, and the grid (rows, columns) of the patches.
     resize: (table (1, n, D), old grid, new grid) -> table (1, m, D).
-    value_range: of its inputs, see `backbone.find_scaling`.
+    value_range: of its inputs, see `scaling.find_scaling`.
     image_size: (height, width) of the images it was trained on, pixels, if it
       has no positions that tell it; or None.
     assumed: those of "value_range" and "gelu" that nothing in the file tells.

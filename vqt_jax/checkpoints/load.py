@@ -21,9 +21,9 @@ from vqt_jax.checkpoints import public
 from vqt_jax.checkpoints import safetensors_files
 from vqt_jax.errors import UserError
 from vqt_jax.errors import check_keywords
+from vqt_jax.models import scaling
 from vqt_jax.models import vit_config
 from vqt_jax.models.backbone import Backbone
-from vqt_jax.models.backbone import find_scaling
 from vqt_jax.runtime import files
 from vqt_jax.runtime import memory
 from vqt_jax.runtime import units
@@ -67,7 +67,7 @@ def load_backbone(
     variant: Big Vision's name, e.g. "B/16" or "B"; only checked.
     image_size: side, or (height, width), of the images it is to run on, pixels;
       the positions are resized to fit. Default: what it was trained on.
-    value_range: how its inputs are scaled, see `backbone.find_scaling`.
+    value_range: how its inputs are scaled, see `scaling.find_scaling`.
       Default: as published, "-1..1" for Big Vision's files.
     pool_type: "tok", "gap", "map", "0" or "mae", as in `vit.ViTConfig`.
       Default: as published, or what the leaves serve.
@@ -98,7 +98,7 @@ def load_backbone(
   }
   _check_choices(pool_type=pool_type, gelu=gelu, dtype=dtype)
   if value_range:
-    find_scaling(value_range)
+    scaling.find_scaling(value_range)
   image_size = _as_pair(image_size, "image_size")
   trained_size = _as_pair(trained_size, "trained_size")
   if known:

@@ -19,7 +19,7 @@ class PublicViT:
     image_size: side of the images it was trained on last, pixels.
     pool_type: as in `ViTConfig`.
     gelu: as in `ViTConfig`.
-    value_range: key of `backbone.VALUE_RANGES`.
+    value_range: key of `scaling.VALUE_RANGES`.
     refused: what it is instead of a plain ViT, or "".
   """
 

@@ -6,9 +6,9 @@ from vqt_jax import errors
 from vqt_jax.config import config_dict
 from vqt_jax.config import fields
 from vqt_jax.data import vtab
-from vqt_jax.models import backbone
 from vqt_jax.models import methods as methods_lib
 from vqt_jax.models import readers
+from vqt_jax.models import scaling
 from vqt_jax.models import vit_config
 
 # Fields, and a group of fields, for datasets that are no VTAB task.
@@ -53,7 +53,7 @@ def _check_names(config: ConfigDict) -> None:
       raise errors.UserError(f"config.{name} is empty; give a name.")
   if config.value_range:
     try:
-      backbone.find_scaling(config.value_range)
+      scaling.find_scaling(config.value_range)
     except errors.UserError as e:
       raise errors.UserError(f"config.{e}") from e
   if config.variant:

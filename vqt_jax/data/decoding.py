@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 
 from vqt_jax import errors
-from vqt_jax.models import backbone
+from vqt_jax.models import scaling
 
 # Ways to make an image of any shape fit: stretch it; scale its short side and
 # cut out the middle; scale its long side and fill up with grey.
@@ -111,12 +111,12 @@ def scale(images: np.ndarray, value_range: str) -> np.ndarray:
 
   Args:
     images: uint8 (..., w, 3).
-    value_range: as `backbone.find_scaling` takes it.
+    value_range: as `scaling.find_scaling` takes it.
 
   Returns:
     float32 (..., w, 3).
   """
-  channels = backbone.find_scaling(value_range)
+  channels = scaling.find_scaling(value_range)
   # As rows of pixels: NumPy is slow at repeating as few as three numbers.
   width = images.shape[-2]
   mean, std = (np.tile(np.float32(x), width) for x in channels)

@@ -90,6 +90,21 @@ def parse_request(text: str, data_dir: str | None) -> Request:
   return Request(name, config or "", version, data_dir)
 
 
+def check_known(text: str, data_dir: str | None) -> None:
+  """Refuse the name of no task, at once: without TensorFlow or a network.
+
+  Raises:
+    UserError: it is not a request, or neither TFDS nor the folder has such a
+      dataset.
+  """
+  known = text == vtab.ALL or vtab.find_task(text)
+  if known or is_path(text) or "://" in (data_dir or ""):
+    return
+  request = parse_request(text, data_dir)
+  if not (is_tfds_name(request.name) or request.place.is_dir()):
+    raise errors.UserError(explain_unknown(request))
+
+
 def is_path(text: str) -> bool:
   """Return whether a task is named by the path of its images."""
   return text.startswith(("/", ".", "~"))

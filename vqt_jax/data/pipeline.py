@@ -34,7 +34,7 @@ def load_arrays(
     task: what to read.
     split: "train", "val", "trainval" or "test".
     image_size: side, or (height, width), pixels.
-    value_range: as `backbone.find_scaling` takes it.
+    value_range: as `scaling.find_scaling` takes it.
     resize: key of `preprocess.RESIZES`.
 
   Returns:

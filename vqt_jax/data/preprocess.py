@@ -10,7 +10,7 @@ import PIL.Image
 
 from vqt_jax import errors
 from vqt_jax.data.tensorflow_lazy import tf
-from vqt_jax.models import backbone
+from vqt_jax.models import scaling
 
 # "bilinear": TensorFlow 2, as in Big Vision: half-pixel centres, which keep the
 # image in place. "legacy": TensorFlow 1, as in VTAB and the authors' program:
@@ -83,7 +83,7 @@ def make_preprocess(
 
   Args:
     image_size: side, or (height, width), pixels.
-    value_range: as `backbone.find_scaling` takes it.
+    value_range: as `scaling.find_scaling` takes it.
     resize: key of `RESIZES`.
     pixel_scale: stored pixels times this are 0..255.
 
@@ -97,7 +97,7 @@ def make_preprocess(
   size = checked_size(image_size)
   if resize not in RESIZES:
     raise errors.unknown_name("resize", resize, RESIZES)
-  mean, std = backbone.find_scaling(value_range)
+  mean, std = scaling.find_scaling(value_range)
 
   def preprocess(image: Any) -> Any:
     image = tf.cast(image, tf.float32) * float(pixel_scale)

@@ -44,6 +44,11 @@ class ResidentBatches:
     """Steps in an epoch."""
     return -(-len(self.rows) // self.batch_size)
 
+  def with_features(self, columns: np.ndarray) -> "ResidentBatches":
+    """Return batches of some of the features of the head."""
+    some = self.data["features"][:, columns]
+    return dataclasses.replace(self, data={**self.data, "features": some})
+
   def epoch(self, epoch: int, start: int) -> Iterator[Call]:
     """Yield the epoch as one call, rotated so that step `start` comes first.
 

@@ -317,6 +317,8 @@ class Examples:
   ) -> dict[str, jax.Array]:
     if layout.projected:
       features = store.project(layout, self.params, features)
+    if layout.num_features:
+      features = store.read(self.tuner, features)
     arrays = store.store_on_devices(layout, features, label, progress)
     return jax.block_until_ready(arrays)
 
@@ -452,6 +454,8 @@ def _describe(
     content = f"in {layout.dtype}"
   if layout.projected:
     content += " as keys and values"
+  if layout.num_features:
+    content += " as features of the head"
   return (
     f"{count:,} images x {size(each)} = {size(count * each)} {content}, kept"
     f" {storage_lib.FEATURE_STORAGE[storage]}, {reason}"

@@ -10,10 +10,12 @@ devices.
 
 On one CPU, where arithmetic is slow and memory plentiful, the store may hold
 keys and values in place of the tokens, (L, n, 2, H, N, K): twice the size, but
-queries are scored with K numbers per token and head instead of D.
+queries are scored with K numbers per token and head instead of D. And on one
+device it holds what a reader without weights makes of tokens and final feature,
+the features of the head, (n, F).
 
 Letters: n images, b images in a batch, L depth, N tokens, D width, H heads, K
-head size.
+head size, F features.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -49,6 +51,8 @@ class Layout:
     mesh: tokens are sharded over its `data` axis.
     window: number of successive tokens of which only the mean is stored.
     projected: the devices hold keys and values in place of tokens.
+    num_features: F, if the devices hold the features of the head in place of
+      tokens and final feature; else 0.
   """
 
   config: vit_config.ViTConfig
@@ -57,6 +61,14 @@ class Layout:
   mesh: jax.sharding.Mesh
   window: int = 1
   projected: bool = False
+  num_features: int = 0
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """Entries of a store on the devices, without "label"."""
+    if self.num_features:
+      return ("features",)
+    return ("final", "tokens") if self.tokens else ("final",)
 
   @property
   def row(self) -> tuple[int, int, int]:
@@ -83,6 +95,8 @@ class Layout:
   @property
   def bytes_per_image(self) -> int:
     """Bytes of an image on the devices: tokens, if stored; final feature."""
+    if self.num_features:
+      return 4 * self.num_features
     numbers = self.row[0] * np.prod(self.device_row) if self.tokens else 0
     size = numbers * jnp.dtype(self.dtype).itemsize + self.row[-1] * 4
     return int(size)
@@ -127,8 +141,16 @@ def device_layout(
   """Return the layout of a store on the devices.
 
   On one CPU it is projected, if that fits in memory and features are stored in
-  the backbone's own dtype; on any one device, if only keys can be read.
+  the backbone's own dtype; on any one device, if only keys can be read. What a
+  reader without weights reads in float32 takes as much room as its features.
   """
+  if (
+    tuner.reads_blocks
+    and not (tuner.reader.init or tuner.members)
+    and layout.dtype == "float32"
+    and layout.mesh.size == 1
+  ):
+    return dataclasses.replace(layout, num_features=tuner.num_features)
   projected = dataclasses.replace(layout, projected=True)
   if (
     tuner.has_queries
@@ -215,6 +237,16 @@ def _projector(layout: Layout) -> Callable[[Any, jax.Array], jax.Array]:
   return jax.jit(run)
 
 
+def read(
+  tuner: tuner_lib.Tuner, features: Iterable[FeatureBatch]
+) -> Iterator[FeatureBatch]:
+  """Replace batches of the stream by {"features": (b, F)} of the head."""
+  run = jax.jit(tuner.read_fixed)
+  for batch in features:
+    found = jax.block_until_ready(run(batch["tokens"], batch["final"]))
+    yield {"features": found}
+
+
 def store_on_devices(
   layout: Layout,
   features: Iterable[FeatureBatch],
@@ -225,21 +257,22 @@ def store_on_devices(
 
   Args:
     layout: of the store.
-    features: of all images, in batches of one size, the last one padded; for a
-      projected layout from `project`.
+    features: of all images, in batches of one size, the last one padded, with
+      the entries of the layout: see `project` and `read`.
     label: (n,) int32.
     progress: called with the number of images that are done.
 
   Returns:
     {"tokens": (L, m, N, D), or (L, m, 2, H, N, K), if stored, "final": (m, D),
-    "label": (m,)}, m >= n; rows from n on are padding.
+    "label": (m,)}, or {"features": (m, F), "label"}, m >= n; rows from n on are
+    padding.
   """
   store, start = {}, 0
   for batch in features:
-    size = len(batch["final"])
+    size = len(batch[layout.names[0]])
     if not store:
       rows = -(-len(label) // size) * size
-      store = _empty_store(layout, rows, tuple(batch))
+      store = _empty_store(layout, rows)
     store = _writer(layout)(store, batch, start)
     start += size
     progress(min(start, len(label)))
@@ -255,22 +288,20 @@ def store_shapes(layout: Layout, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     *rest, sharding=layout.store_sharding(name)
   )
   shapes = {
-    "final": shape("final", (rows, width), jnp.float32),
-    "label": shape("label", (rows,), jnp.int32),
+    "features": ((rows, layout.num_features), jnp.float32),
+    "final": ((rows, width), jnp.float32),
+    "tokens": ((depth, rows, *layout.device_row), jnp.dtype(layout.dtype)),
+    "label": ((rows,), jnp.int32),
   }
-  if layout.tokens:
-    dtype = jnp.dtype(layout.dtype)
-    all_tokens = (depth, rows, *layout.device_row)
-    shapes["tokens"] = shape("tokens", all_tokens, dtype)
-  return shapes
+  return {name: shape(name, *shapes[name]) for name in (*layout.names, "label")}
 
 
-def _empty_store(layout, rows, names):
-  shapes = {name: store_shapes(layout, rows)[name] for name in names}
+def _empty_store(layout, rows):
+  shapes = {name: store_shapes(layout, rows)[name] for name in layout.names}
   zeros = lambda: {
     name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()
   }
-  shardings = {name: layout.store_sharding(name) for name in names}
+  shardings = {name: layout.store_sharding(name) for name in layout.names}
   return jax.jit(zeros, out_shardings=shardings)()
 
 
@@ -287,8 +318,7 @@ def _writer(
       for name, array in store.items()
     }
 
-  names = ["final"] + ["tokens"] * layout.tokens
-  shardings = {name: layout.store_sharding(name) for name in names}
+  shardings = {name: layout.store_sharding(name) for name in layout.names}
   return jax.jit(write, donate_argnums=0, out_shardings=shardings)
 
 

@@ -15,19 +15,25 @@ them trains, and a file of trained weights holds nothing else.
 Letters: D width, L depth, H heads, K head size, P prompts, R rank, M hidden.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 import dataclasses
 from typing import Any
 
-import flax.traverse_util
-import jax
-import jax.numpy as jnp
+from etils import epy
 
 from vqt_jax import errors
-from vqt_jax.models import attention
 from vqt_jax.models import readers
-from vqt_jax.models import vit
 from vqt_jax.models import vit_config
+
+with epy.lazy_imports():  # Slow; a config reads the table of editors only.
+  import flax.traverse_util
+  import jax
+  import jax.numpy as jnp
+
+  from vqt_jax.models import attention
+  from vqt_jax.models import vit
 
 Weights = dict[str, Any]
 

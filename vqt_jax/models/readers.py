@@ -13,25 +13,31 @@ queries pass through the edited blocks as any token would, and each block's
 weights are a pair (the reader's, the edit's).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 import dataclasses
 import functools
 import math
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+from etils import epy
 
-from vqt_jax.models import attention
-from vqt_jax.models import chunked_attention
-from vqt_jax.models import chunks
-from vqt_jax.models import combo
-from vqt_jax.models import head
-from vqt_jax.models import vit
 from vqt_jax.models import vit_config
-from vqt_jax.runtime import mesh
 
-Step = Callable[[Any, Any, jax.Array, Any], tuple[Any, jax.Array]]
+with epy.lazy_imports():  # Slow; a config reads the table at the end only.
+  import jax
+  import jax.numpy as jnp
+
+  from vqt_jax.models import attention
+  from vqt_jax.models import chunked_attention
+  from vqt_jax.models import chunks
+  from vqt_jax.models import combo
+  from vqt_jax.models import head
+  from vqt_jax.models import vit
+  from vqt_jax.runtime import mesh
+
+Step = Callable[[Any, Any, "jax.Array", Any], tuple[Any, "jax.Array"]]
 
 
 @dataclasses.dataclass(frozen=True)

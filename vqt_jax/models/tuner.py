@@ -234,7 +234,8 @@ class Tuner:
       variables: {"backbone", "tuner", "head"}; of the backbone only the blocks.
       tokens: LN_0(z_m) of every block (L, B, N, D), or their means in windows,
         as in `stream`; None for the linear reader.
-      final: the backbone's pooled output (B, D).
+      final: the backbone's pooled output (B, D); or without tokens the features
+        (B, F) of `read_fixed`.
       query_mask: (L, B, T, D), multiplies the queries (dropout), or None.
       normalize: () bool that replaces `self.normalize` (vqt), or None.
       rows: (B,) int32, the examples to read if `tokens` is a store of more:
@@ -244,7 +245,7 @@ class Tuner:
     if self.members:
       given = (tokens, final, query_mask, normalize, rows, key)
       return self._mix(variables, given)
-    if not self.reads_blocks:
+    if tokens is None or not self.reads_blocks:
       return Output(head.logits(variables["head"], final), final, None)
     if query_mask is not None:
       queries = variables["tuner"]["queries"][:, None] * query_mask
@@ -252,6 +253,11 @@ class Tuner:
       variables = {**variables, "tuner": masked}
     groups, outputs = self.reader.read(self, variables, tokens, rows, key=key)
     return self.classify(variables, groups, final, outputs, normalize)
+
+  def read_fixed(self, tokens: jax.Array, final: jax.Array) -> jax.Array:
+    """Return the features (B, F) that a reader without weights gives."""
+    groups, _ = self.reader.read(self, {}, tokens, None, key=None)
+    return self._join(groups, final, self.normalize)
 
   def _mix(self, variables: Any, given: tuple[Any, ...]) -> "Output":
     """Return the logarithm of the weighted mean of the probabilities."""
@@ -288,11 +294,15 @@ class Tuner:
     if normalize is None or not self.reader.init:
       # A constant, so that trials side by side share what none of them changes.
       normalize = self.normalize
+    features = self._join(groups, final, normalize)
+    return Output(head.logits(variables["head"], features), features, outputs)
+
+  def _join(self, groups: jax.Array, final: jax.Array, normalize: Any):
+    """Join the final feature (B, D) and groups (G, B, K), (B, F)."""
     final = jnp.where(normalize, head.normalize(final), final)
     groups = jnp.where(normalize, head.normalize(groups), groups)
     groups = jnp.moveaxis(groups, 0, 1).reshape(final.shape[0], -1)
-    features = jnp.concatenate([final, groups], axis=-1)
-    return Output(head.logits(variables["head"], features), features, outputs)
+    return jnp.concatenate([final, groups], axis=-1)
 
 
 @flax.struct.dataclass

@@ -10,7 +10,7 @@ import numpy as np
 
 from vqt_jax import data
 from vqt_jax.config import fields
-from vqt_jax.models import backbone as backbone_lib
+from vqt_jax.models import scaling
 from vqt_jax.reports import figures
 from vqt_jax.reports import style
 from vqt_jax.runtime import files
@@ -138,7 +138,7 @@ def draw(workdir: files.Path, path: files.Path) -> None:
     for a, b in zip(true, model.logits(images)[0].argmax(axis=-1))
   ]
   attention(
-    backbone_lib.unscale(images, model.backbone.value_range),
+    scaling.unscale(images, model.backbone.value_range),
     model.attention_maps(images),
     labels,
     path,

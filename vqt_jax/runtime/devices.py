@@ -1,18 +1,37 @@
 """The devices of this machine, and how XLA compiles for them."""
 
+import importlib
 import importlib.metadata
 import os
 import re
 
-import jax
+from etils import epy
 
 from vqt_jax import errors
+
+with epy.lazy_imports():  # Takes a second.
+  import jax
 
 # The same bits each time; and cuBLAS's products, since Triton's would have
 # parameters that nobody tried.
 GPU_FLAGS = (
   "--xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false"
 )
+
+
+def load_jax() -> None:
+  """Import JAX, unless it is.
+
+  Raises:
+    UserError: it rejects a variable of the environment.
+  """
+  try:
+    importlib.import_module("jax")
+  except ValueError as e:
+    raise errors.UserError(
+      f"JAX rejects a variable of the environment: {e}."
+      " Correct it, or unset it."
+    ) from e
 
 
 def set_gpu_flags() -> None:

@@ -1,5 +1,7 @@
 """Several processes of one run: joining, agreeing, ending together."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import faulthandler
@@ -13,14 +15,15 @@ import time
 from typing import Any, NoReturn, TypeVar
 
 from etils import epy
-import jax
 import numpy as np
 
 from vqt_jax import errors
-from vqt_jax.runtime import mesh as mesh_lib
 
 with epy.lazy_imports():  # Slow to import.
+  import jax
   import orbax.checkpoint as ocp
+
+  from vqt_jax.runtime import mesh as mesh_lib
 
 T = TypeVar("T")
 
@@ -60,6 +63,17 @@ def detect_cluster() -> dict[str, str | None] | None:
     gke = "TPU_WORKER_HOSTNAMES" in os.environ
     return {"cluster_detection_method": "gketpu" if gke else "gcetpu"}
   return None
+
+
+def is_alone(coordinator: str | None) -> bool:
+  """Return whether there is nothing to join.
+
+  Args:
+    coordinator: as of `connect`; "none": this process is alone.
+  """
+  if coordinator is None:
+    return detect_cluster() is None
+  return coordinator == "none"
 
 
 def connect(
@@ -143,6 +157,8 @@ def _tpu_devices() -> list[str]:
 
 def is_connected() -> bool:
   """Return whether there are other processes that this one may wait for."""
+  if "jax" not in sys.modules:  # Which joins them.
+    return False
   return jax.distributed.is_initialized() and jax.process_count() > 1
 
 

@@ -34,8 +34,17 @@ def comparison_stages(
   judge: tuple[str, np.ndarray | None],
   **source: Any,
 ) -> tuple[stage.Stage, ...]:
-  """Return the three stages of `compare`."""
+  """Return the stages of `compare`: one with all features, scores, selected.
+
+  Without the first one if only heads train and it is not judged: the others
+  need nothing of it.
+  """
   fewer = _fewer(fractions)
+  selection = selection_stages(
+    prefix, tuner, (trial,), fewer, judge=judge, **source
+  )
+  if len(fewer) == len(fractions) and not tuner.shapes()["tuner"]:
+    return selection
   first = stage.Stage(
     f"{prefix}all",
     label,
@@ -46,9 +55,7 @@ def comparison_stages(
     judge=judge if len(fewer) < len(fractions) else None,
     **source,
   )
-  return first, *selection_stages(
-    prefix, tuner, (trial,), fewer, judge=judge, **source
-  )
+  return first, *selection
 
 
 def compare(
@@ -64,14 +71,16 @@ def compare(
   Returns:
     Accuracy of each fraction; seconds of training.
   """
-  first, *selection = planned
-  out = stages.run(first)
+  *first, scores, selected = planned
+  accuracy, variables, seconds = {}, {"tuner": {}}, 0.0
+  for everything in first:
+    out = stages.run(everything)
+    variables, seconds = out.variables, out.seconds
+    accuracy[1.0] = out.accuracy and out.accuracy[0]
   fewer = _fewer(fractions)
-  _, selected, seconds = select(stages, selection, out.variables, fewer)
-  accuracy = dict(zip(fewer, selected.accuracy))
-  if out.accuracy:
-    accuracy[1.0] = out.accuracy[0]
-  return [accuracy[f] for f in fractions], out.seconds + seconds
+  _, out, more = select(stages, (scores, selected), variables, fewer)
+  accuracy |= dict(zip(fewer, out.accuracy))
+  return [accuracy[f] for f in fractions], seconds + more
 
 
 def _fewer(fractions: Sequence[float]) -> list[float]:

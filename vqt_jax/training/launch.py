@@ -43,10 +43,7 @@ def open_run(
     UserError: processes cannot be joined, or the workdir cannot be opened.
   """
   place = files.path(workdir)
-  is_alone = coordinator == "none" or (
-    coordinator is None and processes.detect_cluster() is None
-  )
-  joined = not is_alone and _join(coordinator, *others)
+  joined = not processes.is_alone(coordinator) and _join(coordinator, *others)
   with logfile.redirect_output(os.devnull, jax_crash_message()):
     devices.find_devices()  # Before the workdir is touched.
   on_all = processes.raise_on_all if joined else contextlib.nullcontext

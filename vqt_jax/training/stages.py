@@ -14,6 +14,7 @@ from scipy import special
 from vqt_jax import accuracy as accuracy_lib
 from vqt_jax import data
 from vqt_jax import errors
+from vqt_jax.features import batches
 from vqt_jax.features import examples as examples_lib
 from vqt_jax.models import head as head_lib
 from vqt_jax.models import tuner as tuner_lib
@@ -256,6 +257,14 @@ class Stages:
       return state, progress
     with self._stop.at_once(), processes.raise_on_all():
       source = self._examples.training_batches(stage.split, stage.rows)
+    used, whole = _used_features(stage, source), lambda state: state
+    if used is not None:
+      size = stage.tuner.num_features
+      whole = lambda state: step_lib.spread_rows(state, used, size)
+      source = source.with_features(used)
+      mask = stage.feature_mask[:, used]
+      stage = dataclasses.replace(stage, feature_mask=mask)
+      state = step_lib.take_rows(state, used)
     stage = dataclasses.replace(
       stage,
       frozen_parts=mesh.replicate(stage.frozen_parts, context.mesh),
@@ -300,12 +309,13 @@ class Stages:
         frozen,
         state,
         progress,
-        save=save,
+        save=lambda state: save(whole(state)),
         due=self._saver.due,
         stop=self._stop,
         report=report,
         timed=timed,
       )
+    state = whole(state)
     save(state)
     return state, progress
 
@@ -520,6 +530,23 @@ def static_settings(config: ml_collections.ConfigDict, stage: stage_lib.Stage):
     editor_rate=config.editor_rate if stage.tuner.editor else 1.0,
     remat=config.remat,
   )
+
+
+def _used_features(
+  stage: stage_lib.Stage, source: batches.Batches
+) -> np.ndarray | None:
+  """Return the features that any trial uses, if training on them alone pays.
+
+  Features of the head are in device memory, and half of them, for which there
+  is room, or fewer are in use. Else None.
+  """
+  resident = isinstance(source, batches.ResidentBatches)
+  if (
+    not resident or "features" not in source.data or stage.feature_mask is None
+  ):
+    return None
+  used = np.flatnonzero(stage.feature_mask.any(axis=0))
+  return used if 2 * len(used) <= stage.tuner.num_features else None
 
 
 def _variables(state: step_lib.State, stage: stage_lib.Stage) -> Any:

@@ -143,6 +143,30 @@ def draw_on(
   return lambda seed: compiled(np.uint32(seed))
 
 
+def take_rows(state: State, rows: np.ndarray) -> State:
+  """Return a state with some rows of all heads, and of their moments."""
+  return _map_kernels(lambda kernel: kernel[:, rows], state)
+
+
+def spread_rows(state: State, rows: np.ndarray, num_features: int) -> State:
+  """Return a state with all F rows of all heads; other rows are 0."""
+
+  def spread(kernel):
+    trials, _, classes = kernel.shape
+    whole = jnp.zeros((trials, num_features, classes), kernel.dtype)
+    return whole.at[:, rows].set(kernel)
+
+  return _map_kernels(spread, state)
+
+
+def _map_kernels(function: Callable[[jax.Array], jax.Array], state: State):
+  def change(path, leaf):
+    ends = [getattr(key, "key", None) for key in path[-2:]]
+    return function(leaf) if ends == ["head", "kernel"] else leaf
+
+  return jax.tree_util.tree_map_with_path(change, state)
+
+
 def take(data: Batch, index: jax.Array) -> Batch:
   """Gather rows of resident data; "tokens" stay whole, with "rows" to read."""
   batch = {
@@ -165,6 +189,8 @@ def _tokens_and_final(tuner, variables, batch, remat=False):
 
   From the store if the batch has its features, else from the backbone.
   """
+  if "features" in batch:  # Of the head: all is read.
+    return None, None, batch["features"]
   if "final" in batch:
     return batch.get("tokens"), batch.get("rows"), batch["final"]
   images = batch["image"]
@@ -302,8 +328,9 @@ def train_steps(
     state: donated.
     frozen: frozen leaves, see `tuner.partition`.
     settings: of the trials.
-    data: resident examples: images, or features from the store (tokens, or
-      their keys and values, and final features). Images only with an editor.
+    data: resident examples: images, or what is in the store (tokens, or their
+      keys and values, and final features; or features of the head). Images only
+      with an editor.
     order: (S, B) int32 rows of `data`.
     mask: (S, B) float32, 0 for rows that only fill up the last batch.
     factor: (S,) float32, factors of the peak learning rates.

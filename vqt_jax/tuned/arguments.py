@@ -7,13 +7,17 @@ import pathlib
 import sys
 
 from absl import flags
+from etils import epy
 
 from vqt_jax import errors
 from vqt_jax.data import listing
-from vqt_jax.runtime import compiled
+from vqt_jax.runtime import devices
 from vqt_jax.runtime import logfile
-from vqt_jax.runtime import numerics
-from vqt_jax.tuned import bundle
+
+with epy.lazy_imports():  # JAX takes seconds; --help needs none.
+  from vqt_jax.runtime import compiled
+  from vqt_jax.runtime import numerics
+  from vqt_jax.tuned import bundle
 
 
 def run(
@@ -39,6 +43,7 @@ def run(
     if values.help:
       print(doc)
       return 0
+    devices.load_jax()
     compiled.keep_programs()
     with numerics.jax_defaults():
       return command(arguments)

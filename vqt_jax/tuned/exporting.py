@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from vqt_jax import errors
 from vqt_jax.data.tensorflow_lazy import tf
-from vqt_jax.models.backbone import find_scaling
+from vqt_jax.models import scaling
 from vqt_jax.runtime import files
 from vqt_jax.tuned import model as model_lib
 from vqt_jax.tuned import resizing
@@ -84,7 +84,9 @@ def make_prepare(
     The function from uint8 (B, h, w, 3) to float32 (B, height, width, 3).
   """
   size = tuple(image_size)
-  mean, std = (jnp.asarray(x, jnp.float32) for x in find_scaling(value_range))
+  mean, std = (
+    jnp.asarray(x, jnp.float32) for x in scaling.find_scaling(value_range)
+  )
 
   def prepare(images):
     if fit:

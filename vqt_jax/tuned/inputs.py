@@ -13,6 +13,7 @@ from vqt_jax import errors
 from vqt_jax.data import decoding
 from vqt_jax.data import preprocess as preprocess_lib
 from vqt_jax.models import backbone as backbone_lib
+from vqt_jax.models import scaling
 
 # From one image to the backbone's input, (height, width, 3) float32.
 Prepare = Callable[[Any], np.ndarray]
@@ -33,7 +34,7 @@ def make_prepare(
 
   Args:
     image_size: (height, width), pixels.
-    value_range: as `backbone.find_scaling` takes it.
+    value_range: as `scaling.find_scaling` takes it.
     resize: of a TFDS dataset, see `preprocess_lib.make_preprocess`.
     fit: of image files, see `decoding.fit`; else "".
 
@@ -42,7 +43,7 @@ def make_prepare(
   """
   if fit and fit not in decoding.FITS:
     raise errors.unknown_name("fit", fit, decoding.FITS)
-  backbone_lib.find_scaling(value_range)
+  scaling.find_scaling(value_range)
   image_size = preprocess_lib.checked_size(tuple(image_size))
   if not fit:
     preprocess = preprocess_lib.make_preprocess(image_size, value_range, resize)

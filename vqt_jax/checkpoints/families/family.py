@@ -19,6 +19,7 @@ import numpy as np
 
 from vqt_jax.errors import UserError
 from vqt_jax.models import backbone
+from vqt_jax.models import scaling
 
 Shapes = Mapping[str, tuple[int, ...]]
 # File name -> content of the JSON files beside the weights.
@@ -256,8 +257,8 @@ def name_scaling(mean: Any, std: Any, source: str) -> str:
   """
   of_channels = lambda x: [x] * 3 if isinstance(x, (int, float)) else x
   try:
-    name = backbone.name_scaling(of_channels(mean), of_channels(std))
-    backbone.find_scaling(name)
+    name = scaling.name_scaling(of_channels(mean), of_channels(std))
+    scaling.find_scaling(name)
     return name
   except (TypeError, ValueError, UserError) as error:
     raise UserError(

@@ -12,6 +12,7 @@ from typing import Any
 from vqt_jax.checkpoints.families import family
 from vqt_jax.errors import UserError
 from vqt_jax.models import backbone as backbone_lib
+from vqt_jax.models import scaling
 
 # Keys of config.json -> fields.
 _KEYS = {
@@ -136,7 +137,7 @@ def _configs(
   """
   c = backbone.config
   side = lambda pair: pair[0] if pair[0] == pair[1] else list(pair)
-  mean, std = backbone_lib.find_scaling(backbone.value_range)
+  mean, std = scaling.find_scaling(backbone.value_range)
   config = {
     "architectures": [architecture],
     "model_type": model_type,

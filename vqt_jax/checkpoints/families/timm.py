@@ -15,6 +15,7 @@ from typing import Any
 from vqt_jax.checkpoints.families import family
 from vqt_jax.errors import UserError
 from vqt_jax.models import backbone as backbone_lib
+from vqt_jax.models import scaling
 
 # Architectures whose tensors do not show that they are no plain ViTs: rotary
 # positions, norms behind their operations.
@@ -278,7 +279,7 @@ def _outline(
     r"attn_pool\..*": c.pool_type != "map",
     r"head\..*": not c.num_classes,
   }
-  mean, std = backbone_lib.find_scaling(backbone.value_range)
+  mean, std = scaling.find_scaling(backbone.value_range)
   config = {
     "architecture": name,
     "num_classes": c.num_classes or 0,
