@@ -54,7 +54,11 @@ _LONG = (
   "test_buckets.py",
   "test_protocol.py",
   "test_store.py",
+  "test_head2toe.py",
   "test_run.py",
+  "test_editors.py",
+  "test_steps.py",
+  "test_export.py",
   "test_all_tasks.py",
   "test_compare.py",
 )

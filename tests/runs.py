@@ -165,7 +165,6 @@ _CONTEXT.set_forkserver_preload(
     "orbax.checkpoint",
     "tensorflow",
     "tests.runs",
-    "vqt_jax.data.digits",
     "vqt_jax.reports.run_figure",
     "vqt_jax.training.run",
   ]

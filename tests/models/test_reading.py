@@ -11,6 +11,7 @@ import pytest
 
 from tests import helpers
 import vqt_jax
+from vqt_jax.models import chunked_attention
 from vqt_jax.models import chunks
 from vqt_jax.models import head
 from vqt_jax.models import readers
@@ -264,9 +265,9 @@ def test_a_batch_read_in_chunks_is_the_same(monkeypatch, dropout, projected):
     block = functools.partial(apply, method="project")
     tokens = jax.vmap(lambda p, x: block({"params": p}, x))(blocks, tokens)
   asked = []
-  attend = readers.chunked_attention.attend
+  attend = chunked_attention.attend
   monkeypatch.setattr(
-    readers.chunked_attention,
+    chunked_attention,
     "attend",
     lambda *args: asked.append(args[2].shape) or attend(*args),
   )

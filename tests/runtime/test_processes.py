@@ -13,11 +13,13 @@ import types
 import numpy as np
 import pytest
 
+import main
 from tests import runs
 from vqt_jax import errors
 from vqt_jax.runtime import logfile
 from vqt_jax.runtime import processes as processes_lib
 from vqt_jax.training import launch
+from vqt_jax.training import loop
 from vqt_jax.tuned import bundle
 
 TRAIN = "vqt_jax.training.step:train_steps"
@@ -29,6 +31,7 @@ def group(
   workdir,
   *,
   count=2,
+  devices=2,
   second=None,
   signals=None,
   slurm=False,
@@ -39,6 +42,7 @@ def group(
 
   Args:
     count: processes.
+    devices: of each.
     second: further changes, of the second process.
     signals: to the second process.
     slurm: tells the processes of each other, instead of flags.
@@ -68,7 +72,7 @@ def group(
     processes.append(
       runs.Process(
         argv,
-        devices=2,
+        devices=devices,
         environment=(environment or {}) | (told if slurm else {}),
         signals=signals if i == 1 else None,
       )
@@ -166,20 +170,22 @@ def test_four_processes(material, alone, tmp_path):
   workdir, same = tmp_path / "run", tmp_path / "same"
   chosen = runs.results(alone["device"])["chosen"]["lr"]
   found = {"lr": chosen * 256 / 12}
-  other = runs.Process(runs.command(material, same, **found), devices=8)
-  assert group(material, workdir, count=4, **found)[0] == [0] * 4
-  assert other.wait() == 0
-  assert_same_outcome(workdir, same, 8, [f"log_{i}.txt" for i in (1, 2, 3)])
+  assert main.main(runs.command(material, same, **found)) == 0
+  assert group(material, workdir, count=4, devices=1, **found)[0] == [0] * 4
+  logs = [f"log_{i}.txt" for i in (1, 2, 3)]
+  assert_same_outcome(workdir, same, logs=logs)
   for name in ("test_accuracy", "chosen"):
     expected = runs.results(alone["device"])[name]
     assert runs.results(workdir)[name] == expected
 
 
-def test_a_process_is_lost(material, alone, tmp_path):
+def test_a_process_is_lost(material, alone, tmp_path, monkeypatch):
   """The other one ends; then and before, other devices go on with the run."""
   argv = runs.command(material, tmp_path, checkpoint_seconds=0)
-  stopped = runs.Process(argv, signals={TRAIN: (1, signal.SIGTERM)})
-  assert stopped.wait() == 75
+  monkeypatch.setattr(loop, "CALL_SECONDS", 1e9)
+  with monkeypatch.context() as patch:
+    runs.signal_on_call(patch.setattr, TRAIN, 1, signal.SIGTERM)
+    assert main.main(argv) == 75
   began = time.monotonic()
   status, said = group(
     material,
@@ -191,9 +197,9 @@ def test_a_process_is_lost(material, alone, tmp_path):
   assert status[0] in (1, -signal.SIGABRT) and status[1] == -signal.SIGKILL
   assert "Traceback" not in said[0] and "resume   search after" in said[0]
   assert "most likely another process of this run is gone" in said[0]
-  last = runs.Process(argv, devices=2)
+  last = runs.Process(argv)
   assert last.wait() == 0 and "resume   search" in last.said()
-  assert_same_outcome(tmp_path, alone["device"], 2)
+  assert_same_outcome(tmp_path, alone["device"], 1)
 
 
 def test_data_that_one_process_cannot_read(material, tmp_path):
