@@ -21,24 +21,25 @@ product, measured here.
 import argparse
 from collections.abc import Mapping
 import dataclasses
+import functools
 import statistics
+import sys
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich import box
-from rich import console as rich_console
-from rich import table as rich_table
 
 from benchmarks import cases
 from benchmarks import flops
 from vqt_jax.models import fused_attention
 from vqt_jax.models import vit
 from vqt_jax.models import vit_config
+from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import devices
 
 REPEATS = 20
+PROJECTIONS = ("query", "key", "value")
 LARGE = 8192  # Rows and columns of the large product.
 
 
@@ -94,6 +95,22 @@ def packaged(
   return z[:, 0]
 
 
+def join_projections(params: Any) -> Any:
+  """Return the parameters with one kernel for queries, keys and values."""
+  blocks = dict(params["encoderblock"])
+  attention = blocks["MultiHeadDotProductAttention_0"]
+  flat = lambda leaf: leaf.reshape(*leaf.shape[:-2], -1)
+  joined = jax.tree.map(
+    lambda *leaves: jnp.concatenate(list(map(flat, leaves)), axis=-1),
+    *(attention[name] for name in PROJECTIONS),
+  )
+  blocks["MultiHeadDotProductAttention_0"] = {
+    "joined": joined,
+    "out": attention["out"],
+  }
+  return {**params, "encoderblock": blocks}
+
+
 def written_out(
   config: vit_config.ViTConfig, way: Way, params: Any, tokens: jax.Array
 ) -> jax.Array:
@@ -131,17 +148,10 @@ def block(
 
   attention = params["MultiHeadDotProductAttention_0"]
   x = _layer_norm(config, params["LayerNorm_0"], z)
-  names = ("query", "key", "value")
   if way.one_product:
-    joined = jax.tree.map(
-      lambda *leaves: jnp.concatenate(
-        [leaf.reshape(*leaf.shape[:-2], width) for leaf in leaves], axis=-1
-      ),
-      *(attention[name] for name in names),
-    )
-    q, k, v = jnp.split(dense(x, joined), 3, axis=-1)
+    q, k, v = jnp.split(dense(x, attention["joined"]), 3, axis=-1)
   else:
-    q, k, v = (dense(x, attention[name]) for name in names)
+    q, k, v = (dense(x, attention[name]) for name in PROJECTIONS)
   q, k, v = (y.reshape(batch, tokens, *heads) for y in (q, k, v))
   lengths = None
   if count < tokens:
@@ -167,22 +177,21 @@ def _layer_norm(config, params, z):
   return (x * params["scale"] + params["bias"]).astype(config.dtype)
 
 
-def seconds(function: Any, *arguments: Any) -> float:
-  """Median time of a call, compiled, waited for."""
+def measure(function: Any, *arguments: Any) -> tuple[float, jax.Array]:
+  """Return the median time of a call, compiled, waited for; and its result."""
   run = jax.jit(function)
-  jax.block_until_ready(run(*arguments))
-  found = []
+  result, found = jax.block_until_ready(run(*arguments)), []
   for _ in range(REPEATS):
     start = time.perf_counter()
     jax.block_until_ready(run(*arguments))
     found.append(time.perf_counter() - start)
-  return statistics.median(found)
+  return statistics.median(found), result
 
 
 def bound(config: vit_config.ViTConfig, batch_size: int, large: int) -> float:
   """Seconds of the blocks' products at the speed of one large product."""
   x = jnp.ones((large, large), config.dtype)
-  speed = 2 * large**3 / seconds(jnp.matmul, x, x)
+  speed = 2 * large**3 / measure(jnp.matmul, x, x)[0]
   return batch_size * flops.blocks(config) / speed
 
 
@@ -205,48 +214,38 @@ def main() -> None:
   tokens = jax.random.normal(jax.random.key(1), shape, config.dtype)
 
   least = bound(config, options.batch_size, options.large)
-  run = lambda params, tokens: packaged(config, params, tokens)
-  first = seconds(run, params, tokens)
-  want = jax.jit(run)(params, tokens).astype(jnp.float32)
-  rows = [("vqt_jax", first, 0.0)]
+  first, want = measure(functools.partial(packaged, config), params, tokens)
+  rows, joined = [("vqt_jax", first, 0.0)], join_projections(params)
   for name, way in ways(fused_attention.is_available()).items():
-    run = lambda params, tokens, way=way: written_out(
-      config, way, params, tokens
-    )
-    got = jax.jit(run)(params, tokens).astype(jnp.float32)
-    difference = float(jnp.abs(got - want).max())
-    rows.append((name, seconds(run, params, tokens), difference))
+    run = functools.partial(written_out, config, way)
+    taken, got = measure(run, joined if way.one_product else params, tokens)
+    difference = jnp.abs(got.astype(jnp.float32) - want.astype(jnp.float32))
+    rows.append((name, taken, float(difference.max())))
   _show(rows, least, options)
 
 
 def _show(
   rows: list[tuple[str, float, float]], least: float, options: Any
 ) -> None:
-  title = (
+  console = console_lib.Console(sys.stdout)
+  console.note(
     f"ViT-{options.variant}, {options.image_size} px, batch"
     f" {options.batch_size}, {options.dtype}, {jax.devices()[0].device_kind},"
     f" bound {1e3 * least:.2f} ms"
   )
-  table = rich_table.Table(
-    "blocks",
-    "ms",
-    "ratio",
-    "of bound",
-    "difference",
-    title=title,
-    box=box.SIMPLE,
+  console.table(
+    ("blocks", "ms", "ratio", "of bound", "difference"),
+    [
+      (
+        name,
+        f"{1e3 * taken:.2f}",
+        f"{taken / rows[0][1]:.2f}",
+        f"{100 * least / taken:.0f} %",
+        f"{difference:.1e}",
+      )
+      for name, taken, difference in rows
+    ],
   )
-  for column in table.columns[1:]:
-    column.justify = "right"
-  for name, taken, difference in rows:
-    table.add_row(
-      name,
-      f"{1e3 * taken:.2f}",
-      f"{taken / rows[0][1]:.2f}",
-      f"{100 * least / taken:.0f} %",
-      f"{difference:.1e}",
-    )
-  rich_console.Console(width=100).print(table)
 
 
 if __name__ == "__main__":

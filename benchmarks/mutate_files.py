@@ -381,17 +381,17 @@ def read_results(folder):
   return found, compare.to_csv(summary)
 
 
-def write_answers(folder):
+def write_predictions(folder):
   label = np.arange(ACCURACY["images"]) % 3
   wrong = (label + 1) % 3
   seeds, shares = zip(*ACCURACY["per_seed"].items())
   first = np.arange(len(label))
   each = [np.where(first < x * len(label), label, wrong) for x in shares]
-  results_lib.write_answers(folder, seeds, label, np.stack([*each, label]))
+  results_lib.write_predictions(folder, seeds, label, np.stack([*each, label]))
 
 
-def read_answers(folder):
-  found = results_lib.read_answers(folder, RESULTS)
+def read_predictions(folder):
+  found = results_lib.read_predictions(folder, RESULTS)
   if found is None:
     raise errors.UserError("There are none, so the run is not paired.")
   return found.label, found.predicted
@@ -454,7 +454,7 @@ KINDS = {
   "metrics.jsonl": Kind(write_metrics, read_metrics),
   "config.json": Kind(write_config, read_config),
   "results.json": Kind(write_results, read_results),
-  "answers": Kind(write_answers, read_answers),
+  "predictions": Kind(write_predictions, read_predictions),
 }
 
 

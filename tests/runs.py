@@ -133,7 +133,7 @@ def bits(workdir: pathlib.Path) -> dict[str, Any]:
     "search": {k: v for k, v in search.items() if k != "seconds"},
     **files(workdir, "tuned/**/*"),
     **files(workdir, "metrics.jsonl"),
-    **files(workdir, "test_answers.safetensors"),
+    **files(workdir, "test_predictions.safetensors"),
   }
 
 

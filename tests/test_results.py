@@ -78,19 +78,19 @@ def test_numbers_that_are_none(tmp_path, text):
 
 
 def test_answers_are_read_with_the_results_they_belong_to(tmp_path):
-  path = tmp_path / results.ANSWERS
-  assert results.read_answers(tmp_path, GOOD) is None
-  mutate_files.write_answers(tmp_path)
-  found = results.read_answers(tmp_path, GOOD)
+  path = tmp_path / results.PREDICTIONS
+  assert results.read_predictions(tmp_path, GOOD) is None
+  mutate_files.write_predictions(tmp_path)
+  found = results.read_predictions(tmp_path, GOOD)
   assert [x.shape for x in found] == [(100,), (2, 100)]
   assert found.right.mean() == pytest.approx(GOOD["test_accuracy"]["mean"])
   for place, value in (("images", 99), ("per_seed", {"1": 0.5, "2": 0.5})):
     other = changed(f"test_accuracy/{place}", value)
     with pytest.raises(errors.UserError, match="Cannot read .*Delete it to"):
-      results.read_answers(tmp_path, other)
+      results.read_predictions(tmp_path, other)
   path.write_bytes(path.read_bytes()[:-1])
   with pytest.raises(errors.UserError, match="Cannot read .*Delete it to"):
-    results.read_answers(tmp_path, GOOD)
+    results.read_predictions(tmp_path, GOOD)
 
 
 def test_what_earlier_versions_left_out(tmp_path):

@@ -49,13 +49,10 @@ def main(argv: Sequence[str]) -> int:
     results = {
       name: results_lib.read_to_compare(path) for name, path in workdirs.items()
     }
-    answers = {
-      name: results_lib.read_answers(path, results[name])
-      for name, path in workdirs.items()
-    }
+    predictions = results_lib.read_all_predictions(workdirs, results)
     output = files.path(values.output)
     html.check_folder(output)
-    summary = compare.summarize(results, answers)
+    summary = compare.summarize(results, predictions)
     compare.write(console_lib.Console(), summary, workdirs, output)
   except (errors.UserError, flags.Error) as e:
     print(f"error: {e}", file=sys.stderr)

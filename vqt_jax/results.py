@@ -1,4 +1,4 @@
-"""The results of a finished run: their file, and that of its answers."""
+"""Results of a finished run, and its predictions on the test set."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from vqt_jax.runtime import array_files
 from vqt_jax.runtime import files
 
 RESULTS = "results.json"
-ANSWERS = "test_answers.safetensors"
+PREDICTIONS = "test_predictions.safetensors"
 
 _ACCURACY = {
   "mean": float,
@@ -186,8 +186,8 @@ def read_to_compare(workdir: files.Path) -> dict[str, Any]:
   return results
 
 
-class Answers(NamedTuple):
-  """What a run answered to the test images, in the order of the test set.
+class Predictions(NamedTuple):
+  """Predicted classes of the test images, in the order of the test set.
 
   Attributes:
     label: (n,) classes.
@@ -203,13 +203,13 @@ class Answers(NamedTuple):
     return (self.predicted == self.label).mean(axis=0)
 
 
-def write_answers(
+def write_predictions(
   workdir: files.Path,
   seeds: Sequence[int],
   label: np.ndarray,
   predicted: np.ndarray,
 ) -> None:
-  """Write the answers of a run.
+  """Write the predictions of a run.
 
   Args:
     workdir: of the run.
@@ -225,13 +225,13 @@ def write_answers(
   small = np.min_scalar_type(max(x.max() for x in arrays.values()))
   arrays = {name: x.astype(small) for name, x in arrays.items()}
   content = array_files.to_safetensors(arrays, {"seeds": list(map(str, seeds))})
-  files.write(workdir / ANSWERS, content)
+  files.write(workdir / PREDICTIONS, content)
 
 
-def read_answers(
+def read_predictions(
   workdir: files.Path, results: Mapping[str, Any]
-) -> Answers | None:
-  """Read the answers of a run; None if an earlier version left none.
+) -> Predictions | None:
+  """Read the predictions of a run; None if an earlier version left none.
 
   Args:
     workdir: of the run.
@@ -240,7 +240,7 @@ def read_answers(
   Raises:
     UserError: they are damaged, or those of other results.
   """
-  path, test = workdir / ANSWERS, results["test_accuracy"]
+  path, test = workdir / PREDICTIONS, results["test_accuracy"]
   if not files.exists(path):
     return None
   seeds, images = test["per_seed"], test.get("images")
@@ -253,11 +253,21 @@ def read_answers(
 
   with files.explain_damage(path, "Delete it to compare the run without it."):
     arrays, _ = array_files.read_safetensors(path, check)
-    answers = Answers(arrays["label"], arrays["predicted"])
-    found = (answers.predicted == answers.label).mean(axis=1)
+    predictions = Predictions(arrays["label"], arrays["predicted"])
+    found = (predictions.predicted == predictions.label).mean(axis=1)
     if not np.allclose(found, [*seeds.values()]):
       raise ValueError(f"its accuracies are not those of {RESULTS}")
-  return answers
+  return predictions
+
+
+def read_all_predictions(
+  workdirs: Mapping[str, files.Path], results: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Predictions | None]:
+  """Read the predictions of several runs, by name; see `read_predictions`."""
+  return {
+    name: read_predictions(path, results[name])
+    for name, path in workdirs.items()
+  }
 
 
 def _check(results: Any, kinds: dict[str, Any]) -> None:

@@ -86,10 +86,12 @@ def started(material, workdir, capfd, **changes):
 
 
 def assert_paired(workdir, entries):
-  """Differences are those of the answers, image by image."""
+  """Differences are those of the predictions, image by image."""
   right = {}
   for name in entries:
-    own = results_lib.read_answers(workdir / name, runs.results(workdir / name))
+    own = results_lib.read_predictions(
+      workdir / name, runs.results(workdir / name)
+    )
     right[name] = (own.predicted == own.label).mean(axis=0)
   best, *others = entries
   assert entries[best]["difference"] is None
@@ -307,13 +309,14 @@ def test_table_and_file(tmp_path, capsys):
   assert lines[2].startswith("results")  # A single run differs from nothing.
 
 
-@pytest.mark.parametrize("why", ["kept no answers", "other labels"])
+@pytest.mark.parametrize("why", ["kept no predictions", "other labels"])
 def test_runs_that_cannot_be_paired(tmp_path, why):
-  """Their interval is the one of independent answers, and the page says so."""
+  """Their interval is that of independent predictions; the page says so."""
   found = {"a": outcome(accuracy=0.8), "b": outcome("lora", 0.6)}
   label = np.zeros(400, int)
   answers = {
-    name: results_lib.Answers(label, np.zeros((3, 400), int)) for name in found
+    name: results_lib.Predictions(label, np.zeros((3, 400), int))
+    for name in found
   }
   assert compare.summarize(found, answers)["runs"]["b"]["difference"]["paired"]
   answers["b"] = (

@@ -98,7 +98,7 @@ def assert_same_outcome(
     np.testing.assert_allclose(
       value, runs.flat(b.variables)[name], rtol=0, atol=atol, err_msg=name
     )
-  answers = "test_answers.safetensors"
+  answers = "test_predictions.safetensors"
   assert (workdir / answers).read_bytes() == (alone / answers).read_bytes()
   ours, theirs = runs.metrics(workdir), runs.metrics(alone)
   assert len(ours) == len(theirs)

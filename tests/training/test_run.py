@@ -74,7 +74,7 @@ def test_what_a_run_leaves_behind(run, material):
     "report.png",
     "results.json",
     "tensorboard",
-    "test_answers.safetensors",
+    "test_predictions.safetensors",
     "tuned",
   }
   assert (workdir / "report.png").read_bytes().startswith(PNG)
@@ -135,7 +135,7 @@ def test_answers_are_those_of_the_shipped_weights(run, task, changes):
   workdir = run(**changes)
   found = runs.results(workdir)
   label, predicted, together = recount(workdir, task)
-  answers = results_lib.read_answers(workdir, found)
+  answers = results_lib.read_predictions(workdir, found)
   np.testing.assert_array_equal(answers.label, label)
   np.testing.assert_array_equal(answers.predicted, predicted)
   shares = (predicted == label).mean(axis=1)

@@ -43,11 +43,8 @@ def _sum_up(
   """Write and print the comparison; `results.json` comes last."""
   found = run_many.load_results(workdir, names)
   workdirs = {name: workdir / name for name in names}
-  answers = {
-    name: results.read_answers(place, found[name])
-    for name, place in workdirs.items()
-  }
-  summary = compare.summarize(found, answers)
+  predictions = results.read_all_predictions(workdirs, found)
+  summary = compare.summarize(found, predictions)
   if processes.is_first():
     compare.write(console, summary, workdirs, workdir)
     files.write_json(workdir / results.RESULTS, summary)

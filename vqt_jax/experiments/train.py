@@ -28,10 +28,10 @@ def train(
   Args:
     config: made from `config.default_config()`.
     workdir: a folder, or `gs://BUCKET/FOLDER`; gets `config.json`,
-      `metrics.jsonl`, `results.json`, `test_answers.safetensors`, TensorBoard
-      events, `checkpoints/`, `tuned/`, `report.html` and `report.png`. With
-      `task="all"` or `methods` it gets a folder for each of these,
-      `results.json`, `report.html`, a table and a picture.
+      `metrics.jsonl`, `results.json`, `test_predictions.safetensors`,
+      TensorBoard events, `checkpoints/`, `tuned/`, `report.html` and
+      `report.png`. With `task="all"` or `methods` it gets a folder for each of
+      these, `results.json`, `report.html`, a table and a picture.
     console: shows progress and results; None: on stderr, from the first
       process.
 

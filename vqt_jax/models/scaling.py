@@ -1,4 +1,4 @@
-"""How pixels are scaled to the inputs of a backbone: its value range."""
+"""Scaling of pixels to the inputs of a backbone: its value range."""
 
 from collections.abc import Sequence
 

@@ -82,13 +82,13 @@ COLUMNS = (
 
 def summarize(
   results: Mapping[str, Mapping[str, Any]],
-  answers: Mapping[str, results_lib.Answers | None] | None = None,
+  predictions: Mapping[str, results_lib.Predictions | None] | None = None,
 ) -> dict[str, Any]:
   """Summarise finished runs, the most accurate first.
 
   Args:
     results: name -> contents of the run's `results.json`; at least one.
-    answers: name -> what the run answered to the test images, if it is known.
+    predictions: name -> those on the test images, if they are known.
 
   Returns:
     `task`, `backbone` and `device` (of all runs, different ones joined by
@@ -108,7 +108,7 @@ def summarize(
   rank = lambda name: -runs[name]["test_accuracy"]["mean"]
   runs = {name: runs[name] for name in sorted(runs, key=rank)}
   best = next(iter(runs))
-  of = (answers or {}).get
+  of = (predictions or {}).get
   for name, run in runs.items():
     run["difference"] = (
       None if name == best else _difference(run, runs[best], of(name), of(best))
@@ -119,8 +119,8 @@ def summarize(
 def _difference(
   run: Mapping[str, Any],
   best: Mapping[str, Any],
-  answers: results_lib.Answers | None,
-  best_answers: results_lib.Answers | None,
+  predictions: results_lib.Predictions | None,
+  best_predictions: results_lib.Predictions | None,
 ) -> dict[str, Any] | None:
   """Return how the accuracy of a run differs from that of the best one.
 
@@ -135,7 +135,7 @@ def _difference(
   ):
     return None
   tests = run["test_accuracy"], best["test_accuracy"]
-  both = [each for each in (answers, best_answers) if each]
+  both = [each for each in (predictions, best_predictions) if each]
   paired = len(both) == 2 and np.array_equal(both[0].label, both[1].label)
   return {
     "mean": tests[0]["mean"] - tests[1]["mean"],

@@ -166,15 +166,22 @@ def class_rows(
   ]
 
 
-def config(values: Mapping[str, Any]) -> dict[str, Any]:
-  """Return what the template needs to show the contents of a `config.json`.
+def reproduce(path: files.Path, values: Mapping[str, Any]) -> dict[str, Any]:
+  """Return what the template needs to tell how a run can be repeated.
 
-  `changed` are the fields that are not as in the default config.
+  Args:
+    path: of the `config.json`.
+    values: its contents.
+
+  Returns:
+    `command`; `config`, all fields as text; and `changed`, those of them that
+    are not as in the default config.
   """
   default = config_dict.to_json(config_dict.default_config())
   differ = config_dict.differences(default, values)
   changed = {name: new for name, (_, new) in differ.items() if new is not None}
   return {
+    "command": command("main.py", "--config", path, "--workdir", "runs/again"),
     "changed": _flat(changed),
     "config": _flat(config_dict.flatten(values)),
   }

@@ -37,15 +37,8 @@ def report(
     tested=[html.figure(*x, f"test{i}") for i, x in enumerate(tested)],
     classes=_classes(results),
     seeds=len(results["test_accuracy"]["per_seed"]),
-    command=html.command(
-      "main.py",
-      "--config",
-      path.with_name("config.json"),
-      "--workdir",
-      "runs/again",
-    ),
     facts=_facts(results),
-    **html.config(config),
+    **html.reproduce(path.with_name("config.json"), config),
   )
 
 

@@ -42,14 +42,7 @@ def report(
     drawn=[html.figure(*x, f"tasks{i}") for i, x in enumerate(drawn)],
     marks=vtab_figure.marks(),
     sources=[published.BENCH, published.STUDY],
-    command=html.command(
-      "main.py",
-      "--config",
-      path.with_name("config.json"),
-      "--workdir",
-      "runs/again",
-    ),
-    **html.config(config),
+    **html.reproduce(path.with_name("config.json"), config),
   )
 
 

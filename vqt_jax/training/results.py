@@ -1,4 +1,4 @@
-"""Writes what a finished run leaves: results.json, answers and tuned/."""
+"""Writing of results.json, of test predictions and of tuned/."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -54,8 +54,8 @@ def write(
   if processes.is_first():
     results["tuned_bytes"] = _write_tuned(context, candidates[-1], results)
     seeds = [trial.seed for trial in candidates[-1].trials]
-    results_lib.write_answers(
-      context.workdir, seeds, test["label"], test["answers"][-1]
+    results_lib.write_predictions(
+      context.workdir, seeds, test["label"], test["predictions"][-1]
     )
     files.write_json(context.workdir / results_lib.RESULTS, results)
     files.remove_folder(context.workdir / "stages")
@@ -73,7 +73,7 @@ def _results(context, found, candidates, test, seconds, peak) -> dict[str, Any]:
       "trained_parameters": each.num_trained,
       "training_seconds": each.seconds,
     }
-    for each, predicted in zip(candidates, test["answers"])
+    for each, predicted in zip(candidates, test["predictions"])
   ]
   return {
     "task": context.task.name,
@@ -93,7 +93,7 @@ def _results(context, found, candidates, test, seconds, peak) -> dict[str, Any]:
     "batch_size": context.config.batch_size,  # config.lr is per 256 images.
     **{name: tested[-1][name] for name in (*SCORES, ENSEMBLE)},
     "test_classes": _count_classes(
-      context.task, test["label"], test["answers"][-1][:-1]
+      context.task, test["label"], test["predictions"][-1][:-1]
     ),
     "chosen": result.setting,
     "tested": tested,

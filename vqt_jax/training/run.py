@@ -100,7 +100,7 @@ def _run(config, workdir, console, task) -> dict[str, Any]:
 def _test(stages, candidates) -> dict[str, Any]:
   """Test all seeds of all candidates in one pass over the test set."""
   started = time.monotonic()
-  label, answers = stages.evaluate(
+  label, predictions = stages.evaluate(
     "test",
     None,
     [
@@ -114,12 +114,12 @@ def _test(stages, candidates) -> dict[str, Any]:
     ],
     "test",
   )
-  for each, predicted in zip(candidates, answers):
+  for each, predicted in zip(candidates, predictions):
     accuracy = [float((seed == label).mean()) for seed in predicted[:-1]]
     epoch, name = len(each.trained.history), "test_accuracy"
     stages.log_accuracy(f"test_{each.name}", each.trials, epoch, name, accuracy)
   return {
     "label": label,
-    "answers": answers,
+    "predictions": predictions,
     "seconds": time.monotonic() - started,
   }

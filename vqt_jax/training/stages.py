@@ -164,14 +164,14 @@ class Stages:
       _variables(state, stage), np.array([r.normalize for r in stage.trials])
     )
     if stage.judge:
-      label, (answers,) = self.evaluate(
+      label, (predictions,) = self.evaluate(
         *stage.judge, [(stage.tuner, ready)], "val"
       )
       balanced = self._context.config.class_weights == "balanced"
       judge = accuracy_lib.balanced if balanced else accuracy_lib.accuracy
       accuracy = [
         judge(accuracy_lib.tally(each, label, stage.tuner.num_classes))
-        for each in answers[:-1]
+        for each in predictions[:-1]
       ]
       able = [i not in result.diverged for i in range(len(accuracy))]
       result.accuracy = [a if ok else 0.0 for a, ok in zip(accuracy, able)]
@@ -500,17 +500,17 @@ class Stages:
         line.update(count)
         if stopped().any():
           raise preemption.Stopped
-    labels, answers = zip(*found)
-    each = [np.concatenate(parts, axis=-1) for parts in zip(*answers)]
+    labels, predictions = zip(*found)
+    each = [np.concatenate(parts, axis=-1) for parts in zip(*predictions)]
     return np.concatenate(labels), each
 
 
 def _real(
-  label: np.ndarray, answers: Sequence[np.ndarray]
+  label: np.ndarray, predictions: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, list[np.ndarray]]:
   """Join the steps of `step.eval_steps`, without rows that only fill up."""
   real = label >= 0
-  return label[real], [np.moveaxis(x, 1, 0)[:, real] for x in answers]
+  return label[real], [np.moveaxis(x, 1, 0)[:, real] for x in predictions]
 
 
 def _log_probabilities(head: Any, features: np.ndarray) -> np.ndarray:

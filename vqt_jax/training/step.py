@@ -481,5 +481,5 @@ def eval_steps(
       tuple(every(*those) for those in zip(tuners, ready)),
     )
 
-  answers = jax.lax.scan(body, None, (order, mask))[1]
-  return mesh_lib.constrain(answers)  # Replicated.
+  predictions = jax.lax.scan(body, None, (order, mask))[1]
+  return mesh_lib.constrain(predictions)  # Replicated.

@@ -5,7 +5,7 @@
   tensorboard/    the same as TensorBoard events
   results.json    the results, written when all else is there
   tuned/          what was trained, see `tuned.bundle`
-  test_answers.safetensors
+  test_predictions.safetensors
                   labels and predicted classes of the test images
   report.html     a page of the results
   report.png      a picture of them
@@ -38,7 +38,7 @@ _CLAIMED = {
   "report.png",
   "checkpoints",
   "stages",
-  "test_answers.safetensors",
+  "test_predictions.safetensors",
   "tuned",
 }
 _ROW = b'{"phase": '  # Start of metrics.jsonl.
