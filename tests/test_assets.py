@@ -76,7 +76,7 @@ def test_head_recognises_clothes():
 
 def test_features_of_digits_are_better_than_those_of_random_weights():
   trained = checkpoints.load_backbone(PATH)
-  images, labels = digits(400)
+  images, labels = digits(240)
   accuracies = {}
   for name, backbone in (("trained", trained), ("fresh", fresh(trained))):
     final = np.asarray(backbone(images).final)

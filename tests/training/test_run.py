@@ -125,8 +125,12 @@ def test_what_a_run_leaves_behind(run, material):
     {},
     {"keep_fraction": 0.5},
     {"method": "linear", "data": "stream", "batch_size": 16},
-    {"method": "lora", "lr": "0.1,", "image_width": 12},
-    {"method": "head2toe+ssf", "keep_fraction": 0.3, "lr": "0.1,"},
+    {
+      "method": "head2toe+ssf",
+      "keep_fraction": 0.3,
+      "lr": "0.1,",
+      "image_width": 12,
+    },
   ],
   ids=str,
 )
@@ -248,7 +252,7 @@ def test_streaming_shows_every_example_once_an_epoch(
     return on_devices(batch, mesh)
 
   monkeypatch.setattr(batches_lib, "call_of_batch", watch)
-  changes = dict(data="stream", batch_size=16, lr=0.1)
+  changes = dict(method="linear", data="stream", batch_size=16, lr=0.1)
   assert main.main(runs.command(material, tmp_path, **changes)) == 0
   size = {"image_size": 8, "value_range": "-1..1"}
   wanted = data.load_arrays(task, "trainval", **size)["image"]
