@@ -36,35 +36,33 @@ def test_what_is_written_is_read(tmp_path):
   assert array_files.to_safetensors(ARRAYS, INFO) == path.read_bytes()
 
 
-def test_files_without_a_checksum_are_read(tmp_path):
+@pytest.mark.parametrize("metadata", [None, {"outcome": "x"}])
+def test_files_without_a_checksum_are_refused(tmp_path, metadata):
   path = tmp_path / "a.safetensors"
-  safetensors.numpy.save_file(ARRAYS, path, {"outcome": "x"})
-  arrays, info = read(path)
-  assert sorted(arrays) == sorted(ARRAYS) and info == {"outcome": "x"}
+  safetensors.numpy.save_file(ARRAYS, path, metadata)
+  with pytest.raises(errors.UserError, match="it has no checksum"):
+    read(path)
 
 
 def test_flipped_bits_are_told(tmp_path):
   path = tmp_path / "a.safetensors"
   content = array_files.to_safetensors(ARRAYS, {"seed": 1})
   path.write_bytes(content)
-  right = read(path)
   for place in range(len(content)):
     flipped = bytearray(content)
     flipped[place] ^= 1 << place % 8
     path.write_bytes(flipped)
-    try:
-      arrays, info = read(path)
-    except errors.UserError:
-      continue
-    # The name of the checksum's entry: then this is one of another program.
-    assert info.keys() != right[1].keys()
-    assert all(np.array_equal(arrays[n], right[0][n]) for n in ARRAYS)
+    with pytest.raises(errors.UserError, match="Cannot read"):
+      read(path)
 
 
 def test_shapes_are_judged_before_memory_is_taken(tmp_path):
   path = tmp_path / "a.safetensors"
   header = json.dumps(
-    {"a": {"dtype": "U8", "shape": [2**42], "data_offsets": [0, 2**42]}}
+    {
+      "__metadata__": {"vqt_jax": '{"sha256": ""}'},
+      "a": {"dtype": "U8", "shape": [2**42], "data_offsets": [0, 2**42]},
+    }
   ).encode()
   with path.open("wb") as out:  # Sparse: it takes no room.
     out.write(len(header).to_bytes(8, "little") + header)

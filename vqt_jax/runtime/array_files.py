@@ -35,7 +35,7 @@ def to_safetensors(
 def read_safetensors(
   file: files.Path, check: Callable[[Shapes, dict[str, Any]], None]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-  """Read a file that `to_safetensors` made, or one without a checksum.
+  """Read a file that `to_safetensors` made.
 
   Call it in `files.explain_damage`, and parse there what it returns.
 
@@ -46,23 +46,23 @@ def read_safetensors(
       they are not what is expected.
 
   Returns:
-    The arrays, and the `info`: of files without a checksum their metadata.
+    The arrays, and the `info`.
 
   Raises:
     FileNotFoundError: there is none.
-    ValueError: its content does not match its checksum.
+    ValueError: it has no checksum, or its content does not match it.
     Exception: of any kind, if it is damaged.
   """
   with files.local_copy(file) as local:
     with safetensors.safe_open(local, "numpy") as opened:
-      info, expected = dict(opened.metadata() or {}), None
-      if _ABOUT in info:
-        info = files.parse_json(info[_ABOUT], dict)
-        expected = info.pop("sha256")
+      if _ABOUT not in (metadata := opened.metadata() or {}):
+        raise ValueError("it has no checksum")
+      info = files.parse_json(metadata[_ABOUT], dict)
+      expected = info.pop("sha256")
       names = opened.keys()
       check({n: tuple(opened.get_slice(n).get_shape()) for n in names}, info)
       arrays = {name: opened.get_tensor(name) for name in names}
-  if expected not in (None, _digest(arrays, info)):
+  if _digest(arrays, info) != expected:
     raise ValueError("its content does not match its checksum")
   return arrays, info
 

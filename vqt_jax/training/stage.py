@@ -250,10 +250,7 @@ def read_result(path: files.Path, stage: Stage) -> StageResult:
     for name, array in flat.items():
       if array.dtype != np.float32:
         raise ValueError(f"{name} holds {array.dtype}, not float32")
-    told = info["outcome"]
-    if isinstance(told, str):  # Of files without a checksum.
-      told = files.parse_json(told)
-    result = files.from_json(StageResult, told)
+    result = files.from_json(StageResult, info["outcome"])
     _check_lengths(result, stage)
   if flat:  # An empty dict has no leaves to save.
     variables = flax.traverse_util.unflatten_dict(flat, sep="/")
