@@ -278,7 +278,6 @@ def _of_task(
   known = task.class_names or [str(i) for i in range(task.num_classes)]
   labels = _labels(model, known, task.name)
   settings = model.info["preprocessing"]
-
   names = iter(data.example_names(task, split))
 
   def each():
