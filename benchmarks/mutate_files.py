@@ -387,14 +387,17 @@ def write_predictions(folder):
   seeds, shares = zip(*ACCURACY["per_seed"].items())
   first = np.arange(len(label))
   each = [np.where(first < x * len(label), label, wrong) for x in shares]
-  results_lib.write_predictions(folder, seeds, label, np.stack([*each, label]))
+  probability = np.linspace(0.4, 1, len(label), dtype=np.float32)
+  results_lib.write_predictions(
+    folder, seeds, label, np.stack([*each, label]), probability
+  )
 
 
 def read_predictions(folder):
   found = results_lib.read_predictions(folder, RESULTS)
   if found is None:
     raise errors.UserError("There are none, so the run is not paired.")
-  return found.label, found.predicted
+  return tuple(found)
 
 
 def feature_file(folder):

@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 
 from benchmarks import mutate_files
@@ -82,7 +83,7 @@ def test_answers_are_read_with_the_results_they_belong_to(tmp_path):
   assert results.read_predictions(tmp_path, GOOD) is None
   mutate_files.write_predictions(tmp_path)
   found = results.read_predictions(tmp_path, GOOD)
-  assert [x.shape for x in found] == [(100,), (2, 100)]
+  assert [x.shape for x in found] == [(100,), (2, 100), (100,), (100,)]
   assert found.right.mean() == pytest.approx(GOOD["test_accuracy"]["mean"])
   for place, value in (("images", 99), ("per_seed", {"1": 0.5, "2": 0.5})):
     other = changed(f"test_accuracy/{place}", value)
@@ -91,6 +92,19 @@ def test_answers_are_read_with_the_results_they_belong_to(tmp_path):
   path.write_bytes(path.read_bytes()[:-1])
   with pytest.raises(errors.UserError, match="Cannot read .*Delete it to"):
     results.read_predictions(tmp_path, GOOD)
+
+
+def test_probabilities_that_are_unknown(tmp_path):
+  """Of seeds that have diverged, or were not tested together."""
+  mutate_files.write_predictions(tmp_path)
+  label, predicted, together, _ = results.read_predictions(tmp_path, GOOD)
+  seeds, unknown = [*GOOD["test_accuracy"]["per_seed"]], np.full(100, np.nan)
+  for last, kept in ((together, together), (np.full(100, -1), None)):
+    rows = np.stack([*predicted, last])
+    results.write_predictions(tmp_path, seeds, label, rows, unknown)
+    found = results.read_predictions(tmp_path, GOOD)
+    np.testing.assert_array_equal(found.together, kept)
+    assert found.probability is None
 
 
 def test_what_earlier_versions_left_out(tmp_path):

@@ -38,7 +38,7 @@ import numpy as np
 
 from vqt_jax import data
 from vqt_jax import errors
-from vqt_jax.config import fields
+from vqt_jax import results
 from vqt_jax.data import listing
 from vqt_jax.models import scaling
 from vqt_jax.runtime import console as console_lib
@@ -50,6 +50,7 @@ with epy.lazy_imports():  # JAX takes seconds; --help needs none.
   from vqt_jax.reports import evaluation
   from vqt_jax.reports import evaluation_report
   from vqt_jax.reports import html
+  from vqt_jax.reports import judgement
   from vqt_jax.reports import notable as notable_lib
   from vqt_jax.reports import style
   from vqt_jax.tuned import model as model_lib
@@ -167,7 +168,7 @@ def evaluate(
 
 def _picture(
   model: model_lib.Model, answer: notable_lib.Answer
-) -> evaluation_report.Picture:
+) -> judgement.Picture:
   """Return an answer with its image, and where the queries looked in it."""
   image, maps = answer.image, None
   if not isinstance(image, np.ndarray):
@@ -175,7 +176,7 @@ def _picture(
   if model.tuner.has_queries:
     (maps,) = model.attention_maps(image[None])
   shown = scaling.unscale(image, model.backbone.value_range)
-  return evaluation_report.Picture(answer, shown, maps)
+  return judgement.Picture(answer, shown, maps)
 
 
 def _about(
@@ -264,12 +265,8 @@ def _find_task(
   config: Mapping[str, Any], name: str, data_dir: str | None
 ) -> data.Task:
   """Return a task by name; that of a run's config with the run's splits."""
-  options = {k: config[k] for k in fields.TASK_FIELDS if k in config}
-  if data_dir:
-    options["data_dir"] = data_dir
-  task = data.make_task(config.get("task", name), **options)
-  if config.get("skip_bad"):
-    task = data.leave_out(task, data.find_faults(task))
+  place = {"data_dir": data_dir} if data_dir else {}
+  task = results.find_task({"task": name, **config, **place})
   data.check_prepared(task)
   return task
 
@@ -281,9 +278,9 @@ def _of_task(
   known = task.class_names or [str(i) for i in range(task.num_classes)]
   labels = _labels(model, known, task.name)
   settings = model.info["preprocessing"]
+  names = iter(data.example_names(task, split))
 
   def each():
-    number = 0
     for batch in data.batches(
       task,
       split,
@@ -298,8 +295,7 @@ def _of_task(
         batch["label"][real], answers[real], batch["image"][real]
       ):
         # A copy, as the batch need not stay if the image does.
-        yield str(number), labels[label], answer, image.copy()
-        number += 1
+        yield next(names), labels[label], answer, image.copy()
 
   return each(), data.num_examples(task, split)
 

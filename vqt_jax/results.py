@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vqt_jax import data
 from vqt_jax import errors
+from vqt_jax.config import fields
 from vqt_jax.runtime import array_files
 from vqt_jax.runtime import files
 
@@ -145,6 +147,24 @@ _WHOLE = {
 }
 
 
+def find_task(config: Mapping[str, Any]) -> data.Task:
+  """Return the task of a run, without the images that it left out.
+
+  Args:
+    config: contents of its `config.json`, or some of them.
+
+  Raises:
+    UserError: there is no such task any more.
+  """
+  options = {
+    name: config[name] for name in fields.TASK_FIELDS if name in config
+  }
+  task = data.make_task(config["task"], **options)
+  if config.get("skip_bad"):
+    task = data.leave_out(task, data.find_faults(task))
+  return task
+
+
 def read(workdir: files.Path) -> dict[str, Any]:
   """Read the results of a finished run.
 
@@ -192,10 +212,15 @@ class Predictions(NamedTuple):
   Attributes:
     label: (n,) classes.
     predicted: (R, n) classes, a row for each seed.
+    together: (n,) classes, by the mean of the seeds' probabilities; None if
+      they were not computed together.
+    probability: (n,) float32, that mean for `together`; None if unknown.
   """
 
   label: np.ndarray
   predicted: np.ndarray
+  together: np.ndarray | None = None
+  probability: np.ndarray | None = None
 
   @property
   def right(self) -> np.ndarray:
@@ -208,6 +233,7 @@ def write_predictions(
   seeds: Sequence[int],
   label: np.ndarray,
   predicted: np.ndarray,
+  probability: np.ndarray,
 ) -> None:
   """Write the predictions of a run.
 
@@ -217,6 +243,7 @@ def write_predictions(
     label: (n,) classes of the test images.
     predicted: (R + 1, n) classes, of each seed and, last, of all together, -1
       where that is unknown.
+    probability: (n,) of the last row, NaN where that is unknown.
   """
   *each, together = predicted
   arrays = {"label": label, "predicted": np.stack(each)}
@@ -224,6 +251,8 @@ def write_predictions(
     arrays["together"] = together
   small = np.min_scalar_type(max(x.max() for x in arrays.values()))
   arrays = {name: x.astype(small) for name, x in arrays.items()}
+  if np.isfinite(probability).all():  # Not of seeds that have diverged.
+    arrays["probability"] = probability.astype(np.float32)
   content = array_files.to_safetensors(arrays, {"seeds": list(map(str, seeds))})
   files.write(workdir / PREDICTIONS, content)
 
@@ -244,16 +273,18 @@ def read_predictions(
   if not files.exists(path):
     return None
   seeds, images = test["per_seed"], test.get("images")
-  expected = [*seeds], (images,), (len(seeds), images)
+  optional = {"together": (images,), "probability": (images,)}
+  needed = {"label": (images,), "predicted": (len(seeds), images)}
+  expected = [*seeds], optional | needed
 
   def check(shapes, info):
-    found = info.get("seeds"), shapes.get("label"), shapes.get("predicted")
+    found = info.get("seeds"), optional | shapes
     if found != expected:
       raise ValueError(f"expected seeds and shapes {expected}, found {found}")
 
   with files.explain_damage(path, "Delete it to compare the run without it."):
     arrays, _ = array_files.read_safetensors(path, check)
-    predictions = Predictions(arrays["label"], arrays["predicted"])
+    predictions = Predictions(**arrays)
     found = (predictions.predicted == predictions.label).mean(axis=1)
     if not np.allclose(found, [*seeds.values()]):
       raise ValueError(f"its accuracies are not those of {RESULTS}")

@@ -125,6 +125,17 @@ def test_an_identity_is_that_of_every_copy(task, data_dir, tmp_path):
   assert data.dataset_identity(again)["sha256"] != found["sha256"]
 
 
+def test_picked_examples_are_those_at_their_positions(task):
+  """Of several files, slices and splits."""
+  splits = task.splits | {"test": "train[20:]+test+train[3:6]"}
+  task = dataclasses.replace(task, splits=splits)
+  whole = keys_of(data.load_arrays(task, "test", **READ))
+  assert data.example_names(task, "test") == [*map(str, range(17))]
+  positions = [16, 0, 12, 2, 3, 13]
+  some = data.load_arrays(data.pick(task, "test", positions), "test", **READ)
+  assert keys_of(some) == [whole[i] for i in positions]
+
+
 def test_balanced_weights_are_those_of_scikit_learn():
   labels = np.array([0, 0, 0, 1, 1, 4], np.int32)
   weights = data.balanced_weights(labels, 5)

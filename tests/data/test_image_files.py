@@ -245,6 +245,18 @@ def test_processes_share_the_rows_of_every_batch(photos, processes):
   assert (data.load_labels(task, "trainval") == whole["label"]).all()
 
 
+def test_picked_images_are_those_at_their_positions(photos):
+  task = data.make_task(str(photos))
+  some = data.pick(task, "test", [3, 0])
+  every = [
+    (data.example_names(each, "test"), data.load_arrays(each, "test", **READ))
+    for each in (task, some)
+  ]
+  (names, whole), (picked, images) = every
+  assert picked == [names[3], names[0]]
+  assert shades(images) == [shades(whole)[i] for i in (3, 0)]
+
+
 def test_training_order_depends_on_seed_and_epoch_only(photos):
   task = data.make_task(str(photos))
 

@@ -1,5 +1,6 @@
 """Reports as pages: whole, escaped, without a network, on small screens."""
 
+import functools
 import html.parser
 import json
 import re
@@ -13,11 +14,13 @@ from tests.experiments import test_compare
 from tests.reports import test_figures
 from tests.reports import test_vtab_summary
 from vqt_jax import errors
+from vqt_jax import results
 from vqt_jax.reports import compare
 from vqt_jax.reports import compare_report
 from vqt_jax.reports import evaluation
 from vqt_jax.reports import evaluation_report
 from vqt_jax.reports import html as html_lib
+from vqt_jax.reports import judgement
 from vqt_jax.reports import notable
 from vqt_jax.reports import run_report
 from vqt_jax.reports import vtab_report
@@ -43,7 +46,22 @@ def pages(tmp_path_factory):
       "predicted": [25, 0, 26, 0],
     },
   }
-  run_report.report(found, {"task": CLASSES[0]}, folder / "run.html")
+  rng = np.random.default_rng(0)
+  pictures = [
+    judgement.Picture(
+      notable.Answer(CLASSES[0], i % 4, 1, 0.5, None),
+      rng.random((20, 30, 3)),
+      rng.random((12, 4, 6)),
+    )
+    for i in range(5)
+  ]
+  label, together = rng.integers(0, 4, (2, 60), np.uint8)
+  predictions = results.Predictions(
+    label, np.stack([together] * 3), together, rng.random(60, np.float32)
+  )
+  report = functools.partial(run_report.report, found, {"task": CLASSES[0]})
+  report(folder / "run.html", predictions, pictures)
+  report(folder / "old_run.html")
   outcomes = {
     name: test_compare.outcome(accuracy=0.9 - i / 50)
     for i, name in enumerate(CLASSES)
@@ -54,16 +72,7 @@ def pages(tmp_path_factory):
     f"differ in {CLASSES[0]}",
     {name: folder / name for name in CLASSES},
   )
-  rng = np.random.default_rng(0)
   p = rng.dirichlet(np.ones(4), 60)
-  pictures = [
-    evaluation_report.Picture(
-      notable.Answer(CLASSES[0], i % 4, 1, 0.5, None),
-      rng.random((20, 30, 3)),
-      rng.random((12, 4, 6)),
-    )
-    for i in range(5)
-  ]
   evaluation_report.report(
     folder / "evaluation.html",
     evaluation.summarize(p, rng.integers(0, 4, 60), CLASSES),
@@ -98,11 +107,12 @@ class _Elements(html.parser.HTMLParser):
 
 def test_names_are_text(pages):
   """None becomes an element, an attribute or a template."""
-  assert pages.keys() == {"run", "compare", "evaluation", "vtab"}
+  kinds = {"run", "old_run", "compare", "evaluation", "vtab"}
+  assert pages.keys() == kinds
   for kind, page in pages.items():
     found = _Elements(page)
     tags = [tag for tag, _ in found.tags]
-    assert tags.count("script") == (kind == "evaluation")
+    assert tags.count("script") == (kind in ("run", "evaluation"))
     assert CLASSES[0] in found.text
     for name in CLASSES[1:3]:
       assert name in found.text, kind
@@ -135,6 +145,32 @@ def test_pages_are_whole(pages):
       "http://www.w3.org/",
       "",  # Namespaces of SVG.
     )
+
+
+def test_a_run_is_judged_like_an_evaluation(pages):
+  """As far as it has kept what that takes."""
+  sections = ["confusion", "calibration", "images"]
+  for kind, expected in (
+    ("run", sections),
+    ("evaluation", sections),
+    ("old_run", []),
+  ):
+    found = [x.get("id") for tag, x in _Elements(pages[kind]).tags]
+    assert [x for x in found if x in sections] == expected
+  assert "the 3 seeds answer together" in pages["run"]
+
+
+def test_mistakes_of_many_classes_come_without_a_matrix():
+  label, predicted = np.arange(200).repeat(3), np.arange(600) // 3
+  predicted[[3, 4, 9, 0]] = [7, 7, 2, 5]
+  pairs, images = np.unique(
+    np.stack([label, predicted]), axis=1, return_counts=True
+  )
+  found = judgement.confusion(pairs, images, [*map(str, range(200))])
+  assert found["confusion"] is None
+  rows = [(x["true"], x["predicted"], x["images"]) for x in found["worst"]]
+  assert rows == [("1", "7", 2), ("0", "5", 1), ("3", "2", 1)]
+  assert found["worst"][0]["share"] == pytest.approx(2 / 3)
 
 
 def test_the_page_of_all_tasks(pages):

@@ -18,6 +18,9 @@ from vqt_jax import results as results_lib
 from vqt_jax.config import config_dict
 from vqt_jax.config import resolve
 from vqt_jax.features import batches as batches_lib
+from vqt_jax.models import scaling
+from vqt_jax.reports import notable
+from vqt_jax.reports import run_pictures
 from vqt_jax.runtime import locks
 from vqt_jax.training import optim
 from vqt_jax.tuned import bundle
@@ -59,7 +62,7 @@ def recount(workdir, task):
     value_range=model.backbone.value_range,
   )
   predicted = np.argmax(model.logits(examples["image"]), axis=-1)
-  together = model.predict_proba(examples["image"]).argmax(axis=-1)
+  together = model.predict_proba(examples["image"])
   return examples["label"], predicted, together
 
 
@@ -142,11 +145,59 @@ def test_answers_are_those_of_the_shipped_weights(run, task, changes):
   answers = results_lib.read_predictions(workdir, found)
   np.testing.assert_array_equal(answers.label, label)
   np.testing.assert_array_equal(answers.predicted, predicted)
+  np.testing.assert_array_equal(answers.together, together.argmax(axis=-1))
+  helpers.assert_close(answers.probability, together.max(axis=-1))
   shares = (predicted == label).mean(axis=1)
   per_seed = found["test_accuracy"]["per_seed"]
   assert per_seed == dict(zip(map(str, SEEDS), shares))
   ensemble = found["test_ensemble_accuracy"]["mean"]
-  assert ensemble == pytest.approx(np.mean(together == label))
+  assert ensemble == pytest.approx(np.mean(answers.together == label))
+
+
+def test_the_report_has_the_images_that_it_names(run, task, pictures):
+  """With the attention in them; without, if they are not there any more."""
+  workdir = run()
+  found, config = (
+    runs.read_json(workdir / name) for name in ("results.json", "config.json")
+  )
+  predictions = results_lib.read_predictions(workdir, found)
+  shown = run_pictures.read(workdir, found, config, predictions)
+  wrong = predictions.together != predictions.label
+  count = min(notable.COUNT, wrong.sum())
+  assert len(shown) == count + notable.COUNT
+  read = dict(image_size=(8, 8), value_range=found["value_range"])
+  images = data.load_arrays(task, "test", **read)["image"]
+  maps = vqt_jax.load(workdir).attention_maps(images)
+  for i, (answer, image, attention) in enumerate(shown):
+    at = int(answer.name)
+    assert answer.true == predictions.label[at]
+    assert answer.predicted == predictions.together[at]
+    assert answer.confidence == predictions.probability[at]
+    assert wrong[at] == (i < count)
+    np.testing.assert_array_equal(
+      image, scaling.unscale(images[at], found["value_range"])
+    )
+    helpers.assert_close(attention, maps[at])
+  expected = np.sort(predictions.probability[~wrong])[: notable.COUNT]
+  assert [x.answer.confidence for x in shown[count:]] == expected.tolist()
+  found["data"]["sha256"] = ""
+  with pytest.raises(vqt_jax.UserError, match="squares has changed since"):
+    run_pictures.read(workdir, found, config, predictions)
+
+
+def test_a_report_whose_images_cannot_be_had(
+  run, material, tmp_path, pictures, capfd
+):
+  """Is written without them."""
+  workdir = tmp_path / "run"
+  shutil.copytree(run(), workdir)
+  (workdir / "report.html").unlink()
+  weights = workdir / "tuned" / "model.safetensors"
+  weights.write_bytes(weights.read_bytes()[:-1])
+  assert main.main(runs.command(material, workdir)) == 0
+  assert "without images: " in capfd.readouterr().err
+  page = (workdir / "report.html").read_text()
+  assert 'id="calibration"' in page and 'id="images"' not in page
 
 
 def test_weights_that_have_changed_are_not_taken_for_the_same(

@@ -180,7 +180,7 @@ class Case:
       )
       answers = []
       for chunk in source.epoch(0, 0):
-        label, (predicted,) = step_lib.eval_steps(
+        label, (predicted,), _ = step_lib.eval_steps(
           (self.tuner,), (ready,), self.params, *chunk
         )
         answers.append(np.moveaxis(predicted, 1, -1)[label >= 0, :-1])

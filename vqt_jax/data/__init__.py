@@ -17,6 +17,7 @@ from vqt_jax.data.pipeline import load_arrays
 from vqt_jax.data.pipeline import train_batches
 from vqt_jax.data.source import check_prepared
 from vqt_jax.data.source import dataset_identity
+from vqt_jax.data.source import example_names
 from vqt_jax.data.source import expected_examples
 from vqt_jax.data.source import find_faults
 from vqt_jax.data.source import images_fingerprint
@@ -26,6 +27,7 @@ from vqt_jax.data.source import load_labels
 from vqt_jax.data.source import notes
 from vqt_jax.data.source import num_bytes
 from vqt_jax.data.source import num_examples
+from vqt_jax.data.source import pick
 from vqt_jax.data.task import SPLITS
 from vqt_jax.data.task import Task
 from vqt_jax.data.task import TfdsTask
@@ -46,6 +48,7 @@ __all__ = [
   "check_classes",
   "check_prepared",
   "dataset_identity",
+  "example_names",
   "expected_examples",
   "find_faults",
   "images_fingerprint",
@@ -58,6 +61,7 @@ __all__ = [
   "notes",
   "num_bytes",
   "num_examples",
+  "pick",
   "prepare_command",
   "size_warning",
   "train_batches",

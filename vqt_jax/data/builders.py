@@ -5,8 +5,9 @@ the error for a dataset that is not there names the command that prepares it.
 (TFDS itself would try the network for minutes.)
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -285,6 +286,27 @@ def dataset_identity(task: TfdsTask) -> dict[str, Any]:
     "splits": splits,
     "sha256": hashlib.sha256(text.encode()).hexdigest(),
   }
+
+
+@source.pick.register
+def pick(task: TfdsTask, split: str, positions: Sequence[int]) -> TfdsTask:
+  splits = open_builder(task).info.splits
+  # Each file has the next examples of a whole split.
+  first = {}
+  for name, whole in splits.items():
+    start = 0
+    for part in whole.file_instructions:
+      first[part.filename] = name, start
+      start += part.examples_in_shard
+  order = []
+  for part in splits[task.splits[split]].file_instructions:
+    name, start = first[part.filename]
+    taken = range(part.examples_in_shard)[part.skip :]
+    taken = taken if part.take < 0 else taken[: part.take]
+    order += [(name, start + i) for i in taken]
+  some = [order[position] for position in positions]
+  slices = "+".join(f"{name}[{i}:{i + 1}]" for name, i in some)
+  return dataclasses.replace(task, splits={**task.splits, split: slices})
 
 
 def size_warning(task: TfdsTask) -> str | None:

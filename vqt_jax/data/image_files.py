@@ -328,6 +328,17 @@ def leave_out(task: FileTask, faults: Mapping[str, str]) -> FileTask:
   return task
 
 
+@source.pick.register
+def pick(task: FileTask, split: str, positions: Sequence[int]) -> FileTask:
+  some = tuple(task.images[split][i] for i in positions)
+  return dataclasses.replace(task, images={**task.images, split: some})
+
+
+@source.example_names.register
+def example_names(task: FileTask, split: str) -> list[str]:
+  return [image.name for image in task.of(split)]
+
+
 @source.load_labels.register
 def load_labels(task: FileTask, split: str) -> np.ndarray:
   numbers = task.class_numbers

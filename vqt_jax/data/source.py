@@ -6,7 +6,7 @@ here (`num_examples.register` etc.). `tfds_source.py` is for datasets of TFDS,
 implemented. Everything else in the package works with any of them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import functools
 from typing import Any
 
@@ -107,6 +107,24 @@ def read(
     UserError: as `check_prepared`, or an image is damaged.
   """
   raise NotImplementedError(type(task))
+
+
+@functools.singledispatch
+def pick(task: Task, split: str, positions: Sequence[int]) -> Task:
+  """Return the task with only some examples of a split, without reading any.
+
+  Args:
+    task: whose examples.
+    split: "train", "val" or "test".
+    positions: of the examples in stored order, from 0; theirs is the new order.
+  """
+  raise NotImplementedError(type(task))
+
+
+@functools.singledispatch
+def example_names(task: Task, split: str) -> list[str]:
+  """Names of a split's examples in stored order: numbers, if they have none."""
+  return [str(number) for number in range(num_examples(task, split))]
 
 
 @functools.singledispatch

@@ -2,10 +2,14 @@
 
 from typing import Any
 
+import jax
 import ml_collections
 
+from vqt_jax import errors
+from vqt_jax import results as results_lib
 from vqt_jax.reports import html
 from vqt_jax.reports import run_figure
+from vqt_jax.reports import run_pictures
 from vqt_jax.reports import run_report
 from vqt_jax.reports import run_table
 from vqt_jax.runtime import console as console_lib
@@ -33,6 +37,23 @@ def train(
         run_figure.report(results, picture)
         metrics.write_picture(workdir, picture)
       if not files.exists(page):
-        config_json = files.read_json(workdir / "config.json")
-        run_report.report(results, config_json, page)
+        _write_page(results, workdir, page, console)
   return results
+
+
+def _write_page(
+  results: dict[str, Any],
+  workdir: files.Path,
+  page: files.Path,
+  console: console_lib.Console,
+) -> None:
+  """Write the report, without images if these cannot be had any more."""
+  config = files.read_json(workdir / "config.json")
+  predictions, pictures = None, []
+  try:
+    predictions = results_lib.read_predictions(workdir, results)
+    if predictions and predictions.probability is not None:
+      pictures = run_pictures.read(workdir, results, config, predictions)
+  except (errors.UserError, jax.errors.JaxRuntimeError) as e:
+    console.note(f"without images: {str(e).splitlines()[0]}", "report")
+  run_report.report(results, config, page, predictions, pictures)

@@ -32,6 +32,11 @@ class Method:
     return reader.is_network or bool(reader.members)
 
   @property
+  def has_queries(self) -> bool:
+    """True if queries that learn attend to tokens."""
+    return readers.READERS[self.reader].has_queries
+
+  @property
   def may_be_exact(self) -> bool:
     """True if the head is all that is fitted, so that it can be computed."""
     fixed = readers.READERS[self.reader].is_fixed

@@ -9,7 +9,7 @@ import textwrap
 import numpy as np
 
 from vqt_jax import data
-from vqt_jax.config import fields
+from vqt_jax import results
 from vqt_jax.models import scaling
 from vqt_jax.reports import figures
 from vqt_jax.reports import style
@@ -114,12 +114,7 @@ def draw(workdir: files.Path, path: files.Path) -> None:
   model = model_lib.load(workdir)
   seed = model.info["seeds"][0]
   model = model.of_seed(seed)
-  task = data.make_task(
-    config["task"],
-    **{k: config[k] for k in fields.TASK_FIELDS if k in config},
-  )
-  if config.get("skip_bad"):
-    task = data.leave_out(task, data.find_faults(task))
+  task = results.find_task(config)
   batch = next(
     data.batches(
       task,

@@ -59,22 +59,22 @@ def summarize(
       {"class": name, "images": int(n), "precision": p, "recall": r, "f1": f}
       for name, n, p, r, f in zip(classes, there, precision, recall, f1)
     ],
-    "calibration": calibration(probabilities, labels),
+    "calibration": calibration(probabilities.max(-1), predicted == labels),
     "temperature": temperature(probabilities, labels),
   }
 
 
-def calibration(
-  probabilities: np.ndarray, labels: np.ndarray
-) -> dict[str, Any]:
+def calibration(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
   """Compare confidence with accuracy (Guo et al. 2017, section 2).
+
+  Args:
+    confidence: (n,) probabilities of the predicted classes.
+    right: (n,) whether these are true.
 
   Returns:
     `bins`, those of `BINS` equal ones that are not empty, with `images`, mean
     `confidence` and `accuracy`; `ece`, the expected calibration error.
   """
-  confidence = probabilities.max(axis=-1)
-  right = probabilities.argmax(axis=-1) == labels
   # Bin i is (i / BINS, (i + 1) / BINS].
   index = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
   bins = []
@@ -88,7 +88,7 @@ def calibration(
       }
     )
   gaps = [b["images"] * abs(b["confidence"] - b["accuracy"]) for b in bins]
-  return {"bins": bins, "ece": sum(gaps) / len(labels)}
+  return {"bins": bins, "ece": sum(gaps) / len(right)}
 
 
 def temperature(
@@ -111,9 +111,10 @@ def temperature(
     if len(fitted) and len(judged):
       value = _fit_temperature(log_p[fitted], labels[fitted])
       scaled[judged] = _softmax(log_p[judged] / value)
+  right = scaled.argmax(axis=-1) == labels
   return {
     "value": _fit_temperature(log_p, labels),
-    "ece": calibration(scaled, labels)["ece"],
+    "ece": calibration(scaled.max(axis=-1), right)["ece"],
   }
 
 

@@ -5,8 +5,13 @@ import itertools
 import statistics
 from typing import Any
 
+import numpy as np
+
 from vqt_jax import accuracy as accuracy_lib
+from vqt_jax import results as results_lib
+from vqt_jax.reports import evaluation
 from vqt_jax.reports import html
+from vqt_jax.reports import judgement
 from vqt_jax.reports import run_figure
 from vqt_jax.reports import style
 from vqt_jax.runtime import files
@@ -17,7 +22,11 @@ _ALIKE = ("num_queries", "query_dropout", "normalize")
 
 
 def report(
-  results: dict[str, Any], config: Mapping[str, Any], path: files.Path
+  results: dict[str, Any],
+  config: Mapping[str, Any],
+  path: files.Path,
+  predictions: results_lib.Predictions | None = None,
+  pictures: Sequence[judgement.Picture] = (),
 ) -> None:
   """Write the report of a run.
 
@@ -25,6 +34,8 @@ def report(
     results: contents of its `results.json`.
     config: contents of its `config.json`.
     path: of the file.
+    predictions: of the test images; None: there are none.
+    pictures: the most notable ones of them.
   """
   searched, tested = run_figure.drawn_alone(results)
   html.write(
@@ -38,6 +49,7 @@ def report(
     classes=_classes(results),
     seeds=len(results["test_accuracy"]["per_seed"]),
     facts=_facts(results),
+    **_judged(results, predictions, pictures),
     **html.reproduce(path.with_name("config.json"), config),
   )
 
@@ -190,6 +202,33 @@ def _classes(results: Mapping[str, Any]) -> list[dict[str, Any]]:
   seeds = len(results["test_accuracy"]["per_seed"])
   columns = (counts[name] for name in ("class", "images", "right", "predicted"))
   return html.class_rows(*columns, seeds)
+
+
+def _judged(
+  results: Mapping[str, Any],
+  predictions: results_lib.Predictions | None,
+  pictures: Sequence[judgement.Picture],
+) -> dict[str, Any]:
+  """Return confusion, calibration and images, as far as they are known."""
+  found = {"confusion": None, "worst": [], "calibration": None}
+  found |= {"matrix_file": "", "together": ""}
+  names = (results.get("test_classes") or {}).get("class")
+  if names and predictions and predictions.together is not None:
+    label, together = predictions.label, predictions.together
+    pairs, images = np.unique(
+      np.stack([label, together]), axis=1, return_counts=True
+    )
+    found |= judgement.confusion(pairs, images, names)
+    if (seeds := len(predictions.predicted)) > 1:
+      found["together"] = (
+        f"Here and below the {seeds} seeds answer together, by the mean of"
+        " their probabilities."
+      )
+    if (probability := predictions.probability) is not None:
+      found |= judgement.calibration(
+        evaluation.calibration(probability, together == label)
+      )
+  return found | judgement.gallery(pictures, names or ())
 
 
 def _facts(results: Mapping[str, Any]) -> dict[str, str]:

@@ -43,7 +43,8 @@ def write(
     context: of the run.
     found: what the protocol found on the way.
     candidates: tested settings; the last one is the result.
-    test: labels and predicted classes of the test images, as of `run`.
+    test: what `Stages.evaluate` has found on the test images, and how long it
+      took, as of `run`.
     seconds: wall time of this process.
     peak: peak memory of this process.
 
@@ -55,7 +56,11 @@ def write(
     results["tuned_bytes"] = _write_tuned(context, candidates[-1], results)
     seeds = [trial.seed for trial in candidates[-1].trials]
     results_lib.write_predictions(
-      context.workdir, seeds, test["label"], test["predictions"][-1]
+      context.workdir,
+      seeds,
+      test["label"],
+      test["predictions"][-1],
+      test["probabilities"][-1],
     )
     files.write_json(context.workdir / results_lib.RESULTS, results)
     files.remove_folder(context.workdir / "stages")

@@ -100,7 +100,7 @@ def _run(config, workdir, console, task) -> dict[str, Any]:
 def _test(stages, candidates) -> dict[str, Any]:
   """Test all seeds of all candidates in one pass over the test set."""
   started = time.monotonic()
-  label, predictions = stages.evaluate(
+  label, predictions, probabilities = stages.evaluate(
     "test",
     None,
     [
@@ -121,5 +121,6 @@ def _test(stages, candidates) -> dict[str, Any]:
   return {
     "label": label,
     "predictions": predictions,
+    "probabilities": probabilities,
     "seconds": time.monotonic() - started,
   }

@@ -164,7 +164,7 @@ class Stages:
       _variables(state, stage), np.array([r.normalize for r in stage.trials])
     )
     if stage.judge:
-      label, (predictions,) = self.evaluate(
+      label, (predictions,), _ = self.evaluate(
         *stage.judge, [(stage.tuner, ready)], "val"
       )
       balanced = self._context.config.class_weights == "balanced"
@@ -443,7 +443,7 @@ class Stages:
     rows: np.ndarray | None,
     ready: Sequence[tuple[tuner_lib.Tuner, step_lib.TrainedTrials]],
     label: str,
-  ) -> tuple[np.ndarray, list[np.ndarray]]:
+  ) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
     """Classify examples with every trial of several tuners.
 
     The backbone sees each image once, unless the devices cannot hold the
@@ -458,26 +458,28 @@ class Stages:
 
     Returns:
       Labels (n,), in the order of the split, which does not depend on devices,
-      processes or batches; and of each tuner the predicted classes (R + 1, n)
-      of every trial and, last, of all together, -1 if they were not evaluated
-      together. All int32.
+      processes or batches; of each tuner the predicted classes (R + 1, n) of
+      every trial and, last, of all together, all int32; and of each tuner the
+      probability of that last class (n,), float32. The last ones are -1 and NaN
+      if the trials were not evaluated together.
     """
     size = min(trial_memory.weights_at_once(tuner) for tuner, _ in ready)
     if sum(len(trials.normalize) for _, trials in ready) <= size:
       return self._pass(split, rows, ready, label)
-    found = []
+    found, unknown = [], []
     for tuner, trials in ready:
       parts = []
       for start in range(0, len(trials.normalize), size):
         some = jax.tree.map(lambda x, i=start: x[i : i + size], trials)
-        labels, (part,) = self._pass(split, rows, [(tuner, some)], label)
+        labels, (part,), _ = self._pass(split, rows, [(tuner, some)], label)
         parts.append(part[:-1])
       found.append(np.concatenate([*parts, np.full_like(part[-1:], -1)]))
-    return labels, found
+      unknown.append(np.full(len(labels), np.nan, np.float32))
+    return labels, found, unknown
 
   def _pass(
     self, split, rows, ready, label
-  ) -> tuple[np.ndarray, list[np.ndarray]]:
+  ) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
     """Classify with all tuners in one pass of the backbone."""
     context = self._context
     tuners, trials = zip(*ready)
@@ -500,17 +502,23 @@ class Stages:
         line.update(count)
         if stopped().any():
           raise preemption.Stopped
-    labels, predictions = zip(*found)
-    each = [np.concatenate(parts, axis=-1) for parts in zip(*predictions)]
-    return np.concatenate(labels), each
+    labels, *each = zip(*found)
+    join = lambda calls: [np.concatenate(x, axis=-1) for x in zip(*calls)]
+    return np.concatenate(labels), *map(join, each)
 
 
 def _real(
-  label: np.ndarray, predictions: Sequence[np.ndarray]
-) -> tuple[np.ndarray, list[np.ndarray]]:
+  label: np.ndarray,
+  predictions: Sequence[np.ndarray],
+  probabilities: Sequence[np.ndarray],
+) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
   """Join the steps of `step.eval_steps`, without rows that only fill up."""
   real = label >= 0
-  return label[real], [np.moveaxis(x, 1, 0)[:, real] for x in predictions]
+  return (
+    label[real],
+    [np.moveaxis(x, 1, 0)[:, real] for x in predictions],
+    [x[real] for x in probabilities],
+  )
 
 
 def _log_probabilities(head: Any, features: np.ndarray) -> np.ndarray:

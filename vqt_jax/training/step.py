@@ -434,7 +434,7 @@ def eval_steps(
   data: Batch,
   order: jax.Array,
   mask: jax.Array,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
   """Classify with all trials of several tuners in one pass of the stream.
 
   Trials of an editor, whose streams differ, take one pass each.
@@ -449,8 +449,9 @@ def eval_steps(
     mask: (S, B) float32.
 
   Returns:
-    Labels (S, B); and of each tuner the predicted classes (S, R + 1, B) of each
-    trial and, last, by the mean of the trials' probabilities. All int32, -1
+    Labels (S, B); of each tuner the predicted classes (S, R + 1, B) of each
+    trial and, last, by the mean of the trials' probabilities; and of each tuner
+    that of the last class (S, B), float32. Labels and classes are int32, -1
     where a row only fills up the batch.
   """
 
@@ -474,12 +475,10 @@ def eval_steps(
       logits = run(trials)
       together = jax.nn.softmax(logits).mean(axis=0, keepdims=True)
       predicted = jnp.argmax(jnp.concatenate([logits, together]), axis=-1)
-      return jnp.where(real, predicted, -1)
+      return jnp.where(real, predicted, -1), together[0].max(axis=-1)
 
-    return None, (
-      jnp.where(real, batch["label"], -1),
-      tuple(every(*those) for those in zip(tuners, ready)),
-    )
+    predicted, probability = zip(*map(every, tuners, ready))
+    return None, (jnp.where(real, batch["label"], -1), predicted, probability)
 
   predictions = jax.lax.scan(body, None, (order, mask))[1]
   return mesh_lib.constrain(predictions)  # Replicated.
