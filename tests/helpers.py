@@ -42,14 +42,22 @@ def tiny_config(**changes) -> vit_config.ViTConfig:
 def tiny_backbone(seed: int = 0, **changes) -> vqt_jax.Backbone:
   """A random ViT in which every leaf matters (no zeros, no ones)."""
   config = tiny_config(**changes)
-  shapes = vit.param_shapes(config)
+  return vqt_jax.Backbone(config, _draw(vit.param_shapes(config), seed))
+
+
+def random_variables(tuner, seed: int = 0):
+  """Random {"tuner", "head"} in which every leaf matters; nothing compiles."""
+  return _draw(tuner.shapes(), seed)
+
+
+def _draw(shapes, seed):
   leaves, tree = jax.tree.flatten(shapes)
   rng = np.random.default_rng(seed)
   arrays = [
     (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32)
     for leaf in leaves
   ]
-  return vqt_jax.Backbone(config, jax.tree.unflatten(tree, arrays))
+  return jax.tree.unflatten(tree, arrays)
 
 
 def tuned_model(backbone, tuner, *seeds) -> vqt_jax.Model:

@@ -23,7 +23,7 @@ def make_model(method="linear", **changes):
   """A model with random weights, and images that it takes."""
   backbone = helpers.tiny_backbone(depth=1, **changes)
   tuner = vqt_jax.make_tuner(method, backbone, CLASSES, target_size=48)
-  variables = tuner.init(jax.random.key(0), backbone.params)
+  variables = helpers.random_variables(tuner)
   images = helpers.tiny_examples(backbone, 3, CLASSES)["image"]
   return helpers.tuned_model(backbone, tuner, variables), images
 

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import subprocess
 import sys
 
 import jax
@@ -19,13 +20,13 @@ from vqt_jax.data import preprocess
 from vqt_jax.tuned import arguments
 from vqt_jax.tuned import exporting
 from vqt_jax.tuned import resizing
+from vqt_jax.tuned import run_exported
 
 
 def make_model(method="vqt", num_seeds=2, fit="squash", backbone=None):
   backbone = backbone or helpers.tiny_backbone(depth=1)
   tuner = vqt_jax.make_tuner(method, backbone, 3)
-  keys = [jax.random.key(seed) for seed in range(num_seeds)]
-  seeds = [tuner.init(key, backbone.params) for key in keys]
+  seeds = [helpers.random_variables(tuner, i) for i in range(num_seeds)]
   model = helpers.tuned_model(backbone, tuner, *seeds)
   model.info["preprocessing"] |= {"fit": fit} if fit else {}
   model.info["preprocessing"] |= {} if not fit else {"resize": ""}
@@ -78,7 +79,7 @@ def check(models, answers, images):
 @pytest.mark.parametrize(
   "methods, seeds, fit",
   [
-    (["vqt"], 2, ""),
+    (["linear"], 1, ""),
     (["vqt", "linear", "vpt_deep"], 2, "pad"),
   ],
 )
@@ -104,7 +105,7 @@ def test_an_editor_is_folded(seeds, folded, monkeypatch):
 
   monkeypatch.setattr(exporting.model_lib, "classify", watched)
   program, weights = exporting.make_program({"a": model})
-  answers = program(weights, IMAGES[1])
+  answers = jax.jit(program)(weights, IMAGES[1])
   assert [tuner.editor is None for tuner in seen] == [folded]
   check({"a": model}, answers, IMAGES[1])
 
@@ -120,13 +121,10 @@ def test_images_fit_as_pillow_makes_them(how):
   run = jax.export.export(run)(spec).call
   photo = sklearn.datasets.load_sample_images().images[0]
   # Taller than wide: Pillow 13 begins with the rows.
-  for image in (
-    photo,
-    photo[:300, :50],
-    pixels(9, 50),
-    pixels(1, 3),
-    pixels(28, 20),
-  ):
+  images = [photo, photo[:300, :50], pixels(1, 3)]
+  if how == "squash":
+    images += [pixels(9, 50), pixels(28, 20)]
+  for image in images:
     found = np.asarray(run(image[None]))[0].astype(int)
     gap = np.abs(found - decoding.fit(image, (28, 20), how))
     if how == "crop":
@@ -137,9 +135,10 @@ def test_images_fit_as_pillow_makes_them(how):
 
 @pytest.mark.parametrize("resize", preprocess.RESIZES)
 def test_images_are_resized_as_tensorflow_does(resize):
+  run = jax.jit(lambda images: resizing.RESIZES[resize](images, (28, 20)))
   for image in (pixels(40, 50), pixels(5, 9), pixels(28, 20)):
     expected = preprocess.RESIZES[resize](image.astype(np.float32), (28, 20))
-    found = resizing.RESIZES[resize](image[None], (28, 20))[0]
+    found = run(image[None])[0]
     np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
@@ -174,7 +173,14 @@ def test_short_names_of_runs():
   assert short(["a/b", "c/b"]) == ["a/b", "c/b"]
 
 
-def test_saved_model_of_several(start, tmp_path):
+def test_saved_model_of_several(start, tmp_path, monkeypatch):
+  """It runs in this process, as TensorFlow takes seconds to import."""
+
+  def run(command, **options):
+    run_exported.main(*map(str, command[-3:]))
+    return subprocess.CompletedProcess(command, 0)
+
+  monkeypatch.setattr(export.subprocess, "run", run)
   output = tmp_path / "both" / "1"
   status, said = start("vqt", "linear", f"--output={output}")
   assert status == 0, said

@@ -124,14 +124,6 @@ def test_damaged_header(tmp_path):
     read_config(tmp_path / "a.npz", image_size=48)
 
 
-def test_golden_of_the_vqt_program():
-  expected = helpers.golden("vqt_T1")
-  # Compiled from outside: its images are of no value range.
-  stream = jax.jit(helpers.golden_backbone())(expected["images"])
-  helpers.assert_close(stream.blocks, expected["block_outputs"])
-  helpers.assert_close(stream.final, expected["cls"])
-
-
 def test_key_biases():
   """No output depends on them, so no golden would notice their loss."""
   leaves = read(source("vt_token_deep"))

@@ -301,10 +301,15 @@ def test_what_is_stored_is_read_as_live(name):
   backbone = load(name)
   images = expected(name)["images"] / 2
   tuner = vqt_jax.make_tuner("vqt", backbone, 3, num_queries=2)
-  variables = tuner.init(jax.random.key(0))
-  live = vqt_jax.apply(backbone, tuner, variables, images)
+  variables = helpers.random_variables(tuner)
   everything = {**variables, "backbone": backbone.params}
-  stream = jax.jit(lambda *args: tuner.stream(*args))(everything, images)
+
+  @jax.jit
+  def run_live(everything, images):
+    stream = tuner.stream(everything, images)
+    return stream, tuner(everything, stream.tokens, stream.final)
+
+  stream, live = run_live(everything, images)
   store = np.concatenate([np.zeros_like(stream.tokens), stream.tokens], axis=1)
   blocks = backbone.params["Transformer"]["encoderblock"]
   project = functools.partial(vit.Block(tuner.config).apply, method="project")
@@ -320,10 +325,10 @@ def test_an_edited_gated_block_folds(method):
   backbone = load("hf_dinov3_gated")
   images = expected("hf_dinov3_gated")["images"] / 2
   tuner = vqt_jax.make_tuner(method, backbone, 3, num_queries=2)
-  variables = tuner.init(jax.random.key(0), backbone.params)
+  variables = jax.jit(tuner.init)(jax.random.key(0), backbone.params)
   rng = np.random.default_rng(0)
   variables = jax.tree.map(
-    lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(x.dtype), variables
+    lambda x: np.float32(x + 0.1 * rng.standard_normal(x.shape)), variables
   )
   model = helpers.tuned_model(backbone, tuner, variables)
   helpers.assert_close(model.folded()(images)[0], model(images)[0], 1e-5)
@@ -333,7 +338,7 @@ def test_a_bundle_finds_a_backbone_whose_heads_were_given(tmp_path):
   backbone = load("timm_swiglu_reg")
   shutil.copytree(GOLDENS / "timm_swiglu_reg", tmp_path / "vit")
   tuner = vqt_jax.make_tuner("vqt", backbone, 3, num_queries=1)
-  variables = tuner.init(jax.random.key(0))
+  variables = helpers.random_variables(tuner)
   model = helpers.tuned_model(backbone, tuner, variables)
   helpers.write_bundle(tmp_path / "tuned", tmp_path / "vit", model)
   assert vqt_jax.load(tmp_path / "tuned").backbone.config == backbone.config

@@ -94,6 +94,10 @@ def gradients(tuner, backbone, variables, golden, remat=False):
   return _gradients(tuner, remat, backbone.params, variables, *batch)
 
 
+def golden_tuner(name, backbone):
+  return vqt_jax.make_tuner(name, backbone.config, 7, num_prompts=5)
+
+
 def head_of(golden):
   return {n: golden[f"head/{n}"] for n in ("kernel", "bias")}
 
@@ -110,8 +114,7 @@ def head_of(golden):
 def test_gradients_equal_the_official_program(name, remat):
   golden = helpers.golden(name)
   backbone = helpers.golden_backbone()
-  options = editors.Options(num_prompts=5)
-  tuner = vqt_jax.make_tuner(name, backbone.config, 7, options=options)
+  tuner = golden_tuner(name, backbone)
   variables = {
     "tuner": {"editor": weights_of(name, golden)},
     "head": head_of(golden),
@@ -135,7 +138,7 @@ def test_fine_tuning_gradients_equal_the_official_program(tmp_path):
   golden = helpers.golden("finetune")
   backbone = helpers.golden_backbone()
   tuner = vqt_jax.make_tuner("finetune", backbone.config, 7)
-  fresh = tuner.init(jax.random.key(0), backbone.params)
+  fresh = jax.jit(tuner.init)(jax.random.key(0), backbone.params)
   variables = {**fresh, "head": head_of(golden)}
   (loss, logits), grads = gradients(tuner, backbone, variables, golden)
   helpers.assert_close(loss, golden["loss"], name="loss")
@@ -161,9 +164,9 @@ def test_the_official_initialisation_of_adapters_is_dead():
   """With zeros everywhere only the up bias gets a gradient; not with ours."""
   golden = helpers.golden("adapter")
   backbone = helpers.golden_backbone()
-  tuner = vqt_jax.make_tuner("adapter", backbone.config, 7)
-  ours = tuner.init(jax.random.key(0))["tuner"]
-  zeros = jax.tree.map(jnp.zeros_like, ours)
+  tuner = golden_tuner("adapter", backbone)
+  ours = jax.jit(tuner.init)(jax.random.key(0))["tuner"]
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), ours)
   (loss, logits), grads = gradients(
     tuner, backbone, {"tuner": zeros, "head": head_of(golden)}, golden
   )
@@ -225,7 +228,7 @@ def trained(method):
 
 
 def run_of(tree, run):
-  return jax.tree.map(lambda x: jnp.asarray(x[run]), tree)
+  return jax.tree.map(lambda x: x[run], tree)
 
 
 def test_methods_listed_are_methods_tested():
@@ -308,9 +311,8 @@ def test_of_a_leaf_in_part_only_the_last_rows_train():
     jax.tree.leaves(copies["encoderblock"]), jax.tree.leaves(blocks)
   ):
     assert copy[0].shape == (1, *leaf.shape[1:])
-  params = editors.apply_copies(
-    backbone.params, run_of(end["tuner"]["editor"], 0)
-  )
+  own = run_of(end["tuner"]["editor"], 0)
+  params = jax.jit(editors.apply_copies)(backbone.params, own)
   for new, old in zip(
     jax.tree.leaves(params["Transformer"]["encoderblock"]),
     jax.tree.leaves(blocks),
@@ -350,8 +352,13 @@ def test_what_is_shipped_does_what_was_trained(method, tmp_path):
   helpers.write_bundle(tmp_path / "tuned", tmp_path / "vit.npz", model)
   loaded = vqt_jax.load(tmp_path / "tuned")
   assert loaded.tuner == tuner
-  helpers.assert_close(loaded(images)[0], logits, 1e-6)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_array_equal(x[0], y),
+    loaded.variables,
+    variables,
+  )
   if tuner.editor and not editors.can_fold(tuner.editor):
+    helpers.assert_close(loaded(images)[0], logits, 1e-6)
     with pytest.raises(vqt_jax.UserError, match="a plain ViT"):
       loaded.folded()
     return
@@ -371,19 +378,19 @@ def test_prompts_are_not_pooled(pool_type):
   """They go through the blocks, and the stream ends as long as it began."""
   backbone = helpers.tiny_backbone(pool_type=pool_type)
   tuner = tiny_tuner("vqt+vpt_shallow", backbone)
-  own = tuner.init(jax.random.key(0))["tuner"]
   images = helpers.tiny_examples(backbone, 2, CLASSES)["image"]
-  variables = {"tuner": own, "backbone": backbone.params}
+  variables = {**tuner.shapes(), "backbone": backbone.params}
   stream = jax.eval_shape(tuner.stream, variables, images)
   tokens = backbone.config.num_tokens
   assert stream.tokens.shape[2] == tokens + 2
   assert stream.encoded.shape == (2, tokens, backbone.config.width)
   if pool_type == "gap":
-    stream = jax.jit(tuner.stream)(variables, images)
+    own = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), tuner.shapes())
+    stream = jax.jit(tuner.stream)({**variables, **own}, images)
     np.testing.assert_allclose(stream.encoded.mean(1), stream.final, 1e-5)
   if pool_type == "0":  # What was the first patch.
     z = np.arange(tokens + 2)[None, :, None]
-    assert tuner.edit("output", own["editor"], None, z)[0, 0, 0] == 2
+    assert tuner.edit("output", {}, None, z)[0, 0, 0] == 2
 
 
 def test_attention_of_edited_keys_sums_to_one():
@@ -411,11 +418,10 @@ def test_memory_of_a_run_is_foreseen(remat):
   config = cases.vit_config("S/16", 64, "float32")
   tuner = vqt_jax.make_tuner("lora", config, cases.NUM_CLASSES)
   case = cases.train(tuner, 32, remat=remat)
-  held = sum(
-    x.size * x.dtype.itemsize
-    for x in jax.tree.leaves(jax.eval_shape(case.build)[0])
-  )
-  compiled = case.function.lower(*case.shapes()).compile()
+  shapes = case.shapes()
+  state = shapes[len(case.static)]
+  held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+  compiled = case.function.lower(*shapes).compile()
   needed = compiled.memory_analysis().temp_size_in_bytes + held
   foreseen = trial_memory.bytes_per_trial(tuner, 32, remat)
   assert 1 < foreseen / needed < 2

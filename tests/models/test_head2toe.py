@@ -13,7 +13,6 @@ import vqt_jax
 from vqt_jax.config import config_dict
 from vqt_jax.features import disk
 from vqt_jax.features import store
-from vqt_jax.models import editors
 from vqt_jax.models import head
 from vqt_jax.models import readers
 from vqt_jax.models import vit_config
@@ -73,7 +72,7 @@ def test_features_equal_numpy(pool_type, target_size, size, normalize):
   )
   assert tuner.window == size
   images = helpers.tiny_examples(backbone, 4, 5)["image"]
-  variables = tuner.init(jax.random.key(0))
+  variables = helpers.random_variables(tuner)
   assert not variables["tuner"]
   out = vqt_jax.apply(backbone, tuner, variables, images)
   stream = jax.tree.map(np.asarray, backbone(images))
@@ -85,30 +84,24 @@ def test_features_equal_numpy(pool_type, target_size, size, normalize):
   assert out.queries is None
 
 
-@pytest.mark.parametrize("target_size", [48, 999])
-def test_prompts_are_in_no_window(target_size):
+def test_prompts_are_in_no_window():
   backbone = helpers.tiny_backbone()
-  options = editors.Options(num_prompts=2)
-  tuner = vqt_jax.make_tuner(
-    "head2toe+vpt_deep",
-    backbone.config,
-    5,
-    options=options,
-    target_size=target_size,
-  )
-  variables = tuner.init(jax.random.key(0))
-  images = helpers.tiny_examples(backbone, 2, 5)["image"]
+  options = dict(num_prompts=2)
   # A reader of single tokens gets the prompts as well.
-  other = vqt_jax.make_tuner(
-    "vqt+vpt_deep", backbone.config, 5, options=options
-  )
-  everything = {**variables, "backbone": backbone.params}
-  stream = jax.tree.map(np.asarray, other.stream(everything, images))
+  other = vqt_jax.make_tuner("vqt+vpt_deep", backbone, 5, **options)
+  own = helpers.random_variables(other)["tuner"]
+  images = helpers.tiny_examples(backbone, 2, 5)["image"]
+  everything = {"tuner": own, "backbone": backbone.params}
+  stream = jax.tree.map(np.asarray, jax.jit(other.stream)(everything, images))
   assert stream.tokens.shape[2] == 10 + 2
   tokens = np.delete(stream.tokens, [1, 2], axis=2)
-  out = vqt_jax.apply(backbone, tuner, variables, images)
-  expected = reference(tokens, stream.final, tuner.window)
-  helpers.assert_close(out.features, expected, 1e-6)
+  for target_size in (48, 999):
+    options |= {"target_size": target_size}
+    tuner = vqt_jax.make_tuner("head2toe+vpt_deep", backbone, 5, **options)
+    variables = {**helpers.random_variables(tuner), "tuner": own}
+    out = vqt_jax.apply(backbone, tuner, variables, images)
+    expected = reference(tokens, stream.final, tuner.window)
+    helpers.assert_close(out.features, expected, 1e-6)
 
 
 def test_only_means_are_kept_in_their_own_file(tmp_path):

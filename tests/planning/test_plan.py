@@ -83,9 +83,10 @@ def test_keys_and_values_of_one_cpu(material, tmp_path):
   "changes",
   [
     {"keep_fraction": 0.5},
-    {"features": "host", "query_dropout": 0.0},
-    {"method": "linear", "features": "live"},
+    {"lr": "4.0,", "features": "host", "query_dropout": 0.0},
+    {"lr": "4.0,", "method": "linear", "features": "live"},
     {
+      "lr": "4.0,",
       "method": "linear",
       "features": "live",
       "data": "stream",

@@ -22,6 +22,7 @@ import dataclasses
 from typing import Any
 
 from etils import epy
+import numpy as np
 
 from vqt_jax import errors
 from vqt_jax.models import readers
@@ -311,7 +312,7 @@ def _fold_ssf(weights, params, options):
     # The axes of a kernel: depth, if it is in a block, inputs, outputs.
     first = int(name not in _ENDS)
     inputs = range(first, first + kernel.ndim - scale.ndim)
-    params[factor] = kernel * jnp.expand_dims(scale, tuple(inputs))
+    params[factor] = kernel * np.expand_dims(scale, tuple(inputs))
     params[f"{path}/bias"] = params[f"{path}/bias"] * scale + shift
   return params
 

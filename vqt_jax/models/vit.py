@@ -250,6 +250,8 @@ class Encoder(nn.Module):
       variable_axes={"params": 0},
       split_rngs={"params": True},
       length=self.config.depth,
+      # Traces a block twice, which changes nothing but what `init` draws.
+      check_constancy_invariants=self.is_initializing(),
     )(self.config, self.collect, self.edit, name="encoderblock")
     z, collected = blocks(z, weights) if self.edit else blocks(z)
     return z, attention_lib.layer_norm(self.config, "encoder_norm"), collected
@@ -389,5 +391,10 @@ def init_params(config: vit_config.ViTConfig, key: jax.Array) -> Any:
 @functools.cache
 def param_shapes(config: vit_config.ViTConfig) -> Any:
   """Shapes and dtypes of the parameters, a nested dict."""
-  init = functools.partial(init_params, config)
-  return jax.eval_shape(init, jax.random.key(0))
+
+  def make(key):  # As `init` does, but a block is traced once.
+    images = jnp.zeros((1, *config.image_size, 3), jnp.float32)
+    run = functools.partial(ViT(config).apply, {}, mutable=["params"])
+    return run(images, rngs={"params": key})[1]["params"]
+
+  return jax.eval_shape(make, jax.random.key(0))

@@ -146,7 +146,8 @@ def measure(
   program: programs.Program, mesh: jax.sharding.Mesh
 ) -> ResourceEstimate:
   """Compile a program and count what it needs."""
-  flops = cost.matmuls(program.function, *program.args, trips=program.steps)
+  with jax.set_mesh(mesh):  # As it is compiled, so that it is traced once.
+    flops = cost.matmuls(program.function, *program.args, trips=program.steps)
   flops /= mesh.size * program.steps
   try:
     parts = {

@@ -92,7 +92,7 @@ class Checkpointer:
       self._manager.save(
         number,
         args=ocp.args.Composite(
-          state=ocp.args.StandardSave(_flatten(state)),
+          state=ocp.args.StandardSave(_flatten(_one_replica(state))),
           progress=ocp.args.JsonSave(progress),
         ),
       )
@@ -206,6 +206,17 @@ def _failure(error: BaseException | None) -> OSError | None:
 
 def _is_key(leaf: Any) -> bool:
   return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _one_replica(state: Any) -> Any:
+  """Return the first device's replica, if all devices are of this process.
+
+  Of each array Orbax would take a part from each device, by programs that it
+  compiles.
+  """
+  if jax.process_count() > 1:
+    return state
+  return jax.tree.map(lambda x: x.addressable_data(0), state)
 
 
 def _flatten(state: Any) -> dict[str, jax.Array]:

@@ -74,8 +74,8 @@ def fit(
     )
   )
   params = (
-    jnp.zeros((len(uses), x.shape[1], num_classes)),
-    jnp.zeros((len(uses), num_classes)),
+    np.zeros((len(uses), x.shape[1], num_classes), np.float32),
+    np.zeros((len(uses), num_classes), np.float32),
   )
   best, tried = None, []
   for penalty in sorted(penalties, reverse=True):
@@ -84,7 +84,7 @@ def fit(
     accuracy, loss = float(right) / count, float(loss)
     tried.append({"penalty": penalty, "accuracy": accuracy, "loss": loss})
     if best is None or loss < best["loss"]:
-      best, kernel, bias = tried[-1], *(np.asarray(x[0]) for x in params)
+      best, kernel, bias = tried[-1], *(np.asarray(x)[0] for x in params)
     elif best not in tried[-WORSE:]:
       break
   kernel = vectors @ kernel / scale
