@@ -289,8 +289,8 @@ def read_predictions(
     if not np.allclose(found, [*seeds.values()]):
       raise ValueError(f"its accuracies are not those of {RESULTS}")
     if counts := results.get("test_classes"):
-      images = np.bincount(predictions.label, minlength=len(counts["class"]))
-      if not np.array_equal(images, counts["images"]):
+      each = np.bincount(predictions.label, minlength=len(counts["class"]))
+      if not np.array_equal(each, counts["images"]):
         raise ValueError(f"its classes are not those of {RESULTS}")
   return predictions
 
