@@ -288,6 +288,10 @@ def read_predictions(
     found = (predictions.predicted == predictions.label).mean(axis=1)
     if not np.allclose(found, [*seeds.values()]):
       raise ValueError(f"its accuracies are not those of {RESULTS}")
+    if counts := results.get("test_classes"):
+      each = np.bincount(predictions.label, minlength=len(counts["class"]))
+      if not np.array_equal(each, counts["images"]):
+        raise ValueError(f"its classes are not those of {RESULTS}")
   return predictions
 
 

@@ -155,19 +155,20 @@ def test_answers_are_those_of_the_shipped_weights(run, task, changes):
 
 
 def test_the_report_has_the_images_that_it_names(run, task, pictures):
-  """With the attention in them; without, if they are not there any more."""
+  """With the attention in them, and only if they are those of the run."""
   workdir = run()
   found, config = (
     runs.read_json(workdir / name) for name in ("results.json", "config.json")
   )
   predictions = results_lib.read_predictions(workdir, found)
   shown = run_pictures.read(workdir, found, config, predictions)
+  shown = run_pictures.add_attention(shown, workdir, config)
   wrong = predictions.together != predictions.label
   count = min(notable.COUNT, wrong.sum())
   assert len(shown) == count + notable.COUNT
   read = dict(image_size=(8, 8), value_range=found["value_range"])
   images = data.load_arrays(task, "test", **read)["image"]
-  maps = vqt_jax.load(workdir).attention_maps(images)
+  look = vqt_jax.load(workdir).attention_maps
   for i, (answer, image, attention) in enumerate(shown):
     at = int(answer.name)
     assert answer.true == predictions.label[at]
@@ -177,7 +178,7 @@ def test_the_report_has_the_images_that_it_names(run, task, pictures):
     np.testing.assert_array_equal(
       image, scaling.unscale(images[at], found["value_range"])
     )
-    helpers.assert_close(attention, maps[at])
+    helpers.assert_close(attention, look(images[at][None])[0])
   expected = np.sort(predictions.probability[~wrong])[: notable.COUNT]
   assert [x.answer.confidence for x in shown[count:]] == expected.tolist()
   found["data"]["sha256"] = ""
@@ -185,19 +186,23 @@ def test_the_report_has_the_images_that_it_names(run, task, pictures):
     run_pictures.read(workdir, found, config, predictions)
 
 
-def test_a_report_whose_images_cannot_be_had(
+def test_a_report_is_written_without_what_is_damaged(
   run, material, tmp_path, pictures, capfd
 ):
-  """Is written without them."""
+  """And with all of it when it is mended."""
   workdir = tmp_path / "run"
   shutil.copytree(run(), workdir)
-  (workdir / "report.html").unlink()
+  page = workdir / "report.html"
   weights = workdir / "tuned" / "model.safetensors"
-  weights.write_bytes(weights.read_bytes()[:-1])
-  assert main.main(runs.command(material, workdir)) == 0
-  assert "without images: " in capfd.readouterr().err
-  page = (workdir / "report.html").read_text()
-  assert 'id="calibration"' in page and 'id="images"' not in page
+  whole = weights.read_bytes()
+  for content in (whole[:-1], whole):
+    weights.write_bytes(content)
+    page.unlink()
+    assert main.main(runs.command(material, workdir)) == 0
+    damaged = content != whole
+    assert ("incomplete: " in capfd.readouterr().err) == damaged
+    assert 'id="images"' in page.read_text()
+    assert ("in block" in page.read_text()) != damaged
 
 
 def test_weights_that_have_changed_are_not_taken_for_the_same(

@@ -47,13 +47,14 @@ def _write_page(
   page: files.Path,
   console: console_lib.Console,
 ) -> None:
-  """Write the report, without images if these cannot be had any more."""
+  """Write the report, without what of images cannot be had any more."""
   config = files.read_json(workdir / "config.json")
   predictions, pictures = None, []
   try:
     predictions = results_lib.read_predictions(workdir, results)
     if predictions and predictions.probability is not None:
       pictures = run_pictures.read(workdir, results, config, predictions)
+      pictures = run_pictures.add_attention(pictures, workdir, config)
   except (errors.UserError, jax.errors.JaxRuntimeError) as e:
-    console.note(f"without images: {str(e).splitlines()[0]}", "report")
+    console.note(f"incomplete: {str(e).splitlines()[0]}", "report")
   run_report.report(results, config, page, predictions, pictures)

@@ -1,6 +1,7 @@
 """Images that tell most about a run, read again from its test set."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+import dataclasses
 from typing import Any
 
 from vqt_jax import data
@@ -20,10 +21,7 @@ def read(
   config: Mapping[str, Any],
   predictions: results_lib.Predictions,
 ) -> list[judgement.Picture]:
-  """Read the images of the most notable predictions, and where queries looked.
-
-  The bundle and its backbone are loaded again where there are queries, on one
-  device of this process, so that no other process is needed.
+  """Read the images of the most notable predictions, as the model saw them.
 
   Args:
     workdir: of the run.
@@ -31,11 +29,17 @@ def read(
     config: contents of its `config.json`.
     predictions: of the test images, with their probabilities.
 
+  Returns:
+    Pictures without maps; the images of their answers are prepared ones.
+
   Raises:
-    UserError: images or backbone are not there any more, or have changed.
+    UserError: the images are not there any more, or have changed.
   """
+  with files.explain_damage(workdir / results_lib.RESULTS):
+    size, value_range = tuple(results["image_size"]), results["value_range"]
+    recorded = results["data"]["sha256"]
   task = results_lib.find_task(config)
-  if data.dataset_identity(task)["sha256"] != results["data"]["sha256"]:
+  if data.dataset_identity(task)["sha256"] != recorded:
     raise errors.UserError(f"{task.name} has changed since the run.")
   notable = notable_lib.Notable()
   for position, answer in enumerate(
@@ -51,16 +55,38 @@ def read(
   images = data.load_arrays(
     data.pick(task, "test", [answer.image for answer in chosen]),
     "test",
-    image_size=tuple(results["image_size"]),
-    value_range=results["value_range"],
-    resize=results["resize"],
+    image_size=size,
+    value_range=value_range,
+    resize=config["resize"],
   )["image"]
-  maps = [None] * len(chosen)
-  # A backbone that is split over devices does not fit into one.
-  method, split = methods.parse(results["method"]), config["mesh"]["model"] > 1
-  if method.has_queries and not split:
-    model = model_lib.load(workdir)
-    # One by one, as many queries of all seeds take much memory.
-    maps = [model.attention_maps(image[None])[0] for image in images]
-  shown = scaling.unscale(images, results["value_range"])
-  return list(map(judgement.Picture, chosen, shown, maps))
+  return [
+    judgement.Picture(
+      dataclasses.replace(answer, image=image),
+      scaling.unscale(image, value_range),
+      None,
+    )
+    for answer, image in zip(chosen, images)
+  ]
+
+
+def add_attention(
+  pictures: Sequence[judgement.Picture],
+  workdir: files.Path,
+  config: Mapping[str, Any],
+) -> list[judgement.Picture]:
+  """Return the pictures with where the queries looked, if there are any.
+
+  Bundle and backbone are loaded again, onto one device of this process: it asks
+  no other process, and by now the run has left the device. A backbone that is
+  split over devices does not fit into one.
+
+  Raises:
+    UserError: the backbone is not there any more, or has changed.
+  """
+  has_queries = methods.parse(config["method"]).has_queries
+  if not pictures or not has_queries or config["mesh"]["model"] > 1:
+    return [*pictures]
+  model = model_lib.load(workdir)
+  # One by one, as many queries of all seeds take much memory.
+  look = lambda image: model.attention_maps(image[None])[0]
+  return [each._replace(maps=look(each.answer.image)) for each in pictures]
