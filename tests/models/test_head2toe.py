@@ -174,7 +174,7 @@ def test_one_device_trains_on_the_features_in_use(
   changes = {
     "method": "head2toe",
     "target_size": 32,
-    "keep_fraction": "0.1,0.2",
+    "keep_fraction": 0.2,
     "lr": "0.1,",
     "weight_decay": "0.01,",
   }
@@ -183,7 +183,7 @@ def test_one_device_trains_on_the_features_in_use(
   monkeypatch.setattr(setup, "find_mesh", lambda *args: one)
   argv = runs.command(material, tmp_path / "one", **changes)
   with monkeypatch.context() as patch:
-    select = "vqt_jax.training.step:take_rows"  # In the stage keep_selected.
+    select = "vqt_jax.training.step:take_rows"  # In the stage selected.
     runs.signal_on_call(patch.setattr, select, 1, signal.SIGTERM)
     assert main.main(argv) == 75
   capfd.readouterr()
