@@ -344,7 +344,8 @@ def test_non_square_grid_is_taken_as_it_is(tmp_path):
     backbone.params["cls"], read(source("bv_tok_params"))["cls"]
   )
   assert backbone.config.grid == (2, 5)
-  stream = backbone(np.zeros((1, 16, 40, 3), np.float32))
+  images = np.zeros((1, 16, 40, 3), np.float32)
+  stream = jax.eval_shape(lambda images: backbone(images), images)
   assert stream.encoded.shape == (1, 11, 32)
 
 

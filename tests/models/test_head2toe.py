@@ -18,6 +18,7 @@ from vqt_jax.models import readers
 from vqt_jax.models import vit_config
 from vqt_jax.runtime import mesh as mesh_lib
 from vqt_jax.training import protocol
+from vqt_jax.training import setup
 
 
 @pytest.mark.parametrize(
@@ -166,24 +167,30 @@ def test_val_picks_the_fraction(material, tmp_path):
   assert files[0] == files[1] and len(files[0]) == 1
 
 
-def test_one_device_trains_on_the_features_in_use(material, tmp_path):
+def test_one_device_trains_on_the_features_in_use(
+  material, tmp_path, monkeypatch, capfd
+):
   """Read once, stopped and resumed: the numbers are those of many devices."""
   changes = {
     "method": "head2toe",
     "target_size": 32,
-    "keep_fraction": "0.1,0.2",
+    "keep_fraction": 0.2,
     "lr": "0.1,",
     "weight_decay": "0.01,",
   }
   many = run(material, tmp_path / "many", **changes)
+  one = mesh_lib.make_mesh(1, 1, jax.devices()[:1])
+  monkeypatch.setattr(setup, "find_mesh", lambda *args: one)
   argv = runs.command(material, tmp_path / "one", **changes)
-  select = "vqt_jax.training.step:take_rows"  # In the stage keep_selected.
-  one = runs.Process(argv, signals={select: (1, signal.SIGTERM)})
-  assert one.wait() == 75, one.said()
-  one = runs.Process(argv)
-  assert one.wait() == 0, one.said()
-  assert "resume   selected after epoch 0" in one.said()
-  assert "as features of the head" in one.said()
+  with monkeypatch.context() as patch:
+    select = "vqt_jax.training.step:take_rows"  # In the stage selected.
+    runs.signal_on_call(patch.setattr, select, 1, signal.SIGTERM)
+    assert main.main(argv) == 75
+  capfd.readouterr()
+  assert main.main(argv) == 0
+  said = capfd.readouterr().err
+  assert "resume   selected after epoch 0" in said
+  assert "as features of the head" in said
   losses = [
     [row["loss"] for row in runs.metrics(tmp_path / name)]
     for name in ("one", "many")

@@ -47,13 +47,11 @@ def _variables(golden):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _stream(config, params, images, mask=None):
-  return vit.ViT(config).apply(
-    {"params": params},
-    images,
-    collect=("tokens", "blocks"),
-    embedding_mask=mask,
-  )
+def _stream(config, params, images, mask):
+  """The stream as training gets it, with the outputs of its blocks."""
+  stream = tuner_lib.run_backbone(config, True, params, images, mask)
+  seen = vit.ViT(config).apply({"params": params}, images, collect=("blocks",))
+  return dataclasses.replace(stream, blocks=seen.blocks)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -22,7 +22,6 @@ import dataclasses
 from typing import Any
 
 from etils import epy
-import numpy as np
 
 from vqt_jax import errors
 from vqt_jax.models import readers
@@ -32,6 +31,7 @@ with epy.lazy_imports():  # Slow; a config reads the table of editors only.
   import flax.traverse_util
   import jax
   import jax.numpy as jnp
+  import numpy as np
 
   from vqt_jax.models import attention
   from vqt_jax.models import vit

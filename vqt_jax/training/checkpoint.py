@@ -86,7 +86,7 @@ class Checkpointer:
     return time.monotonic() - self._last >= self._every
 
   def save(self, state: Any, progress: dict[str, Any]) -> None:
-    """Start a save; the arrays may be donated as soon as this returns."""
+    """Start a save of replicated arrays, which may be donated at once."""
     number = (self._manager.latest_step() or 0) + 1
     with self._writing():
       self._manager.save(
