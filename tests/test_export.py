@@ -5,11 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 import sklearn.datasets
+import tensorflow as tf
 
 from tests import helpers
 from tests import runs
@@ -177,12 +179,18 @@ def test_saved_model_of_several(start, tmp_path, monkeypatch):
   """It runs in this process, as TensorFlow takes seconds to import."""
 
   def run(command, **options):
-    run_exported.main(*map(str, command[-3:]))
+    try:
+      run_exported.main(*map(str, command[-3:]))
+    except tf.errors.OpError as e:
+      return subprocess.CompletedProcess(command, 1, stderr=str(e))
     return subprocess.CompletedProcess(command, 0)
 
-  monkeypatch.setattr(export.subprocess, "run", run)
+  here = types.SimpleNamespace(run=run)
+  monkeypatch.setattr(export, "subprocess", here)
   output = tmp_path / "both" / "1"
   status, said = start("vqt", "linear", f"--output={output}")
+  if "this TensorFlow is too old for JAX" in said:
+    pytest.skip(said.splitlines()[-1])
   assert status == 0, said
   assert os.listdir(output.parent) == ["1"]
   info = runs.read_json(output / "export.json")

@@ -209,6 +209,11 @@ def compare(
     )
     if ended.returncode:
       said = (ended.stderr.strip().splitlines() or ["nothing"])[-1]
+      if "failed to deserialize portable artifact" in ended.stderr:
+        said = (
+          f"this TensorFlow is too old for JAX {jax.__version__}. Install a"
+          " newer one, or an older JAX."
+        )
       raise errors.UserError(
         f"The program was written, but does not run: {errors.printable(said)}"
         " Nothing is kept."
