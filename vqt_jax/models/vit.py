@@ -250,7 +250,8 @@ class Encoder(nn.Module):
       variable_axes={"params": 0},
       split_rngs={"params": True},
       length=self.config.depth,
-      # Traces a block twice, which changes nothing but what `init` draws.
+      # The check traces the block twice. `init` would draw other numbers
+      # without it; nothing else depends on it.
       check_constancy_invariants=self.is_initializing(),
     )(self.config, self.collect, self.edit, name="encoderblock")
     z, collected = blocks(z, weights) if self.edit else blocks(z)
