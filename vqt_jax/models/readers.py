@@ -125,6 +125,7 @@ def scan(
   rows: jax.Array | None = None,
   fetches: bool = False,
   carry: Any = None,
+  row: tuple[int, int] | None = None,
 ) -> tuple[Any, jax.Array]:
   """Scan a reader's step over depth.
 
@@ -136,13 +137,15 @@ def scan(
     step: the reader's step.
     blocks: frozen block parameters, leaves stacked over depth (L, ...).
     weights: the reader's weights, leaves stacked over depth.
-    tokens: (L, B, N, D); with `rows` a store of them (L, n, N, D), or if the
-      step fetches of their keys and values (L, n, 2, H, N, K).
+    tokens: (L, B, N, D); with `rows` a store of them, (L, n, N, D), or sharded
+      in lines, (L, n, S, 128); or if the step fetches of their keys and
+      values (L, n, 2, H, N, K).
     rows: (B,) int32, the examples to read. Each block fetches its own rows, so
       that a batch never exists for all blocks at once. None: all, in order.
     fetches: the step can be called with the store of all blocks (L * n, ...) in
       place of tokens, and with the rows to fetch (chunks, b) as fifth argument.
     carry: given to the step of the first block.
+    row: (N, D), of a store in lines, see `features.store`.
 
   Returns:
     The carry of the last block, and the outputs, stacked over depth (L, B,
@@ -158,7 +161,11 @@ def scan(
     if count > 1 or tokens.ndim > 4:
       return step(block_params, own, flat, carry, index.reshape(count, -1))
     fetched = jnp.take(flat, index, axis=0, mode="clip")
-    return step(block_params, own, mesh.constrain(fetched, "data"), carry)
+    fetched = mesh.constrain(fetched, "data")
+    if row and fetched.shape[1:] != row:  # In lines.
+      fetched = fetched.reshape(len(fetched), -1)[:, : math.prod(row)]
+      fetched = fetched.reshape(-1, *row)
+    return step(block_params, own, fetched, carry)
 
   index = rows + size * jnp.arange(depth, dtype=rows.dtype)[:, None]
   return _scan(fetch, blocks, weights, index, carry)
@@ -235,17 +242,22 @@ def without_prompts(
   return jnp.concatenate(own, axis=-2)
 
 
-def flatten(tokens: jax.Array, rows: jax.Array | None = None) -> jax.Array:
-  """Flatten each block's tokens into features, (L, B, N * D), float32.
+def flatten(
+  tokens: jax.Array, size: int, rows: jax.Array | None = None
+) -> jax.Array:
+  """Flatten each block's tokens into features, (L, B, size), float32.
 
   Args:
-    tokens: (L, B, N, D), or if `rows` are given (L, n, N, D).
+    tokens: (L, B, N, D), or if `rows` are given a store of them, (L, n, N, D)
+      or in lines.
+    size: N D.
     rows: (B,) int32, the examples to read; None: all, in order.
   """
   if rows is not None:
     found = jnp.take(tokens, rows, axis=1, mode="clip")
     tokens = mesh.constrain(found, None, "data")
-  return tokens.reshape(*tokens.shape[:2], -1).astype(jnp.float32)
+  flat = tokens.reshape(*tokens.shape[:2], -1)
+  return flat[..., :size].astype(jnp.float32)
 
 
 def token_bound(config: vit_config.ViTConfig) -> float:
@@ -418,7 +430,10 @@ READERS = {
     has_queries=True,
   ),
   "head2toe": Reader(
-    read=lambda t, variables, tokens, rows, key: (flatten(tokens, rows), None),
+    read=lambda t, variables, tokens, rows, key: (
+      flatten(tokens, t.reader.group_features(t), rows),
+      None,
+    ),
     group_features=lambda t: t.config.width * (t.config.num_tokens // t.window),
     window=lambda t: window(t.config, t.target_size),
   ),
