@@ -323,13 +323,14 @@ def _sum_step(
 ) -> Step:
   """Make a step that adds a projection of the tokens to the carry (B, N, R).
 
-  Its weights are a kernel (D, R). Tokens are first normalised to mean 0 and
-  variance 1, so that all blocks count alike.
+  Its weights are a kernel (D, R), and factors (B,) of what each image adds, or
+  None. Tokens are first normalised to mean 0 and variance 1, so that all blocks
+  count alike.
   """
 
   def step(block_params, weights, tokens, carry):
     del block_params
-    kernel = weights[0] if edit else weights
+    kernel, factors = weights[0] if edit else weights
     tokens = without_prompts(config, tokens).astype(jnp.float32)
     tokens = jax.nn.standardize(tokens, epsilon=config.layer_norm_epsilon)
     dtype = config.dtype
@@ -338,29 +339,34 @@ def _sum_step(
       kernel.astype(dtype),
       preferred_element_type=jnp.float32,
     )
+    if factors is not None:
+      added *= factors[:, None, None]
     return carry + added, None
 
   return step
 
 
 def _read_sum(tuner, variables, tokens, rows, key):
-  own = variables["tuner"]
+  own, depth = variables["tuner"], tuner.config.depth
   size = tokens.shape[1] if rows is None else len(rows)
   shape = (size, tuner.config.num_tokens, combo.WIDTH)
   start = jnp.zeros(shape, jnp.float32)
+  factors, rngs = None, None
+  if key is not None:
+    block_key, network_key = jax.random.split(key)
+    rngs = {"dropout": network_key}
+    factors = combo.draw_blocks(block_key, depth, size)
+    factors = mesh.constrain(factors, None, "data")
   total, _ = tuner.read(
     _sum_step,
     variables,
-    own["kernel"],
+    (own["kernel"], factors),
     tokens,
     rows,
     carry=mesh.constrain(start, "data"),
   )
   found = combo.Network().apply(
-    {"params": own["network"]},
-    total,
-    training=key is not None,
-    rngs=None if key is None else {"dropout": key},
+    {"params": own["network"]}, total, training=key is not None, rngs=rngs
   )
   return found[None], None
 
