@@ -20,7 +20,6 @@ CHANGES = dict(
   splits__test="",
   lr=0.1,
   keep_fraction=1.0,
-  checkpoint_seconds=0,
 )
 DONE = {"caltech101", "kitti"}
 

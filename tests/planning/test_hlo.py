@@ -165,7 +165,7 @@ def exchanged(method, stored=False, data=4, model=1):
 
 @pytest.mark.parametrize(
   "method, stored",
-  [("vqt", False), ("vqt", True), ("vqt+bitfit", False)],
+  [("vqt", False), ("vqt", True), ("bitfit", False)],
 )
 def test_gradients_are_summed_once_a_step_in_float32(method, stored):
   """All of them together, and none inside the loop over blocks."""

@@ -1,5 +1,6 @@
 """Training steps: official trajectories, and the laws of running together."""
 
+import contextlib
 import dataclasses
 import types
 
@@ -96,11 +97,20 @@ def test_adamw_decays_apart_from_the_moments():
 
 
 class Case:
-  """A tiny task on a tiny backbone, trained for a few steps."""
+  """A tiny task on a tiny backbone, trained for a few steps.
 
-  def __init__(self, method="vqt", recipe=None, mesh=None, **options):
+  Cases of one method have the same settings, so that programs are shared.
+  """
+
+  def __init__(self, method="vqt", recipe=None, mesh=None):
     self.backbone = helpers.tiny_backbone()
-    self.tuner = vqt_jax.make_tuner(method, self.backbone.config, 5, **options)
+    self.tuner = vqt_jax.make_tuner(
+      method,
+      self.backbone.config,
+      5,
+      num_queries=2,
+      target_size=48,  # Of 10 tokens, 3 times 3.
+    )
     self.recipe = recipe or step_lib.StaticSettings(query_dropout=True)
     self.examples = helpers.tiny_examples(self.backbone, 21, 5)
     self.mesh = mesh or single_device_mesh()
@@ -146,7 +156,9 @@ class Case:
     normalize=None,
     dropout=None,
     kept=None,
+    answers=True,
   ):
+    """What is trained in some epochs, of which the first compiles at most."""
     settings = step_lib.Settings(
       np.array(lr, np.float32),
       np.array(decay, np.float32),
@@ -159,37 +171,55 @@ class Case:
       state = step_lib.init_on(self.mesh, self.tuner, self.recipe)(
         self.params, np.array(seeds, np.uint32)
       )
-      for epoch in range(epochs):
-        losses = []
-        for data, order, mask in source.epoch(epoch, 0):
-          state, some, _ = step_lib.train_steps(
-            self.tuner,
-            self.recipe,
-            state,
-            self.frozen,
-            settings,
-            data,
-            order,
-            mask,
-            np.full(len(order), 1.0, np.float32),
-          )
-          losses.append(some)
+      with compilations("jit(train_steps)") as compiled:
+        for epoch in range(epochs):
+          losses = []
+          for data, order, mask in source.epoch(epoch, 0):
+            state, some, _ = step_lib.train_steps(
+              self.tuner,
+              self.recipe,
+              state,
+              self.frozen,
+              settings,
+              data,
+              order,
+              mask,
+              np.full(len(order), 1.0, np.float32),
+            )
+            losses.append(some)
+      assert len(compiled) <= 1
       ready = step_lib.TrainedTrials(
         {name: state.trained[name] for name in ("tuner", "head")},
         settings.normalize,
       )
+      found = {"trained": state.trained, "loss": np.concatenate(losses)}
+      if not answers:
+        return jax.tree.map(np.asarray, found)
       answers = []
       for chunk in source.epoch(0, 0):
         label, (predicted,), _ = step_lib.eval_steps(
           (self.tuner,), (ready,), self.params, *chunk
         )
         answers.append(np.moveaxis(predicted, 1, -1)[label >= 0, :-1])
-    found = {
-      "trained": state.trained,
-      "loss": np.concatenate(losses),
-      "answers": np.concatenate(answers).T,
-    }
+    found["answers"] = np.concatenate(answers).T
     return jax.tree.map(np.asarray, found)
+
+
+@contextlib.contextmanager
+def compilations(name):
+  """Yields the list of those of a function, as they happen."""
+  compiled = []
+
+  def listen(event, seconds, **what):
+    del seconds
+    if "backend_compile" in event and what.get("fun_name") == name:
+      compiled.append(what)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield compiled
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def single_device_mesh():
@@ -217,19 +247,24 @@ def assert_trees_close(a, b, tolerance):
   ],
 )
 def test_stored_equals_live(method, how):
-  case = Case(method, target_size=48)  # Of 10 tokens, 3 times 3.
+  case = Case(method)
   stored, live = case.train(how), case.train("live")
   assert_trees_close(stored, live, 1e-5)
 
 
-@pytest.mark.parametrize("how", ["device", "projected"])
-def test_together_equals_alone(how):
-  case = Case(num_queries=2)
+@pytest.mark.parametrize(
+  "how, selected", [("device", True), ("projected", False)]
+)
+def test_together_equals_alone(how, selected):
+  case = Case()
   lr, decay, seeds = (0.1, 0.01, 0.1), (1e-3, 0.0, 0.1), (3, 3, 5)
   normalize, dropout = (True, False, True), (0.2, 0.5, 0.0)
   shape = (3, case.tuner.num_features)
   kept = np.random.default_rng(0).integers(0, 2, shape).astype(np.float32)
-  together = case.train(how, seeds, lr, decay, 3, normalize, dropout, kept)
+  masks = lambda runs: kept[runs] if selected else None
+  together = case.train(
+    how, seeds, lr, decay, 3, normalize, dropout, masks(slice(3))
+  )
   for i in range(3):
     one = slice(i, i + 1)
     alone = case.train(
@@ -240,7 +275,7 @@ def test_together_equals_alone(how):
       3,
       normalize[one],
       dropout[one],
-      kept[one],
+      masks(one),
     )
     run = slice(i, i + 1)
     mine = {
@@ -256,14 +291,14 @@ def test_together_equals_alone(how):
   [
     (2, 2, "live", "vqt"),
     (4, 1, "host", "vqt"),
-    (1, 4, "host", "vqt"),
+    (1, 4, "device", "vqt"),
     (2, 2, "device", "head2toe"),
   ],
 )
 def test_sharded_equals_single(data, model, how, method):
-  single = Case(method, target_size=48).train(how)
+  single = Case(method).train(how)
   mesh = mesh_lib.make_mesh(data, model)
-  sharded = Case(method, mesh=mesh, target_size=48).train(how)
+  sharded = Case(method, mesh=mesh).train(how)
   assert_trees_close(sharded["trained"], single["trained"], 2e-5)
   np.testing.assert_array_equal(sharded["answers"], single["answers"])
 
@@ -309,7 +344,7 @@ def test_editors_sharded_equal_single():
   recipe = step_lib.StaticSettings(
     "sgd", query_dropout=True, embedding_dropout=0.1, lasso=1e-2
   )
-  settings = dict(lr=(0.01,), epochs=2)
+  settings = dict(lr=(0.01,), epochs=2, answers=False)
   single = Case(method, recipe).train(**settings)
   mesh = mesh_lib.make_mesh(data, model)
   sharded = Case(method, recipe, mesh=mesh).train(**settings)
@@ -348,11 +383,12 @@ def one_step(case, class_weights=None, weigh=None):
     data, order, mask = next(case.source("live").epoch(0, 0))
     if weigh is not None:
       mask = mask * weigh[case.examples["label"][order]]
+    first = np.arange(len(order)) == 0  # The others move nothing.
     state, losses, right = step_lib.train_steps(
       *(case.tuner, case.recipe, state, case.frozen, settings, data),
-      *(order[:1], mask[:1], np.ones(1, np.float32)),
+      *(order, mask, first.astype(np.float32)),
     )
-  return np.asarray(losses), jax.tree.map(np.asarray, state.trained["head"])
+  return np.asarray(losses)[:1], jax.tree.map(np.asarray, state.trained["head"])
 
 
 def test_a_class_weighs_what_its_examples_would():
@@ -415,7 +451,8 @@ def test_labels_decide_what_is_trained():
 
 def test_embedding_dropout_makes_the_stream_noisy():
   recipe = step_lib.StaticSettings(query_dropout=True, embedding_dropout=0.1)
-  quiet, noisy = Case().train(), Case(recipe=recipe).train()
+  quiet = Case().train(answers=False)
+  noisy = Case(recipe=recipe).train(answers=False)
   assert np.abs(quiet["loss"] - noisy["loss"]).max() > 1e-4
 
 
@@ -429,21 +466,11 @@ def test_same_seed_same_bits_other_seed_other_run():
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_one_compilation_serves_all_epochs(devices):
-  mesh = single_device_mesh() if devices == 1 else mesh_lib.make_mesh()
-  case = Case(mesh=mesh, num_queries=3)  # As in no other test.
-  compiled = []
-
-  def listen(event, seconds, **what):
-    del seconds
-    step = what.get("fun_name") == "jit(train_steps)"
-    if "backend_compile" in event and step:
-      compiled.append(what)
-
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  try:
-    case.train("device", epochs=3)
-  finally:
-    jax.monitoring.unregister_event_duration_listener(listen)
+  """As in `Case.train` in every test; here the program is a new one."""
+  mesh = single_device_mesh() if devices == 1 else mesh_lib.make_mesh(1, 4)
+  step_lib.train_steps.clear_cache()
+  with compilations("jit(train_steps)") as compiled:
+    Case(mesh=mesh).train("device", answers=False)
   assert len(compiled) == 1
 
 
