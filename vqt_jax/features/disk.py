@@ -1,10 +1,10 @@
 """Features in a file, written image by image and found by their inputs.
 
-A file is a NumPy array of n records, {"final": (D,), "tokens": (L, N, D)} (of
-several processes each has a file of its part of the tokens),
+A file is a NumPy array of n records, {"final": (D,), "tokens": (L, N, D)},
 followed by as many records of checksums, and by JSON of all inputs that they
 depend on: weights, preprocessing, data. A digest of that JSON is part of the
 file's name, so other inputs have another file. Older files lack the checksums.
+Of several processes each has a file, with its part of the tokens.
 
 Until a file is complete it is called `.part`, and an interrupted extraction
 continues after the last complete record.
