@@ -7,6 +7,7 @@ batches in one call, and gather them from resident data.
 from collections.abc import Callable
 import dataclasses
 import functools
+import math
 import re
 import time
 from typing import Any
@@ -18,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import flops
 import vqt_jax
+from vqt_jax.features import store
 from vqt_jax.models import methods
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.models import vit
@@ -81,12 +83,16 @@ class Case:
 
 
 def _place(mesh, path, leaf):
-  spec = {"tokens": P(None, None, None, "data"), "image": P(None, "data")}
-  name = getattr(path[-1], "key", None)
+  spec = {"tokens": P(None, None, "data"), "image": P(None, "data")}
+  name, shape = getattr(path[-1], "key", None), leaf.shape
+  if name == "tokens":
+    shards = mesh.shape["data"]
+    part = -(-math.prod(shape[2:]) // (shards * store.LINE))
+    shape = (*shape[:2], part * shards, store.LINE)
   sharding = NamedSharding(mesh, spec.get(name, P()))
   if name in spec:
-    sharding = mesh_lib.row_major(sharding, leaf.ndim)
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    sharding = mesh_lib.row_major(sharding, len(shape))
+  return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
 
 
 def vit_config(

@@ -86,7 +86,7 @@ class Classifier(sklearn.base.ClassifierMixin, sklearn.base.BaseEstimator):
         published for "combo" and "auto". This and the next two do not apply to
         "instant" and "linear", whose heads are computed.
       weight_decay: weight decays to try.
-      epochs: passes over the images; None: 50, but of "combo" and "auto" 20
+      epochs: passes over the images; None: 50, but of "combo" and "auto" 40
         or more, see `config.epochs`.
       seeds: of the trained models, which answer together.
       options: further fields of a config, such as {"num_queries": 5}.

@@ -4,7 +4,7 @@
 
 --tasks  "dev", "report", "all" (the default), or names, separated by commas
 
-DIR/TASK/1.0.SEED/ gets 1,000 training images, of which the first 800 and the
+DIR/TASK/1.1.SEED/ gets 1,000 training images, of which the first 800 and the
 last 200 have every class equally often, and 2,000 test images; a config reads
 them with task=TASK and data_dir=DIR (the newest version: the largest seed).
 Images depend on task and seed only, and on how Pillow draws. What is there
@@ -24,7 +24,7 @@ from benchmarks.tasks import drawing
 from vqt_jax import errors
 
 # Of the drawings: a change that anyone can see has another number.
-VERSION = "1.0"
+VERSION = "1.1"
 
 
 def render(

@@ -245,7 +245,7 @@ def test_warm_up_is_a_tenth_unless_it_is_given(changes, epochs):
   assert resolve.resolve(changes).warmup_epochs == epochs
 
 
-@pytest.mark.parametrize("images, epochs", [(1000, 20), (240, 50), (1, 100)])
+@pytest.mark.parametrize("images, epochs", [(1000, 40), (240, 100), (1, 200)])
 def test_a_network_takes_steps_enough_however_few_the_images(images, epochs):
   config = resolve.resolve({"method": "auto"})
   assert config.epochs == 0  # Until the images are counted.

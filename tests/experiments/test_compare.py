@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import signal
 
 import matplotlib.text
@@ -103,6 +104,8 @@ def assert_paired(workdir, entries):
     assert low <= found["mean"] <= high
   page = (workdir / "report.html").read_text()
   assert "paired by image)" in page and "Newcombe" not in page
+  links = re.findall('<a href="([^"]*)/report.html"', page)
+  assert sorted(links) == sorted(entries)
 
 
 def test_methods_are_compared(material, tmp_path, monkeypatch, capfd):
@@ -154,6 +157,7 @@ def test_methods_are_compared(material, tmp_path, monkeypatch, capfd):
   # One more method joins those that are finished; other changes do not, but of
   # what only other methods use.
   before = runs.files(workdir / "vqt")
+  (workdir / "vqt" / "report.html").unlink()  # Written again.
   status, said = started(material, workdir, capfd, methods="vqt,linear", rank=2)
   assert status == 0 and said[:3] == [
     "note     rank is not used by vqt, linear",
@@ -337,6 +341,19 @@ def test_runs_that_cannot_be_paired(tmp_path, why):
   assert "Not paired by image" in page and "paired by image)" not in page
   found["b"]["data"]["sha256"] = "c" * 64
   assert compare.summarize(found)["runs"]["b"]["difference"] is None
+
+
+def test_reports_below_the_page_are_linked(tmp_path):
+  """A folder with both can be moved; other runs may be anywhere."""
+  output = tmp_path / "out"
+  workdirs = {"a": output / "a: b?", "b": tmp_path / "b", "c": output / "c"}
+  for name in "ab":
+    workdirs[name].mkdir(parents=True)
+    (workdirs[name] / "report.html").touch()
+  summary = compare.summarize(dict.fromkeys(workdirs, outcome()))
+  compare_report.report(output / "report.html", summary, "", workdirs)
+  page = (output / "report.html").read_text()
+  assert re.findall('<a href="([^"]*)"', page) == ["a%3A%20b%3F/report.html"]
 
 
 def test_one_seed_has_no_deviation(capsys):

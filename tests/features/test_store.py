@@ -1,5 +1,6 @@
 """Features on the host and in files: found again, refused, mended, resumed."""
 
+import dataclasses
 import fcntl
 import functools
 import io
@@ -28,6 +29,7 @@ from vqt_jax.features import disk
 from vqt_jax.features import examples as examples_lib
 from vqt_jax.features import storage
 from vqt_jax.features import store
+from vqt_jax.models import readers
 from vqt_jax.models import sharding as sharding_lib
 from vqt_jax.runtime import console as console_lib
 from vqt_jax.runtime import mesh as mesh_lib
@@ -88,9 +90,25 @@ def test_file_host_and_devices_hold_the_same(tmp_path, dtype, data, model):
   sent = kept.send(rows)
   for name, axis in (("tokens", 1), ("final", 0)):
     np.testing.assert_array_equal(sent[name], jnp.take(held[name], rows, axis))
-  assert sent["tokens"].shape == (3, 8, 10, 16)
-  assert sent["tokens"].addressable_shards[0].data.shape[-1] == 16 // data
+  row = (10, 16) if data == 1 else (data, 128)
+  assert sent["tokens"].shape == (3, 8, *row)
+  assert sent["tokens"].addressable_shards[0].data.shape[2] == row[0] // data
   np.testing.assert_array_equal(held["label"][:COUNT], label)
+
+
+def test_lines_that_do_not_divide_evenly_are_padded():
+  case = Case(data=1, model=4)
+  kept = store.store_on_host(case.layout, case.stream(), COUNT)
+  three = mesh_lib.make_mesh(devices=jax.devices()[:3])
+  layout = dataclasses.replace(case.layout, mesh=three)
+  sent = dataclasses.replace(kept, layout=layout).send(np.arange(9))["tokens"]
+  assert sent.shape == (3, 9, 3, 128)
+  assert layout.bytes_per_image == 4 * (3 * 160 + 16)
+  assert layout.bytes_in(2)["device"] == 2 * 4 * (3 * 3 * 128 + 16)
+  with jax.set_mesh(three):
+    flat = readers.flatten(sent, 160, np.arange(9))
+  wanted = np.moveaxis(kept.tokens[:9], 0, 1).reshape(3, 9, 160)
+  np.testing.assert_array_equal(flat, wanted)
 
 
 def test_an_interrupted_extraction_goes_on(tmp_path):
@@ -152,12 +170,12 @@ def test_what_does_not_fit_on_the_disk(tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
-def test_columns_of_other_devices_are_another_file(tmp_path, monkeypatch):
-  """Of D = 16 a process with half of the devices keeps 8, or all of them."""
+def test_other_parts_of_the_tokens_are_another_file(tmp_path, monkeypatch):
+  """A process with half of the devices keeps half of the numbers, or all."""
   case = Case()
   paths = set()
-  for columns in (8, 16):
-    monkeypatch.setattr(store.Layout, "columns", columns)
+  for row in ((2, 40), (2, 5, 16)):
+    monkeypatch.setattr(store.Layout, "host_row", row)
     paths.add(case.file(tmp_path).path)
   assert len(paths) == 2
 
@@ -500,7 +518,8 @@ def test_the_place_is_chosen_by_size(changes, stored, backend, place, why):
   config = config_dict.default_config()
   config.update(changes)
   tuner = vqt_jax.make_tuner("vqt", helpers.tiny_config(), 3)
-  choose = functools.partial(storage.choose, config, tuner, stored)
+  sizes = dict.fromkeys(ROOM, stored)
+  choose = functools.partial(storage.choose, config, tuner, sizes)
   chosen, said = choose(100, ROOM, backend)
   assert chosen == place and why in said
   if chosen == "images":

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 
 from tests import helpers
 import vqt_jax
@@ -27,17 +28,28 @@ def start(method="combo"):
   return tuner, variables, jax.tree.map(np.asarray, stream)
 
 
-def test_the_state_is_the_sum_of_projected_standardised_tokens():
+@pytest.mark.parametrize("some", [False, True])
+def test_the_state_is_the_sum_of_projected_standardised_tokens(some):
+  """Of all blocks, or of some: a factor for each block and image."""
   tuner, variables, stream = start()
   kernel = variables["tuner"]["kernel"]
   tokens = np.asarray(stream.tokens, np.float64)
   tokens -= tokens.mean(axis=-1, keepdims=True)
   tokens /= np.sqrt(tokens.var(axis=-1, keepdims=True) + 1e-6)
-  expected = np.einsum("lbnd,ldr->bnr", tokens, np.asarray(kernel, np.float64))
+  factors = np.ones(tokens.shape[:2], np.float32)
+  if some:
+    factors[0, 2:] = factors[2, :4] = 0
+    factors[1] = 2
+  kernels = np.asarray(kernel, np.float64)
+  expected = np.einsum("lb,lbnd,ldr->bnr", factors, tokens, kernels)
   zeros = np.zeros(expected.shape, np.float32)
   read = jax.jit(
     lambda tokens: tuner.read(
-      readers._sum_step, variables, kernel, tokens, carry=zeros
+      readers._sum_step,
+      variables,
+      (kernel, factors if some else None),
+      tokens,
+      carry=zeros,
     )
   )
   state, _ = read(stream.tokens)
@@ -73,6 +85,25 @@ def test_dropout_needs_a_key_and_fills_of_a_batch_change_no_other_image():
   np.testing.assert_array_equal(ask(4), ask(4))
   assert np.abs(ask(4, key) - ask(4)).max() > 0.01
   helpers.assert_close(ask(6, key)[:4], ask(4, key), 1e-5)
+
+
+def test_blocks_drop_out_whole_and_by_image(monkeypatch):
+  """What stays is larger, so that the sum is the same on average."""
+  draw = jax.vmap(lambda key: combo.draw_blocks(key, 3, 6))
+  factors = draw(jax.random.split(jax.random.key(0), 400))
+  kept = 1 - combo.BLOCK_DROPOUT
+  np.testing.assert_allclose(np.unique(factors), [0, 1 / kept], rtol=1e-6)
+  np.testing.assert_allclose(factors.mean(axis=0), np.ones((3, 6)), atol=0.2)
+
+  tuner, variables, stream = start()
+  none = np.zeros((3, 6), np.float32)
+  monkeypatch.setattr(combo, "draw_blocks", lambda *_: none)
+  ask = jax.jit(
+    lambda tokens, key: tuner(variables, tokens, stream.final, key=key).logits
+  )
+  key = jax.random.key(1)
+  other = np.flip(stream.tokens, axis=1)
+  np.testing.assert_array_equal(ask(stream.tokens, key), ask(other, key))
 
 
 def test_prompts_of_an_editor_are_not_read():

@@ -316,8 +316,8 @@ SECTIONS = {
     ),
     "epochs": Field(
       0,
-      "Epochs of every trial; 0: 100, but of combo and auto 20, or as many as"
-      " make 100 steps.",
+      "Epochs of every trial; 0: 100, but of combo and auto 40, or as many as"
+      " make 200 steps.",
     ),
     "warmup_epochs": Field(
       -1,

@@ -72,7 +72,7 @@ _EDITOR_RATE = 0.01
 # Epochs of every trial; and of a network, which needs a number of steps,
 # however few the images are.
 _EPOCHS = 100
-_NETWORK_EPOCHS, _NETWORK_STEPS = 20, 100
+_NETWORK_EPOCHS, _NETWORK_STEPS = 40, 200
 # The only weight decay that is tried if `settings` is given.
 _SETTINGS_DECAY = 1e-4
 
@@ -157,7 +157,7 @@ def fill_epochs(
 ) -> config_dict.Config:
   """Return a resolved config with the epochs that depend on the images.
 
-  Those of `combo` and `auto`: 20, or as many as make 100 steps.
+  Those of `combo` and `auto`: 40, or as many as make 200 steps.
 
   Args:
     config: resolved.

@@ -1,7 +1,7 @@
 """Several runs, one after another, each in a folder of its own.
 
-Each behaves as if it was started alone: finished ones are not redone, a stopped
-one is resumed.
+Each behaves as if it was started alone: finished ones are not redone, but for
+reports that are missing, and a stopped one is resumed.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -65,6 +65,8 @@ def train(
       place = f"{number} of {len(configs)}: {name}"
       if name in done:
         console.note(f"{place} is finished already", label)
+        own = workdir / name
+        single.write_reports(results.read(own), own, console)
         continue
       if stop:
         raise preemption.Stopped

@@ -24,12 +24,17 @@ def train(
   workdir: files.Path,
   console: console_lib.Console,
 ) -> dict[str, Any]:
-  """Train and test one method, print a table, write the reports.
-
-  A finished run gets `report.png` or `report.html` again if that is missing.
-  """
+  """Train and test one method, print a table, write the reports."""
   results = run.run(config, workdir, console)
   run_table.show(console, workdir, results)
+  write_reports(results, workdir, console)
+  return results
+
+
+def write_reports(
+  results: dict[str, Any], workdir: files.Path, console: console_lib.Console
+) -> None:
+  """Write `report.png` and `report.html` of a finished run where missing."""
   picture, page = workdir / "report.png", workdir / html.REPORT
   with processes.raise_on_all():
     if processes.is_first():
@@ -38,7 +43,6 @@ def train(
         metrics.write_picture(workdir, picture)
       if not files.exists(page):
         _write_page(results, workdir, page, console)
-  return results
 
 
 def _write_page(

@@ -1,6 +1,7 @@
 """Features in a file, written image by image and found by their inputs.
 
-A file is a NumPy array of n records, {"final": (D,), "tokens": (L, N, D)},
+A file is a NumPy array of n records, {"final": (D,), "tokens": (L, N, D)} (of
+several processes each has a file of its part of the tokens),
 followed by as many records of checksums, and by JSON of all inputs that they
 depend on: weights, preprocessing, data. A digest of that JSON is part of the
 file's name, so other inputs have another file. Older files lack the checksums.
@@ -76,7 +77,7 @@ class FeatureFile:
       "dtype": layout.dtype,
       "tokens": layout.tokens,
       "process": [jax.process_index(), jax.process_count()],
-      "columns": layout.columns,
+      "columns": layout.host_row[-1],
     }
     if layout.window > 1:
       footer["window"] = layout.window
@@ -201,11 +202,10 @@ class FeatureFile:
   @property
   def _record(self) -> np.dtype:
     """Dtype of an image's record; NumPy files store bfloat16 as two bytes."""
-    depth, tokens, width = self._layout.row
-    fields = [("final", np.float32, (width,))]
+    fields = [("final", np.float32, self._layout.row[-1:])]
     if self._layout.tokens:
       descr = np.lib.format.dtype_to_descr(np.dtype(self._layout.dtype))
-      fields.append(("tokens", descr, (depth, tokens, self._layout.columns)))
+      fields.append(("tokens", descr, self._layout.host_row))
     return np.dtype(fields)
 
   @property
@@ -256,7 +256,7 @@ class FeatureFile:
       file.write(self._header)
 
   def _records(self, batch: store_lib.FeatureBatch, most: int) -> np.ndarray:
-    rows = store_lib.host_rows(batch, most)
+    rows = store_lib.host_rows(self._layout, batch, most)
     records = np.empty(len(rows["final"]), self._record)
     for name, values in rows.items():
       records[name] = values.view(self._record[name].base)

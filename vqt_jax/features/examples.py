@@ -249,9 +249,9 @@ class Examples:
     split = self._loaded_split(split)
     if split not in self._storages:
       count, available = self.count(split), dict(self._available)
-      feature_bytes = count * self._layout.bytes_per_image
+      feature_bytes = self._layout.bytes_in(count)
       image_size = self.backbone.config.image_size
-      if feature_bytes > available["device"]:
+      if feature_bytes["device"] > available["device"]:
         # A file that exists already needs no more space.
         existing = max(file.size for file in self._files(split))
         available["disk"] += int(processes.all_reduce_min(existing))

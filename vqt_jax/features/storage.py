@@ -1,5 +1,6 @@
 """Choice of the memory that holds the examples of a split."""
 
+from collections.abc import Mapping
 import shutil
 
 import jax
@@ -54,7 +55,7 @@ def _free_disk_bytes(store_dir: str) -> int:
 def choose(
   config: ml_collections.ConfigDict,
   tuner: tuner_lib.Tuner,
-  feature_bytes: int,
+  feature_bytes: Mapping[str, int],
   image_bytes: int,
   available: dict[str, int],
   backend: str,
@@ -68,7 +69,7 @@ def choose(
   Args:
     config: of the run.
     tuner: of the run.
-    feature_bytes: size of the split's features.
+    feature_bytes: size of the split's features, by storage.
     image_bytes: size of its images.
     available: result of `available_bytes`.
     backend: "cpu", "gpu" or "tpu".
@@ -89,10 +90,10 @@ def choose(
       reason = "since embedding_dropout changes features in every step"
     elif not config.data:
       for name in ("device", "disk" if backend == "cpu" else "host"):
-        if feature_bytes <= available[name]:
+        if feature_bytes[name] <= available[name]:
           size = units.format_bytes(available[name])
           return name, f"which has room for {size}"
-      size = units.format_bytes(feature_bytes)
+      size = units.format_bytes(feature_bytes["host"])
       reason = f"since features would take {size}"
   fits = not config.data and image_bytes <= available["device"]
   if config.data == "device" or fits:

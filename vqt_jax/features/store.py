@@ -3,9 +3,10 @@
 Without augmentation the stream of an image never changes, so LN_0(z_m) of every
 block and the final feature are stored, and all trials train on them. On the
 devices the tokens lie as the scan over depth reads them, (L, n, N, D); on the
-host, in memory or in a file, image by image, (n, L, N, D). On several devices a
-store is sharded over D: each device holds its part of any row, a batch is
-gathered by one exchange, and a process needs only the columns of its own
+host, in memory or in a file, image by image, (n, L, N, D). On several devices
+the N D numbers of an image and block lie in S lines, (L, n, S, `LINE`), over
+which the store is sharded: each device holds its part of every image, a batch
+is gathered by one exchange, and a process needs only the parts of its own
 devices.
 
 On one CPU, where arithmetic is slow and memory plentiful, the store may hold
@@ -21,6 +22,7 @@ head size, F features.
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -35,6 +37,10 @@ from vqt_jax.models import vit
 from vqt_jax.models import vit_config
 from vqt_jax.runtime import ahead
 from vqt_jax.runtime import mesh as mesh_lib
+
+# Numbers in a line of a sharded store: to a multiple of it a TPU pads the last
+# axis, so that parts of D would waste more, the more devices there are.
+LINE = 128
 
 # A batch of the stream: {"final": (b, D), "tokens": (L, b, N, D) if read}.
 FeatureBatch = dict[str, jax.Array]
@@ -77,47 +83,86 @@ class Layout:
     return c.depth, c.num_tokens // self.window, c.width
 
   @property
+  def is_sharded(self) -> bool:
+    return self.mesh.shape["data"] > 1
+
+  @property
+  def batch_row(self) -> tuple[int, int]:
+    """Shape of one image and block in a batch: (N, D), or sharded (S, `LINE`).
+
+    S is a multiple of the number of shards.
+    """
+    if not self.is_sharded:
+      return self.row[1:]
+    shards = self.mesh.shape["data"]
+    part = -(-math.prod(self.row[1:]) // (shards * LINE))
+    return part * shards, LINE
+
+  @property
   def device_row(self) -> tuple[int, ...]:
     """Shape of one image and block in a store on the devices."""
     c = self.config
     if self.projected:
       return 2, c.num_heads, c.num_tokens, c.head_dim
-    return self.row[1:]
+    return self.batch_row
 
   @property
-  def columns(self) -> int:
-    """Number of the D columns that this process stores."""
-    width, shards = self.row[-1], self.mesh.shape["data"]
-    if width % shards:
-      return width
-    return width // shards * self.mesh.local_mesh.shape["data"]
+  def own_numbers(self) -> int:
+    """Numbers of an image and block on the devices of this process."""
+    shards, own = (m.shape["data"] for m in (self.mesh, self.mesh.local_mesh))
+    return math.prod(self.batch_row) // shards * own
+
+  @property
+  def host_row(self) -> tuple[int, ...]:
+    """Shape of an image's tokens on the host.
+
+    (L, N, D), or of several processes the part of each: (L, numbers).
+    """
+    if self.mesh.local_mesh.shape == self.mesh.shape:
+      return self.row
+    return self.row[0], self.own_numbers
 
   @property
   def bytes_per_image(self) -> int:
-    """Bytes of an image on the devices: tokens, if stored; final feature."""
+    """Bytes of an image: tokens, if stored; final feature."""
+    row = self.device_row if self.projected else self.row[1:]
+    return self._bytes(math.prod(row))
+
+  @property
+  def device_bytes_per_image(self) -> int:
+    """Bytes of an image on all devices together, with what fills up lines.
+
+    And, on TPUs, what fills up each part to a multiple of eight lines.
+    """
+    lines, length = self.device_row[-2:]
+    if self.is_sharded and self.mesh.devices.flat[0].platform == "tpu":
+      shards = self.mesh.shape["data"]
+      lines = -(-lines // (8 * shards)) * 8 * shards
+    return self._bytes(math.prod(self.device_row[:-2]) * lines * length)
+
+  def _bytes(self, numbers: int) -> int:
+    """Bytes of an image with so many numbers in each block."""
     if self.num_features:
       return 4 * self.num_features
-    numbers = self.row[0] * np.prod(self.device_row) if self.tokens else 0
-    size = numbers * jnp.dtype(self.dtype).itemsize + self.row[-1] * 4
-    return int(size)
+    tokens = self.row[0] * numbers * jnp.dtype(self.dtype).itemsize
+    return self.tokens * tokens + 4 * self.row[-1]
+
+  def bytes_in(self, count: int) -> dict[str, int]:
+    """Bytes of the features of `count` images, by storage."""
+    found = {name: count * self.bytes_per_image for name in ("host", "disk")}
+    return {"device": count * self.device_bytes_per_image, **found}
 
   def sharding(self, name: str) -> jax.sharding.NamedSharding:
-    """Sharding of a batch's "tokens" (L, b, N, D), or of another entry."""
-    if name != "tokens" or self.row[-1] % self.mesh.shape["data"]:
+    """Sharding of a batch's "tokens" (L, b, ...), or of another entry."""
+    if name != "tokens":
       return mesh_lib.replicated_sharding(self.mesh)
-    return mesh_lib.batch_sharding(self.mesh, 3)
+    return mesh_lib.batch_sharding(self.mesh, 2)
 
   def store_sharding(self, name: str) -> jax.sharding.NamedSharding | Format:
-    """Sharding of an entry for all images.
-
-    Tokens are sharded over images where D cannot be divided.
-    """
+    """Sharding of an entry for all images."""
     if name != "tokens":
       return self.sharding(name)
-    sharding = self.sharding(name)
-    if self.row[-1] % self.mesh.shape["data"]:
-      sharding = mesh_lib.batch_sharding(self.mesh, 1)
-    return mesh_lib.row_major(sharding, 2 + len(self.device_row))
+    return mesh_lib.row_major(self.sharding(name), 2 + len(self.device_row))
 
 
 def make_layout(
@@ -195,14 +240,19 @@ def extractor(layout: Layout) -> Callable[[Any, jax.Array], FeatureBatch]:
     stream = tuner_lib.run_backbone(
       layout.config, layout.tokens, params, images, window=layout.window
     )
-    # Sharded over images until all is computed, and only then over D: else the
-    # compiler shards the whole backbone over D, and sums in every block.
+    # Sharded over images until all is computed, and only then over lines: else
+    # the compiler shards the backbone over N, and exchanges in every block.
     by_image = lambda x, axis: jax.lax.with_sharding_constraint(
       x, mesh_lib.batch_sharding(layout.mesh, axis)
     )
     features = {"final": by_image(stream.final, 0)}
     if layout.tokens:
       tokens = stream.tokens.astype(layout.dtype)
+      if layout.is_sharded:
+        tokens = tokens.reshape(*tokens.shape[:2], -1)
+        missing = math.prod(layout.batch_row) - tokens.shape[-1]
+        tokens = jnp.pad(tokens, ((0, 0), (0, 0), (0, missing)))
+        tokens = tokens.reshape(*tokens.shape[:2], *layout.batch_row)
       features["tokens"] = by_image(tokens, 1)
     return features
 
@@ -263,9 +313,9 @@ def store_on_devices(
     progress: called with the number of images that are done.
 
   Returns:
-    {"tokens": (L, m, N, D), or (L, m, 2, H, N, K), if stored, "final": (m, D),
-    "label": (m,)}, or {"features": (m, F), "label"}, m >= n; rows from n on are
-    padding.
+    {"tokens": (L, m, N, D), sharded (L, m, S, LINE), or (L, m, 2, H, N, K),
+    if stored, "final": (m, D), "label": (m,)}, or {"features": (m, F),
+    "label"}, m >= n; rows from n on are padding.
   """
   store, start = {}, 0
   for batch in features:
@@ -324,11 +374,11 @@ def _writer(
 
 @dataclasses.dataclass(frozen=True)
 class HostStore:
-  """Features on the host, the columns of this process's devices.
+  """Features on the host, of several processes the part of each.
 
   Attributes:
     layout: of the batches that are sent to the devices.
-    tokens: (n, L, N, columns), in memory or mapped from a file, or None.
+    tokens: (n, *`Layout.host_row`), in memory or mapped from a file, or None.
     final: (n, D) float32.
     sums: (n,) `checksum` of every row of `tokens`, compared when it is sent;
       None: there are none, or they were compared before.
@@ -355,7 +405,7 @@ class HostStore:
     return dataclasses.replace(self, tokens=tokens, sums=None)
 
   def _checked(self, number: int) -> np.ndarray:
-    """Return the tokens of an image, (L, N, columns)."""
+    """Return the tokens of an image, of shape `Layout.host_row`."""
     tokens = self.tokens[number]
     if self.sums is not None and checksum(tokens) != self.sums[number]:
       raise errors.UserError(
@@ -373,15 +423,17 @@ class HostStore:
     }
     if not self.layout.tokens:
       return batch
-    depth, *row = self.tokens.shape[1:]
-    tokens = np.empty((depth, len(rows), *row), self.tokens.dtype)
+    layout, size = self.layout, len(rows)
+    depth = layout.row[0]
+    tokens = np.zeros((depth, size, layout.own_numbers), self.tokens.dtype)
     for i, number in enumerate(rows):
-      tokens[:, i] = self._checked(number)
-    depth, num_tokens, width = self.layout.row
+      flat = self._checked(number).reshape(depth, -1)
+      tokens[:, i, : flat.shape[1]] = flat
+    _, length = layout.batch_row
     batch["tokens"] = jax.make_array_from_process_local_data(
-      self.layout.sharding("tokens"),
-      tokens,
-      (depth, len(rows), num_tokens, width),
+      layout.sharding("tokens"),
+      tokens.reshape(depth, size, -1, length),
+      (depth, size, *layout.batch_row),
     )
     return batch
 
@@ -400,14 +452,12 @@ def store_on_host(
   progress: Callable[[int], None] = lambda done: None,
 ) -> HostStore:
   """Collect the features of `count` images in the host's memory."""
-  depth, num_tokens, width = layout.row
-  arrays = {"final": np.empty((count, width), np.float32)}
+  arrays = {"final": np.empty((count, layout.row[-1]), np.float32)}
   if layout.tokens:
-    shape = (count, depth, num_tokens, layout.columns)
-    arrays["tokens"] = np.empty(shape, layout.dtype)
+    arrays["tokens"] = np.empty((count, *layout.host_row), layout.dtype)
   done = 0
   for batch in features:
-    rows = host_rows(batch, count - done)
+    rows = host_rows(layout, batch, count - done)
     for name, values in rows.items():
       arrays[name][done : done + len(values)] = values
     done += len(rows["final"])
@@ -415,20 +465,26 @@ def store_on_host(
   return HostStore(layout, arrays.get("tokens"), arrays["final"])
 
 
-def host_rows(batch: FeatureBatch, most: int) -> dict[str, np.ndarray]:
+def host_rows(
+  layout: Layout, batch: FeatureBatch, most: int
+) -> dict[str, np.ndarray]:
   """Return a batch as this process stores it on the host.
 
   Args:
+    layout: of the batch.
     batch: of the stream.
     most: number of rows that are not padding.
 
   Returns:
-    "final" (b, D) and "tokens" (b, L, N, columns).
+    "final" (b, D) and "tokens" (b, *`Layout.host_row`).
   """
   rows = {"final": mesh_lib.local_part(batch["final"], 1)[:most]}
   if "tokens" in batch:
-    tokens = mesh_lib.local_part(batch["tokens"], 3)
-    rows["tokens"] = np.moveaxis(tokens, 0, 1)[:most]
+    tokens = mesh_lib.local_part(batch["tokens"], 2)
+    tokens = np.moveaxis(tokens, 0, 1)[:most]
+    depth, *row = layout.host_row
+    flat = tokens.reshape(len(tokens), depth, -1)[..., : math.prod(row)]
+    rows["tokens"] = flat.reshape(len(tokens), depth, *row)
   return rows
 
 

@@ -16,6 +16,19 @@ LAYERS = 3
 HEADS = 2
 MLP = 4  # Hidden units of the MLP, in multiples of `WIDTH`.
 DROPOUT = 0.1
+# Blocks that add nothing to the sum of an image, in training; as a share.
+BLOCK_DROPOUT = 0.4
+
+
+def draw_blocks(key: jax.Array, depth: int, batch: int) -> jax.Array:
+  """Draw what drops out of the sums of a batch.
+
+  Returns:
+    Factors (depth, batch) of what blocks add: 0, or more than 1 so that they
+    are 1 on average. Padding of the batch changes no other image's.
+  """
+  kept = 1 - BLOCK_DROPOUT
+  return jax.random.bernoulli(key, kept, (batch, depth)).T / kept
 
 
 class Layer(nn.Module):

@@ -125,6 +125,7 @@ def scan(
   rows: jax.Array | None = None,
   fetches: bool = False,
   carry: Any = None,
+  row: tuple[int, int] | None = None,
 ) -> tuple[Any, jax.Array]:
   """Scan a reader's step over depth.
 
@@ -136,13 +137,15 @@ def scan(
     step: the reader's step.
     blocks: frozen block parameters, leaves stacked over depth (L, ...).
     weights: the reader's weights, leaves stacked over depth.
-    tokens: (L, B, N, D); with `rows` a store of them (L, n, N, D), or if the
-      step fetches of their keys and values (L, n, 2, H, N, K).
+    tokens: (L, B, N, D); with `rows` a store of them, (L, n, N, D), or sharded
+      in lines, (L, n, S, 128); or if the step fetches of their keys and
+      values (L, n, 2, H, N, K).
     rows: (B,) int32, the examples to read. Each block fetches its own rows, so
       that a batch never exists for all blocks at once. None: all, in order.
     fetches: the step can be called with the store of all blocks (L * n, ...) in
       place of tokens, and with the rows to fetch (chunks, b) as fifth argument.
     carry: given to the step of the first block.
+    row: (N, D), of a store in lines, see `features.store`.
 
   Returns:
     The carry of the last block, and the outputs, stacked over depth (L, B,
@@ -158,7 +161,11 @@ def scan(
     if count > 1 or tokens.ndim > 4:
       return step(block_params, own, flat, carry, index.reshape(count, -1))
     fetched = jnp.take(flat, index, axis=0, mode="clip")
-    return step(block_params, own, mesh.constrain(fetched, "data"), carry)
+    fetched = mesh.constrain(fetched, "data")
+    if row and fetched.shape[1:] != row:  # In lines.
+      fetched = fetched.reshape(len(fetched), -1)[:, : math.prod(row)]
+      fetched = fetched.reshape(-1, *row)
+    return step(block_params, own, fetched, carry)
 
   index = rows + size * jnp.arange(depth, dtype=rows.dtype)[:, None]
   return _scan(fetch, blocks, weights, index, carry)
@@ -235,17 +242,22 @@ def without_prompts(
   return jnp.concatenate(own, axis=-2)
 
 
-def flatten(tokens: jax.Array, rows: jax.Array | None = None) -> jax.Array:
-  """Flatten each block's tokens into features, (L, B, N * D), float32.
+def flatten(
+  tokens: jax.Array, size: int, rows: jax.Array | None = None
+) -> jax.Array:
+  """Flatten each block's tokens into features, (L, B, size), float32.
 
   Args:
-    tokens: (L, B, N, D), or if `rows` are given (L, n, N, D).
+    tokens: (L, B, N, D), or if `rows` are given a store of them, (L, n, N, D)
+      or in lines.
+    size: N D.
     rows: (B,) int32, the examples to read; None: all, in order.
   """
   if rows is not None:
     found = jnp.take(tokens, rows, axis=1, mode="clip")
     tokens = mesh.constrain(found, None, "data")
-  return tokens.reshape(*tokens.shape[:2], -1).astype(jnp.float32)
+  flat = tokens.reshape(*tokens.shape[:2], -1)
+  return flat[..., :size].astype(jnp.float32)
 
 
 def token_bound(config: vit_config.ViTConfig) -> float:
@@ -311,13 +323,14 @@ def _sum_step(
 ) -> Step:
   """Make a step that adds a projection of the tokens to the carry (B, N, R).
 
-  Its weights are a kernel (D, R). Tokens are first normalised to mean 0 and
-  variance 1, so that all blocks count alike.
+  Its weights are a kernel (D, R), and factors (B,) of what each image adds, or
+  None. Tokens are first normalised to mean 0 and variance 1, so that all blocks
+  count alike.
   """
 
   def step(block_params, weights, tokens, carry):
     del block_params
-    kernel = weights[0] if edit else weights
+    kernel, factors = weights[0] if edit else weights
     tokens = without_prompts(config, tokens).astype(jnp.float32)
     tokens = jax.nn.standardize(tokens, epsilon=config.layer_norm_epsilon)
     dtype = config.dtype
@@ -326,29 +339,34 @@ def _sum_step(
       kernel.astype(dtype),
       preferred_element_type=jnp.float32,
     )
+    if factors is not None:
+      added *= factors[:, None, None]
     return carry + added, None
 
   return step
 
 
 def _read_sum(tuner, variables, tokens, rows, key):
-  own = variables["tuner"]
+  own, depth = variables["tuner"], tuner.config.depth
   size = tokens.shape[1] if rows is None else len(rows)
   shape = (size, tuner.config.num_tokens, combo.WIDTH)
   start = jnp.zeros(shape, jnp.float32)
+  factors, rngs = None, None
+  if key is not None:
+    block_key, network_key = jax.random.split(key)
+    rngs = {"dropout": network_key}
+    factors = combo.draw_blocks(block_key, depth, size)
+    factors = mesh.constrain(factors, None, "data")
   total, _ = tuner.read(
     _sum_step,
     variables,
-    own["kernel"],
+    (own["kernel"], factors),
     tokens,
     rows,
     carry=mesh.constrain(start, "data"),
   )
   found = combo.Network().apply(
-    {"params": own["network"]},
-    total,
-    training=key is not None,
-    rngs=None if key is None else {"dropout": key},
+    {"params": own["network"]}, total, training=key is not None, rngs=rngs
   )
   return found[None], None
 
@@ -418,7 +436,10 @@ READERS = {
     has_queries=True,
   ),
   "head2toe": Reader(
-    read=lambda t, variables, tokens, rows, key: (flatten(tokens, rows), None),
+    read=lambda t, variables, tokens, rows, key: (
+      flatten(tokens, t.reader.group_features(t), rows),
+      None,
+    ),
     group_features=lambda t: t.config.width * (t.config.num_tokens // t.window),
     window=lambda t: window(t.config, t.target_size),
   ),

@@ -216,7 +216,8 @@ class Tuner:
     if edit:
       weights = (weights, own.get("encoderblock", {}))
     step = make_step(self.config, edit)
-    return readers.scan(step, blocks, weights, *args, **options)
+    row = self.config.num_tokens, self.config.width
+    return readers.scan(step, blocks, weights, *args, row=row, **options)
 
   def __call__(
     self,
@@ -239,7 +240,8 @@ class Tuner:
       query_mask: (L, B, T, D), multiplies the queries (dropout), or None.
       normalize: () bool that replaces `self.normalize` (vqt), or None.
       rows: (B,) int32, the examples to read if `tokens` is a store of more:
-        (L, n, N, D), or for queries keys and values (L, n, 2, H, N, K).
+        (L, n, N, D), or in lines (see `features.store`), or for queries keys
+        and values (L, n, 2, H, N, K).
       key: of a reader's own dropout; None: nothing drops out.
     """
     if self.members:

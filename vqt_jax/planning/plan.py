@@ -117,7 +117,7 @@ def make_context(
   chosen, reason = storage.choose(
     config,
     tuner,
-    count * context.layout.bytes_per_image,
+    context.layout.bytes_in(count),
     count * images.bytes_per_image(vit_config.image_size),
     available,
     platform,

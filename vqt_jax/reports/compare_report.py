@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from typing import Any
+from urllib import parse
 
 from vqt_jax import accuracy as accuracy_lib
 from vqt_jax.reports import compare_figure
@@ -26,7 +27,10 @@ def report(
     workdirs: of the runs, by name.
   """
   runs = summary["runs"]
-  rows = [_row(number, run) for number, run in enumerate(runs.values(), 1)]
+  rows = [
+    {**_row(number, run), "link": _link(path, workdirs[name])}
+    for number, (name, run) in enumerate(runs.items(), 1)
+  ]
   tests = [run["test_accuracy"] for run in runs.values()]
   drawn = compare_figure.drawn_alone(summary)
   html.write(
@@ -50,6 +54,19 @@ def report(
       "data, SHA-256": _different(runs, "data_sha256"),
     },
   )
+
+
+def _link(path: files.Path, workdir: files.Path) -> str:
+  """Return the address of a run's report on this page; "" if not below it.
+
+  So a folder with both can be moved.
+  """
+  page, report = (files.absolute(x) for x in (path, workdir / html.REPORT))
+  if report == page or not report.is_relative_to(page.parent):
+    return ""
+  if not files.exists(report):
+    return ""
+  return parse.quote(report.relative_to(page.parent).as_posix())
 
 
 def _different(runs: Mapping[str, Mapping[str, Any]], column: str) -> str:
