@@ -6,18 +6,13 @@ from typing import Any
 from matplotlib import figure as figure_lib
 
 from vqt_jax.reports import run_pictures
-from vqt_jax.reports import style
 
-_render = style._render
+_savefig = figure_lib.Figure.savefig
 _read = run_pictures.read
 
 
-def _render_empty(
-  figure: figure_lib.Figure, *args: Any, **kwargs: Any
-) -> bytes:
-  """Without the style of axes either, which makes all of their ticks."""
-  del figure
-  return _render(figure_lib.Figure((1, 1)), *args, **kwargs)
+def _save_empty(figure: figure_lib.Figure, *args: Any, **kwargs: Any) -> None:
+  _savefig(figure_lib.Figure((1, 1)), *args, **kwargs)
 
 
 def leave_empty(replace: Callable[[Any, str, Any], None]) -> None:
@@ -25,11 +20,11 @@ def leave_empty(replace: Callable[[Any, str, Any], None]) -> None:
 
   And reports of runs without images.
   """
-  replace(style, "_render", _render_empty)
+  replace(figure_lib.Figure, "savefig", _save_empty)
   replace(run_pictures, "read", lambda *args: [])
 
 
 def draw(replace: Callable[[Any, str, Any], None]) -> None:
   """Has them saved as they are, again."""
-  replace(style, "_render", _render)
+  replace(figure_lib.Figure, "savefig", _savefig)
   replace(run_pictures, "read", _read)

@@ -160,7 +160,15 @@ def _scratch() -> tempfile.TemporaryDirectory:
 
 # A forked process has all imports already; each takes seconds otherwise.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.runs", "tests.preloaded"])
+_CONTEXT.set_forkserver_preload(
+  [
+    "orbax.checkpoint",
+    "tensorflow",
+    "tests.runs",
+    "vqt_jax.reports.run_figure",
+    "vqt_jax.training.run",
+  ]
+)
 
 
 class Process:
