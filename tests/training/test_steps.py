@@ -352,6 +352,15 @@ def test_editors_sharded_equal_single():
   assert_trees_close(sharded["loss"], single["loss"], 2e-5)
 
 
+def test_a_network_over_an_editor_sharded_equals_single():
+  """Its dropout is that of the whole batch, not another on each device."""
+  settings = dict(lr=(0.01,), epochs=1, answers=False)
+  recipe = step_lib.StaticSettings("sgd")
+  single = Case("combo+lora", recipe).train(**settings)
+  sharded = Case("combo+lora", recipe, mesh=mesh_lib.make_mesh(2, 2))
+  assert_trees_close(sharded.train(**settings), single, 2e-5)
+
+
 def test_backbone_is_sharded_over_model():
   mesh = mesh_lib.make_mesh(2, 2)
   params = sharding_lib.place_backbone(
