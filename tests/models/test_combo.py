@@ -88,7 +88,7 @@ def test_dropout_needs_a_key_and_fills_of_a_batch_change_no_other_image():
 
 
 def test_blocks_drop_out_whole_and_by_image(monkeypatch):
-  """What stays is larger, so that the sum is the same on average."""
+  """Kept ones add more, so that the sum is the same on average."""
   draw = jax.vmap(lambda key: combo.draw_blocks(key, 3, 6))
   factors = draw(jax.random.split(jax.random.key(0), 400))
   kept = 1 - combo.BLOCK_DROPOUT

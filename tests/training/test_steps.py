@@ -158,7 +158,7 @@ class Case:
     kept=None,
     answers=True,
   ):
-    """What is trained in some epochs, of which the first compiles at most."""
+    """Train for some epochs, of which only the first may compile."""
     settings = step_lib.Settings(
       np.array(lr, np.float32),
       np.array(decay, np.float32),
@@ -207,7 +207,7 @@ class Case:
 
 @contextlib.contextmanager
 def compilations(name):
-  """Yields the list of those of a function, as they happen."""
+  """Yield the list of compilations of a function, as they happen."""
   compiled = []
 
   def listen(event, seconds, **what):
