@@ -86,9 +86,8 @@ def _place(mesh, path, leaf):
   spec = {"tokens": P(None, None, "data"), "image": P(None, "data")}
   name, shape = getattr(path[-1], "key", None), leaf.shape
   if name == "tokens":
-    shards = mesh.shape["data"]
-    part = -(-math.prod(shape[2:]) // (shards * store.LINE))
-    shape = (*shape[:2], part * shards, store.LINE)
+    sizes = math.prod(shape[2:]), mesh.shape["data"]
+    shape = (*shape[:2], *store.sharded_shape(*sizes))
   sharding = NamedSharding(mesh, spec.get(name, P()))
   if name in spec:
     sharding = mesh_lib.row_major(sharding, len(shape))

@@ -96,7 +96,7 @@ def test_file_host_and_devices_hold_the_same(tmp_path, dtype, data, model):
   np.testing.assert_array_equal(held["label"][:COUNT], label)
 
 
-def test_lines_that_do_not_divide_evenly_are_padded():
+def test_tokens_that_do_not_divide_evenly_are_padded():
   case = Case(data=1, model=4)
   kept = store.store_on_host(case.layout, case.stream(), COUNT)
   three = mesh_lib.make_mesh(devices=jax.devices()[:3])

@@ -65,8 +65,9 @@ def train(
       place = f"{number} of {len(configs)}: {name}"
       if name in done:
         console.note(f"{place} is finished already", label)
-        own = workdir / name
-        single.write_reports(results.read(own), own, console)
+        with processes.raise_on_all():
+          its_results = results.read(workdir / name)
+        single.write_reports(its_results, workdir / name, console)
         continue
       if stop:
         raise preemption.Stopped

@@ -4,10 +4,10 @@ Without augmentation the stream of an image never changes, so LN_0(z_m) of every
 block and the final feature are stored, and all trials train on them. On the
 devices the tokens lie as the scan over depth reads them, (L, n, N, D); on the
 host, in memory or in a file, image by image, (n, L, N, D). On several devices
-the N D numbers of an image and block lie in S lines, (L, n, S, `LINE`), over
-which the store is sharded: each device holds its part of every image, a batch
-is gathered by one exchange, and a process needs only the parts of its own
-devices.
+the N D numbers of an image and block are flattened, padded and reshaped to (S,
+`LANES`), and the store (L, n, S, `LANES`) is sharded over S: each device holds
+its part of every image, a batch is gathered by one exchange, and a process
+needs only the parts of its own devices.
 
 On one CPU, where arithmetic is slow and memory plentiful, the store may hold
 keys and values in place of the tokens, (L, n, 2, H, N, K): twice the size, but
@@ -38,9 +38,9 @@ from vqt_jax.models import vit_config
 from vqt_jax.runtime import ahead
 from vqt_jax.runtime import mesh as mesh_lib
 
-# Numbers in a line of a sharded store: to a multiple of it a TPU pads the last
-# axis, so that parts of D would waste more, the more devices there are.
-LINE = 128
+# To a multiple of this a TPU pads the last axis of an array, so that a store
+# sharded over D would waste more, the more devices there are.
+LANES = 128
 
 # A batch of the stream: {"final": (b, D), "tokens": (L, b, N, D) if read}.
 FeatureBatch = dict[str, jax.Array]
@@ -88,15 +88,13 @@ class Layout:
 
   @property
   def batch_row(self) -> tuple[int, int]:
-    """Shape of one image and block in a batch: (N, D), or sharded (S, `LINE`).
+    """Shape of one image and block in a batch.
 
-    S is a multiple of the number of shards.
+    (N, D), or sharded (S, `LANES`).
     """
     if not self.is_sharded:
       return self.row[1:]
-    shards = self.mesh.shape["data"]
-    part = -(-math.prod(self.row[1:]) // (shards * LINE))
-    return part * shards, LINE
+    return sharded_shape(math.prod(self.row[1:]), self.mesh.shape["data"])
 
   @property
   def device_row(self) -> tuple[int, ...]:
@@ -130,15 +128,15 @@ class Layout:
 
   @property
   def device_bytes_per_image(self) -> int:
-    """Bytes of an image on all devices together, with what fills up lines.
+    """Bytes of an image on all devices together, with padding.
 
-    And, on TPUs, what fills up each part to a multiple of eight lines.
+    A TPU pads the part of each device to a multiple of (8, `LANES`).
     """
-    lines, length = self.device_row[-2:]
+    numbers = math.prod(self.device_row)
     if self.is_sharded and self.mesh.devices.flat[0].platform == "tpu":
-      shards = self.mesh.shape["data"]
-      lines = -(-lines // (8 * shards)) * 8 * shards
-    return self._bytes(math.prod(self.device_row[:-2]) * lines * length)
+      tile = 8 * LANES * self.mesh.shape["data"]
+      numbers = -(-numbers // tile) * tile
+    return self._bytes(numbers)
 
   def _bytes(self, numbers: int) -> int:
     """Bytes of an image with so many numbers in each block."""
@@ -163,6 +161,11 @@ class Layout:
     if name != "tokens":
       return self.sharding(name)
     return mesh_lib.row_major(self.sharding(name), 2 + len(self.device_row))
+
+
+def sharded_shape(numbers: int, shards: int) -> tuple[int, int]:
+  """Return the shape (S, `LANES`) of numbers with padding, S % shards = 0."""
+  return -(-numbers // (shards * LANES)) * shards, LANES
 
 
 def make_layout(
@@ -240,8 +243,8 @@ def extractor(layout: Layout) -> Callable[[Any, jax.Array], FeatureBatch]:
     stream = tuner_lib.run_backbone(
       layout.config, layout.tokens, params, images, window=layout.window
     )
-    # Sharded over images until all is computed, and only then over lines: else
-    # the compiler shards the backbone over N, and exchanges in every block.
+    # Sharded over images until all is computed, and only then over S: else the
+    # compiler shards the backbone over N, and exchanges in every block.
     by_image = lambda x, axis: jax.lax.with_sharding_constraint(
       x, mesh_lib.batch_sharding(layout.mesh, axis)
     )
@@ -313,7 +316,7 @@ def store_on_devices(
     progress: called with the number of images that are done.
 
   Returns:
-    {"tokens": (L, m, N, D), sharded (L, m, S, LINE), or (L, m, 2, H, N, K),
+    {"tokens": (L, m, N, D), sharded (L, m, S, LANES), or (L, m, 2, H, N, K),
     if stored, "final": (m, D), "label": (m,)}, or {"features": (m, F),
     "label"}, m >= n; rows from n on are padding.
   """
@@ -429,10 +432,9 @@ class HostStore:
     for i, number in enumerate(rows):
       flat = self._checked(number).reshape(depth, -1)
       tokens[:, i, : flat.shape[1]] = flat
-    _, length = layout.batch_row
     batch["tokens"] = jax.make_array_from_process_local_data(
       layout.sharding("tokens"),
-      tokens.reshape(depth, size, -1, length),
+      tokens.reshape(depth, size, -1, layout.batch_row[-1]),
       (depth, size, *layout.batch_row),
     )
     return batch

@@ -138,14 +138,14 @@ def scan(
     blocks: frozen block parameters, leaves stacked over depth (L, ...).
     weights: the reader's weights, leaves stacked over depth.
     tokens: (L, B, N, D); with `rows` a store of them, (L, n, N, D), or sharded
-      in lines, (L, n, S, 128); or if the step fetches of their keys and
-      values (L, n, 2, H, N, K).
+      (L, n, S, 128), see `features.store`; or if the step fetches of their keys
+      and values (L, n, 2, H, N, K).
     rows: (B,) int32, the examples to read. Each block fetches its own rows, so
       that a batch never exists for all blocks at once. None: all, in order.
     fetches: the step can be called with the store of all blocks (L * n, ...) in
       place of tokens, and with the rows to fetch (chunks, b) as fifth argument.
     carry: given to the step of the first block.
-    row: (N, D), of a store in lines, see `features.store`.
+    row: (N, D), of a sharded store.
 
   Returns:
     The carry of the last block, and the outputs, stacked over depth (L, B,
@@ -162,7 +162,7 @@ def scan(
       return step(block_params, own, flat, carry, index.reshape(count, -1))
     fetched = jnp.take(flat, index, axis=0, mode="clip")
     fetched = mesh.constrain(fetched, "data")
-    if row and fetched.shape[1:] != row:  # In lines.
+    if row and fetched.shape[1:] != row:  # Sharded.
       fetched = fetched.reshape(len(fetched), -1)[:, : math.prod(row)]
       fetched = fetched.reshape(-1, *row)
     return step(block_params, own, fetched, carry)
@@ -249,7 +249,7 @@ def flatten(
 
   Args:
     tokens: (L, B, N, D), or if `rows` are given a store of them, (L, n, N, D)
-      or in lines.
+      or sharded (L, n, S, 128).
     size: N D.
     rows: (B,) int32, the examples to read; None: all, in order.
   """

@@ -240,8 +240,8 @@ class Tuner:
       query_mask: (L, B, T, D), multiplies the queries (dropout), or None.
       normalize: () bool that replaces `self.normalize` (vqt), or None.
       rows: (B,) int32, the examples to read if `tokens` is a store of more:
-        (L, n, N, D), or in lines (see `features.store`), or for queries keys
-        and values (L, n, 2, H, N, K).
+        (L, n, N, D), sharded (L, n, S, 128), or for queries keys and
+        values (L, n, 2, H, N, K).
       key: of a reader's own dropout; None: nothing drops out.
     """
     if self.members:

@@ -268,9 +268,9 @@ def run_step(
   if not tuner.editor:
     seen = _tokens_and_final(tuner, frozen, batch, static.remat)
   count = jnp.maximum(batch["mask"].sum(), 1)
-  # A network draws its own dropout, which is that of the whole batch.
-  apart = tuner.editor and not tuner.reader.is_network
-  devices = mesh_lib.axis_size("data") if apart else 1
+  # A network draws its dropout itself, and must do so for the whole batch.
+  by_device = tuner.editor and not tuner.reader.is_network
+  devices = mesh_lib.axis_size("data") if by_device else 1
 
   def objective(trained, batch):
     variables = {**tuner_lib.merge(trained, frozen), **settings.frozen_parts}
