@@ -2,9 +2,10 @@
 
   python -m benchmarks.memory_picture memory.json comparison.csv picture.png
 
-memory.json is of `benchmarks.tpu_memory --methods --json`; comparison.csv is
-the `compare.csv` of a comparison, whose backbone may be another one. A hollow
-point is the method with its blocks computed again for the gradient.
+memory.json is of `benchmarks.tpu_memory --methods --json`, of which the first
+slice is taken; comparison.csv is the `compare.csv` of a comparison, whose
+backbone may be another one. A hollow point is the method with its blocks
+computed again for the gradient.
 """
 
 import csv
@@ -26,7 +27,8 @@ def points(
   """
   size = lambda row: (row["temp_bytes"] + row["argument_bytes"]) / GIB
   with open(memory) as file:
-    steps = json.load(file)["rows"]
+    rows = json.load(file)["rows"]
+  steps = [row for row in rows if row["topology"] == rows[0]["topology"]]
   fits = {row["step"]: size(row) for row in steps if not row["exceeds"]}
   plain = {name.split(",")[0]: name for name in fits if "remat" not in name}
   again = {name.split(",")[0]: name for name in fits if "remat" in name}

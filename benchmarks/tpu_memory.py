@@ -2,13 +2,14 @@
 
 Compiles linear probe, VQT and full fine-tuning ahead of time for a slice and
 prints, per chip and step, temporary memory, arguments, operations and
-communication. With --methods every method there is, editors also with their
+communication; a table for each slice. With --methods every method there is, editors also with their
 blocks computed again for the gradient. libtpu holds the compiler; keep it out
 of the environment that trains, where JAX would look for a TPU at every start:
 
   pip install --no-deps --target /tmp/libtpu "libtpu==0.0.42.*"
   PYTHONPATH=/tmp/libtpu python -m benchmarks.tpu_memory
-  PYTHONPATH=/tmp/libtpu python -m benchmarks.tpu_memory --methods
+  PYTHONPATH=/tmp/libtpu python -m benchmarks.tpu_memory --methods \\
+      --topologies v5e:2x2,v6e:2x2
 
 Temporary memory is `temp_size_in_bytes` of the compiler's memory analysis. Its
 buffer assignment (`xla_dump_to`) allots less of the main memory for the larger
@@ -37,6 +38,7 @@ from rich import console as rich_console
 from rich import table as rich_table
 
 from benchmarks import cases
+from vqt_jax.models import vit_config as vit_config_lib
 from vqt_jax.planning import cost
 from vqt_jax.planning import hlo
 from vqt_jax.runtime import units
@@ -133,11 +135,31 @@ def row_of(figures: dict[str, Any]) -> list[str]:
   return [figures["step"], *memory, operations, "\n".join(lines)]
 
 
+def steps_of(
+  config: vit_config_lib.ViTConfig,
+  mesh: jax.sharding.Mesh,
+  options: argparse.Namespace,
+) -> list[cases.Case]:
+  """Steps to compile for a slice."""
+  make = cases.all_methods if options.methods else cases.all_steps
+  steps = make(
+    config,
+    options.batch_per_chip * mesh.shape["data"],
+    rows=options.rows,
+    steps=STEPS,
+  )
+  if not options.methods:
+    steps[3:3] = map(evaluation, steps[1:3])
+  return [case for case in steps if options.only in case.name]
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--topology", default="v5e:2x2", help="slice of TPUs")
+  parser.add_argument(
+    "--topologies", default="v5e:2x2", help="slices of TPUs, with commas"
+  )
   parser.add_argument("--model", type=int, default=1, help="chips per backbone")
   parser.add_argument("--variant", default="B/16")
   parser.add_argument("--image_size", type=int, default=224, help="pixels")
@@ -149,39 +171,31 @@ def main() -> None:
   parser.add_argument("--json", default="", help="file for all figures")
   options = parser.parse_args()
 
-  mesh = slice_mesh(options.topology, options.model)
   config = cases.vit_config(options.variant, options.image_size, options.dtype)
-  make = cases.all_methods if options.methods else cases.all_steps
-  steps = make(
-    config,
-    options.batch_per_chip * mesh.shape["data"],
-    rows=options.rows,
-    steps=STEPS,
-  )
-  if not options.methods:
-    steps[3:3] = map(evaluation, steps[1:3])
-  table = rich_table.Table(
-    "step",
-    "temp MiB",
-    "arguments MiB",
-    "GFLOP",
-    "communication",
-    title=f"ViT-{options.variant}, {options.image_size} px, {options.dtype},"
-    f" {options.batch_per_chip} images per chip, {options.topology}",
-    box=box.SIMPLE,
-  )
-  for column in table.columns[1:4]:
-    column.justify = "right"
   rows = []
-  for case in steps:
-    if options.only in case.name:
-      rows.append(measure(case, mesh))
-      table.add_row(*row_of(rows[-1]))
-      print(case.name, file=sys.stderr, flush=True)
+  for topology in options.topologies.split(","):
+    mesh = slice_mesh(topology, options.model)
+    table = rich_table.Table(
+      "step",
+      "temp MiB",
+      "arguments MiB",
+      "GFLOP",
+      "communication",
+      title=f"ViT-{options.variant}, {options.image_size} px, {options.dtype},"
+      f" {options.batch_per_chip} images per chip, {topology}",
+      box=box.SIMPLE,
+    )
+    for column in table.columns[1:4]:
+      column.justify = "right"
+    for case in steps_of(config, mesh, options):
+      figures = measure(case, mesh)
+      rows.append({"topology": topology, **figures})
+      table.add_row(*row_of(figures))
+      print(topology, case.name, file=sys.stderr, flush=True)
       if options.json:  # What is there if the rest is interrupted.
         with open(options.json, "w") as file:
           json.dump({"options": vars(options), "rows": rows}, file, indent=2)
-  rich_console.Console(width=110).print(table)
+    rich_console.Console(width=110).print(table)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import vqt_jax
 from vqt_jax.features import batches as batches_lib
 from vqt_jax.features import images as images_lib
 from vqt_jax.features import store
+from vqt_jax.models import combo
 from vqt_jax.models import sharding as sharding_lib
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.runtime import mesh as mesh_lib
@@ -352,8 +353,9 @@ def test_editors_sharded_equal_single():
   assert_trees_close(sharded["loss"], single["loss"], 2e-5)
 
 
-def test_a_network_over_an_editor_sharded_equals_single():
+def test_a_network_over_an_editor_sharded_equals_single(monkeypatch):
   """Its dropout is that of the whole batch, not another on each device."""
+  monkeypatch.setattr(combo, "LAYERS", 1)
   settings = dict(lr=(0.01,), epochs=1, answers=False)
   recipe = step_lib.StaticSettings("sgd")
   single = Case("combo+lora", recipe).train(**settings)
