@@ -1,10 +1,11 @@
 """What a step needs on TPUs, asked of their compiler; no TPU takes part.
 
-Compiles linear probe, VQT and full fine-tuning ahead of time for a slice and
-prints, per chip and step, temporary memory, arguments, operations and
-communication; a table for each slice. With --methods every method there is, editors also with their
-blocks computed again for the gradient. libtpu holds the compiler; keep it out
-of the environment that trains, where JAX would look for a TPU at every start:
+Compiles linear probe, VQT and full fine-tuning ahead of time for slices and
+prints a table for each: per chip and step, temporary memory, arguments,
+operations and communication. With --methods every method there is, editors also
+with their blocks computed again for the gradient. libtpu holds the compiler;
+keep it out of the environment that trains, where JAX would look for a TPU at
+every start:
 
   pip install --no-deps --target /tmp/libtpu "libtpu==0.0.42.*"
   PYTHONPATH=/tmp/libtpu python -m benchmarks.tpu_memory

@@ -323,6 +323,12 @@ def _check(results: Any, kinds: dict[str, Any]) -> None:
       raise ValueError("an accuracy is not that of several seeds")
 
 
+def how_judged(solved: Mapping[str, Any]) -> str:
+  """Name how the accuracy of a computed head is one of unseen examples."""
+  folds = not solved.get("temperature") or solved.get("keep_fractions")
+  return "cross-validation" if folds else "leave-one-out"
+
+
 def _check_lengths(results: dict[str, Any]) -> None:
   """Raise a `ValueError` if lists and numbers do not fit together."""
   history = results["seeds"]["history"]

@@ -13,6 +13,7 @@ from vqt_jax.runtime import memory
 from vqt_jax.training import exact
 from vqt_jax.training import logistic
 from vqt_jax.training import ridge
+from vqt_jax.training import selected_ridge
 
 CLASSES = 3
 
@@ -138,7 +139,56 @@ def test_weights_of_classes_repeat_their_images():
   helpers.assert_close(fit.kernel, both.kernel, 2e-3)
 
 
-@pytest.mark.parametrize("solver", ["ridge", "logistic"])
+@pytest.mark.parametrize("balanced", [False, True])
+def test_selected_ridge_scores_and_selects_in_each_fold_by_hand(balanced):
+  features, labels = examples(45, 60)
+  class_weights = np.array([2.0, 0.5, 1.0]) if balanced else None
+  weights = class_weights[labels] if balanced else np.ones(45)
+  one_hot, x = np.eye(CLASSES)[labels], features.astype(np.float64)
+  folds, fractions = exact.stratified_folds(labels), (0.3, 0.05, 0.7)
+  scoring = ridge.fit(features.copy(), labels, CLASSES, class_weights).penalty
+
+  def ridge_by_hand(rows, columns, penalty):
+    part, w = x[np.ix_(rows, columns)], weights[rows]
+    size = w @ ((part - np.average(part, axis=0, weights=w)) ** 2).sum(axis=1)
+    model = linear_model.Ridge(alpha=penalty * size / len(rows))
+    return model.fit(part, one_hot[rows], w)
+
+  def select(rows, fraction):
+    scores = ridge_by_hand(rows, np.arange(60), scoring).coef_
+    order = np.argsort(-np.linalg.norm(scores, axis=0))
+    return order[: int(60 * fraction)]
+
+  fit = selected_ridge.fit(
+    features.copy(), labels, CLASSES, folds, fractions, class_weights
+  )
+  penalties, accuracy = [each["penalty"] for each in fit.tried], {}
+  for fraction in fractions:
+    predicted = np.empty((len(penalties), 45, CLASSES))
+    for judged in folds:
+      rows = np.setdiff1d(np.arange(45), judged)
+      kept = select(rows, fraction)
+      for each, penalty in zip(predicted, penalties):
+        model = ridge_by_hand(rows, kept, penalty)
+        each[judged] = model.predict(x[np.ix_(judged, kept)])
+    accuracy[fraction] = (predicted.argmax(axis=2) == labels).mean(axis=1)
+    if fraction == fit.keep_fraction:
+      tried = accuracy[fraction]
+      logits = fit.temperature * predicted[penalties.index(fit.penalty)]
+  assert [each["accuracy"] for each in fit.tried] == pytest.approx(tried)
+  assert [f["keep_fraction"] for f in fit.keep_fractions] == [0.05, 0.3, 0.7]
+  for found in fit.keep_fractions:
+    nearest = np.abs(accuracy[found["keep_fraction"]] - found["cv_accuracy"])
+    assert nearest.min() < 1.5 / 45  # An image may lie on the border.
+  if not balanced:
+    assert abs(fit.loss - softmax_loss(logits, labels)) < 1e-4
+  kept = select(np.arange(45), fit.keep_fraction)
+  assert set(np.flatnonzero(fit.kernel.any(axis=1))) == set(kept)
+  kernel = ridge_by_hand(np.arange(45), kept, fit.penalty).coef_.T
+  helpers.assert_close(fit.kernel[kept], fit.temperature * kernel, 1e-3)
+
+
+@pytest.mark.parametrize("solver", ["ridge", "selected ridge", "logistic"])
 @pytest.mark.parametrize(
   "features, labels",
   [
@@ -152,7 +202,9 @@ def test_weights_of_classes_repeat_their_images():
 )
 def test_few_or_equal_images_give_a_finite_head(solver, features, labels):
   features, labels = features.astype(np.float32), np.array(labels)
-  head, found = exact.solve(solver, features.copy(), labels, CLASSES)
+  head, found = exact.solve(
+    solver, features.copy(), labels, CLASSES, fractions=(0.3, 1.0)
+  )
   assert np.isfinite(head["kernel"]).all() and np.isfinite(head["bias"]).all()
   assert 0 <= found["accuracy"] <= 1
   logits = features @ head["kernel"] + head["bias"]
@@ -206,6 +258,33 @@ def test_a_run_with_an_exact_head(method, seeds, workdirs):
   head = vqt_jax.load(workdir).variables["head"]
   assert len(head["bias"]) == seeds
   assert found["trained_parameters"] == sum(x[0].size for x in head.values())
+
+
+def test_a_run_of_head2toe_selects_features_in_folds(material, tmp_path, capfd):
+  changes = {"target_size": 32, "keep_fraction": "0.02,0.3,0.6"}
+  found = start(material, tmp_path, "head2toe", **changes)
+  (solved,) = found["solved"]
+  tried = {
+    each["keep_fraction"]: each["cv_accuracy"]
+    for each in found["selection"]["keep_fractions"]
+  }
+  keep = found["selection"]["chosen"]
+  assert list(tried) == [0.02, 0.3, 0.6] and keep in tried
+  assert found["chosen"] == {
+    "penalty": solved["penalty"],
+    "keep_fraction": keep,
+  }
+  kept = int(16 * (1 + 3 * 2) * keep)
+  assert found["trained_parameters"] == (kept + 1) * CLASSES
+  kernel = vqt_jax.load(tmp_path).variables["head"]["kernel"]
+  assert kernel.any(axis=-1).sum() == kept
+  (tested,) = found["tested"]
+  assert tested["name"] == "selected"
+  final, *of_blocks = tested["kept_share"]
+  assert 16 * final + 32 * sum(of_blocks) == pytest.approx(kept)
+  assert "by cross-validation" in capfd.readouterr().err
+  report = (tmp_path / "report.html").read_text()
+  assert "cross-validation chose" in report and "in folds" in report
 
 
 def outcome(workdir):

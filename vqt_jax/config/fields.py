@@ -309,10 +309,10 @@ SECTIONS = {
       "",
       "How a linear head on features that nothing changes is trained: by"
       " gradient, as other methods, or solved exactly, by which the fields of"
-      " the gradient (from here to weight_decay, and keep_fraction) are not"
-      " used; empty: exact for linear and instant.",
+      " the gradient (from here to weight_decay) are not used; empty: exact"
+      " for linear, head2toe and instant.",
       choices=("", "exact", "gradient"),
-      used_by=("linear", "instant"),
+      used_by=("linear", "head2toe", "instant"),
     ),
     "epochs": Field(
       0,
@@ -378,8 +378,9 @@ SECTIONS = {
     ),
     "keep_fraction": Field(
       (0.0,),
-      "Fraction of the features to select by group lasso; of several the best"
-      " on val. 0: for vqt the authors' for the task (0.7 where they use one"
+      "Fraction of the features to select, by group lasso or, if the head is"
+      " solved exactly, ridge regression; of several the best on val, or in"
+      " folds. 0: for vqt the authors' for the task (0.7 where they use one"
       " query per block of a VTAB-1k task), for head2toe several up to 0.5,"
       " else 1.",
       most=1,

@@ -233,7 +233,7 @@ def _apply_authors_preset(
   method = methods_lib.parse(config.method)
   if method != methods_lib.Method("vqt"):
     values["embedding_dropout"] = 0.0
-  if method == methods_lib.Method("linear"):
+  if method.may_be_exact and not readers.READERS[method.reader].is_fixed:
     values["solver"] = "gradient"
   for name, value in values.items():
     if name not in keep:

@@ -124,7 +124,7 @@ def _check_solver(config: ConfigDict) -> None:
   if config.solver == "exact" and not method.may_be_exact:
     raise errors.UserError(
       f"config.solver=exact: {config.method} learns by gradients. Leave"
-      " config.solver empty, or take config.method=linear or instant."
+      " config.solver empty, or take config.method=linear, head2toe or instant."
     )
   exact = config.solver == "exact" or (
     not config.solver and method.may_be_exact
@@ -136,8 +136,11 @@ def _check_solver(config: ConfigDict) -> None:
     )
   if not (exact or method.reader == "auto") or config.preset:
     return
-  other = ", or set config.solver=gradient" * (method.reader == "linear")
-  if not set(config.keep_fraction) <= {0.0, 1.0}:
+  other = ", or set config.solver=gradient" * (exact and not fixed)
+  if method.reader != "head2toe" and not set(config.keep_fraction) <= {
+    0.0,
+    1.0,
+  }:
     raise errors.UserError(
       f"config.keep_fraction={config.keep_fraction}: the exact head of"
       f" {config.method} uses all features. Leave it out"

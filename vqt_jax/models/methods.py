@@ -39,8 +39,9 @@ class Method:
   @property
   def may_be_exact(self) -> bool:
     """True if the head is all that is fitted, so that it can be computed."""
-    fixed = readers.READERS[self.reader].is_fixed
-    return not self.editor and (fixed or self.reader == "linear")
+    reader = readers.READERS[self.reader]
+    trains = reader.init and not reader.is_fixed
+    return not (self.editor or trains or reader.members)
 
 
 def parse(name: str, kind: str = "method") -> Method:

@@ -28,6 +28,7 @@ from vqt_jax.runtime import mesh as mesh_lib
 from vqt_jax.training import exact
 from vqt_jax.training import protocol
 from vqt_jax.training import ridge
+from vqt_jax.training import selected_ridge
 from vqt_jax.training import stage as stage_lib
 from vqt_jax.training import stages as stages_lib
 from vqt_jax.training import step as step_lib
@@ -151,7 +152,7 @@ def all_programs(context: PlanContext) -> list[Program]:
     return _of_members(context)
   if context.config.solver == "exact":
     heads = [reading(context)]
-    if context.tuner.reader.is_fixed:
+    if context.tuner.reads_blocks:
       heads.append(solving(context))
     first = [extraction(context)] if context.stored else []
     return [*first, *heads, test(context)]
@@ -311,10 +312,12 @@ def solving(context: PlanContext) -> Program:
   """Return the solution of a head for one penalty, in closed form."""
   tuner, count = context.tuner, context.counts["trainval"]
   stage = protocol.exact_stage(context.config, tuner)
-  penalties = len(ridge.PENALTIES) + len(ridge.FINER)
-  function, args = ridge.largest_program(
-    count, tuner.num_features, tuner.num_classes
-  )
+  penalties, width = len(ridge.PENALTIES + ridge.FINER), tuner.num_features
+  if stage.fractions:  # In products of the examples, and in folds as well.
+    width = max(count, width)
+    tried = len(stage.fractions) * len(selected_ridge.PENALTY_FACTORS)
+    penalties += exact.FOLDS * (1 + tried)
+  function, args = ridge.largest_program(count, width, tuner.num_classes)
   return Program(
     name="penalty",
     function=function,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from vqt_jax import accuracy as accuracy_lib
+from vqt_jax import results as results_lib
 from vqt_jax.reports import figures
 from vqt_jax.reports import style
 
@@ -210,8 +211,7 @@ def _penalties(ax: Any, results: dict[str, Any]) -> None:
   ax.set_xscale("log")
   ax.set(xlabel="penalty, relative to the features")
   ax.grid(axis="y")
-  left_out = results["solved"][0].get("temperature")
-  how = "each image left out" if left_out else "cross-validation"
+  how = results_lib.how_judged(results["solved"][0])
   ax.set_title(f"Head: {how}; the chosen (◆)", loc="left")
 
 
@@ -356,7 +356,9 @@ def _keep_fractions(ax: Any, results: dict[str, Any]) -> None:
   ax.grid(axis="y")
   first = " (100: the head as first trained)" if folds else ""
   ax.set_xlabel(f"features kept, %{first}")
-  where = f"in {found['folds']} folds" if folds else "on val"
+  where = (
+    "in folds" if "cv_accuracy" in found["keep_fractions"][0] else "on val"
+  )
   ax.set_title(f"Chosen setting: accuracy {where}", loc="left")
 
 

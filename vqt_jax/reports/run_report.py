@@ -87,11 +87,12 @@ def _choice(results: Mapping[str, Any]) -> str:
   if solved := results.get("solved"):
     share = statistics.mean(each["accuracy"] for each in solved)
     penalty = statistics.median(each["penalty"] for each in solved)
-    left_out = solved[0].get("temperature")
-    how = "leave-one-out" if left_out else "cross-validation"
+    how = results_lib.how_judged(solved[0])
     return (
       f"The head was computed, not trained: of {len(solved[0]['tried'])}"
       f" penalties {how} chose {penalty:.2g}, with {100 * share:.1f} % there."
+      + f" It chose {chosen}."
+      * bool(results["selection"])
     )
   if best:
     return (

@@ -1,6 +1,6 @@
 """Heads that are computed from the features of all examples, not trained."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 import functools
 from typing import Any
 
@@ -18,6 +18,7 @@ from vqt_jax.runtime import processes
 from vqt_jax.runtime import units
 from vqt_jax.training import logistic
 from vqt_jax.training import ridge
+from vqt_jax.training import selected_ridge
 from vqt_jax.training import step as step_lib
 
 # Of cross-validation.
@@ -31,8 +32,9 @@ def check_memory(tuner: tuner_lib.Tuner, count: int) -> None:
     raise errors.UserError(
       f"The {tuner.num_features:,} features of {count:,} images take"
       f" {units.format_bytes(needed)}, and this machine has"
-      f" {units.format_bytes(available)} of memory. Take fewer queries"
-      " (config.num_queries), or another method."
+      f" {units.format_bytes(available)} of memory. Take fewer images or"
+      " queries (config.num_queries), another method, or if it is head2toe"
+      " config.solver=gradient."
     )
 
 
@@ -85,20 +87,20 @@ def solve(
   labels: np.ndarray,
   num_classes: int,
   class_weights: np.ndarray | None = None,
+  fractions: Sequence[float] = (),
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   """Compute a head; every process does it alone, on one device.
 
   Args:
-    solver: "ridge" or "logistic".
+    solver: "ridge", "selected ridge" or "logistic".
     features: (n, F) float32; overwritten.
     labels: (n,).
     num_classes: C.
     class_weights: (C,), or None.
+    fractions: of the features, for "selected ridge".
 
   Returns:
-    {"kernel", "bias"}; and what is known of it: `penalty`, `accuracy` and
-    `loss` without a validation split, `tried` penalties, and
-    `temperature`, None for "logistic".
+    {"kernel", "bias"}; and the rest of the `linear_fit.LinearFit`.
 
   Raises:
     UserError: the problem is too large or too small, or not finite.
@@ -110,11 +112,14 @@ def solve(
       " (config.dtype=float32)."
     )
   with jax.set_mesh(mesh_lib.make_mesh(devices=jax.local_devices()[:1])):
-    if solver == "ridge":
-      fit = ridge.fit(features, labels, num_classes, class_weights)
-    else:
-      folds = stratified_folds(labels)
-      fit = logistic.fit(features, labels, num_classes, folds, class_weights)
+    given, folds = (features, labels, num_classes), stratified_folds(labels)
+    match solver:
+      case "ridge":
+        fit = ridge.fit(*given, class_weights)
+      case "selected ridge":
+        fit = selected_ridge.fit(*given, folds, fractions, class_weights)
+      case _:
+        fit = logistic.fit(*given, folds, class_weights)
   head, found = {"kernel": fit.kernel, "bias": fit.bias}, dict(vars(fit))
   for name in head:
     del found[name]

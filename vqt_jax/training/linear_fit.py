@@ -1,4 +1,4 @@
-"""A linear head that `ridge` or `logistic` computed."""
+"""A linear head that `ridge`, `selected_ridge` or `logistic` computed."""
 
 import dataclasses
 
@@ -18,6 +18,9 @@ class LinearFit:
     tried: of every penalty {"penalty", "accuracy", "loss"}, increasing.
     temperature: factor of kernel and bias that fits the softmax of the logits
       to the labels; None: the fit itself does.
+    keep_fractions: of every fraction of the features that was tried
+      {"keep_fraction", "cv_accuracy"}; None: all features are in use.
+    keep_fraction: the chosen one.
   """
 
   kernel: np.ndarray
@@ -27,6 +30,8 @@ class LinearFit:
   loss: float
   tried: list[dict[str, float]]
   temperature: float | None = None
+  keep_fractions: list[dict[str, float]] | None = None
+  keep_fraction: float = 1.0
 
 
 def example_weights(

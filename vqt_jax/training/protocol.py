@@ -164,7 +164,9 @@ def exact_stage(
 
   One if there is nothing random, else one per seed.
   """
-  seeds = config.seeds if tuner.reader.is_fixed else config.seeds[:1]
+  fixed, selects = tuner.reader.is_fixed, tuner.reads_blocks
+  seeds = config.seeds if fixed else config.seeds[:1]
+  solver = "ridge" if fixed else "selected ridge" if selects else "logistic"
   return stage_lib.Stage(
     "seeds",
     "head",
@@ -175,7 +177,8 @@ def exact_stage(
     ),
     "seed",
     trains=("head",),
-    solver="ridge" if tuner.reader.is_fixed else "logistic",
+    solver=solver,
+    fractions=config.keep_fraction if selects and not fixed else (),
   )
 
 
@@ -208,11 +211,23 @@ def candidate(
 def _solve(
   context: setup.RunContext, stages: stages_lib.Stages
 ) -> tuple[dict[str, Any], list[Candidate]]:
-  """Compute the heads; nothing is searched but their penalty."""
+  """Compute the heads, and what their solver searches."""
   stage = exact_stage(context.config, context.tuner)
   out = stages.run(stage)
   found = {"search": None, "selection": None, "best": None}
-  return found, [candidate("all", stage, out)]
+  made = candidate("all", stage, out)
+  if stage.fractions:
+    solved = out.solved[0]
+    keep, tried = solved["keep_fraction"], solved["keep_fractions"]
+    found["selection"] = {"keep_fractions": tried, "chosen": keep}
+    kernel = out.variables["head"]["kernel"]
+    made = dataclasses.replace(
+      made,
+      name="selected",
+      keep_fraction=keep,
+      feature_mask=kernel.any(axis=-1).astype(np.float32),
+    )
+  return found, [made]
 
 
 def search_stage(

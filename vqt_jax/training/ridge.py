@@ -21,6 +21,7 @@ Everything is float32; A is factorised (Cholesky), never inverted to solve.
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
 from typing import Any
 
@@ -49,6 +50,48 @@ MATRICES = 4
 PARTS = 3  # Likewise, arrays of so many rows.
 
 
+@dataclasses.dataclass(frozen=True)
+class Centred:
+  """Examples whose features and targets have mean 0, weighted by s.
+
+  Attributes:
+    features: X (n, F) float32, on the host.
+    target: Y (n, C).
+    mean: (F,), of the features before.
+    target_mean: (C,).
+    one_hot: labels (n, C).
+    root: s (n, 1).
+    share: u^2 (n,), which add up to 1.
+  """
+
+  features: np.ndarray
+  target: np.ndarray
+  mean: np.ndarray
+  target_mean: np.ndarray
+  one_hot: np.ndarray
+  root: np.ndarray
+  share: np.ndarray
+
+
+def centre(
+  features: np.ndarray,
+  labels: np.ndarray,
+  num_classes: int,
+  class_weights: np.ndarray | None = None,
+) -> Centred:
+  """Centre and weight examples; arguments are those of `fit`."""
+  weights = linear_fit.example_weights(labels, class_weights)
+  share = weights / weights.sum()
+  one_hot = np.eye(num_classes, dtype=np.float32)[labels]
+  target_mean, mean = share @ one_hot, share @ features
+  features -= mean
+  root = np.sqrt(weights)[:, None]
+  if class_weights is not None:
+    features *= root
+  target = root * (one_hot - target_mean)
+  return Centred(features, target, mean, target_mean, one_hot, root, share)
+
+
 def fit(
   features: np.ndarray,
   labels: np.ndarray,
@@ -67,26 +110,23 @@ def fit(
     UserError: there are fewer than two examples, or the matrix to factorise
       does not fit in memory.
   """
+  check(*features.shape)
+  return fit_centred(centre(features, labels, num_classes, class_weights))
+
+
+def fit_centred(examples: Centred) -> linear_fit.LinearFit:
+  """Fit a head as `fit` does."""
+  features, target, share = examples.features, examples.target, examples.share
   count, width = features.shape
-  _check(count, width)
-  weights = linear_fit.example_weights(labels, class_weights)
-  share = weights / weights.sum()
-  one_hot = np.eye(num_classes, dtype=np.float32)[labels]
-  target_mean, mean = share @ one_hot, share @ features
-  features -= mean
-  root = np.sqrt(weights)[:, None]
-  if class_weights is not None:
-    features *= root
-  target = root * (one_hot - target_mean)
   scale = float(np.einsum("nf,nf->", features, features) / count) or 1.0
   dual = count <= width
   if dual:
-    matrix = _squared(features.T)
+    matrix = squared(features.T)
     matrix += scale * np.outer(np.sqrt(share), np.sqrt(share))
     evaluate = functools.partial(_solve_dual, matrix, scale)
   else:
-    matrix = _squared(features)
-    side = _transpose_times(features, target)
+    matrix = squared(features)
+    side = transpose_times(features, target)
     evaluate = functools.partial(_solve_primal, matrix, side, features)
   tried, best, solution = {}, None, None
   rank = lambda penalty: (round(tried[penalty][0], DIGITS), -penalty)
@@ -94,18 +134,19 @@ def fit(
     middle = best or 1.0
     for penalty in (middle * factor for factor in factors):
       found, error = evaluate(target, share, jnp.float32(penalty * scale))
-      temperature, loss, right = _judge(error / root, one_hot, share)
+      predicted = examples.one_hot - error / examples.root
+      temperature, loss, right = judge(predicted, examples.one_hot, share)
       tried[penalty] = (float(loss), float(right) / count, float(temperature))
       if penalty == min(tried, key=rank):
         best, solution = penalty, found
   loss, accuracy, temperature = tried[best]
   kernel = np.asarray(solution)
   if dual:
-    kernel = _transpose_times(features, kernel)
+    kernel = transpose_times(features, kernel)
   kernel = temperature * kernel
   return linear_fit.LinearFit(
     kernel=kernel,
-    bias=temperature * target_mean - mean @ kernel,
+    bias=temperature * examples.target_mean - examples.mean @ kernel,
     penalty=best,
     temperature=temperature,
     accuracy=accuracy,
@@ -137,7 +178,8 @@ def largest_program(
   return _solve_first_rows, (*first, *some)
 
 
-def _check(count: int, width: int) -> None:
+def check(count: int, width: int) -> None:
+  """Raise a `UserError` if n examples with F features are too few or many."""
   if count < 2:
     raise errors.UserError(
       f"Expected at least two images to train on, found {count}."
@@ -149,12 +191,13 @@ def _check(count: int, width: int) -> None:
     raise errors.UserError(
       f"The exact head of {count:,} images and {width:,} features needs"
       f" {units.format_bytes(needed)} of a device, which has"
-      f" {units.format_bytes(available)}. Take fewer queries"
-      " (config.num_queries), or another method."
+      f" {units.format_bytes(available)}. Take fewer images or"
+      " queries (config.num_queries), another method, or if it is head2toe"
+      " config.solver=gradient."
     )
 
 
-def _squared(x: np.ndarray) -> jax.Array:
+def squared(x: np.ndarray) -> jax.Array:
   """Return x^T x, a few rows of x at a time."""
   matrix = jnp.zeros((x.shape[1],) * 2, jnp.float32)
   for start in range(0, len(x), AT_ONCE):
@@ -172,7 +215,7 @@ def _product(x: jax.Array, y: jax.Array) -> jax.Array:
   return jnp.dot(x, y, precision=jax.lax.Precision.HIGHEST)
 
 
-def _transpose_times(features: np.ndarray, right: np.ndarray) -> np.ndarray:
+def transpose_times(features: np.ndarray, right: np.ndarray) -> np.ndarray:
   """Return features^T right, (F, C), a few columns of features at a time."""
   starts = range(0, features.shape[1], AT_ONCE)
   parts = [_product(features[:, s : s + AT_ONCE].T, right) for s in starts]
@@ -254,14 +297,18 @@ def _errors(
 
 
 @jax.jit
-def _judge(
-  error: jax.Array, one_hot: jax.Array, share: jax.Array
+def judge(
+  predicted: jax.Array, one_hot: jax.Array, share: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Return temperature, cross-entropy and number of right predictions.
 
   The cross-entropy is infinite where the matrix could not be factorised.
+
+  Args:
+    predicted: (n, C), of fits that did not see the example.
+    one_hot: labels (n, C).
+    share: (n,), weights that add up to 1.
   """
-  predicted = one_hot - error
   temperature = _temperature(predicted, one_hot, share)
   loss = jnp.maximum(0, _loss(temperature * predicted, one_hot, share))
   right = jnp.argmax(predicted, axis=1) == jnp.argmax(one_hot, axis=1)

@@ -43,8 +43,9 @@ class Stage:
     min_finite: trials whose loss must stay finite; others may diverge. None:
       all of them.
     keeps_weights: whether later stages need the trained variables.
-    solver: "ridge" or "logistic" if the heads are computed, see `exact`; ""
-      if they are trained by gradients.
+    solver: "ridge", "selected ridge" or "logistic" if the heads are computed,
+      see `exact`; "" if they are trained by gradients.
+    fractions: of the features, that the solver "selected ridge" tries.
   """
 
   name: str
@@ -62,6 +63,7 @@ class Stage:
   min_finite: int | None = None
   keeps_weights: bool = True
   solver: str = ""
+  fractions: tuple[float, ...] = ()
 
   @property
   def must_stay_finite(self) -> int:

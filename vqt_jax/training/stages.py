@@ -14,6 +14,7 @@ from scipy import special
 from vqt_jax import accuracy as accuracy_lib
 from vqt_jax import data
 from vqt_jax import errors
+from vqt_jax import results as results_lib
 from vqt_jax.features import batches
 from vqt_jax.features import examples as examples_lib
 from vqt_jax.models import head as head_lib
@@ -211,7 +212,12 @@ class Stages:
             )
           with processes.raise_on_all():
             head, found = exact.solve(
-              stage.solver, features, labels, tuner.num_classes, weights
+              stage.solver,
+              features,
+              labels,
+              tuner.num_classes,
+              weights,
+              stage.fractions,
             )
           head = exact.of_first_process(head)
           each.append({**processes.to_host(variables), "head": head})
@@ -573,8 +579,7 @@ def _variables(state: step_lib.State, stage: stage_lib.Stage) -> Any:
 def _describe_solved(solved: Sequence[dict[str, Any]]) -> str:
   """Describe how good computed heads are without a validation split."""
   accuracy = np.mean([each["accuracy"] for each in solved])
-  how = "leave-one-out" if solved[0]["temperature"] else "cross-validation"
-  text = f"{100 * accuracy:.1f} % by {how}"
+  text = f"{100 * accuracy:.1f} % by {results_lib.how_judged(solved[0])}"
   for which, end in (("smallest", min), ("largest", max)):
     if any(
       each["penalty"] == end(tried["penalty"] for tried in each["tried"])
