@@ -84,7 +84,7 @@ class Classifier(sklearn.base.ClassifierMixin, sklearn.base.BaseEstimator):
       lr: learning rates to try, per 256 images; the best one on a fifth of the
         images is trained on all. None: 0.5, 0.25, 0.1 and 0.05, but as
         published for "combo" and "auto". This and the next two do not apply to
-        "instant" and "linear", whose heads are computed.
+        "instant", "linear" and "head2toe", whose heads are computed.
       weight_decay: weight decays to try.
       epochs: passes over the images; None: 50, but of "combo" and "auto" 40
         or more, see `config.epochs`.

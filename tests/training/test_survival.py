@@ -92,6 +92,7 @@ def test_killed_again_and_again(material, undisturbed, go, tmp_path):
   """At each of these moments in turn, each time started again."""
   for moment in (
     (TRAIN, 3),  # While the save after epoch 2 is being written.
+    (EVALUATE, 1),  # On val.
     (RENAME, 6),  # In a save of the seeds.
   ):
     kill(material, tmp_path, moment)

@@ -53,21 +53,32 @@ def feature_scores(params: dict) -> jax.Array:
   return jnp.where(square > 0, jnp.sqrt(safe), 0.0)
 
 
+def rank_features(scores: np.ndarray) -> np.ndarray:
+  """Return features, the largest score (..., F) first; of equal ones in order.
+
+  As numbers (..., F).
+  """
+  return np.argsort(-scores, axis=-1, kind="stable")
+
+
+def count_kept(num_features: int, fraction: float) -> int:
+  """Return int(F * fraction), but at least one."""
+  return max(1, int(num_features * fraction))
+
+
 def feature_mask(scores: np.ndarray, fraction: float) -> np.ndarray:
   """Select the features with the largest scores.
 
   Args:
     scores: (..., F).
-    fraction: of the features; int(F * fraction) of them are selected, but at
-      least one; of equal scores the first win.
+    fraction: of the features; see `count_kept`.
 
   Returns:
     (..., F) float32, 1 for selected features and 0 for others.
   """
-  count = max(1, int(scores.shape[-1] * fraction))
-  rank = np.argsort(-scores, axis=-1, kind="stable")
+  kept = rank_features(scores)[..., : count_kept(scores.shape[-1], fraction)]
   mask = np.zeros(scores.shape, np.float32)
-  np.put_along_axis(mask, rank[..., :count], 1, axis=-1)
+  np.put_along_axis(mask, kept, 1, axis=-1)
   return mask
 
 

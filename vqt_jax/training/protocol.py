@@ -220,13 +220,14 @@ def _solve(
     solved = out.solved[0]
     keep, tried = solved["keep_fraction"], solved["keep_fractions"]
     found["selection"] = {"keep_fractions": tried, "chosen": keep}
-    kernel = out.variables["head"]["kernel"]
-    made = dataclasses.replace(
-      made,
-      name="selected",
-      keep_fraction=keep,
-      feature_mask=kernel.any(axis=-1).astype(np.float32),
-    )
+    if keep < 1:
+      kernel = out.variables["head"]["kernel"]
+      made = dataclasses.replace(
+        made,
+        name="selected",
+        keep_fraction=keep,
+        feature_mask=kernel.any(axis=-1).astype(np.float32),
+      )
   return found, [made]
 
 

@@ -73,7 +73,7 @@ def fit(
   k, i = np.argwhere(losses == losses.min())[-1]
   penalty, (temperature, loss, right) = penalties[i], judged[k, i]
 
-  kept = _order(whole.kernel)[: _number(width, fractions[k])]
+  kept = _rank(whole.kernel)[: head_lib.count_kept(width, fractions[k])]
   chosen = examples.features[:, kept]
   solution, _ = _solve(
     ridge.squared(chosen.T),
@@ -134,10 +134,10 @@ def _cross_validate(
     fixed = (examples.root, one_hot, use)
     solution, _ = _solve(products, *fixed, np.float32([scoring_penalty]))
     kernel = ridge.transpose_times(features, np.asarray(solution[0]))
-    order, done, of_kept = _order(kernel), 0, 0
+    ranked, done, of_kept = _rank(kernel), 0, 0
     for fraction, found in zip(fractions, predicted):
-      number = _number(features.shape[1], fraction)
-      added = order[done:number]
+      number = head_lib.count_kept(features.shape[1], fraction)
+      added = ranked[done:number]
       if len(added):
         of_kept = of_kept + ridge.squared(features[:, added].T)
       found[:, judged] = _solve(of_kept, *fixed, penalties)[1][:, judged]
@@ -145,14 +145,10 @@ def _cross_validate(
   return predicted
 
 
-def _order(kernel: np.ndarray) -> np.ndarray:
-  """Return features (F,), the one with the highest score first."""
-  scores = np.asarray(head_lib.feature_scores({"kernel": kernel}))
-  return np.argsort(-scores, kind="stable")
-
-
-def _number(width: int, fraction: float) -> int:
-  return max(1, int(width * fraction))
+def _rank(kernel: np.ndarray) -> np.ndarray:
+  """Return features (F,), the one with the largest weights first."""
+  scores = head_lib.feature_scores({"kernel": kernel})
+  return head_lib.rank_features(np.asarray(scores))
 
 
 @jax.jit
