@@ -21,6 +21,7 @@ from benchmarks import flops
 import vqt_jax
 from vqt_jax.features import store
 from vqt_jax.models import methods
+from vqt_jax.models import readers
 from vqt_jax.models import tuner as tuner_lib
 from vqt_jax.models import vit
 from vqt_jax.models import vit_config as vit_config_lib
@@ -30,8 +31,14 @@ from vqt_jax.training import step as step_lib
 
 NUM_CLASSES = 100
 QUERY_COUNTS = (1, 10)
-# Every reader and editor alone, and the combinations that have a recipe.
-METHODS = methods.NAMES + methods.PAIRS
+# Every reader and editor alone, and the combinations that have a recipe; if
+# gradients train them.
+METHODS = tuple(
+  name
+  for name in methods.NAMES + methods.PAIRS
+  for reader in [readers.READERS[methods.parse(name).reader]]
+  if not (reader.is_fixed or reader.members)
+)
 
 
 @dataclasses.dataclass(frozen=True)
