@@ -610,7 +610,8 @@ def _describe_field(name: str, field: Field) -> str:
   if field.used_by == _ANY_EDITOR:
     words += " For editors."
   elif field.used_by:
-    words += f" For {' and '.join(field.used_by)}."
+    *others, last = field.used_by
+    words += f" For {', '.join(others)}{' and ' * bool(others)}{last}."
   indent = 4 * " "
   lines = textwrap.wrap(
     f"{words} ({field.type_in_words})",
