@@ -2,10 +2,10 @@
 
 Compiles linear probe, VQT and full fine-tuning ahead of time for slices and
 prints a table for each: per chip and step, temporary memory, arguments,
-operations and communication. With --methods every method there is, editors also
-with their blocks computed again for the gradient. libtpu holds the compiler;
-keep it out of the environment that trains, where JAX would look for a TPU at
-every start:
+operations and communication. With --methods every method that gradients train,
+editors also with their blocks computed again for the gradient. libtpu holds the
+compiler; keep it out of the environment that trains, where JAX would look for a
+TPU at every start:
 
   pip install --no-deps --target /tmp/libtpu "libtpu==0.0.42.*"
   PYTHONPATH=/tmp/libtpu python -m benchmarks.tpu_memory

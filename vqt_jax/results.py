@@ -324,7 +324,7 @@ def _check(results: Any, kinds: dict[str, Any]) -> None:
 
 
 def how_judged(solved: Mapping[str, Any]) -> str:
-  """Name how the accuracy of a computed head is one of unseen examples."""
+  """Return "cross-validation" or "leave-one-out", as a head was judged."""
   folds = not solved.get("temperature") or solved.get("keep_fractions")
   return "cross-validation" if folds else "leave-one-out"
 

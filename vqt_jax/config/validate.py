@@ -115,7 +115,8 @@ def _check_computation(config: ConfigDict) -> None:
 def _check_solver(config: ConfigDict) -> None:
   """Check `solver` against the method, and fields that it cannot respect."""
   method = methods_lib.parse(config.method, "config.method")
-  fixed = readers.READERS[method.reader].is_fixed
+  reader = readers.READERS[method.reader]
+  fixed, selects = reader.is_fixed, reader.read and not reader.is_fixed
   if config.solver == "gradient" and fixed:
     raise errors.UserError(
       f"config.solver=gradient: {config.method} has an exact head only. Leave"
@@ -137,10 +138,7 @@ def _check_solver(config: ConfigDict) -> None:
   if not (exact or method.reader == "auto") or config.preset:
     return
   other = ", or set config.solver=gradient" * (exact and not fixed)
-  if method.reader != "head2toe" and not set(config.keep_fraction) <= {
-    0.0,
-    1.0,
-  }:
+  if not (selects or set(config.keep_fraction) <= {0.0, 1.0}):
     raise errors.UserError(
       f"config.keep_fraction={config.keep_fraction}: the exact head of"
       f" {config.method} uses all features. Leave it out"

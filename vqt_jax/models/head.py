@@ -54,10 +54,7 @@ def feature_scores(params: dict) -> jax.Array:
 
 
 def rank_features(scores: np.ndarray) -> np.ndarray:
-  """Return features, the largest score (..., F) first; of equal ones in order.
-
-  As numbers (..., F).
-  """
+  """Return indices (..., F) that sort scores, the largest first; stable."""
   return np.argsort(-scores, axis=-1, kind="stable")
 
 

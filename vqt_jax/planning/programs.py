@@ -312,12 +312,15 @@ def solving(context: PlanContext) -> Program:
   """Return the solution of a head for one penalty, in closed form."""
   tuner, count = context.tuner, context.counts["trainval"]
   stage = protocol.exact_stage(context.config, tuner)
-  penalties, width = len(ridge.PENALTIES + ridge.FINER), tuner.num_features
-  if stage.fractions:  # In products of the examples, and in folds as well.
-    width = max(count, width)
+  penalties = len(ridge.PENALTIES + ridge.FINER)
+  if stage.fractions:
     tried = len(stage.fractions) * len(selected_ridge.PENALTY_FACTORS)
     penalties += exact.FOLDS * (1 + tried)
-  function, args = ridge.largest_program(count, width, tuner.num_classes)
+    function, args = selected_ridge.largest_program(count, tuner.num_classes)
+  else:
+    function, args = ridge.largest_program(
+      count, tuner.num_features, tuner.num_classes
+    )
   return Program(
     name="penalty",
     function=function,

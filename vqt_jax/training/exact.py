@@ -32,9 +32,7 @@ def check_memory(tuner: tuner_lib.Tuner, count: int) -> None:
     raise errors.UserError(
       f"The {tuner.num_features:,} features of {count:,} images take"
       f" {units.format_bytes(needed)}, and this machine has"
-      f" {units.format_bytes(available)} of memory. Take fewer images or"
-      " queries (config.num_queries), another method, or if it is head2toe"
-      " config.solver=gradient."
+      f" {units.format_bytes(available)} of memory. {ridge.ADVICE}"
     )
 
 

@@ -164,7 +164,8 @@ def exact_stage(
 
   One if there is nothing random, else one per seed.
   """
-  fixed, selects = tuner.reader.is_fixed, tuner.reads_blocks
+  fixed = tuner.reader.is_fixed
+  selects = tuner.reads_blocks and not fixed
   seeds = config.seeds if fixed else config.seeds[:1]
   solver = "ridge" if fixed else "selected ridge" if selects else "logistic"
   return stage_lib.Stage(
@@ -178,7 +179,7 @@ def exact_stage(
     "seed",
     trains=("head",),
     solver=solver,
-    fractions=config.keep_fraction if selects and not fixed else (),
+    fractions=config.keep_fraction if selects else (),
   )
 
 

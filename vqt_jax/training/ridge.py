@@ -48,6 +48,11 @@ AT_ONCE = 4096  # Rows or columns of features that are on the device.
 # Matrices of the size of A that there are at a time: A, its factor, an inverse.
 MATRICES = 4
 PARTS = 3  # Likewise, arrays of so many rows.
+# Where memory does not suffice.
+ADVICE = (
+  "Take fewer images or queries (config.num_queries), another method, or if it"
+  " is head2toe config.solver=gradient."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +120,7 @@ def fit(
 
 
 def fit_centred(examples: Centred) -> linear_fit.LinearFit:
-  """Fit a head as `fit` does."""
+  """Fit a head as `fit` does, to centred examples, which stay as they are."""
   features, target, share = examples.features, examples.target, examples.share
   count, width = features.shape
   scale = float(np.einsum("nf,nf->", features, features) / count) or 1.0
@@ -178,22 +183,26 @@ def largest_program(
   return _solve_first_rows, (*first, *some)
 
 
-def check(count: int, width: int) -> None:
-  """Raise a `UserError` if n examples with F features are too few or many."""
+def check(count: int, width: int, matrices: int = MATRICES) -> None:
+  """Raise a `UserError` if n examples with F features are too few or many.
+
+  Args:
+    count: n.
+    width: F.
+    matrices: of the size to factorise that are held at a time.
+  """
   if count < 2:
     raise errors.UserError(
       f"Expected at least two images to train on, found {count}."
     )
   size = min(count, width)
-  needed = 4 * size * (MATRICES * size + PARTS * min(count, AT_ONCE))
+  needed = 4 * size * (matrices * size + PARTS * min(count, AT_ONCE))
   available = memory.device_memory()
   if needed > available:
     raise errors.UserError(
       f"The exact head of {count:,} images and {width:,} features needs"
       f" {units.format_bytes(needed)} of a device, which has"
-      f" {units.format_bytes(available)}. Take fewer images or"
-      " queries (config.num_queries), another method, or if it is head2toe"
-      " config.solver=gradient."
+      f" {units.format_bytes(available)}. {ADVICE}"
     )
 
 

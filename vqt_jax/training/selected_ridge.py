@@ -10,7 +10,8 @@ Heads are found in products of the examples, (n, n), as in the dual form of
 is a sum of the products of fewer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,9 @@ from vqt_jax.training import ridge
 
 # Penalties to try, as multiples of the one that is best with all features.
 PENALTY_FACTORS = tuple(10.0 ** (e / 2) for e in range(-2, 3))
+# (n, n) matrices at a time: products of all and of kept features, and 5 of
+# `_solve`.
+MATRICES = 7
 
 
 def fit(
@@ -50,7 +54,7 @@ def fit(
     UserError: as of `ridge.fit`.
   """
   count, width = features.shape
-  ridge.check(count, max(count, width))
+  ridge.check(count, max(count, width), MATRICES)
   examples = ridge.centre(features, labels, num_classes, class_weights)
   one_hot, share = examples.one_hot, examples.share
   whole = ridge.fit_centred(examples)
@@ -143,6 +147,20 @@ def _cross_validate(
       found[:, judged] = _solve(of_kept, *fixed, penalties)[1][:, judged]
       done = number
   return predicted
+
+
+def largest_program(
+  count: int, num_classes: int
+) -> tuple[Callable[..., Any], tuple[jax.ShapeDtypeStruct, ...]]:
+  """Return the function that solves for a penalty, with its arguments' shapes.
+
+  Args:
+    count: n.
+    num_classes: C.
+  """
+  shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+  some = (shape(count, 1), shape(count, num_classes), shape(count), shape(1))
+  return _solve, (shape(count, count), *some)
 
 
 def _rank(kernel: np.ndarray) -> np.ndarray:
